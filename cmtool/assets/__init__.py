@@ -1,0 +1,1 @@
+"""Bundled files; PROVENANCE.md says where each comes from."""

@@ -1,0 +1,66 @@
+"""The command line: argv in, one call of the package, results out. Torch is imported in bodies."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import typer
+
+from cmtool import __version__
+from cmtool.cli import demo, edit, evaluate, preset, sample, train
+from cmtool.cli._options import say
+from cmtool.errors import UserError
+
+app = typer.Typer(
+    name="cmtool",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+    help="""Consistency models: images from noise in one network call.
+
+Try `cmtool demo` first: it distills, samples, edits and evaluates on bundled digits.
+
+    cmtool sample --seeds 0-15 --out grid.png
+
+    cmtool distill --preset digits-cd --out runs/mine
+
+    cmtool edit inpaint digit.png --mask mask.png > mended.png
+
+Results go to stdout, everything else to stderr; `-` is stdin or stdout.""",
+)
+app.command("train")(train.train)
+app.command("distill")(train.distill)
+app.command("sample")(sample.sample)
+app.add_typer(edit.app, name="edit")
+app.add_typer(evaluate.app, name="eval")
+app.add_typer(preset.app, name="preset")
+app.command("demo")(demo.demo)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and end."
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; a UserError becomes two lines on stderr and its exit code."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    try:
+        app()
+    except UserError as error:
+        say(f"error: {error.what}")
+        if error.hint:
+            say(f"hint: {error.hint}")
+        sys.exit(error.exit_code)

@@ -1,0 +1,5 @@
+"""cmtool demo."""
+
+
+def demo() -> None:
+    """Tour."""

@@ -1,0 +1,160 @@
+"""cmtool eval: numbers for images or for a model, with what they depend on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cmtool import __version__
+from cmtool.cli._options import (
+    Batch,
+    Checkpoint,
+    Device,
+    Sampler,
+    Sigmas,
+    Steps,
+    Weights,
+    emit_json,
+    parse_sigmas,
+    pick_device,
+    pick_model,
+    say,
+)
+from cmtool.errors import InputError, ThresholdError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+app = typer.Typer(no_args_is_help=True, help="Measure images, or what a model makes.")
+
+
+@app.callback()
+def _group() -> None:
+    pass
+
+
+@app.command("fid")
+def fid(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(help="A folder, image files, a data set's name, or - for paths on stdin."),
+    ] = None,
+    checkpoint: Checkpoint = None,
+    reference: Annotated[
+        str, typer.Option(help="What to compare with: a data set or folder.")
+    ] = "digits",
+    num: Annotated[
+        int, typer.Option(min=2, help="Images to draw from a model, or to read.")
+    ] = 2048,
+    first_seed: Annotated[int, typer.Option(min=0, help="Seed of a model's first image.")] = 0,
+    steps: Steps = None,
+    sigmas: Sigmas = None,
+    sampler: Sampler = None,
+    batch: Batch = 256,
+    weights: Weights = "ema",
+    device: Device = "auto",
+    fail_above: Annotated[float | None, typer.Option(help="Exit 8 if the value is larger.")] = None,
+) -> None:
+    """Print the Frechet distance between images and a reference, as one JSON object.
+
+    `cmtool eval fid -c digits-cd`
+
+    `cmtool eval fid -c digits-edm --num 2048`
+
+    `cmtool sample --seeds 0-2047 | cmtool eval fid -`
+
+    The features are those of the bundled digits classifier: the number is `fd-digits`, not the
+    FID of papers. It falls with the number of images: compare equal numbers only.
+    """
+    levels = parse_sigmas(sigmas)
+    if images == ["-"] or (images is None and checkpoint is None and not sys.stdin.isatty()):
+        listed = [line for line in sys.stdin.read().splitlines() if line]
+        if listed or images:
+            images = listed
+            if not images:
+                raise InputError("no paths on stdin", "pipe them in, one a line")
+
+    from cmtool.build import load_digits_features
+    from cmtool.core.data import load_dataset
+    from cmtool.core.images import from_uint8, to_uint8
+    from cmtool.core.metrics import frechet_distance, statistics
+    from cmtool.sampling import generate, plan
+
+    where = pick_device(device)
+    features, features_hash = load_digits_features()
+    features = features.to(where)
+    target = load_dataset(reference)
+
+    def chunks(pictures: Tensor) -> Iterator[Tensor]:
+        for part in pictures.split(batch):
+            yield from_uint8(part).to(where)
+
+    expected = statistics(features, chunks(target.images))
+    facts: dict[str, Any] = {}
+    if images:
+        pictures, facts["images"] = _given(images, num)
+        measured = statistics(features, chunks(pictures))
+    else:
+        model = pick_model(checkpoint, weights, where)
+        chosen = plan(model.preset, sampler=sampler, steps=steps, sigmas=levels)
+        drawn = generate(
+            model.f, model.preset, chosen, range(first_seed, first_seed + num),
+            batch=batch, device=where,
+        )  # fmt: skip
+        measured = statistics(features, (from_uint8(to_uint8(part)) for part in drawn))
+        facts["model"] = {
+            "source": model.source,
+            "sha256": model.sha256,
+            "weights": model.weights,
+            "kind": model.kind,
+        }
+        facts["sampler"] = chosen.sampler.name
+        facts["sigmas"] = chosen.sigmas
+        facts["evaluations"] = chosen.evaluations
+        facts["seeds"] = f"{first_seed}-{first_seed + num - 1}"
+    value = frechet_distance(measured, expected)
+    say(f"fd-digits {value:.4f} ({measured.num} images)")
+    emit_json(
+        {
+            "metric": "fd-digits",
+            "value": value,
+            "num_images": measured.num,
+            **facts,
+            "reference": {
+                "name": target.name,
+                "images": len(target),
+                "fingerprint": target.fingerprint(),
+            },
+            "features": {"name": "digits-features", "sha256": features_hash},
+            "precision": "fp32",
+            "cmtool": __version__,
+        }
+    )
+    if fail_above is not None and value > fail_above:
+        raise ThresholdError(f"fd-digits {value:.4f} is above {fail_above:g}", "")
+
+
+def _given(images: list[str], num: int) -> tuple[Tensor, str]:
+    """Return the images named on the command line (N, C, H, W) uint8, and how to call them."""
+    import torch
+
+    from cmtool.core.data import load_dataset
+    from cmtool.core.images import read_image
+
+    if len(images) == 1 and not Path(images[0]).is_file():
+        data = load_dataset(images[0])
+        return data.images[:num], data.name
+    pictures = [read_image(Path(path)) for path in images]
+    for path, picture in zip(images, pictures, strict=True):
+        if picture.shape != pictures[0].shape:
+            raise InputError(
+                f"{path} is {picture.shape[2]}x{picture.shape[1]}, {images[0]} is"
+                f" {pictures[0].shape[2]}x{pictures[0].shape[1]}",
+                "give images of one size",
+            )
+    return torch.stack(pictures), f"{len(pictures)} files"

@@ -1,0 +1,37 @@
+"""cmtool preset: which presets there are, and what one says."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cmtool.cli._options import emit
+
+app = typer.Typer(no_args_is_help=True, help="List presets, or show one.")
+
+
+@app.command("list")
+def list_() -> None:
+    """List the presets: a name and a description a line."""
+    from cmtool.presets import load_preset, preset_names
+
+    for name in preset_names():
+        emit(f"{name:<16} {load_preset(name).description}")
+
+
+@app.command("show")
+def show(
+    name: Annotated[str, typer.Argument(help="A preset's name, or the path of a TOML file.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE over the preset; repeatable.")
+    ] = None,
+) -> None:
+    """Print a preset as resolved, with the origin of every value.
+
+    `cmtool preset show digits-cd --set train.lr=1e-4 > mine.toml`
+    """
+    from cmtool.presets import parse_override, resolve, to_toml
+
+    resolved = resolve(name, {"--set": dict(map(parse_override, set_ or []))})
+    emit(to_toml(resolved.preset, resolved.origins).rstrip())

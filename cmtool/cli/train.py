@@ -1,0 +1,259 @@
+"""cmtool train and cmtool distill: a preset, some overrides, one run folder."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cmtool.cli._options import AsJson, Device, emit, emit_json, newest_run, pick_device, say
+from cmtool.errors import UserError
+
+if TYPE_CHECKING:
+    from cmtool.build import Model
+    from cmtool.presets import Resolved
+    from cmtool.run import Progress
+
+Preset = Annotated[str, typer.Option("--preset", help="A preset's name or a TOML file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE; repeatable.")]
+Data = Annotated[str | None, typer.Option(help="Data set's name or a folder of images.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Run folder. Default: runs/PRESET, numbered if taken.")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of the run.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", "-n", help="Print the resolved preset and stop.")
+]
+Metric = Annotated[str | None, typer.Option(help="Distance of the loss: l1, l2, pseudo_huber.")]
+
+
+def train(
+    preset: Preset = "digits-edm",
+    set_: Set = None,
+    data: Data = None,
+    metric: Metric = None,
+    out: Out = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an EDM teacher, or a consistency model from scratch.
+
+    `cmtool train --preset digits-edm --out runs/teacher`
+
+    `cmtool train --preset digits-ct --set train.steps=500`
+
+    `cmtool train --preset digits-edm --out runs/teacher --resume`
+
+    Prints the folder of the last checkpoint.
+    """
+    flags = {"--data": ("data.path", data), "--metric": ("loss.distance", metric),
+             "--seed": ("train.seed", seed)}  # fmt: skip
+    resolved = _resolve(preset, set_, flags, out, resume)
+    if resolved.preset.loss.pair == "teacher":
+        raise UserError(f"preset {preset} distills a teacher", f"cmtool distill --preset {preset}")
+    if dry_run:
+        _show(resolved)
+        return
+    _run(resolved, None, _out(out, preset, resume), device, resume, overwrite, as_json)
+
+
+def distill(
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Teacher. Default: the newest finished one under runs/, else digits-edm."
+        ),
+    ] = None,
+    preset: Preset = "digits-cd",
+    set_: Set = None,
+    data: Data = None,
+    metric: Metric = None,
+    out: Out = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Distill a teacher into a consistency model that samples in one step.
+
+    `cmtool distill`
+
+    `cmtool distill --teacher runs/teacher --metric l1 --out runs/student`
+
+    The student has the teacher's architecture and starts from its weights. Prints the folder of
+    the last checkpoint.
+    """
+    flags = {"--data": ("data.path", data), "--metric": ("loss.distance", metric),
+             "--seed": ("train.seed", seed)}  # fmt: skip
+    resolved = _resolve(preset, set_, flags, out, resume)
+    if resolved.preset.loss.pair != "teacher":
+        raise UserError(f"preset {preset} has no teacher", f"cmtool train --preset {preset}")
+    if dry_run:
+        _show(resolved)
+        return
+    from cmtool.build import load_model, with_teacher
+
+    if teacher is None:
+        teacher = newest_run("teacher") or "digits-edm"
+        say(f"teacher: {teacher}")
+    model = load_model(teacher, device=pick_device(device))
+    resolved = with_teacher(resolved, model)
+    _run(resolved, model, _out(out, preset, resume), device, resume, overwrite, as_json)
+
+
+def _resolve(
+    preset: str,
+    set_: list[str] | None,
+    flags: dict[str, tuple[str, Any]],
+    out: Path | None,
+    resume: bool,
+) -> Resolved:
+    """Return the preset of the command line; of the run itself when resuming one."""
+    from cmtool.presets import parse_override, resolve
+
+    layers: dict[str, dict[str, Any]] = {"--set": dict(map(parse_override, set_ or []))}
+    for flag, (key, value) in flags.items():
+        if value is not None:
+            layers[flag] = {key: value}
+    if resume and out is None:
+        raise UserError("--resume without a run folder", "name it with --out runs/NAME")
+    stored = out / "preset.toml" if resume and out is not None else None
+    return resolve(str(stored) if stored is not None and stored.is_file() else preset, layers)
+
+
+def _out(out: Path | None, preset: str, resume: bool) -> Path:
+    """Return the run folder: the one named, else the first free of runs/NAME, runs/NAME-2, ..."""
+    if out is not None:
+        return out
+    name = Path(preset).stem
+    base = Path("runs") / name
+    number = 2
+    chosen = base
+    while chosen.exists():
+        chosen = base.with_name(f"{name}-{number}")
+        number += 1
+    return chosen
+
+
+def _show(resolved: Resolved) -> None:
+    from cmtool.presets import to_toml
+
+    emit(to_toml(resolved.preset, resolved.origins).rstrip())
+
+
+def _run(
+    resolved: Resolved,
+    teacher: Model | None,
+    out: Path,
+    device: str,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    from cmtool import run
+
+    start = time.monotonic()
+    say(f"run folder: {out}")
+    with make_watcher(resolved.preset.train.steps) as watcher:
+        final = run.train(
+            resolved.preset,
+            out,
+            watcher,
+            teacher=teacher,
+            origins=resolved.origins,
+            device=pick_device(device),
+            resume=resume,
+            overwrite=overwrite,
+        )
+    say(f"pictures: {out / 'summary.png'}")
+    if as_json:
+        seconds = round(time.monotonic() - start, 1)
+        emit_json(
+            {"run": str(out), "checkpoint": str(final), "kind": resolved.preset.kind,
+             "steps": resolved.preset.train.steps, "seconds": seconds}
+        )  # fmt: skip
+    else:
+        emit(str(final))
+
+
+class LineWatcher:
+    """News as plain lines, for pipes and logs."""
+
+    def __enter__(self) -> LineWatcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def progress(self, news: Progress) -> None:
+        """Write a line at each log interval."""
+        if news.is_log_line:
+            say(
+                f"step={news.step}/{news.steps} loss={news.loss:.4g}"
+                f" images/s={news.images_per_second:.0f} left={_clock(news.seconds_left)}"
+            )
+
+    def note(self, text: str) -> None:
+        """Write a remark."""
+        say(text)
+
+
+class BarWatcher:
+    """News as a progress bar, for terminals."""
+
+    def __init__(self, steps: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.bar = Progress(
+            TextColumn("{task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn(
+                "loss {task.fields[loss]}  {task.fields[speed]} images/s  {task.fields[left]} left"
+            ),
+            console=Console(stderr=True),
+        )
+        self.task = self.bar.add_task("", total=steps, loss="-", speed="-", left="-")
+
+    def __enter__(self) -> BarWatcher:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def progress(self, news: Progress) -> None:
+        """Move the bar."""
+        self.bar.update(
+            self.task,
+            completed=news.step,
+            loss=f"{news.loss:.4g}",
+            speed=f"{news.images_per_second:.0f}",
+            left=_clock(news.seconds_left),
+        )
+
+    def note(self, text: str) -> None:
+        """Write a remark above the bar."""
+        self.bar.console.print(text, markup=False)
+
+
+def make_watcher(steps: int) -> LineWatcher | BarWatcher:
+    """Return a bar on a terminal, lines in a pipe."""
+    return BarWatcher(steps) if sys.stderr.isatty() else LineWatcher()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

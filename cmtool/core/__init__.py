@@ -1,0 +1,1 @@
+"""The engine: networks, solvers, losses, samplers and edits around one callable, the Denoiser."""

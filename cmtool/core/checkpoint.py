@@ -1,0 +1,204 @@
+"""Training checkpoints: a folder of safetensors and JSON that exists whole or not at all.
+
+A checkpoint is written to `.tmp-*`, every file synced, the manifest (sizes and hashes) last, and
+then renamed. A folder without a complete manifest is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from cmtool.core.formats.native import read_weights, write_weights
+from cmtool.core.trainer import TrainState
+from cmtool.errors import DivergedError, InputError, ResourceError
+
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(folder: Path, state: TrainState, about: dict[str, Any]) -> Path:
+    """Write `folder/step-NNNNNNN` atomically and return it.
+
+    Raises ResourceError when the disk is full (nothing is left behind), DivergedError rather than
+    saving parameters that are not finite.
+    """
+    _check_finite(state)
+    final = folder / f"step-{state.step:07d}"
+    temporary = folder / f".tmp-{state.step}-{os.getpid()}"
+    temporary.mkdir(parents=True)
+    try:
+        for name, tensors in state_tensors(state).items():
+            header = {**about, "weights": name, "step": state.step}
+            write_weights(temporary / f"{name}.safetensors", tensors, header)
+        write_json(temporary / "state.json", {"step": state.step})
+        manifest = {file.name: file_facts(file) for file in sorted(temporary.iterdir())}
+        for file in temporary.iterdir():
+            _sync(file)
+        write_json(temporary / MANIFEST, {"format": 1, "step": state.step, "files": manifest})
+        _sync(temporary / MANIFEST)
+        _sync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
+            raise ResourceError(
+                f"no room on the disk for checkpoint {final.name}",
+                "free some; the checkpoints before it are intact",
+            ) from None
+        raise
+    write_json(folder / "latest.json", {"checkpoint": final.name})
+    return final
+
+
+def load_checkpoint(path: Path, state: TrainState) -> None:
+    """Set `state` to a checkpoint's tensors and step. Raises InputError when it is damaged."""
+    verify(path)
+    wanted = state_tensors(state, fill_optimizer=True)
+    for name, tensors in wanted.items():
+        stored = read_weights(path / f"{name}.safetensors")
+        if stored.keys() != tensors.keys():
+            odd = sorted(stored.keys() ^ tensors.keys())[0]
+            raise InputError(
+                f"{path / name}.safetensors does not fit this run: {odd}",
+                "resume with the preset the run was started with",
+            )
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                tensor.copy_(stored[key])
+    state.step = json.loads((path / "state.json").read_text())["step"]
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest undamaged checkpoint, and why newer ones were passed over."""
+    complaints = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            verify(path)
+        except InputError as error:
+            complaints.append(error.what)
+            continue
+        return path, complaints
+    return None, complaints
+
+
+def verify(path: Path) -> None:
+    """Raise InputError unless every file of the checkpoint has the size and hash it was given."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"{path} is not a whole checkpoint: no manifest", "use another") from None
+    for name, facts in manifest.items():
+        file = path / name
+        if not file.is_file() or file_facts(file) != facts:
+            raise InputError(f"{file} is damaged", "use the checkpoint before it")
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what dead writers left behind."""
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def prune_all(folder: Path) -> None:
+    """Remove every checkpoint of a run that is to be overwritten."""
+    for old in folder.glob("step-*"):
+        shutil.rmtree(old)
+    (folder / "latest.json").unlink(missing_ok=True)
+
+
+def clear_temporary(folder: Path) -> None:
+    """Remove half-written checkpoints; call it only while holding the run's lock."""
+    for left in folder.glob(".tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def state_tensors(
+    state: TrainState, *, fill_optimizer: bool = False
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a state by file name: model, target, one per EMA, optimizer.
+
+    With `fill_optimizer` an optimizer that has not stepped yet gets its buffers first, so that
+    they can be loaded into.
+    """
+    files = {"model": dict(state.student.network.state_dict())}
+    if state.target is not None:
+        files["target"] = dict(state.target.network.state_dict())
+    for name, ema in state.emas.items():
+        files[f"ema-{name}" if name != "ema" else "ema"] = dict(ema.model.network.state_dict())
+    if fill_optimizer and not state.optimizer.state:
+        _fill_buffers(state)
+    names: dict[Tensor, str] = {p: name for name, p in state.student.network.named_parameters()}
+    files["optimizer"] = {
+        f"{names[p]}.{key}": value
+        for p, buffers in state.optimizer.state.items()
+        for key, value in buffers.items()
+    }
+    return files
+
+
+def _fill_buffers(state: TrainState) -> None:
+    """Make the optimizer create its buffers, by a step with zero gradients and rate 0."""
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    rates = [group["lr"] for group in state.optimizer.param_groups]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    for group in state.optimizer.param_groups:
+        group["lr"] = 0.0
+    state.optimizer.step()
+    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    state.optimizer.zero_grad(set_to_none=True)
+
+
+def _check_finite(state: TrainState) -> None:
+    for name, p in state.student.network.named_parameters():
+        if not torch.isfinite(p).all():
+            raise DivergedError(
+                f"parameter {name} is not finite at step {state.step}",
+                "resume from the last checkpoint with a lower train.lr",
+            )
+
+
+def file_facts(file: Path) -> dict[str, Any]:
+    """Return the size and sha256 of a file."""
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON by way of a temporary file, so that a reader never sees half of it."""
+    write_atomic(path, json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file by way of a temporary one beside it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno == errno.ENOSPC:
+            raise ResourceError(f"no room on the disk for {path}", "free some") from None
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Weight files, ours and other people's, to and from our networks."""

@@ -1,0 +1,73 @@
+"""Our weight file: safetensors, with one JSON object about the model in its header.
+
+One such file is a whole model: `{"kind", "weights", "step", "preset", "cmtool"}` says what it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cmtool.errors import InputError
+
+KEY = "cmtool"
+
+
+def write_weights(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write the tensors with `about` in the header, straight to `path` (the caller is atomic)."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={KEY: json.dumps(about, sort_keys=True)})
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)  # safetensors makes files only their owner can read
+
+
+def read_weights(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, memory-mapped. Raises InputError."""
+    _check(path)
+    try:
+        return load_file(path, device=device)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read: {error}", "fetch or make the file again"
+        ) from None
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Return what the header says of the model. Raises InputError for a file that is not ours."""
+    _check(path)
+    try:
+        with safetensors.safe_open(path, "pt") as opened:
+            metadata = opened.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} is not a model file: {error}", "give a .safetensors file written by cmtool"
+        ) from None
+    try:
+        about = json.loads(metadata[KEY])
+    except (KeyError, json.JSONDecodeError):
+        raise InputError(
+            f"{path} does not say which model it holds", "give a file written by cmtool"
+        ) from None
+    assert isinstance(about, dict)
+    return about
+
+
+def _check(path: Path) -> None:
+    """Raise InputError for what is plainly something else: a page, a pointer, an empty file."""
+    if not path.is_file():
+        raise InputError(f"no such file: {path}", "check the path")
+    with path.open("rb") as opened:
+        start = opened.read(64)
+    if not start:
+        raise InputError(f"{path} is empty", "fetch or make the file again")
+    if start.lstrip().startswith(b"<"):
+        raise InputError(f"{path} is an HTML page, not a checkpoint", "fetch the file itself")
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer, not a checkpoint", "run git lfs pull")

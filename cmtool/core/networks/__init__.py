@@ -1,0 +1,25 @@
+"""Raw networks F(x, noise_label, labels): a frozen Options dataclass and a module each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.core.networks.mlp import Mlp, MlpOptions
+
+
+class NetworkKind(NamedTuple):
+    """What a registry row holds: the options a preset may set, and how to build the module."""
+
+    options: type[Any]
+    build: Callable[..., nn.Module]
+    """`(options, channels, num_classes) -> module`."""
+
+
+NETWORKS: dict[str, NetworkKind] = {
+    "adm": NetworkKind(AdmOptions, Adm),
+    "mlp": NetworkKind(MlpOptions, Mlp),
+}

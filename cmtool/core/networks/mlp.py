@@ -1,0 +1,39 @@
+"""A small perceptron over the channels of each pixel: for toy data of (B, C, 1, 1) points."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class MlpOptions:
+    """What a preset may set under `model.network`."""
+
+    width: int = 64
+    depth: int = 3
+
+
+class Mlp(nn.Module):
+    """SiLU layers of 1x1 convolutions on [x, noise_label, one-hot class]."""
+
+    def __init__(self, options: MlpOptions, channels: int, num_classes: int = 0) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        widths = [channels + 1 + num_classes, *[options.width] * options.depth]
+        layers: list[nn.Module] = []
+        for c_in, c_out in itertools.pairwise(widths):
+            layers += [nn.Conv2d(c_in, c_out, kernel_size=1), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], channels, kernel_size=1))
+
+    def forward(self, x: Tensor, noise_label: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return F (B, C, H, W) for x (B, C, H, W), noise_label (B,) and labels (B,) or None."""
+        features = [noise_label[:, None]]
+        if labels is not None:
+            features.append(nn.functional.one_hot(labels, self.num_classes).to(x.dtype))
+        planes = torch.cat(features, dim=1)[:, :, None, None].expand(-1, -1, *x.shape[-2:])
+        out: Tensor = self.layers(torch.cat([x, planes], dim=1))
+        return out

@@ -1,0 +1,122 @@
+"""Noise levels: the Karras grid, how training picks levels from it, and how the grid grows.
+
+A level picker returns the two levels of a training pair, sigma_lo < sigma_hi; where a loss needs
+one level only (a teacher's denoising loss), sigma_lo is 0, the clean image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from cmtool.errors import UserError
+
+
+class NoiseRange(NamedTuple):
+    """The levels a model knows: sigma_min (epsilon), sigma_max (T), and the grid's rho."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+
+class Levels(NamedTuple):
+    """The noise levels of a batch of pairs, each (B,) float64, sigma_lo < sigma_hi."""
+
+    sigma_hi: Tensor
+    sigma_lo: Tensor
+
+
+class Stage(NamedTuple):
+    """Where a curriculum stands: n grid points and the decay mu of the target network."""
+
+    n: int
+    mu: float
+
+
+LevelPicker = Callable[[int, int, NoiseRange, Generator], Levels]
+"""`(batch, n, noise_range, generator) -> Levels`."""
+
+Curriculum = Callable[[int, int], Stage]
+"""`(step, total_steps) -> Stage`."""
+
+
+def karras_sigmas(
+    n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Tensor:
+    """Return the n-point grid of Karras et al. (2022), eq. 5: (n,) float64, ascending.
+
+    Both ends are exact, so that sqrt(sigma^2 - sigma_min^2) is never the root of a negative.
+    Raises UserError for n < 2 or an empty range.
+    """
+    if n < 2:
+        raise UserError(f"a noise grid of {n} points", "it needs 2 or more: both ends")
+    if not 0 < sigma_min < sigma_max:
+        raise UserError(
+            f"noise levels from {sigma_min} to {sigma_max}", "they must be positive and ascend"
+        )
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigmas = (low + ramp * (high - low)) ** rho
+    sigmas[0], sigmas[-1] = sigma_min, sigma_max
+    return sigmas
+
+
+def lognormal(
+    batch: int,
+    n: int,
+    noise_range: NoiseRange,
+    generator: Generator,
+    *,
+    mean: float = -1.2,
+    std: float = 1.2,
+) -> Levels:
+    """Return ln sigma ~ N(mean, std^2), paired with the clean image (EDM, Table 1)."""
+    z = torch.randn(batch, dtype=torch.float64, generator=generator)
+    sigma = torch.exp(mean + std * z)
+    return Levels(sigma, torch.zeros_like(sigma))
+
+
+def uniform(batch: int, n: int, noise_range: NoiseRange, generator: Generator) -> Levels:
+    """Return neighbours on the n-point Karras grid, index uniform (Song et al. 2023, Alg. 2, 3)."""
+    sigmas = karras_sigmas(n, *noise_range)
+    index = torch.randint(n - 1, (batch,), generator=generator)
+    return Levels(sigmas[index + 1], sigmas[index])
+
+
+def fixed(step: int, total_steps: int, *, n: int = 18, mu: float = 0.0) -> Stage:
+    """Return the same grid and target decay at every step (Song et al. 2023, Table 3, CD)."""
+    return Stage(n, mu)
+
+
+def consistency_training(
+    step: int,
+    total_steps: int,
+    *,
+    s0: int = 2,
+    s1: int = 150,
+    mu0: float = 0.9,
+    as_released: bool = False,
+) -> Stage:
+    """Return N(k) and mu(k) of consistency training (Song et al. 2023, App. C).
+
+    N(k) = ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 grows from s0 to s1 + 1, and
+    mu(k) = exp(s0 ln(mu0) / N(k)). The released code divides by N(k) - 1 instead
+    (`as_released`), so it starts at mu0^s0 where the paper starts at mu0.
+    """
+    progress = min(step / total_steps, 1.0)
+    intervals = math.ceil(math.sqrt(progress * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1)
+    n = max(intervals, 1) + 1
+    return Stage(n, math.exp(s0 * math.log(mu0) / (n - 1 if as_released else n)))
+
+
+LEVELS: dict[str, Callable[..., Levels]] = {"lognormal": lognormal, "uniform": uniform}
+
+CURRICULA: dict[str, Callable[..., Stage]] = {
+    "fixed": fixed,
+    "consistency_training": consistency_training,
+}

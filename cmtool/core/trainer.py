@@ -1,0 +1,136 @@
+"""The training loop, as a generator: it owns the step, its caller owns everything every N steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cmtool.core.data import BatchFn
+from cmtool.core.ema import Ema, update_average
+from cmtool.core.losses import Objective
+from cmtool.core.noise import Curriculum
+from cmtool.core.precond import Preconditioned
+from cmtool.core.rng import seeded, step_generator
+from cmtool.errors import DivergedError
+
+
+@dataclass
+class TrainState:
+    """Everything a run changes. `step` counts finished optimizer steps.
+
+    Without a `target` the loss compares the student with itself (mu = 0) or needs none.
+    """
+
+    student: Preconditioned
+    target: Preconditioned | None
+    emas: dict[str, Ema]
+    optimizer: Optimizer
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """The numbers of a run. Losses are means over the global batch."""
+
+    steps: int
+    batch: int
+    seed: int
+    lr: float
+    warmup_steps: int = 0
+    decay_to: float = 1.0
+    """Learning rate at the last step as a share of `lr`, reached along a cosine."""
+    rounds: int = 1
+    """Microbatches a step, accumulated."""
+    max_grad_norm: float | None = None
+    max_bad_steps: int = 5
+    """Non-finite steps in a row before the run ends."""
+    precision: str = "fp32"
+    rank: int = 0
+    world_size: int = field(default=1)
+
+
+class StepInfo(NamedTuple):
+    """What one step did: the loss of each image (B,), its noise level (B,), and scalars."""
+
+    step: int
+    loss: Tensor
+    sigma: Tensor
+    grad_norm: float
+    lr: float
+    n: int
+    mu: float
+
+
+def learning_rate(settings: FitSettings, step: int) -> float:
+    """Return the rate of a step: a linear warm-up, then a cosine from lr to decay_to lr."""
+    warm = min((step + 1) / settings.warmup_steps, 1.0) if settings.warmup_steps else 1.0
+    progress = min(step / settings.steps, 1.0)
+    cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi, dtype=torch.float64)).item())
+    return settings.lr * warm * (settings.decay_to + (1 - settings.decay_to) * cosine)
+
+
+def fit(
+    state: TrainState,
+    objective: Objective,
+    microbatch: BatchFn,
+    curriculum: Curriculum,
+    settings: FitSettings,
+) -> Iterator[StepInfo]:
+    """Yield after each optimizer step until `settings.steps`, changing `state` in place.
+
+    One step: the gradient of the mean loss, the optimizer, the weights EMAs, then the target
+    with mu(k) (Song et al. 2023, Alg. 2 and 3; k counts finished steps). A step whose gradient
+    is not finite changes nothing but the counter. Raises DivergedError after `max_bad_steps`
+    of them in a row.
+    """
+    student, shards = state.student, settings.rounds * settings.world_size
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    student.train()
+    if state.target is not None:
+        state.target.train()
+    bad_steps = 0
+    while state.step < settings.steps:
+        stage = curriculum(state.step, settings.steps)
+        rate = learning_rate(settings, state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        state.optimizer.zero_grad(set_to_none=True)
+        losses, sigmas = [], []
+        for round_ in range(settings.rounds):
+            shard = round_ * settings.world_size + settings.rank
+            generator = step_generator(settings.seed, state.step, shard)
+            x0, labels = microbatch(state.step, shard)
+            autocast = torch.autocast(
+                x0.device.type, torch.bfloat16, enabled=settings.precision == "bf16"
+            )
+            with seeded(generator), autocast:
+                loss, sigma = objective(student, state.target, x0, labels, stage, generator)
+            (loss.mean() / shards).backward()
+            losses.append(loss.detach())
+            sigmas.append(sigma)
+        norm = torch.nn.utils.clip_grad_norm_(
+            parameters, settings.max_grad_norm or float("inf"), foreach=True
+        )
+        good = bool(torch.isfinite(norm))
+        bad_steps = 0 if good else bad_steps + 1
+        if good:
+            state.optimizer.step()
+            num_images = (state.step + 1) * settings.batch
+            for ema in state.emas.values():
+                ema.update(student, batch=settings.batch, num_images=num_images)
+            if state.target is not None:
+                update_average(state.target.parameters(), student.parameters(), stage.mu)
+        elif bad_steps >= settings.max_bad_steps:
+            raise DivergedError(
+                f"the gradient was not finite {bad_steps} steps in a row, to step {state.step}",
+                "lower train.lr; the last checkpoint is intact",
+            )
+        state.step += 1
+        yield StepInfo(
+            state.step, torch.cat(losses), torch.cat(sigmas), float(norm), rate, stage.n, stage.mu
+        )

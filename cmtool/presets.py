@@ -1,0 +1,361 @@
+"""Presets: TOML files validated into frozen models, with the origin of every value.
+
+Layers, weakest first: defaults, the `extends` chain, the file, and overrides in the order given.
+This module knows no torch; the components a preset names are looked up in build.py.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import tomlkit
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from cmtool.errors import InputError, UserError, nearest
+
+_PACKAGED = Path(__file__).parent / "_presets"
+FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "presets"
+
+
+def _count(value: object) -> object:
+    """Accept 400k, 2M, 1e5 where a whole number is meant."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)([kM])", value)):
+        value = float(match[1]) * {"k": 1e3, "M": 1e6}[match[2]]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_count), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(_count), Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A table of a preset: frozen, no key but its own, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Choice(BaseModel):
+    """A named component and its options: `"l2"`, or `{ name = "pseudo_huber", c = 0.03 }`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options beside the name."""
+        return dict(self.model_extra or {})
+
+
+class ModelSection(Section):
+    """The network and the images it knows."""
+
+    network: Choice
+    image_size: Annotated[tuple[int, int], BeforeValidator(tuple)] = Field(description="H, W")
+    channels: Positive = 3
+    num_classes: Count = 0
+    sigma_data: float = Field(0.5, gt=0)
+    noise_label: str = "log_1000"
+
+
+class NoiseSection(Section):
+    """The range of noise levels."""
+
+    sigma_min: float = Field(0.002, gt=0)
+    sigma_max: float = Field(80.0, gt=0)
+    rho: float = Field(7.0, gt=0)
+
+
+class DataSection(Section):
+    """The training images: the name of a data set or the path of a folder."""
+
+    path: str
+
+
+class LossSection(Section):
+    """A method: which levels, which pair, which target, which distance, which weight."""
+
+    pair: Literal["none", "noise", "teacher"]
+    levels: Choice
+    solver: Choice = Choice(name="heun")
+    target: Literal["none", "student", "ema"] = "none"
+    distance: Choice = Choice(name="l2")
+    weight: Choice = Choice(name="uniform")
+    curriculum: Choice = Choice(name="fixed")
+
+
+class EmaSection(Section):
+    """One weights EMA: a fixed rate or a half-life in images, with an optional ramp-up."""
+
+    name: str
+    rate: float | None = Field(None, gt=0, lt=1)
+    halflife_images: float | None = Field(None, gt=0)
+    rampup: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> EmaSection:
+        if (self.rate is None) == (self.halflife_images is None):
+            raise ValueError("give either rate or halflife_images")
+        return self
+
+
+class TrainSection(Section):
+    """Optimisation."""
+
+    steps: Positive
+    batch: Positive
+    lr: float = Field(gt=0)
+    warmup_steps: Count = 0
+    decay_to: float = Field(1.0, ge=0, le=1)
+    optimizer: Choice = Choice(name="radam")
+    accumulate: Positive = 1
+    max_grad_norm: float | None = Field(None, gt=0)
+    max_bad_steps: Positive = 5
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: Count = 0
+    ema: Annotated[tuple[EmaSection, ...], BeforeValidator(tuple)] = ()
+
+
+class RunSection(Section):
+    """How often a run logs, saves and draws."""
+
+    log_every: Positive = 50
+    checkpoint_every: Positive = 1000
+    keep: Annotated[int, Field(ge=2)] = 2
+    sample_every: Positive = 500
+
+
+class SampleSection(Section):
+    """How the model is sampled when nobody says otherwise."""
+
+    sampler: Choice
+    steps: Positive = 1
+    levels: dict[str, list[float]] = Field({}, description="tuned levels by number of steps")
+
+
+class Preset(Section):
+    """A whole recipe."""
+
+    description: str = ""
+    model: ModelSection
+    noise: NoiseSection = NoiseSection()
+    data: DataSection
+    loss: LossSection
+    train: TrainSection
+    run: RunSection = RunSection()
+    sample: SampleSection
+
+    @property
+    def kind(self) -> Literal["teacher", "consistency"]:
+        """What training with this preset makes."""
+        return "teacher" if self.loss.pair == "none" else "consistency"
+
+
+class Resolved(NamedTuple):
+    """A preset, and for each dotted key where its value came from."""
+
+    preset: Preset
+    origins: dict[str, str]
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that come with cmtool, sorted."""
+    return sorted(file.stem for file in FOLDER.glob("*.toml"))
+
+
+def load_preset(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Preset:
+    """Return the preset `name_or_path` with dotted `overrides` such as {"loss.distance": "l1"}.
+
+    Raises UserError for an unknown name, key or type, naming the nearest good one.
+    """
+    return resolve(name_or_path, {"override": overrides or {}}).preset
+
+
+def resolve(name_or_path: str, layers: Mapping[str, Mapping[str, Any]]) -> Resolved:
+    """Return the preset with layers of dotted overrides {origin: {key: value}}, and all origins."""
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, table in _chain(name_or_path, ()):
+        _merge(tree, table, origin, origins, "")
+    for origin, overrides in layers.items():
+        for key, value in overrides.items():
+            _merge(tree, _nested(key, value), origin, origins, "")
+    preset = _validated(tree, name_or_path)
+    found = {key: _origin(key, origins) for key, _ in flat(preset.model_dump())}
+    return Resolved(preset, found)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Return ("a.b", value) for "a.b=value"; the value is read as TOML, else taken as a string."""
+    key, equals, raw = text.partition("=")
+    if not equals or not re.fullmatch(r"[\w.\-]+", key.strip()):
+        raise UserError(f"--set {text!r} is not KEY=VALUE", "for example --set train.lr=1e-4")
+    try:
+        value = tomllib.loads(f"value = {raw.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    return key.strip(), value
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield (dotted key, value) for every leaf of a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def to_toml(preset: Preset, origins: Mapping[str, str] | None = None) -> str:
+    """Return the preset as TOML that `--preset` takes again, origins as comments."""
+    document = tomlkit.document()
+    _fill(document, preset.model_dump(exclude_none=True), origins or {}, "")
+    return tomlkit.dumps(document)
+
+
+def _fill(table: Any, tree: Mapping[str, Any], origins: Mapping[str, str], prefix: str) -> None:
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, Mapping) and prefix == "" and key != "levels":
+            section = tomlkit.table()
+            _fill(section, value, origins, f"{dotted}.")
+            table[key] = section
+            continue
+        if isinstance(value, Mapping) and set(value) == {"name"}:
+            value = value["name"]
+        item = tomlkit.item(_plain(value))
+        if isinstance(value, Mapping):
+            inline = tomlkit.inline_table()
+            inline.update(_plain(value))
+            item = inline
+        if origin := _origin(dotted, origins) if origins else "":
+            item.comment(origin)
+        table[key] = item
+
+
+def _plain(value: Any) -> Any:
+    """Return the value with tuples as lists, and tables inside lists as inline tables."""
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        array = tomlkit.array()
+        for entry in value:
+            if isinstance(entry, Mapping):
+                inline = tomlkit.inline_table()
+                inline.update(_plain(entry))
+                array.append(inline)
+            else:
+                array.append(_plain(entry))
+        return array
+    return value
+
+
+def _chain(name_or_path: str, seen: tuple[str, ...]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Yield (origin, table) from the furthest ancestor down to the preset itself."""
+    path = _find(name_or_path)
+    if str(path) in seen:
+        raise UserError(f"preset {path.name} extends itself", "break the circle of `extends`")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}", "mend the file") from None
+    parent = table.pop("extends", None)
+    if parent is not None:
+        beside = path.parent / f"{parent}.toml"
+        yield from _chain(str(beside) if beside.is_file() else str(parent), (*seen, str(path)))
+    yield path.name, table
+
+
+def _find(name_or_path: str) -> Path:
+    """Return the file of a preset's name or path."""
+    path = Path(name_or_path)
+    if path.suffix == ".toml" or "/" in name_or_path:
+        if not path.is_file():
+            raise InputError(f"no preset file {name_or_path}", "check the path")
+        return path
+    if name_or_path not in preset_names():
+        raise UserError(f"no preset {name_or_path!r}", nearest(name_or_path, preset_names()))
+    return FOLDER / f"{name_or_path}.toml"
+
+
+def _nested(dotted: str, value: Any) -> dict[str, Any]:
+    """Return {"a": {"b": value}} for "a.b"."""
+    for key in reversed(dotted.split(".")):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _merge(
+    tree: dict[str, Any], table: Mapping[str, Any], origin: str, origins: dict[str, str], at: str
+) -> None:
+    """Put `table` over `tree`. A component of another name brings its own options only."""
+    for key, value in table.items():
+        dotted = f"{at}{key}"
+        old = tree.get(key)
+        if isinstance(value, Mapping):
+            if isinstance(old, str):
+                old = {"name": old}
+            keep = isinstance(old, dict) and value.get("name", old.get("name")) == old.get("name")
+            tree[key] = dict(old) if keep and isinstance(old, dict) else {}
+            _merge(tree[key], value, origin, origins, f"{dotted}.")
+        else:
+            tree[key] = value
+        for stale in [k for k in origins if k.startswith(f"{dotted}.")]:
+            if not isinstance(value, Mapping):
+                del origins[stale]
+        if not isinstance(value, Mapping):
+            origins[dotted] = origin
+
+
+def _origin(key: str, origins: Mapping[str, str]) -> str:
+    """Return where a key, or the nearest table above or value below it, was set."""
+    parts = key.split(".")
+    for end in range(len(parts), 0, -1):
+        if (above := ".".join(parts[:end])) in origins:
+            return origins[above]
+    below = [origin for k, origin in origins.items() if k.startswith(f"{key}.")]
+    return below[-1] if below else "default"
+
+
+def _validated(tree: dict[str, Any], shown: str) -> Preset:
+    try:
+        return Preset.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"] if part not in ("function-before", "tuple")]
+        key = ".".join(path)
+        if first["type"] == "extra_forbidden":
+            raise UserError(
+                f"unknown key {key!r} in preset {shown}", nearest(path[-1], _fields(path[:-1]))
+            ) from None
+        if first["type"] == "missing":
+            raise UserError(f"preset {shown} lacks {key!r}", "set it, or extend a preset") from None
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise UserError(
+            f"{key} = {first['input']!r}: {message}",
+            f"set it with --set {key}=VALUE, or in the file",
+        ) from None
+
+
+def _fields(path: list[str]) -> list[str]:
+    """Return the names of the keys a preset may have under `path`."""
+    model: type[BaseModel] = Preset
+    for part in path:
+        if part.isdigit():
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

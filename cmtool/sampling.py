@@ -1,0 +1,145 @@
+"""From a model and seeds to images: what sample, edit, eval and training runs all do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmtool.build import Model, build_sampler, noise_range
+from cmtool.core.edits import Edit
+from cmtool.core.precond import Preconditioned
+from cmtool.core.rng import SeededNoise
+from cmtool.core.samplers import clipped, multistep, sampling_levels
+from cmtool.errors import UserError, nearest
+from cmtool.presets import Choice, Preset
+
+
+class Plan(NamedTuple):
+    """A sampler and its descending levels; `evaluations` network calls an image."""
+
+    sampler: Choice
+    sigmas: tuple[float, ...]
+
+    @property
+    def evaluations(self) -> int:
+        """Network calls an image."""
+        heun = self.sampler.name == "heun"
+        return 2 * len(self.sigmas) - 1 if heun else len(self.sigmas)
+
+
+def plan(
+    preset: Preset,
+    *,
+    sampler: str | None = None,
+    steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> Plan:
+    """Return how to sample a model: what is given, else what its preset says.
+
+    Levels for n steps are the preset's tuned ones if it has them, else a Karras grid for a
+    teacher; for a consistency model with untuned n they are a Karras grid down to a tenth of
+    sigma_data, where images are settled.
+    """
+    chosen = Choice(name=sampler) if sampler else preset.sample.sampler
+    if chosen.name != "multistep" and preset.kind == "consistency":
+        raise UserError(
+            f"sampler {chosen.name!r} walks a teacher's ODE; this is a consistency model",
+            "use multistep, or leave --sampler out",
+        )
+    if chosen.name == "multistep" and preset.kind == "teacher":
+        raise UserError(
+            "multistep needs a consistency model; this is a teacher",
+            nearest("multistep", ["heun", "euler"]),
+        )
+    if sigmas is not None:
+        return Plan(chosen, tuple(sigmas))
+    n = steps or preset.sample.steps
+    tuned = preset.sample.levels.get(str(n))
+    if tuned is not None:
+        return Plan(chosen, tuple(tuned))
+    span = noise_range(preset)
+    if preset.kind == "consistency" and n > 1:
+        span = span._replace(sigma_min=preset.model.sigma_data / 10)
+    return Plan(chosen, tuple(sampling_levels(n, span)))
+
+
+@torch.no_grad()
+def generate(
+    f: Preconditioned,
+    preset: Preset,
+    chosen: Plan,
+    seeds: Sequence[int],
+    *,
+    labels: Tensor | None = None,
+    batch: int = 256,
+    device: str = "cpu",
+    clip: bool = True,
+) -> Iterator[Tensor]:
+    """Yield images (B, C, H, W) in [-1, 1] for consecutive batches of seeds.
+
+    An image is a function of its seed, its label and the plan. Without `labels` a conditional
+    model draws each image's class from its seed.
+    """
+    denoiser = clipped(f) if clip else f
+    draw = build_sampler(chosen.sampler)
+    shape = (preset.model.channels, *preset.model.image_size)
+    for start in range(0, len(seeds), batch):
+        part = seeds[start : start + batch]
+        noise = SeededNoise(part)
+        given = None if labels is None else labels[start : start + batch].to(device)
+        if given is None and preset.model.num_classes:
+            given = noise.labels(preset.model.num_classes).to(device)
+        yield draw(
+            denoiser,
+            torch.zeros(len(part), *shape, device=device),
+            chosen.sigmas,
+            noise,
+            sigma_min=preset.noise.sigma_min,
+            labels=given,
+        )
+
+
+@torch.no_grad()
+def run_edit(model: Model, edit: Edit, chosen: Plan, seed: int, label: int | None) -> Tensor:
+    """Return the edited image (1, C, H, W); what the edit keeps is kept after clamping."""
+    init = edit.init
+    labels = None if label is None else torch.full((1,), label, device=init.device)
+    return multistep(
+        clipped(model.f),
+        init,
+        chosen.sigmas,
+        SeededNoise([seed]),
+        sigma_min=model.preset.noise.sigma_min,
+        labels=labels,
+        project=edit.project,
+    )
+
+
+@torch.no_grad()
+def best_class(model: Model, edit: Edit, chosen: Plan, seed: int) -> int:
+    """Return the class under which an edit's free answer is nearest to what it must keep.
+
+    The edit is run once per class, and the last x0 before projection compared with the one after.
+    """
+    num_classes = model.preset.model.num_classes
+    gaps: list[Tensor] = []
+
+    def project(x0: Tensor) -> Tensor:
+        kept = edit.project(x0)
+        gaps.append((kept - x0).square().flatten(1).sum(1))
+        return kept
+
+    noise = SeededNoise([seed])
+    multistep(
+        clipped(model.f),
+        edit.init.expand(num_classes, *edit.init.shape[1:]),
+        chosen.sigmas,
+        lambda like: noise(like[:1]).expand_as(like),
+        sigma_min=model.preset.noise.sigma_min,
+        labels=torch.arange(num_classes, device=edit.init.device),
+        project=project,
+    )
+    return int(torch.stack(gaps[1:] or gaps).mean(0).argmin())
