@@ -121,7 +121,7 @@ def build_network(model: ModelSection) -> nn.Module:
 
 
 def build_denoiser(preset: Preset, kind: Kind, network: nn.Module | None = None) -> Preconditioned:
-    """Return a Denoiser of the preset: plain scalings for a teacher, shifted for a consistency model.
+    """Return a Denoiser of the preset: plain scalings for a teacher, else shifted ones.
 
     A new network starts from `train.seed`.
     """
@@ -141,7 +141,7 @@ def build_denoiser(preset: Preset, kind: Kind, network: nn.Module | None = None)
 
 
 def build_objective(preset: Preset, teacher: Denoiser | None) -> Objective:
-    """Return the training objective of a preset. Raises UserError if it lacks the teacher it needs."""
+    """Return the preset's training objective. Raises UserError if it lacks the teacher it needs."""
     loss = preset.loss
     levels = pick(LEVELS, loss.levels, "loss.levels")
     weight = partial(

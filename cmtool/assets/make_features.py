@@ -19,7 +19,7 @@ from cmtool.core.images import from_uint8
 from cmtool.core.metrics import DigitsFeatures
 from cmtool.core.rng import keyed_generator, seeded
 
-SEED, EPOCHS, BATCH, LR = 0, 12, 128, 2e-3
+SEED, EPOCHS, BATCH, LR = 0, 16, 128, 2e-3
 
 
 def colours(images: Tensor) -> Tensor:
@@ -27,6 +27,15 @@ def colours(images: Tensor) -> Tensor:
     flat = images.flatten(2)
     index = torch.stack([flat.sum(1).argmax(1), flat.sum(1).argmin(1)], 1)  # (B, 2)
     return flat.gather(2, index[:, None].expand(-1, 3, -1)).flatten(1)
+
+
+def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Return images (B, 3, 8, 8) moved by up to one pixel each way, their edges repeated."""
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    moves = torch.randint(3, (len(x), 2), generator=generator)
+    return torch.stack(
+        [image[:, r : r + 8, c : c + 8] for image, (r, c) in zip(padded, moves, strict=True)]
+    )
 
 
 def loss(network: DigitsFeatures, images: Tensor, labels: Tensor) -> Tensor:
@@ -42,14 +51,14 @@ def main(out: Path) -> None:
     assert held_out.labels is not None
     with seeded(keyed_generator("features", SEED)):
         network = DigitsFeatures()
-    optimizer = torch.optim.Adam(network.parameters(), lr=LR)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0.05)
     steps = EPOCHS * len(train) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
     for step in range(steps):
         generator = keyed_generator("features", SEED, step)
         index = torch.randint(len(train), (BATCH,), generator=generator)
         x = from_uint8(train.images[index])
-        x = x + 0.05 * torch.randn(x.shape, generator=generator)
+        x = shifted(x, generator) + 0.1 * torch.randn(x.shape, generator=generator)
         optimizer.zero_grad()
         loss(network, x, train.labels[index]).backward()
         optimizer.step()

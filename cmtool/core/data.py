@@ -47,7 +47,7 @@ def digits(split: str = "train") -> Dataset:
     """Return the bundled handwritten digits as 8x8 RGB pictures, `split` train or held-out.
 
     The 1,797 digits of the UCI Optical Recognition set (Alpaydin & Kaynak 1998, CC BY 4.0); every
-    fifth is held out. Each appears in 8 colourings, first all digits in their first colouring,
+    fifth of each class is held out. Each appears in 8 colourings, first all digits in their first colouring,
     then all in their second. Colours are a function of digit and colouring alone.
     """
     if split not in ("train", "held-out"):
@@ -55,7 +55,8 @@ def digits(split: str = "train") -> Dataset:
     with np.load(DIGITS) as stored:
         ink_amount, labels = stored["images"], stored["labels"]
     index = np.arange(len(labels))
-    held_out = index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    rank = np.array([np.sum(labels[:i] == label) for i, label in enumerate(labels)])  # in class
+    held_out = rank % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     chosen = index[held_out if split == "held-out" else ~held_out]
     parts = []
     for colouring in range(COLOURINGS):

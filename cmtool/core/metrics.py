@@ -93,6 +93,7 @@ class DigitsFeatures(nn.Module):
             nn.Conv2d(48, 64, 3, padding=1),
             nn.SiLU(),
             nn.Flatten(),
+            nn.Dropout(0.3),
             nn.Linear(64 * 16, self.WIDTH),
             nn.SiLU(),
         )
