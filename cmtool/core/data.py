@@ -47,8 +47,8 @@ def digits(split: str = "train") -> Dataset:
     """Return the bundled handwritten digits as 8x8 RGB pictures, `split` train or held-out.
 
     The 1,797 digits of the UCI Optical Recognition set (Alpaydin & Kaynak 1998, CC BY 4.0); every
-    fifth of each class is held out. Each appears in 8 colourings, first all digits in their first colouring,
-    then all in their second. Colours are a function of digit and colouring alone.
+    fifth of each class is held out. Each appears in 8 colourings, first all digits in their first
+    colouring, then all in their second. Colours are a function of digit and colouring alone.
     """
     if split not in ("train", "held-out"):
         raise InputError(f"no split {split!r} of the digits", nearest(split, ["train", "held-out"]))

@@ -1,0 +1,215 @@
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from cmtool.core.distances import l2
+from cmtool.core.losses import (
+    WEIGHTINGS,
+    consistency_loss,
+    consistency_objective,
+    denoising_loss,
+    denoising_objective,
+    karras,
+    noise_pair,
+    teacher_pair,
+    truncated_snr,
+    uniform_weight,
+)
+from cmtool.core.noise import NoiseRange, Stage, karras_sigmas, lognormal, uniform
+from cmtool.core.rng import seeded
+from cmtool.core.solvers import SOLVERS
+from cmtool.core.tensors import expand, level
+from tests.problems import Gaussian, slope
+
+
+def drawn(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def test_noise_pair_shares_image_and_noise():
+    x0, noise = drawn(2, 5, 3, 2, 2)
+    hi, lo = torch.linspace(1, 5, 5).double(), torch.linspace(0.1, 0.5, 5).double()
+    pair = noise_pair(x0, hi, lo, noise)
+    torch.testing.assert_close((pair.x_hi - x0) / expand(hi, x0), noise)
+    torch.testing.assert_close((pair.x_lo - x0) / expand(lo, x0), noise)
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
+def test_teacher_pair_stays_on_the_path(name, order):
+    """One step of size h is wrong by h^(order + 1)."""
+    problem = Gaussian()
+    x0, noise = drawn(2, 1, 1, 1, 1)
+    sizes, errors = [8, 16, 32, 64], []
+    for n in sizes:
+        hi = torch.tensor([2.0]).double()
+        lo = hi - 1 / n
+        pair = teacher_pair(x0, hi, lo, noise, None, problem.denoiser, SOLVERS[name])
+        errors.append(float((pair.x_lo - problem.at(pair.x_hi, hi, lo)).abs()))
+    assert slope(sizes, errors) == pytest.approx(order + 1, abs=0.1)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_exact_map_has_almost_no_loss_and_a_wrong_one_has(name):
+    problem = Gaussian()
+    x0, noise = drawn(2, 64, 1, 1, 1)
+    sigmas = karras_sigmas(400, problem.eps, 20.0)
+    hi, lo = sigmas[150:214], sigmas[149:213]
+    pair = teacher_pair(x0, hi, lo, noise, None, problem.denoiser, SOLVERS[name])
+    loss = partial(consistency_loss, pair=pair, labels=None, distance=l2, weight=uniform_weight)
+    exact = loss(problem.consistency, problem.consistency)
+    wrong = loss(problem.denoiser, problem.denoiser)
+    assert exact.shape == (64,)
+    assert float(exact.max()) < 0.05 * float(wrong.mean())
+
+
+def test_consistency_loss_differentiates_the_student_only():
+    student, target = nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)
+    pair = noise_pair(
+        torch.ones(2, 1, 2, 2), torch.ones(2) * 2, torch.ones(2), torch.ones(2, 1, 2, 2)
+    )
+    loss = consistency_loss(
+        lambda x, s, y: student(x), lambda x, s, y: target(x), pair, None, l2, uniform_weight
+    )
+    loss.sum().backward()
+    assert student.weight.grad is not None
+    assert target.weight.grad is None
+
+
+def test_student_and_target_drop_the_same_units():
+    dropout = nn.Dropout(0.5)
+    x = torch.ones(4, 8, 4, 4)
+    pair = noise_pair(x, torch.ones(4) * 2, torch.ones(4), torch.zeros_like(x))
+    seen = []
+
+    def f(x, sigma, labels):
+        seen.append(dropout(x))
+        return seen[-1]
+
+    with seeded(torch.Generator().manual_seed(0)):
+        consistency_loss(f, f, pair, None, l2, uniform_weight)
+        other = dropout(x)
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], other)
+
+
+def test_the_weight_is_taken_at_the_higher_level():
+    pair = noise_pair(torch.zeros(1, 1, 1, 1), torch.tensor([2.0]), torch.tensor([0.5]),
+                      torch.ones(1, 1, 1, 1))  # fmt: skip
+    loss = consistency_loss(
+        lambda x, s, y: x, lambda x, s, y: x, pair, None, l2, lambda sigma: sigma
+    )
+    assert float(loss) == pytest.approx(2.0 * 1.5**2)
+
+
+def test_denoising_loss_by_hand():
+    x0 = torch.full((1, 1, 2, 2), 0.5)
+    loss = denoising_loss(
+        lambda x, s, y: x, x0, torch.tensor([2.0]), torch.full_like(x0, 0.1), None,
+        partial(karras, sigma_data=0.5),
+    )  # fmt: skip
+    assert float(loss) == pytest.approx((1 / 4 + 4) * 0.2**2)
+
+
+def test_the_posterior_mean_minimises_the_denoising_loss():
+    problem, n = Gaussian(), 200_000
+    x0 = problem.m + problem.s * drawn(n, 1, 1, 1)
+    noise, sigma = drawn(n, 1, 1, 1, seed=1), torch.ones(n).double()
+
+    def mean_loss(shift, scale):
+        def f(x, sigma, y):
+            return problem.m + (problem.denoiser(x, sigma) - problem.m) * scale + shift
+
+        return float(denoising_loss(f, x0, sigma, noise, None, uniform_weight).mean())
+
+    best = mean_loss(0, 1)
+    assert best == pytest.approx(1 / (1 / problem.s**2 + 1), rel=0.01)
+    assert best < min(mean_loss(0.05, 1), mean_loss(-0.05, 1), mean_loss(0, 1.1), mean_loss(0, 0.9))
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_every_weighting_is_positive_and_per_image(name):
+    weight = WEIGHTINGS[name](torch.tensor([0.01, 0.5, 80.0]), sigma_data=0.5)
+    assert weight.shape == (3,)
+    assert (weight > 0).all()
+
+
+def test_truncated_snr_is_cut_at_one():
+    assert truncated_snr(torch.tensor([0.5, 4.0])).tolist() == [4.0, 1.0]
+
+
+def test_objectives_are_functions_of_their_generator():
+    f, x0 = Gaussian().denoiser, drawn(8, 1, 2, 2)
+    for objective in (
+        denoising_objective(lognormal, karras, NoiseRange()),
+        consistency_objective(
+            uniform,
+            lambda x, h, lo, z, y: noise_pair(x, h, lo, z),
+            l2,
+            uniform_weight,
+            NoiseRange(),
+        ),
+    ):
+
+        def run(seed, objective=objective):
+            generator = torch.Generator().manual_seed(seed)
+            return objective(f, None, x0, None, Stage(18, 0.0), generator)
+
+        assert torch.equal(run(1).loss, run(1).loss)
+        assert not torch.equal(run(1).loss, run(2).loss)
+        assert run(1).sigma.shape == (8,)
+
+
+STEPS = 6000
+
+
+class Table(nn.Module):
+    """A consistency model of 1-D Gaussian data: slope and offset for each level of a grid."""
+
+    def __init__(self, sigmas, eps):
+        super().__init__()
+        self.sigmas, self.eps = sigmas, eps
+        self.slope = nn.Parameter(torch.ones(len(sigmas), dtype=torch.float64) * 0.5)
+        self.offset = nn.Parameter(torch.zeros(len(sigmas), dtype=torch.float64))
+
+    def forward(self, x, sigma, labels=None):
+        i = torch.searchsorted(self.sigmas, sigma.contiguous())
+        free = expand(self.slope[i], x) * x / expand(1 + sigma, x) + expand(self.offset[i], x)
+        return torch.where(expand(sigma, x) == self.eps, x, free)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_distillation_nears_the_exact_map_as_the_grid_gets_finer(solver):
+    """Theorem 1 of Song et al. (2023) on a trained map: N = 9, 18, 36."""
+    problem = Gaussian()
+    errors = []
+    for n in (9, 18, 36):
+        span = NoiseRange(problem.eps, 10.0)
+        sigmas = karras_sigmas(n, *span)
+        student = Table(sigmas, problem.eps)
+        objective = consistency_objective(
+            uniform,
+            partial(teacher_pair, teacher=problem.denoiser, solver=SOLVERS[solver]),
+            l2,
+            uniform_weight,
+            span,
+        )
+        optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=STEPS)
+        for step in range(STEPS):
+            generator = torch.Generator().manual_seed(step)
+            x0 = problem.m + problem.s * torch.randn(256, 1, 1, 1, generator=generator).double()
+            loss = objective(student, None, x0, None, Stage(n, 0.0), generator).loss.mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        x = 10.0 * drawn(4000, 1, 1, 1, seed=5)
+        with torch.no_grad():
+            gap = student(x, level(10.0, x)) - problem.consistency(x, level(10.0, x))
+        errors.append(float(gap.square().mean().sqrt()))
+    print(f"{solver}: error against the exact map for N = 9, 18, 36: {errors}")
+    order = slope([8, 17, 35], errors)
+    assert order == pytest.approx({"euler": 1, "heun": 2}[solver], abs=0.25)

@@ -1,0 +1,108 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from cmtool.core.noise import (
+    CURRICULA,
+    LEVELS,
+    NoiseRange,
+    consistency_training,
+    karras_sigmas,
+)
+from cmtool.errors import UserError
+
+
+def test_grid_of_18_is_the_published_one():
+    published = [80, 57.586, 40.786, 28.375, 19.352, 12.910, 8.4009, 5.3152, 3.2568, 1.9233,
+                 1.0882, 0.58535, 0.29644, 0.13952, 0.059947, 0.022935, 0.007528, 0.002]  # fmt: skip
+    expected = torch.tensor(published, dtype=torch.float64).flip(0)
+    torch.testing.assert_close(karras_sigmas(18), expected, rtol=5e-5, atol=0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 18, 40, 201])
+def test_grid_ascends_and_its_ends_are_exact(n):
+    sigmas = karras_sigmas(n)
+    assert sigmas.dtype == torch.float64
+    assert sigmas[0] == 0.002
+    assert sigmas[-1] == 80.0
+    assert (sigmas.diff() > 0).all()
+
+
+@pytest.mark.parametrize(("index", "n", "sigma"), [(22, 40, 1.382368), (11, 18, 0.585348)])
+def test_published_two_step_levels(index, n, sigma):
+    assert float(karras_sigmas(n).flip(0)[index]) == pytest.approx(sigma, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [(1,), (5, 1.0, 0.5), (5, 0.0, 1.0)])
+def test_grid_refuses_nonsense(bad):
+    with pytest.raises(UserError):
+        karras_sigmas(*bad)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_every_picker_orders_its_levels_and_repeats_itself(name):
+    def draw():
+        return LEVELS[name](512, 18, NoiseRange(), torch.Generator().manual_seed(3))
+
+    hi, lo = draw()
+    assert hi.shape == lo.shape == (512,)
+    assert hi.dtype == torch.float64
+    assert (lo < hi).all()
+    assert torch.equal(hi, draw().sigma_hi)
+
+
+def test_uniform_gives_neighbours_and_reaches_both_ends():
+    grid = karras_sigmas(5)
+    hi, lo = LEVELS["uniform"](500, 5, NoiseRange(), torch.Generator().manual_seed(0))
+    index = torch.searchsorted(grid, lo)
+    assert torch.equal(grid[index + 1], hi)
+    assert set(index.tolist()) == {0, 1, 2, 3}
+
+
+def test_lognormal_has_the_asked_moments():
+    draw = LEVELS["lognormal"](200_000, 2, NoiseRange(), torch.Generator().manual_seed(0))
+    logs = draw.sigma_hi.log()
+    assert float(logs.mean()) == pytest.approx(-1.2, abs=0.01)
+    assert float(logs.std()) == pytest.approx(1.2, abs=0.01)
+
+
+# k, N and mu for s1=150, mu0=0.9, then for s1=200, mu0=0.95,
+# the released code's mu first, the paper's second
+TABLE = [
+    (0, 2, 0.810000, 0.900000, 2, 0.902500, 0.950000),
+    (1, 3, 0.900000, 0.932170, 3, 0.950000, 0.966383),
+    (100, 3, 0.900000, 0.932170, 4, 0.966383, 0.974679),
+    (1_000, 6, 0.958732, 0.965489, 8, 0.985452, 0.987259),
+    (10_000, 17, 0.986916, 0.987681, 23, 0.995348, 0.995550),
+    (100_000, 54, 0.996032, 0.996105, 72, 0.998556, 0.998576),
+    (400_000, 107, 0.998014, 0.998033, 143, 0.999278, 0.999283),
+    (800_000, 151, 0.998596, 0.998605, 201, 0.999487, 0.999490),
+]
+
+
+@pytest.mark.parametrize(("k", "n150", "code150", "paper150", "n200", "code200", "paper200"), TABLE)
+def test_consistency_training_schedule(k, n150, code150, paper150, n200, code200, paper200):
+    for s1, mu0, n, code, paper in [
+        (150, 0.9, n150, code150, paper150),
+        (200, 0.95, n200, code200, paper200),
+    ]:
+        ours = consistency_training(k, 800_000, s0=2, s1=s1, mu0=mu0)
+        released = consistency_training(k, 800_000, s0=2, s1=s1, mu0=mu0, as_released=True)
+        assert ours.n == released.n == n
+        assert ours.mu == pytest.approx(paper, abs=6e-7)
+        assert released.mu == pytest.approx(code, abs=6e-7)
+
+
+@pytest.mark.parametrize(("k", "n"), [(175, 3), (176, 4), (421, 4), (422, 5), (1123, 7)])
+def test_schedule_grows_at_the_published_steps(k, n):
+    assert consistency_training(k, 800_000).n == n
+
+
+@pytest.mark.parametrize("name", CURRICULA)
+def test_every_curriculum_stays_put_past_its_end_and_never_shrinks(name):
+    stages = [CURRICULA[name](k, 100) for k in range(0, 300, 7)]
+    assert all(a.n <= b.n for a, b in itertools.pairwise(stages))
+    assert CURRICULA[name](100, 100) == CURRICULA[name](10_000, 100)
+    assert all(0 <= stage.mu < 1 and not math.isnan(stage.mu) for stage in stages)
