@@ -225,23 +225,24 @@ def to_toml(preset: Preset, origins: Mapping[str, str] | None = None) -> str:
 
 
 def _fill(table: Any, tree: Mapping[str, Any], origins: Mapping[str, str], prefix: str) -> None:
-    for key, value in tree.items():
+    """Fill a TOML table: values first, then tables; a component without options is its name."""
+    short = {k: v["name"] if _is_bare(v) else v for k, v in tree.items()}
+    for key, value in sorted(short.items(), key=lambda entry: isinstance(entry[1], Mapping)):
         dotted = f"{prefix}{key}"
-        if isinstance(value, Mapping) and prefix == "" and key != "levels":
+        if isinstance(value, Mapping):
             section = tomlkit.table()
             _fill(section, value, origins, f"{dotted}.")
             table[key] = section
             continue
-        if isinstance(value, Mapping) and set(value) == {"name"}:
-            value = value["name"]
         item = tomlkit.item(_plain(value))
-        if isinstance(value, Mapping):
-            inline = tomlkit.inline_table()
-            inline.update(_plain(value))
-            item = inline
-        if origin := _origin(dotted, origins) if origins else "":
-            item.comment(origin)
+        if origins:
+            item.comment(_origin(dotted, origins))
         table[key] = item
+
+
+def _is_bare(value: Any) -> bool:
+    """Tell whether a value is a component without options."""
+    return isinstance(value, Mapping) and set(value) == {"name"}
 
 
 def _plain(value: Any) -> Any:

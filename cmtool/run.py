@@ -278,7 +278,7 @@ def resume_state(out: Path, preset: Preset, state: TrainState, watcher: Watcher)
 def clear_run(out: Path) -> None:
     """Remove an earlier run's own files, and no others; called under the lock."""
     checkpoint.prune_all(out / "checkpoints")
-    for pattern in ("samples/step-*.png", "log.jsonl", "summary.png", "report.html"):
+    for pattern in ("samples/step-*.png", "log.jsonl", "preset.toml", "summary.png"):
         for file in out.glob(pattern):
             file.unlink()
 
@@ -287,7 +287,8 @@ def write_run_files(
     out: Path, preset: Preset, origins: Mapping[str, str], data: Dataset, teacher: Model | None
 ) -> None:
     """Write preset.toml and run.json."""
-    checkpoint.write_atomic(out / "preset.toml", to_toml(preset, origins).encode())
+    if not (out / "preset.toml").is_file():  # a resumed run keeps its own, with its origins
+        checkpoint.write_atomic(out / "preset.toml", to_toml(preset, origins).encode())
     facts = {
         "arguments": sys.argv[1:],
         "versions": {

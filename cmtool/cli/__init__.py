@@ -54,11 +54,11 @@ def _root(
     pass
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the command line; a UserError becomes two lines on stderr and its exit code."""
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     try:
-        app()
+        app(argv)
     except UserError as error:
         say(f"error: {error.what}")
         if error.hint:

@@ -1,0 +1,52 @@
+import io
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from cmtool.cli import main
+
+TINY = [
+    "--set", "train.batch=8", "--set", "model.network.model_channels=16",
+    "--set", "model.network.norm_groups=4", "--set", "model.network.head_channels=16",
+    "--set", "run.log_every=2", "--device", "cpu",
+]  # fmt: skip
+
+
+class Result(NamedTuple):
+    code: int
+    out: bytes
+    err: str
+
+    @property
+    def text(self):
+        return self.out.decode()
+
+
+@pytest.fixture
+def cmtool(monkeypatch, capfdbinary, tmp_path):
+    """Run a command in this process, in an empty folder, the way the shell would."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, stdin=b""):
+        stream = io.TextIOWrapper(io.BytesIO(stdin))
+        monkeypatch.setattr(sys, "stdin", stream)
+        capfdbinary.readouterr()
+        code = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capfdbinary.readouterr()
+        return Result(code, captured.out, captured.err.decode())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A finished consistency model, trained for six steps."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    with pytest.raises(SystemExit):
+        main(["train", "--preset", "digits-ct", "--out", str(out), "--set", "train.steps=6", *TINY])
+    return out

@@ -1,0 +1,99 @@
+"""Bad input: two lines on stderr that name the value and the remedy, nothing on stdout."""
+
+import pytest
+import torch
+
+from cmtool.core.images import png_bytes
+from tests.cli.conftest import TINY
+
+HTML = b"<!DOCTYPE html><html>404</html>"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "page.safetensors").write_bytes(HTML)
+    (tmp_path / "pointer.safetensors").write_bytes(POINTER)
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    (tmp_path / "noise.safetensors").write_bytes(bytes(range(200)))
+    (tmp_path / "text.png").write_bytes(b"not a picture")
+    (tmp_path / "d.png").write_bytes(png_bytes(torch.zeros(3, 8, 8, dtype=torch.uint8)))
+    (tmp_path / "big.png").write_bytes(png_bytes(torch.zeros(3, 16, 16, dtype=torch.uint8)))
+    (tmp_path / "mask.png").write_bytes(png_bytes(torch.zeros(1, 8, 8, dtype=torch.uint8)))
+    (tmp_path / "mask9.png").write_bytes(png_bytes(torch.zeros(1, 9, 9, dtype=torch.uint8)))
+    (tmp_path / "bad.toml").write_text("this is = = not toml")
+    (tmp_path / "loop.toml").write_text('extends = "loop"')
+    (tmp_path / "folder").mkdir()
+
+
+CASES = [
+    (["preset", "show", "digits-ce"], 2, "'digits-ce'", "did you mean 'digits-c"),
+    (["preset", "show", "nowhere.toml"], 3, "nowhere.toml", "check the path"),
+    (["preset", "show", "bad.toml"], 2, "bad.toml is not TOML", "mend"),
+    (["preset", "show", "loop.toml"], 2, "extends itself", "circle"),
+    (["preset", "show", "digits-cd", "--set", "train.stps=5"], 2, "'train.stps'", "'steps'"),
+    (["preset", "show", "digits-cd", "--set", "train.steps=many"], 2, "'many'", "train.steps"),
+    (["preset", "show", "digits-cd", "--set", "train.lr=-1"], 2, "-1", "train.lr"),
+    (["preset", "show", "digits-cd", "--set", "train.steps"], 2, "not KEY=VALUE", "--set"),
+    (["train", *TINY, "--set", "loss.levels=lognorml"], 2, "'lognorml'", "'lognormal'"),
+    (["train", *TINY, "--set", "loss.levels.men=1"], 2, "no option 'men'", "'mean'"),
+    (["train", *TINY, "--set", "model.network.model_chanels=1"], 2, "'model_chanels'", "channels"),
+    (["train", *TINY, "--set", "model.network.model_channels=wide"], 2, "'wide'", "type"),
+    (["train", *TINY, "--set", "train.optimizer=sgd"], 2, "'sgd'", "adam"),
+    (["train", "--preset", "digits-cd"], 2, "distills a teacher", "cmtool distill"),
+    (["distill", "--preset", "digits-ct"], 2, "no teacher", "cmtool train"),
+    (["distill", "--metric", "l3"], 2, "'l3'", "l2"),
+    (["distill", "--teacher", "digits-cd"], 3, "not a teacher", "edm"),
+    (["distill", "--teacher", "nowhere"], 3, "no model 'nowhere'", "run folder"),
+    (["train", "--resume"], 2, "--resume without", "--out"),
+    (["train", "--resume", "--out", "folder"], 3, "no run to resume", "leave --resume out"),
+    (["train", "--data", "nowhere"], 3, "'nowhere'", "digits"),
+    (["train", "--data", "folder"], 3, "no images in folder", ".png"),
+    (["train", "--device", "tpu9"], 2, "'tpu9'", "cpu"),
+    (["sample", "-c", "page.safetensors"], 3, "HTML page", "fetch"),
+    (["sample", "-c", "pointer.safetensors"], 3, "LFS pointer", "git lfs pull"),
+    (["sample", "-c", "empty.safetensors"], 3, "is empty", "again"),
+    (["sample", "-c", "noise.safetensors"], 3, "noise.safetensors is not a model", "cmtool"),
+    (["sample", "-c", "folder"], 3, "no checkpoint in folder", "run folder"),
+    (["sample", "--seeds", "5-2"], 2, "'5-2'", "0-15"),
+    (["sample", "--sigmas", "80,x"], 2, "'80,x'", "80,0.8"),
+    (["sample", "-c", "digits-cd", "--sigmas", "1,80"], 2, "1,80 do not descend", "high to low"),
+    (["sample", "-c", "digits-cd", "--sigmas", "80,0.0001"], 2, "below sigma_min", "raise"),
+    (["sample", "-c", "digits-cd", "--class", "10"], 2, "no class 10", "0 to 9"),
+    (["sample", "-c", "digits-cd", "--sampler", "heun"], 2, "'heun'", "multistep"),
+    (["sample", "-c", "digits-edm", "--sampler", "multistep"], 2, "is a teacher", "heun"),
+    (["sample", "-c", "digits-cd", "--out", "d.png/x"], 3, "cannot make d.png/x", "--out"),
+    (["sample", "-c", "digits-cd", "--out", "d.png"], 2, "d.png exists", "--overwrite"),
+    (["edit", "inpaint", "d.png", "--mask", "mask9.png"], 3, "mask is 9x9", "resize"),
+    (["edit", "inpaint", "gone.png", "--mask", "mask.png"], 3, "no such image: gone.png", "path"),
+    (["edit", "inpaint", "d.png", "--mask", "gone.png"], 3, "no such image: gone.png", "path"),
+    (["edit", "inpaint", "text.png", "--mask", "mask.png"], 3, "text.png is not an image", "PNG"),
+    (["edit", "inpaint", "--mask", "mask.png"], 3, "nothing on stdin", "pipe"),
+    (["edit", "inpaint", "big.png", "--mask", "big.png"], 3, "16x16, the model makes 8x8", "8x8"),
+    (["edit", "inpaint", "d.png", "--mask", "mask.png", "-c", "digits-edm"], 3, "digits-edm is not",
+     "--checkpoint"),
+    (["eval", "fid", "folder"], 3, "no images in folder", ".png"),
+    (["eval", "fid", "d.png"], 3, "1 image to evaluate", "2 or more"),
+    (["eval", "fid", "d.png", "big.png"], 3, "big.png is 16x16", "one size"),
+    (["eval", "fid", "big.png", "big.png"], 3, "8x8", "bundled digits"),
+    (["eval", "fid", "d.png", "text.png"], 3, "text.png is not an image", "PNG"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "code", "what", "hint"), CASES, ids=lambda v: None)
+@pytest.mark.usefixtures("files")
+def test_the_message_names_value_and_remedy(cmtool, arguments, code, what, hint):
+    result = cmtool(*arguments)
+    assert result.code == code, result.err
+    assert result.out == b""
+    assert "Traceback" not in result.err
+    lines = result.err.splitlines()
+    error = next(line for line in lines if line.startswith("error: "))
+    remedy = next(line for line in lines if line.startswith("hint: "))
+    assert what in error
+    assert hint in remedy
+
+
+def test_a_wrong_flag_is_a_usage_error(cmtool):
+    assert cmtool("sample", "--sedes", "1").code == 2
+    assert cmtool("smaple").code == 2

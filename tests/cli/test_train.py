@@ -1,0 +1,198 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+
+import pytest
+from safetensors.torch import load_file
+
+from cmtool.core.images import read_image
+from tests.cli.conftest import TINY
+
+
+def tensors(checkpoint):
+    return {
+        f"{file.name}:{key}": tensor
+        for file in sorted(checkpoint.glob("*.safetensors"))
+        for key, tensor in load_file(file).items()
+    }
+
+
+def assert_equal(a, b):
+    ours, theirs = tensors(a), tensors(b)
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 100
+    for key, tensor in ours.items():
+        assert (tensor == theirs[key]).all(), key
+
+
+def test_a_run_folder_holds_what_a_person_needs(cmtool, tmp_path):
+    result = cmtool(
+        "train", "--preset", "digits-edm", "--out", "r", "--set", "train.steps=4",
+        "--set", "run.sample_every=2", *TINY,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert result.text == "r/checkpoints/step-0000004\n"
+    assert "step=2/4" in result.err
+    assert "images/s=" in result.err
+    run = tmp_path / "r"
+    preset = tomllib.loads((run / "preset.toml").read_text())
+    assert preset["train"]["steps"] == 4
+    assert "# --set" in (run / "preset.toml").read_text()
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [2, 4]
+    assert {"loss", "lr", "images", "n", "mu", "grad_norm"} <= log[0].keys()
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"], status["exit_code"]) == ("done", 4, 0)
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["data"]["images"] == 11536
+    assert {p.name for p in (run / "samples").iterdir()} == {
+        "step-0000002.png", "step-0000004.png"
+    }  # fmt: skip
+    assert read_image(run / "summary.png").shape[0] == 3
+
+
+@pytest.mark.parametrize("preset", ["digits-edm", "digits-ct"])
+def test_resume_after_kill_is_bit_equal(tmp_path, preset):
+    """60 steps straight equal 25 or so, kill -9, --resume."""
+    command = [sys.executable, "-m", "cmtool", "train", "--preset", preset, *TINY]
+    command += ["--set", "train.steps=60", "--set", "run.checkpoint_every=5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(out, *more):
+        return subprocess.Popen(
+            [*command, "--out", str(tmp_path / out), *more], env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    straight = start("straight")
+    killed = start("killed")
+    while not (tmp_path / "killed/checkpoints/step-0000025").exists():
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    status = json.loads((tmp_path / "killed/status.json").read_text())
+    assert status["state"] == "running"
+    resumed = start("killed", "--resume")
+    _, err = resumed.communicate()
+    assert resumed.returncode == 0, err
+    assert b"resumed from" in err
+    assert straight.communicate() and straight.returncode == 0  # noqa: PT018
+    assert_equal(
+        tmp_path / "straight/checkpoints/step-0000060", tmp_path / "killed/checkpoints/step-0000060"
+    )
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "killed/log.jsonl").read_text().splitlines()
+    ]
+    assert steps == list(range(2, 61, 2))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends(tmp_path, number, code):
+    run = subprocess.Popen(
+        [sys.executable, "-m", "cmtool", "train", *TINY, "--set", "train.steps=100000",
+         "--out", str(tmp_path / "r")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not (tmp_path / "r/log.jsonl").exists() or not (tmp_path / "r/log.jsonl").read_text():
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    run.send_signal(number)
+    out, err = run.communicate(timeout=30)
+    assert run.returncode == code, err
+    assert out == b""
+    assert b"after saving step" in err
+    status = json.loads((tmp_path / "r/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", code)
+    assert (tmp_path / f"r/checkpoints/step-{status['step']:07d}/manifest.json").exists() or list(
+        (tmp_path / "r/checkpoints").glob("step-*/manifest.json")
+    )
+
+
+def test_a_run_folder_in_use_is_refused(cmtool, tmp_path):
+    run = subprocess.Popen(
+        [sys.executable, "-m", "cmtool", "train", *TINY, "--set", "train.steps=100000",
+         "--out", str(tmp_path / "r")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while not (tmp_path / "r/log.jsonl").exists():
+            assert run.poll() is None
+            time.sleep(0.01)
+        result = cmtool("train", *TINY, "--out", "r", "--resume")
+        assert result.code == 7
+        assert f"process {run.pid}" in result.err
+        overwriting = cmtool("train", *TINY, "--out", "r", "--overwrite")
+        assert overwriting.code == 7
+        assert (tmp_path / "r/log.jsonl").exists()
+    finally:
+        run.kill()
+        run.wait()
+
+
+def test_an_existing_run_is_never_reused_silently(cmtool, tmp_path):
+    arguments = ["train", *TINY, "--set", "train.steps=2", "--out", "r"]
+    assert cmtool(*arguments).code == 0
+    result = cmtool(*arguments)
+    assert result.code == 2
+    assert "r holds a run already" in result.err
+    assert "--resume" in result.err
+    assert cmtool(*arguments, "--overwrite").code == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    result = cmtool("train", *TINY, "--out", "mine", "--overwrite")
+    assert result.code == 2
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+
+
+def test_default_run_folders_are_numbered(cmtool):
+    arguments = ["train", *TINY, "--set", "train.steps=1"]
+    assert cmtool(*arguments).text == "runs/digits-edm/checkpoints/step-0000001\n"
+    assert cmtool(*arguments).text == "runs/digits-edm-2/checkpoints/step-0000001\n"
+
+
+def test_resume_with_another_preset_shows_the_difference(cmtool):
+    assert cmtool("train", *TINY, "--set", "train.steps=2", "--out", "r").code == 0
+    result = cmtool("train", "--out", "r", "--resume", "--set", "train.lr=0.5")
+    assert result.code == 2
+    assert "train had {'lr': 0.002}, now {'lr': 0.5}" in result.err
+    result = cmtool("train", "--out", "r", "--resume", "--set", "run.log_every=9")
+    assert result.code == 0, result.err
+
+
+def test_distill_trains_a_consistency_model_from_the_teacher(cmtool):
+    result = cmtool(
+        "distill", "--teacher", "digits-edm", "--out", "s", "--json",
+        "--set", "train.steps=2", "--set", "train.batch=8",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    facts = json.loads(result.text)
+    assert facts["kind"] == "consistency"
+    assert facts["checkpoint"] == "s/checkpoints/step-0000002"
+
+
+def test_a_student_takes_the_architecture_of_its_teacher(cmtool, tmp_path):
+    assert cmtool("train", *TINY, "--set", "train.steps=2", "--out", "runs/t").code == 0
+    result = cmtool("distill", "--out", "s", "--set", "train.steps=1", "--set", "train.batch=8")
+    assert result.code == 0, result.err
+    assert "teacher: runs/t" in result.err
+    text = (tmp_path / "s/preset.toml").read_text()
+    preset = tomllib.loads(text)
+    assert preset["model"]["network"]["model_channels"] == 16
+    assert preset["model"]["network"]["dropout"] == 0.0
+    assert "# teacher runs/t" in text
+
+
+def test_dry_run_prints_the_preset_and_writes_nothing(cmtool, tmp_path):
+    result = cmtool("distill", "--dry-run", "--metric", "l1", "--seed", "5", "--out", "r")
+    assert result.code == 0
+    preset = tomllib.loads(result.text)
+    assert preset["loss"]["distance"] == "l1"
+    assert preset["train"]["seed"] == 5
+    assert "# --metric" in result.text
+    assert list(tmp_path.iterdir()) == []

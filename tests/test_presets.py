@@ -1,0 +1,90 @@
+import pytest
+
+from cmtool.build import (
+    build_curriculum,
+    build_denoiser,
+    build_objective,
+    build_sampler,
+    fit_settings,
+)
+from cmtool.errors import UserError
+from cmtool.presets import load_preset, parse_override, preset_names, resolve, to_toml
+from cmtool.sampling import plan
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_builds(name):
+    preset = load_preset(name)
+    assert preset.description
+    teacher = build_denoiser(preset, "teacher") if preset.loss.pair == "teacher" else None
+    build_denoiser(preset, preset.kind)
+    build_objective(preset, teacher)
+    stage = build_curriculum(preset)(0, preset.train.steps)
+    assert stage.n >= 2
+    assert fit_settings(preset).steps == preset.train.steps
+    build_sampler(preset.sample.sampler)
+    for steps in (None, 1, 2, 5):
+        assert plan(preset, steps=steps).sigmas[0] == preset.noise.sigma_max
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_survives_being_written_out(name, tmp_path):
+    resolved = resolve(name, {})
+    path = tmp_path / "again.toml"
+    path.write_text(to_toml(resolved.preset, resolved.origins))
+    assert load_preset(str(path)) == resolved.preset
+
+
+def test_overrides_go_over_the_file_in_order():
+    resolved = resolve("digits-cd", {"--set": {"train.lr": 0.1}, "--seed": {"train.seed": 4}})
+    assert resolved.preset.train.lr == 0.1
+    assert resolved.origins["train.lr"] == "--set"
+    assert resolved.origins["train.seed"] == "--seed"
+    assert resolved.origins["model.channels"] == "digits-edm.toml"
+    assert resolved.origins["noise.rho"] == "default"
+
+
+def test_a_component_of_another_name_brings_its_own_options_only():
+    preset = load_preset("digits-cd", {"loss.curriculum": "consistency_training"})
+    assert preset.loss.curriculum.options == {}
+    preset = load_preset("digits-cd", {"loss.curriculum.n": 9})
+    assert preset.loss.curriculum.options["n"] == 9
+    assert preset.loss.curriculum.name == "fixed"
+
+
+def test_an_option_can_be_set_on_a_bare_name():
+    preset = load_preset("digits-edm", {"loss.levels.mean": -2.0})
+    assert preset.loss.levels.name == "lognormal"
+    assert preset.loss.levels.options == {"mean": -2.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.b=1e-4", ("a.b", 1e-4)),
+        ("a.b=lpips", ("a.b", "lpips")),
+        ("a=[1, 2]", ("a", [1, 2])),
+        ("a=true", ("a", True)),
+        ('a={ name = "x", c = 1 }', ("a", {"name": "x", "c": 1})),
+        ("a=x=y", ("a", "x=y")),
+    ],
+)
+def test_overrides_are_read_as_toml_else_as_text(text, expected):
+    assert parse_override(text) == expected
+
+
+@pytest.mark.parametrize(("text", "count"), [("2k", 2000), ("1.5M", 1_500_000), (1e5, 100_000)])
+def test_counts_may_be_written_short(text, count):
+    assert load_preset("digits-cd", {"train.steps": text}).train.steps == count
+
+
+@pytest.mark.parametrize("bad", [True, 1.5, "10x", -3])
+def test_counts_that_are_not_whole_are_refused(bad):
+    with pytest.raises(UserError):
+        load_preset("digits-cd", {"train.steps": bad})
+
+
+def test_presets_are_frozen():
+    preset = load_preset("digits-cd")
+    with pytest.raises(ValueError, match="frozen"):
+        preset.train.lr = 1.0
