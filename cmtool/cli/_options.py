@@ -44,6 +44,9 @@ Batch = Annotated[int, typer.Option(min=1, help="Images per network call; change
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+MAX_SEEDS = 10_000_000
+
+
 def say(text: str) -> None:
     """Write one line to stderr; a closed stderr is no reason to stop."""
     try:
@@ -90,7 +93,10 @@ def parse_seeds(text: str) -> list[int]:
             raise UserError(
                 f"--seeds {text!r} is not a list of seeds", "for example 0-15 or 3,7,10-12"
             )
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if len(seeds) + last - first >= MAX_SEEDS:
+            raise UserError(f"--seeds {text!r} asks for too many images", f"at most {MAX_SEEDS:,}")
+        seeds += range(first, last + 1)
     return seeds
 
 

@@ -1,0 +1,29 @@
+"""Bundle a finished run: `python -m cmtool.assets.bundle runs/teacher OUT.safetensors`.
+
+Its kept weights go into one file in half precision, with what run.json says of how they were made.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from cmtool.build import find_weights
+from cmtool.core.formats.native import read_about, read_weights, write_weights
+
+
+def main(run: Path, out: Path) -> None:
+    """Write the run's weights EMA to `out` in float16."""
+    source = find_weights(run)
+    made = json.loads((run / "run.json").read_text())
+    words = made["arguments"]
+    if "--out" in words:  # where it was made is nobody's business
+        at = words.index("--out")
+        made["arguments"] = words[:at] + words[at + 2 :]
+    about = {**read_about(source), "made": made}
+    write_weights(out, {name: t.half() for name, t in read_weights(source).items()}, about)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
