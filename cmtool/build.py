@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cmtool import presets
-from cmtool.core.checkpoint import newest_checkpoint
+from cmtool.core.checkpoint import newest_checkpoint, verify
 from cmtool.core.distances import DISTANCES
 from cmtool.core.ema import Ema, frozen_copy
 from cmtool.core.formats.native import read_about, read_weights
@@ -45,10 +45,32 @@ ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("digits-edm", "digits-cd")
 Kind = Literal["teacher", "consistency"]
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "radam": torch.optim.RAdam,
-    "adam": torch.optim.Adam,
-}
+
+def radam(
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """Return RAdam, the optimizer of the paper."""
+    return torch.optim.RAdam(parameters, lr, betas, eps, weight_decay)
+
+
+def adam(
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """Return Adam, the optimizer of EDM."""
+    return torch.optim.Adam(parameters, lr, betas, eps, weight_decay)
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"radam": radam, "adam": adam}
 
 
 @dataclass(frozen=True)
@@ -69,24 +91,33 @@ class Model:
 
 
 def pick(
-    registry: Mapping[str, Callable[..., Any]], choice: Choice, key: str
+    registry: Mapping[str, Callable[..., Any]],
+    choice: Choice,
+    key: str,
+    given: Collection[str] = (),
 ) -> Callable[..., Any]:
     """Return the component a preset names, with its options bound.
 
-    Raises UserError for an unknown name or option, naming the good ones.
+    Options are its keyword-only parameters but those `given` by the caller. Raises UserError for
+    an unknown name or option, naming the good ones, and for an option of the wrong type.
     """
     if choice.name not in registry:
         raise UserError(f"{key} = {choice.name!r}", nearest(choice.name, registry))
     component = registry[choice.name]
-    if not choice.options:
-        return component
-    known = inspect.signature(component).parameters.values()
-    good = [p.name for p in known if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    for option in choice.options:
+    known = inspect.signature(component, eval_str=True).parameters.values()
+    types = {p.name: p.annotation for p in known if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    options = {}
+    for option, value in choice.options.items():
+        good = sorted(types.keys() - set(given))
         if option not in good:
             hint = nearest(option, good) if good else "leave it out"
             raise UserError(f"{key} = {choice.name!r} has no option {option!r}", hint)
-    return partial(component, **choice.options)
+        try:
+            options[option] = TypeAdapter(types[option]).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].lower()
+            raise UserError(f"{key}.{option} = {value!r}: {reason}", "mend its type") from None
+    return partial(component, **options) if options else component
 
 
 def noise_range(preset: Preset) -> NoiseRange:
@@ -117,7 +148,12 @@ def build_network(model: ModelSection) -> nn.Module:
         raise UserError(
             f"model.network.{key} = {first['input']!r}: {first['msg'].lower()}", "mend its type"
         ) from None
-    return kind.build(options, model.channels, model.num_classes)
+    try:
+        return kind.build(options, model.channels, model.num_classes)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(
+            f"network {choice.name!r} cannot be built: {error}", "mend model.network"
+        ) from None
 
 
 def build_denoiser(preset: Preset, kind: Kind, network: nn.Module | None = None) -> Preconditioned:
@@ -145,7 +181,8 @@ def build_objective(preset: Preset, teacher: Denoiser | None) -> Objective:
     loss = preset.loss
     levels = pick(LEVELS, loss.levels, "loss.levels")
     weight = partial(
-        pick(WEIGHTINGS, loss.weight, "loss.weight"), sigma_data=preset.model.sigma_data
+        pick(WEIGHTINGS, loss.weight, "loss.weight", given=["sigma_data"]),
+        sigma_data=preset.model.sigma_data,
     )
     if loss.pair == "none":
         return denoising_objective(levels, weight, noise_range(preset))
@@ -171,7 +208,8 @@ def build_curriculum(preset: Preset) -> Curriculum:
 
 def build_sampler(choice: Choice) -> Callable[..., Tensor]:
     """Return a sampler by its choice."""
-    return pick(SAMPLERS, choice, "sample.sampler")
+    given = ["sigma_min", "labels", "project", "solver"]
+    return pick(SAMPLERS, choice, "sample.sampler", given)
 
 
 def build_state(preset: Preset, teacher: Model | None, device: str) -> TrainState:
@@ -214,25 +252,30 @@ def load_model(
     """Return a model from a bundled name, a run folder, a checkpoint folder or a weight file.
 
     `weights` chooses among a checkpoint's files: an EMA by name, or "model" for the raw weights;
-    a missing "ema" falls back to "model" where a checkpoint has no EMA at all. `kind` overrides
-    what the file says of itself. Raises InputError for a path that is not a model.
+    "ema" also stands for the only EMA of another name, and for "model" where there is none.
+    `kind` overrides what the file says of itself. Raises InputError for a path that is not a model.
     """
     file = find_weights(path, weights)
     about = read_about(file)
-    preset = presets.Preset.model_validate(about["preset"])
-    chosen: Kind = kind or about["kind"]
+    try:
+        preset = Preset.model_validate(about["preset"])
+        chosen: Kind = kind or about["kind"]
+        held = about["weights"]
+    except (KeyError, ValidationError):
+        raise InputError(
+            f"{file} does not hold a denoiser", "give a model made by cmtool train or distill"
+        ) from None
     with torch.device("meta"):
         network = build_network(preset.model)
     tensors = {name: t.float() for name, t in read_weights(file).items()}
     try:
         network.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        raise InputError(
-            f"{file} does not hold the network it names: {error}", "make it again"
-        ) from None
+        first = str(error).splitlines()[-1].strip()
+        raise InputError(f"{file} is not the network it names: {first}", "make it again") from None
     f = build_denoiser(preset, chosen, network).to(device).eval().requires_grad_(False)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return Model(f, preset, chosen, str(path), digest, about["weights"])
+    return Model(f, preset, chosen, str(path), digest, held)
 
 
 def find_weights(path: str | Path, weights: str = "ema") -> Path:
@@ -252,9 +295,11 @@ def find_weights(path: str | Path, weights: str = "ema") -> Path:
         folder, _ = newest_checkpoint(path / "checkpoints")
     if folder is None or not (folder / "model.safetensors").is_file():
         raise InputError(f"no checkpoint in {path}", "give a run folder or a checkpoint folder")
+    verify(folder)
     file = folder / f"{weights}.safetensors"
-    if not file.is_file() and weights == "ema" and not list(folder.glob("ema*.safetensors")):
-        file = folder / "model.safetensors"
+    if not file.is_file() and weights == "ema":  # one EMA of another name, or none at all
+        emas = sorted(folder.glob("ema-*.safetensors"))
+        file = emas[0] if len(emas) == 1 else folder / "model.safetensors" if not emas else file
     if not file.is_file():
         held = sorted(f.stem for f in folder.glob("*.safetensors") if f.stem != "optimizer")
         raise InputError(f"{folder} holds no weights {weights!r}", f"it holds {', '.join(held)}")

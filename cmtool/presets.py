@@ -30,6 +30,11 @@ def _count(value: object) -> object:
     return value
 
 
+def _sequence(value: object) -> object:
+    """Accept a TOML list where a tuple is meant; leave anything else to fail as what it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 Count = Annotated[int, BeforeValidator(_count), Field(ge=0)]
 Positive = Annotated[int, BeforeValidator(_count), Field(gt=0)]
 
@@ -62,7 +67,7 @@ class ModelSection(Section):
     """The network and the images it knows."""
 
     network: Choice
-    image_size: Annotated[tuple[int, int], BeforeValidator(tuple)] = Field(description="H, W")
+    image_size: Annotated[tuple[int, int], BeforeValidator(_sequence)] = Field(description="H, W")
     channels: Positive = 3
     num_classes: Count = 0
     sigma_data: float = Field(0.5, gt=0)
@@ -75,6 +80,12 @@ class NoiseSection(Section):
     sigma_min: float = Field(0.002, gt=0)
     sigma_max: float = Field(80.0, gt=0)
     rho: float = Field(7.0, gt=0)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> NoiseSection:
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError("sigma_min must be less than sigma_max")
+        return self
 
 
 class DataSection(Section):
@@ -98,7 +109,7 @@ class LossSection(Section):
 class EmaSection(Section):
     """One weights EMA: a fixed rate or a half-life in images, with an optional ramp-up."""
 
-    name: str
+    name: str = Field(pattern=r"^[\w-]+$")
     rate: float | None = Field(None, gt=0, lt=1)
     halflife_images: float | None = Field(None, gt=0)
     rampup: float | None = Field(None, gt=0)
@@ -124,7 +135,14 @@ class TrainSection(Section):
     max_bad_steps: Positive = 5
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: Count = 0
-    ema: Annotated[tuple[EmaSection, ...], BeforeValidator(tuple)] = ()
+    ema: Annotated[tuple[EmaSection, ...], BeforeValidator(_sequence)] = ()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> TrainSection:
+        names = [ema.name for ema in self.ema]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two of the EMAs {', '.join(names)} have one name")
+        return self
 
 
 class RunSection(Section):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from filelock import FileLock, Timeout
@@ -24,6 +24,7 @@ from cmtool.build import (
     Model,
     build_curriculum,
     build_objective,
+    build_sampler,
     build_state,
     fit_settings,
 )
@@ -31,6 +32,7 @@ from cmtool.core import checkpoint
 from cmtool.core.data import Dataset, batches, load_dataset
 from cmtool.core.images import png_bytes
 from cmtool.core.precond import Preconditioned
+from cmtool.core.samplers import check_levels
 from cmtool.core.trainer import StepInfo, TrainState, fit
 from cmtool.errors import BusyError, InputError, Stopped, UserError
 from cmtool.presets import Preset, load_preset, to_toml
@@ -80,34 +82,56 @@ def train(
     BusyError while another process holds the folder, InputError for data or a teacher that do not
     fit, DivergedError, ResourceError, and Stopped when a signal ended it after saving.
     """
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite", "give one of them")
     data = load_dataset(preset.data.path)
     check_fit(preset, data, teacher)
-    prepare_folder(out, resume=resume, overwrite=overwrite)
-    with locked(out), status(out) as write_status, stop_signals() as caught:
-        checkpoint.clear_temporary(out / "checkpoints")
-        state = build_state(preset, teacher, device)
-        if resume and (out / "preset.toml").is_file():
-            resume_state(out, preset, state, watcher)
-        elif not resume:
-            clear_run(out)
-        about = {
-            "kind": preset.kind,
-            "preset": preset.model_dump(mode="json"),
-            "cmtool": __version__,
-        }
-        write_run_files(out, preset, origins or {}, data, teacher)
-        settings = fit_settings(preset)
-        microbatch = batches(
-            data,
-            batch=preset.train.batch,
-            shards=settings.rounds,
-            seed=settings.seed,
-            device=device,
-        )
-        steps = fit(
-            state, build_objective(preset, teacher.f if teacher else None), microbatch,
-            build_curriculum(preset), settings,
+    chosen = plan(preset)  # what the sample grids will use
+    build_sampler(chosen.sampler)
+    check_levels(chosen.sigmas, preset.noise.sigma_min)
+    objective = build_objective(preset, teacher.f if teacher else None)
+    curriculum = build_curriculum(preset)
+    curriculum(0, preset.train.steps)
+    state = build_state(preset, teacher, device)
+    settings = fit_settings(preset)
+    microbatch = batches(
+        data, batch=preset.train.batch, shards=settings.rounds, seed=settings.seed, device=device
+    )
+    about = {"kind": preset.kind, "preset": preset.model_dump(mode="json"), "cmtool": __version__}
+    prepare_folder(out, resume=resume, overwrite=overwrite, teacher=teacher)
+    with locked(out):
+        if resume:
+            check_same(out, preset, data, teacher)
+        return _train(
+            preset, out, watcher, state, fit(state, objective, microbatch, curriculum, settings),
+            data=data, teacher=teacher, origins=origins or {}, about=about, device=device,
+            resume=resume,
         )  # fmt: skip
+
+
+def _train(
+    preset: Preset,
+    out: Path,
+    watcher: Watcher,
+    state: TrainState,
+    steps: Iterator[StepInfo],
+    *,
+    data: Dataset,
+    teacher: Model | None,
+    origins: Mapping[str, str],
+    about: dict[str, Any],
+    device: str,
+    resume: bool,
+) -> Path:
+    """Run the steps and what happens every N of them; the folder is ours and everything fits."""
+    with status(out) as write_status, stop_signals() as caught:
+        checkpoint.clear_temporary(out / "checkpoints")
+        if resume:
+            resume_state(out, state, watcher)
+        else:
+            clear_run(out)
+        write_run_files(out, preset, origins, data, teacher)
+        write_status(step=state.step)
         saved = state.step if resume else -1
         clock = Clock(state.step, preset)
         with (out / "log.jsonl").open("a", encoding="utf-8") as log:
@@ -125,6 +149,7 @@ def train(
                     checkpoint.prune(out / "checkpoints", preset.run.keep)
                     saved = info.step
                 if caught and not last:
+                    write_status(step=info.step)
                     raise Stopped(
                         f"stopped by signal {caught[0]} after saving step {info.step}",
                         f"go on with --resume --out {out}", caught[0],
@@ -161,20 +186,35 @@ def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:
         )
 
 
-def prepare_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make the run folder. Raises UserError if it holds a run already and neither flag is given."""
-    has_run = (out / "run.json").exists() or (out / "checkpoints").exists()
-    if has_run and not resume and not overwrite:
-        raise UserError(f"{out} holds a run already", "go on with --resume, or --overwrite it")
-    if resume and not has_run:
+def is_run(out: Path) -> bool:
+    """Tell whether a folder holds a run of ours."""
+    versions = _read_json(out / "run.json").get("versions")
+    return isinstance(versions, dict) and "cmtool" in versions
+
+
+def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model | None) -> None:
+    """Make the run folder. Raises UserError or InputError for one that must be left alone."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file", "give a folder with --out")
+    if resume and not (is_run(out) and (out / "preset.toml").is_file()):
         raise InputError(f"no run to resume in {out}", "leave --resume out to start one")
-    if out.exists() and not has_run and any(p.name != ".lock" for p in out.iterdir()):
+    if is_run(out) and not resume and not overwrite:
+        raise UserError(f"{out} holds a run already", "go on with --resume, or --overwrite it")
+    if out.exists() and not is_run(out) and any(p.name != ".lock" for p in out.iterdir()):
         raise UserError(f"{out} is not empty and not a run", "give a new folder with --out")
+    if overwrite and teacher and out.resolve() in [p.resolve() for p in _above(teacher.source)]:
+        raise UserError(f"the teacher is in {out}", "overwriting it would lose it: change --out")
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         (out / "samples").mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}", "give another --out") from None
+
+
+def _above(source: str) -> list[Path]:
+    """Return a path and all folders above it."""
+    path = Path(source).resolve()
+    return [path, *path.parents]
 
 
 @contextmanager
@@ -227,6 +267,9 @@ def status(out: Path) -> Iterator[StatusWriter]:
     except UserError as error:
         write(state="failed", exit_code=error.exit_code, error=error.what)
         raise
+    except SystemExit as end:
+        write(state="stopped", exit_code=end.code, error="stopped without saving")
+        raise
     except BaseException as error:
         write(state="failed", exit_code=1, error=repr(error))
         raise
@@ -251,8 +294,16 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def resume_state(out: Path, preset: Preset, state: TrainState, watcher: Watcher) -> None:
-    """Set `state` to the run's newest good checkpoint. Raises UserError if the preset differs."""
+def check_same(out: Path, preset: Preset, data: Dataset, teacher: Model | None) -> None:
+    """Raise UserError unless the run in `out` was started with this preset, data and teacher."""
+    made = _read_json(out / "run.json")
+    for name, now in run_inputs(data, teacher).items():
+        if made.get(name) is not None and made[name] != now:
+            before, after = _difference(made[name], now)
+            raise UserError(
+                f"the run in {out} was started with another {name}: {before}, now {after}",
+                "resume with the same, or start a run of its own",
+            )
     stored = load_preset(str(out / "preset.toml")).model_dump()
     for key, value in preset.model_dump().items():
         if key not in FREE_TO_CHANGE and stored[key] != value:
@@ -261,6 +312,10 @@ def resume_state(out: Path, preset: Preset, state: TrainState, watcher: Watcher)
                 f"the run in {out} was started with another preset: {key} had {before}, now {now}",
                 "resume without changing it, or start a run of its own",
             )
+
+
+def resume_state(out: Path, state: TrainState, watcher: Watcher) -> None:
+    """Set `state` to the run's newest good checkpoint, and drop log lines past it."""
     newest, complaints = checkpoint.newest_checkpoint(out / "checkpoints")
     for complaint in complaints:
         watcher.note(f"passed over: {complaint}")
@@ -298,10 +353,17 @@ def write_run_files(
         },
         "threads": torch.get_num_threads(),
         "seed": preset.train.seed,
+        **run_inputs(data, teacher),
+    }
+    checkpoint.write_json(out / "run.json", facts)
+
+
+def run_inputs(data: Dataset, teacher: Model | None) -> dict[str, object]:
+    """Return what run.json says of data and teacher, by which a resumed run knows them again."""
+    return {
         "data": {"name": data.name, "images": len(data), "fingerprint": data.fingerprint()},
         "teacher": teacher and {"source": teacher.source, "sha256": teacher.sha256},
     }
-    checkpoint.write_json(out / "run.json", facts)
 
 
 class Clock:

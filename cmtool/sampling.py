@@ -54,6 +54,13 @@ def plan(
             "multistep needs a consistency model; this is a teacher",
             nearest("multistep", ["heun", "euler"]),
         )
+    if sigmas is not None and steps is not None:
+        raise UserError(f"both --steps {steps} and --sigmas", "give one of them")
+    if sigmas is not None and max(sigmas, default=0) > preset.noise.sigma_max:
+        raise UserError(
+            f"noise level {max(sigmas):g} is above the model's {preset.noise.sigma_max:g}",
+            "the model never saw so much noise: lower it",
+        )
     if sigmas is not None:
         return Plan(chosen, tuple(sigmas))
     n = steps or preset.sample.steps

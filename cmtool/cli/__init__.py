@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from pathlib import Path
 
 import typer
 
 from cmtool import __version__
 from cmtool.cli import demo, edit, evaluate, preset, sample, train
 from cmtool.cli._options import say
-from cmtool.errors import UserError
+from cmtool.errors import InputError, UserError
 
 app = typer.Typer(
     name="cmtool",
@@ -57,8 +59,18 @@ def _root(
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; a UserError becomes two lines on stderr and its exit code."""
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    # a stream the caller closed is None, and print(file=None) would write to the other one
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     try:
         app(argv)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        say(f"error: {error.strerror}: {error.filename}")
+        say("hint: check the path and its rights")
+        sys.exit(InputError.exit_code)
     except UserError as error:
         say(f"error: {error.what}")
         if error.hint:

@@ -79,9 +79,9 @@ def _end_of_pipe() -> None:
     raise typer.Exit(141)
 
 
-def emit_json(content: dict[str, Any]) -> None:
-    """Write one JSON object to stdout."""
-    emit(json.dumps(content, indent=1))
+def emit_json(content: dict[str, Any], *, compact: bool = True) -> None:
+    """Write one JSON object to stdout, on one line if `compact`."""
+    emit(json.dumps(content, indent=None if compact else 1))
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cmtool.cli._options import emit, say
-from cmtool.errors import UserError
+from cmtool.errors import InputError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,8 +38,13 @@ def demo(
     It takes about three minutes on two CPU cores and needs no network. Prints the path of the
     report.
     """
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} exists", "give another --out, or --overwrite it")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file", "give a folder with --out")
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise UserError(f"{out} exists", "give another --out, or --overwrite it")
+        if not (out / "student" / "run.json").is_file():
+            raise UserError(f"{out} is no earlier tour", "give another --out")
 
     import torch
 

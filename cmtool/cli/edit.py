@@ -89,7 +89,9 @@ def inpaint(
             f"the image is {picture.shape[-1]}x{picture.shape[-2]}, the model makes {w}x{h}",
             f"resize the image and the mask to {w}x{h}",
         )
-    chosen = plan(model.preset, steps=steps or (None if levels else STEPS), sigmas=levels)
+    chosen = plan(
+        model.preset, steps=steps or (None if levels is not None else STEPS), sigmas=levels
+    )
     if class_ is None and model.preset.model.num_classes:
         class_ = best_class(model, edit, chosen, seed)
         say(f"class {class_}: fits the known pixels best; choose with --class")

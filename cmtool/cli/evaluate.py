@@ -10,6 +10,7 @@ import typer
 
 from cmtool import __version__
 from cmtool.cli._options import (
+    AsJson,
     Batch,
     Checkpoint,
     Device,
@@ -23,7 +24,7 @@ from cmtool.cli._options import (
     pick_model,
     say,
 )
-from cmtool.errors import InputError, ThresholdError
+from cmtool.errors import InputError, ThresholdError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,8 +50,8 @@ def fid(
         str, typer.Option(help="What to compare with: a data set or folder.")
     ] = "digits",
     num: Annotated[
-        int, typer.Option(min=2, help="Images to draw from a model, or to read.")
-    ] = 2048,
+        int | None, typer.Option(min=2, help="Images to use: all that are given; 2048 of a model.")
+    ] = None,
     first_seed: Annotated[int, typer.Option(min=0, help="Seed of a model's first image.")] = 0,
     steps: Steps = None,
     sigmas: Sigmas = None,
@@ -58,6 +59,7 @@ def fid(
     batch: Batch = 256,
     weights: Weights = "ema",
     device: Device = "auto",
+    as_json: AsJson = False,
     fail_above: Annotated[float | None, typer.Option(help="Exit 8 if the value is larger.")] = None,
 ) -> None:
     """Print the Frechet distance between images and a reference, as one JSON object.
@@ -72,6 +74,8 @@ def fid(
     FID of papers. It falls with the number of images: compare equal numbers only.
     """
     levels = parse_sigmas(sigmas)
+    if images and checkpoint is not None:
+        raise UserError("both images and --checkpoint", "give one of them")
     if images == ["-"] or (images is None and checkpoint is None and not sys.stdin.isatty()):
         listed = [line for line in sys.stdin.read().splitlines() if line]
         if listed or images:
@@ -101,9 +105,10 @@ def fid(
         measured = statistics(features, chunks(pictures))
     else:
         model = pick_model(checkpoint, weights, where)
+        count = num or 2048
         chosen = plan(model.preset, sampler=sampler, steps=steps, sigmas=levels)
         drawn = generate(
-            model.f, model.preset, chosen, range(first_seed, first_seed + num),
+            model.f, model.preset, chosen, range(first_seed, first_seed + count),
             batch=batch, device=where,
         )  # fmt: skip
         measured = statistics(features, (from_uint8(to_uint8(part)) for part in drawn))
@@ -116,7 +121,7 @@ def fid(
         facts["sampler"] = chosen.sampler.name
         facts["sigmas"] = chosen.sigmas
         facts["evaluations"] = chosen.evaluations
-        facts["seeds"] = f"{first_seed}-{first_seed + num - 1}"
+        facts["seeds"] = f"{first_seed}-{first_seed + count - 1}"
     value = frechet_distance(measured, expected)
     say(f"fd-digits {value:.4f} ({measured.num} images)")
     emit_json(
@@ -133,13 +138,16 @@ def fid(
             "features": {"name": "digits-features", "sha256": features_hash},
             "precision": "fp32",
             "cmtool": __version__,
-        }
+        },
+        compact=as_json,
     )
     if fail_above is not None and value > fail_above:
-        raise ThresholdError(f"fd-digits {value:.4f} is above {fail_above:g}", "")
+        raise ThresholdError(
+            f"fd-digits {value:.4f} is above {fail_above:g}", "train longer, or use more --steps"
+        )
 
 
-def _given(images: list[str], num: int) -> tuple[Tensor, str]:
+def _given(images: list[str], num: int | None) -> tuple[Tensor, str]:
     """Return the images named on the command line (N, C, H, W) uint8, and how to call them."""
     import torch
 
@@ -148,7 +156,7 @@ def _given(images: list[str], num: int) -> tuple[Tensor, str]:
 
     if len(images) == 1 and not Path(images[0]).is_file():
         data = load_dataset(images[0])
-        return data.images[:num], data.name
+        return _some(data.images, num), data.name
     pictures = [read_image(Path(path)) for path in images]
     for path, picture in zip(images, pictures, strict=True):
         if picture.shape != pictures[0].shape:
@@ -157,4 +165,13 @@ def _given(images: list[str], num: int) -> tuple[Tensor, str]:
                 f" {pictures[0].shape[2]}x{pictures[0].shape[1]}",
                 "give images of one size",
             )
-    return torch.stack(pictures), f"{len(pictures)} files"
+    return _some(torch.stack(pictures), num), f"{len(pictures)} files"
+
+
+def _some(images: Tensor, num: int | None) -> Tensor:
+    """Return `num` of the images, evenly spread over all of them; all when it is None."""
+    import torch
+
+    if num is None or num >= len(images):
+        return images
+    return images[torch.arange(num) * len(images) // num]

@@ -77,7 +77,10 @@ def sample(
     is_grid = out == "-" or target.suffix.lower() == ".png"
     if is_grid and out != "-" and target.exists() and not overwrite:
         raise UserError(f"{out} exists", "give another --out, or --overwrite it")
-    make_folder(target.parent if is_grid else target)
+    if not is_grid and target.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif"):
+        raise UserError(f"--out {out}: pictures are written as PNG", "give a folder or a .png file")
+    if out != "-":
+        make_folder(target.parent if is_grid else target)
 
     import torch
 

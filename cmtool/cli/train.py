@@ -99,17 +99,28 @@ def distill(
     resolved = _resolve(preset, set_, flags, out, resume)
     if resolved.preset.loss.pair != "teacher":
         raise UserError(f"preset {preset} has no teacher", f"cmtool train --preset {preset}")
-    if dry_run:
-        _show(resolved)
-        return
     from cmtool.build import load_model, with_teacher
 
     if teacher is None:
-        teacher = newest_run("teacher") or "digits-edm"
+        teacher = _teacher_of(out) if resume else None
+        teacher = teacher or newest_run("teacher") or "digits-edm"
         say(f"teacher: {teacher}")
     model = load_model(teacher, device=pick_device(device))
     resolved = with_teacher(resolved, model)
+    if dry_run:
+        _show(resolved)
+        return
     _run(resolved, model, _out(out, preset, resume), device, resume, overwrite, as_json)
+
+
+def _teacher_of(out: Path | None) -> str | None:
+    """Return the teacher the run in `out` was started with."""
+    import json
+
+    try:
+        return str(json.loads((out / "run.json").read_text())["teacher"]["source"]) if out else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _resolve(
@@ -122,10 +133,11 @@ def _resolve(
     """Return the preset of the command line; of the run itself when resuming one."""
     from cmtool.presets import parse_override, resolve
 
-    layers: dict[str, dict[str, Any]] = {"--set": dict(map(parse_override, set_ or []))}
+    layers: dict[str, dict[str, Any]] = {}
     for flag, (key, value) in flags.items():
         if value is not None:
             layers[flag] = {key: value}
+    layers["--set"] = dict(map(parse_override, set_ or []))
     if resume and out is None:
         raise UserError("--resume without a run folder", "name it with --out runs/NAME")
     stored = out / "preset.toml" if resume and out is not None else None

@@ -80,10 +80,16 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     state.step = json.loads((path / "state.json").read_text())["step"]
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the folders step-N under `folder`, by N."""
+    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """Return the newest undamaged checkpoint, and why newer ones were passed over."""
     complaints = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(checkpoints(folder)):
         try:
             verify(path)
         except InputError as error:
@@ -107,13 +113,13 @@ def verify(path: Path) -> None:
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what dead writers left behind."""
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
 
 def prune_all(folder: Path) -> None:
     """Remove every checkpoint of a run that is to be overwritten."""
-    for old in folder.glob("step-*"):
+    for old in checkpoints(folder):
         shutil.rmtree(old)
     (folder / "latest.json").unlink(missing_ok=True)
 
@@ -184,7 +190,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file by way of a temporary one beside it."""
+    """Write a file by way of a temporary one beside it. Raises InputError for a special file."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a regular file", "give another name")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)

@@ -6,7 +6,7 @@ import colorsys
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +137,7 @@ def batches(data: Dataset, *, batch: int, shards: int, seed: int, device: str) -
         )
     size = batch // shards
 
-    @cache
+    @lru_cache(2)
     def permutation(epoch: int) -> Tensor:
         return torch.randperm(len(data), generator=keyed_generator("epoch", seed, epoch))
 

@@ -90,6 +90,8 @@ def uniform(batch: int, n: int, noise_range: NoiseRange, generator: Generator) -
 
 def fixed(step: int, total_steps: int, *, n: int = 18, mu: float = 0.0) -> Stage:
     """Return the same grid and target decay at every step (Song et al. 2023, Table 3, CD)."""
+    if n < 2 or not 0 <= mu < 1:
+        raise UserError(f"n = {n}, mu = {mu}", "n must be 2 or more, and 0 <= mu < 1")
     return Stage(n, mu)
 
 
@@ -108,6 +110,8 @@ def consistency_training(
     mu(k) = exp(s0 ln(mu0) / N(k)). The released code divides by N(k) - 1 instead
     (`as_released`), so it starts at mu0^s0 where the paper starts at mu0.
     """
+    if not 0 < mu0 < 1 or not 1 < s0 <= s1:
+        raise UserError(f"mu0 = {mu0}, s0 = {s0}, s1 = {s1}", "0 < mu0 < 1 and 2 <= s0 <= s1")
     progress = min(step / total_steps, 1.0)
     intervals = math.ceil(math.sqrt(progress * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1)
     n = max(intervals, 1) + 1

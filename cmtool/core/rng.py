@@ -60,7 +60,8 @@ def seeded(generator: Generator) -> Iterator[None]:
     the one place where global state is touched.
     """
     seed = int(torch.randint(2**31, (), generator=generator))
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
         torch.random.manual_seed(seed)
         yield
 

@@ -7,6 +7,7 @@ Each has the signature `(f, init, sigmas, randn_like, *, sigma_min, labels, proj
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -85,6 +86,8 @@ def check_levels(sigmas: Sequence[float] | Tensor, sigma_min: float) -> None:
     shown = ",".join(f"{v:g}" for v in values)
     if not values:
         raise UserError("no noise levels", "give at least one, for example --sigmas 80")
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"noise levels {shown} are not finite", "give numbers")
     if any(a <= b for a, b in itertools.pairwise(values)):
         raise UserError(f"noise levels {shown} do not descend", "list them from high to low")
     if not values[-1] >= sigma_min:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from cmtool.build import ASSETS
 from cmtool.core.images import png_bytes
 from tests.cli.conftest import TINY
 
+FEATURES = str(ASSETS / "digits-features.safetensors")
 HTML = b"<!DOCTYPE html><html>404</html>"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
@@ -39,6 +41,17 @@ CASES = [
     (["train", *TINY, "--set", "loss.levels.men=1"], 2, "no option 'men'", "'mean'"),
     (["train", *TINY, "--set", "model.network.model_chanels=1"], 2, "'model_chanels'", "channels"),
     (["train", *TINY, "--set", "model.network.model_channels=wide"], 2, "'wide'", "type"),
+    (["train", *TINY, "--set", "model.network.norm_groups=7"], 2, "cannot be built", "network"),
+    (["train", *TINY, "--set", "loss.levels.mean=abc"], 2, "'abc'", "type"),
+    (["train", *TINY, "--set", "train.optimizer.maximize=true"], 2, "'maximize'", "betas"),
+    (["train", "--preset", "digits-ct", "--set", "loss.curriculum.mu0=0"], 2, "mu0 = 0", "mu0"),
+    (["train", *TINY, "--out", "d.png"], 3, "d.png is a file", "--out"),
+    (["sample", "-c", "digits-cd", "--sigmas", "inf"], 2, "inf", "lower"),
+    (["sample", "-c", "digits-cd", "--sigmas", "80,nan"], 2, "not finite", "numbers"),
+    (["sample", "-c", "digits-cd", "--sigmas", "500"], 2, "above the model's 80", "lower"),
+    (["sample", "-c", "digits-cd", "--sigmas", "80", "--steps", "2"], 2, "both --steps", "one"),
+    (["sample", "-c", "digits-cd", "--out", "x.jpg"], 2, "x.jpg", ".png"),
+    (["eval", "fid", "folder", "-c", "digits-cd"], 2, "both images and", "one"),
     (["train", *TINY, "--set", "train.optimizer=sgd"], 2, "'sgd'", "adam"),
     (["train", "--preset", "digits-cd"], 2, "distills a teacher", "cmtool distill"),
     (["distill", "--preset", "digits-ct"], 2, "no teacher", "cmtool train"),
@@ -54,6 +67,11 @@ CASES = [
     (["sample", "-c", "pointer.safetensors"], 3, "LFS pointer", "git lfs pull"),
     (["sample", "-c", "empty.safetensors"], 3, "is empty", "again"),
     (["sample", "-c", "noise.safetensors"], 3, "noise.safetensors is not a model", "cmtool"),
+    (["sample", "-c", FEATURES], 3, "does not hold a denoiser", "cmtool train"),
+    (["sample", "--seeds", "0-99999999999"], 2, "too many images", "at most"),
+    (["preset", "show", "digits-cd", "--set", "model.image_size=8"], 2, "model.image_size", "set"),
+    (["preset", "show", "digits-cd", "--set", "train.ema=5"], 2, "train.ema", "--set"),
+    (["preset", "show", "digits-cd", "--set", "train.lr.x=1"], 2, "train.lr", "--set"),
     (["sample", "-c", "folder"], 3, "no checkpoint in folder", "run folder"),
     (["sample", "--seeds", "5-2"], 2, "'5-2'", "0-15"),
     (["sample", "--sigmas", "80,x"], 2, "'80,x'", "80,0.8"),

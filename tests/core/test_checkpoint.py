@@ -1,11 +1,11 @@
 import json
 import os
-import shutil
 
 import pytest
 import torch
 
 from cmtool.core.checkpoint import (
+    checkpoints,
     clear_temporary,
     load_checkpoint,
     newest_checkpoint,
@@ -13,9 +13,12 @@ from cmtool.core.checkpoint import (
     save_checkpoint,
     state_tensors,
     verify,
+    write_atomic,
 )
 from cmtool.core.formats.native import read_about
+from cmtool.core.networks.mlp import Mlp, MlpOptions
 from cmtool.core.noise import Stage
+from cmtool.core.precond import Preconditioned, consistency_scalings, log_label
 from cmtool.core.trainer import fit
 from cmtool.errors import DivergedError, InputError
 from tests.core.test_trainer import data, model, objective, settings, train_state
@@ -105,10 +108,24 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = save_checkpoint(tmp_path, trained(1), {})
-    other = train_state(model())
-    other.target = None
-    shutil.copy(path / "model.safetensors", path / "ema.safetensors")
-    with pytest.raises(InputError, match="damaged"):
+    other = train_state(Preconditioned(
+        Mlp(MlpOptions(width=16, depth=3), channels=2),
+        consistency_scalings, log_label, sigma_data=0.5, sigma_min=0.002,
+    ))  # fmt: skip
+    with pytest.raises(InputError, match="does not fit this run"):
         load_checkpoint(path, other)
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for name in ("step-10000000", "step-9999999", "step-5000x"):
+        (tmp_path / name).mkdir()
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-9999999", "step-10000000"]
+
+
+def test_a_special_file_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for target in (tmp_path / "fifo", tmp_path):
+        with pytest.raises(InputError, match="not a regular file"):
+            write_atomic(target, b"")

@@ -63,8 +63,11 @@ def _check(path: Path) -> None:
     """Raise InputError for what is plainly something else: a page, a pointer, an empty file."""
     if not path.is_file():
         raise InputError(f"no such file: {path}", "check the path")
-    with path.open("rb") as opened:
-        start = opened.read(64)
+    try:
+        with path.open("rb") as opened:
+            start = opened.read(64)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", "check its rights") from None
     if not start:
         raise InputError(f"{path} is empty", "fetch or make the file again")
     if start.lstrip().startswith(b"<"):

@@ -86,6 +86,10 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int, o: AdmOptions) -> None:
         super().__init__()
+        if channels % o.head_channels:
+            raise ValueError(
+                f"{channels} channels are no multiple of head_channels {o.head_channels}"
+            )
         self.num_heads = channels // o.head_channels
         self.norm = GroupNorm32(o.norm_groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
