@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmtool.build import Model, build_sampler, noise_range
+from cmtool.build import Model, build_curriculum, build_sampler, noise_range
 from cmtool.core.edits import Edit
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import SeededNoise
@@ -40,8 +40,7 @@ def plan(
     """Return how to sample a model: what is given, else what its preset says.
 
     Levels for n steps are the preset's tuned ones if it has them, else a Karras grid for a
-    teacher; for a consistency model with untuned n they are a Karras grid down to a tenth of
-    sigma_data, where images are settled.
+    teacher and levels of the training grid for a consistency model.
     """
     chosen = Choice(name=sampler) if sampler else preset.sample.sampler
     if chosen.name != "multistep" and preset.kind == "consistency":
@@ -67,10 +66,21 @@ def plan(
     tuned = preset.sample.levels.get(str(n))
     if tuned is not None:
         return Plan(chosen, tuple(tuned))
-    span = noise_range(preset)
-    if preset.kind == "consistency" and n > 1:
-        span = span._replace(sigma_min=preset.model.sigma_data / 10)
-    return Plan(chosen, tuple(sampling_levels(n, span)))
+    if preset.kind == "consistency":
+        return Plan(chosen, tuple(trained_levels(preset, n)))
+    return Plan(chosen, tuple(sampling_levels(n, noise_range(preset))))
+
+
+def trained_levels(preset: Preset, n: int) -> list[float]:
+    """Return n descending levels a consistency model was trained on, evenly spread by index.
+
+    Between the levels of its grid a model distilled on a coarse one is much worse than on them.
+    More levels than the grid has above sigma_min are taken from a grid that has enough.
+    """
+    size = build_curriculum(preset)(preset.train.steps, preset.train.steps).n
+    grid = sampling_levels(max(size, n + 1), noise_range(preset))
+    last = len(grid) - 2
+    return [grid[round(i * last / max(n - 1, 1))] for i in range(n)]
 
 
 @torch.no_grad()

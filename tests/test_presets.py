@@ -7,6 +7,7 @@ from cmtool.build import (
     build_sampler,
     fit_settings,
 )
+from cmtool.core.noise import karras_sigmas
 from cmtool.errors import UserError
 from cmtool.presets import load_preset, parse_override, preset_names, resolve, to_toml
 from cmtool.sampling import plan
@@ -88,3 +89,16 @@ def test_presets_are_frozen():
     preset = load_preset("digits-cd")
     with pytest.raises(ValueError, match="frozen"):
         preset.train.lr = 1.0
+
+
+def test_a_consistency_model_is_sampled_at_levels_it_was_trained_on():
+    preset = load_preset("digits-cd")
+    grid = karras_sigmas(preset.loss.curriculum.options["n"]).tolist()
+    for steps in (1, 3, 5, 12):
+        sigmas = plan(preset, steps=steps).sigmas
+        assert len(set(sigmas)) == steps
+        assert set(sigmas) <= set(grid[1:])
+    assert len(set(plan(preset, steps=40).sigmas)) == 40
+    assert plan(preset, steps=2).sigmas[1] == pytest.approx(
+        min(grid, key=lambda s: abs(s - 1.143)), rel=1e-3
+    )
