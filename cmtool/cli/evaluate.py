@@ -169,9 +169,11 @@ def _given(images: list[str], num: int | None) -> tuple[Tensor, str]:
 
 
 def _some(images: Tensor, num: int | None) -> Tensor:
-    """Return `num` of the images, evenly spread over all of them; all when it is None."""
+    """Return `num` of the images, the same random ones each time; all when it is None."""
     import torch
+
+    from cmtool.core.rng import keyed_generator
 
     if num is None or num >= len(images):
         return images
-    return images[torch.arange(num) * len(images) // num]
+    return images[torch.randperm(len(images), generator=keyed_generator("subset"))[:num]]
