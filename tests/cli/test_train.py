@@ -55,7 +55,9 @@ def test_a_run_folder_holds_what_a_person_needs(cmtool, tmp_path):
     assert read_image(run / "summary.png").shape[0] == 3
 
 
-@pytest.mark.parametrize("preset", ["digits-edm", "digits-ct"])
+@pytest.mark.parametrize(
+    "preset", ["digits-ct", pytest.param("digits-edm", marks=pytest.mark.slow)]
+)
 def test_resume_after_kill_is_bit_equal(tmp_path, preset):
     """60 steps straight equal 25 or so, kill -9, --resume."""
     command = [sys.executable, "-m", "cmtool", "train", "--preset", preset, *TINY]
