@@ -80,11 +80,11 @@ def test_projection_follows_every_call():
         f,
         torch.zeros(1, 1, 1, 1),
         [2.0, 1.0],
-        lambda like: torch.zeros_like(like),
+        torch.ones_like,
         sigma_min=0.002,
         project=lambda x0: x0 * 0 + kept,
     )
-    assert float(seen[1]) == 0.25
+    assert float(seen[1]) == pytest.approx(0.25 + (1 - 0.002**2) ** 0.5)
     assert float(result) == 0.25
 
 
