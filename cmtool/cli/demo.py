@@ -35,7 +35,7 @@ def demo(
 
     `cmtool demo`
 
-    It takes under four minutes on two CPU cores and needs no network. Prints the path of the
+    It takes about three minutes on two CPU cores and needs no network. Prints the path of the
     report.
     """
     if out.exists() and not out.is_dir():
