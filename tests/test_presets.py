@@ -102,3 +102,13 @@ def test_a_consistency_model_is_sampled_at_levels_it_was_trained_on():
     assert plan(preset, steps=2).sigmas[1] == pytest.approx(
         min(grid, key=lambda s: abs(s - 1.143)), rel=1e-3
     )
+
+
+@pytest.mark.parametrize("name", ["digits-cd", "digits-ct"])
+def test_tuned_levels_lie_on_the_final_training_grid(name):
+    preset = load_preset(name)
+    steps = preset.train.steps
+    grid = karras_sigmas(build_curriculum(preset)(steps, steps).n).tolist()
+    for sigmas in preset.sample.levels.values():
+        for sigma in sigmas:
+            assert min(abs(level / sigma - 1) for level in grid) < 2e-3
