@@ -1,25 +1,18 @@
-"""From presets and files to the objects of core: the only module that knows both vocabularies."""
+"""From presets to the objects of a training run; with models.py, what knows both vocabularies."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from cmtool import presets
-from cmtool.core.checkpoint import newest_checkpoint, verify
+from cmtool.components import OPTIMIZERS, build_denoiser, build_network, noise_range, pick
+from cmtool.core.dist import Group
 from cmtool.core.distances import DISTANCES
 from cmtool.core.ema import Ema, frozen_copy
-from cmtool.core.formats.native import read_about, read_weights
 from cmtool.core.losses import (
     WEIGHTINGS,
     Objective,
@@ -27,153 +20,34 @@ from cmtool.core.losses import (
     consistency_objective,
     denoising_objective,
     noise_pair,
+    progressive_objective,
     teacher_pair,
 )
-from cmtool.core.metrics import DigitsFeatures
-from cmtool.core.networks import NETWORKS
-from cmtool.core.noise import CURRICULA, LEVELS, Curriculum, NoiseRange
-from cmtool.core.precond import NOISE_LABELS, SCALINGS, Preconditioned
+from cmtool.core.noise import CURRICULA, LEVELS, Curriculum
 from cmtool.core.rng import keyed_generator, seeded
 from cmtool.core.samplers import SAMPLERS
 from cmtool.core.solvers import SOLVERS
 from cmtool.core.trainer import FitSettings, TrainState
 from cmtool.core.types import Denoiser
-from cmtool.errors import InputError, UserError, nearest
-from cmtool.presets import Choice, ModelSection, Preset, Resolved
+from cmtool.errors import InputError, UserError
+from cmtool.models import Model, find_weights, load_digits_features, load_model
+from cmtool.presets import Choice, Preset, Resolved
 
-ASSETS = Path(__file__).parent / "assets"
-BUNDLED = ("digits-edm", "digits-cd")
-Kind = Literal["teacher", "consistency"]
-
-
-def radam(
-    parameters: Iterable[nn.Parameter],
-    lr: float,
-    *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> Optimizer:
-    """Return RAdam, the optimizer of the paper."""
-    return torch.optim.RAdam(parameters, lr, betas, eps, weight_decay)
-
-
-def adam(
-    parameters: Iterable[nn.Parameter],
-    lr: float,
-    *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> Optimizer:
-    """Return Adam, the optimizer of EDM."""
-    return torch.optim.Adam(parameters, lr, betas, eps, weight_decay)
-
-
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"radam": radam, "adam": adam}
-
-
-@dataclass(frozen=True)
-class Model:
-    """A loaded model: `f` is a Denoiser, in eval mode, without gradients."""
-
-    f: Preconditioned
-    preset: Preset
-    kind: Kind
-    source: str
-    sha256: str
-    weights: str
-
-    @property
-    def noise_range(self) -> NoiseRange:
-        """The noise levels the model was trained on."""
-        return noise_range(self.preset)
-
-
-def pick(
-    registry: Mapping[str, Callable[..., Any]],
-    choice: Choice,
-    key: str,
-    given: Collection[str] = (),
-) -> Callable[..., Any]:
-    """Return the component a preset names, with its options bound.
-
-    Options are its keyword-only parameters but those `given` by the caller. Raises UserError for
-    an unknown name or option, naming the good ones, and for an option of the wrong type.
-    """
-    if choice.name not in registry:
-        raise UserError(f"{key} = {choice.name!r}", nearest(choice.name, registry))
-    component = registry[choice.name]
-    known = inspect.signature(component, eval_str=True).parameters.values()
-    types = {p.name: p.annotation for p in known if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    options = {}
-    for option, value in choice.options.items():
-        good = sorted(types.keys() - set(given))
-        if option not in good:
-            hint = nearest(option, good) if good else "leave it out"
-            raise UserError(f"{key} = {choice.name!r} has no option {option!r}", hint)
-        try:
-            options[option] = TypeAdapter(types[option]).validate_python(value)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"].lower()
-            raise UserError(f"{key}.{option} = {value!r}: {reason}", "mend its type") from None
-    return partial(component, **options) if options else component
-
-
-def noise_range(preset: Preset) -> NoiseRange:
-    """Return the range of noise levels of a preset."""
-    return NoiseRange(preset.noise.sigma_min, preset.noise.sigma_max, preset.noise.rho)
-
-
-def build_network(model: ModelSection) -> nn.Module:
-    """Return the raw network of a model section, with PyTorch's global generators for its start.
-
-    Raises UserError for an unknown network or option, or an option of the wrong type.
-    """
-    choice = model.network
-    if choice.name not in NETWORKS:
-        raise UserError(f"model.network = {choice.name!r}", nearest(choice.name, NETWORKS))
-    kind = NETWORKS[choice.name]
-    known = [field.name for field in fields(kind.options)]
-    for option in choice.options:
-        if option not in known:
-            raise UserError(
-                f"network {choice.name!r} has no option {option!r}", nearest(option, known)
-            )
-    try:
-        options = TypeAdapter(kind.options).validate_python(choice.options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"model.network.{key} = {first['input']!r}: {first['msg'].lower()}", "mend its type"
-        ) from None
-    try:
-        return kind.build(options, model.channels, model.num_classes)
-    except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise UserError(
-            f"network {choice.name!r} cannot be built: {error}", "mend model.network"
-        ) from None
-
-
-def build_denoiser(preset: Preset, kind: Kind, network: nn.Module | None = None) -> Preconditioned:
-    """Return a Denoiser of the preset: plain scalings for a teacher, else shifted ones.
-
-    A new network starts from `train.seed`.
-    """
-    if network is None:
-        with seeded(keyed_generator("init", preset.train.seed)):
-            network = build_network(preset.model)
-    label = preset.model.noise_label
-    if label not in NOISE_LABELS:
-        raise UserError(f"model.noise_label = {label!r}", nearest(label, NOISE_LABELS))
-    return Preconditioned(
-        network,
-        SCALINGS[kind],
-        NOISE_LABELS[label],
-        sigma_data=preset.model.sigma_data,
-        sigma_min=preset.noise.sigma_min,
-    )
+__all__ = [
+    "Model",
+    "build_curriculum",
+    "build_denoiser",
+    "build_network",
+    "build_objective",
+    "build_sampler",
+    "build_state",
+    "find_weights",
+    "fit_settings",
+    "load_digits_features",
+    "load_model",
+    "noise_range",
+    "with_teacher",
+]
 
 
 def build_objective(preset: Preset, teacher: Denoiser | None) -> Objective:
@@ -187,6 +61,15 @@ def build_objective(preset: Preset, teacher: Denoiser | None) -> Objective:
     if loss.pair == "none":
         return denoising_objective(levels, weight, noise_range(preset))
     distance = pick(DISTANCES, loss.distance, "loss.distance")
+    if (loss.pair == "progressive") != (loss.target == "previous"):
+        raise UserError(
+            f"loss.pair = {loss.pair!r} with loss.target = {loss.target!r}",
+            "progressive goes with previous, and with nothing else",
+        )
+    if loss.pair == "progressive":
+        return progressive_objective(levels, distance, weight, noise_range(preset))
+    blank = torch.zeros(1, preset.model.channels, *preset.model.image_size)
+    distance(blank, blank)  # what it lacks, such as a weight file, it says now
     if loss.pair == "noise":
 
         def make_pair(x0: Tensor, hi: Tensor, lo: Tensor, noise: Tensor, _: Tensor | None) -> Pair:
@@ -214,11 +97,15 @@ def build_sampler(choice: Choice) -> Callable[..., Tensor]:
 
 def build_state(preset: Preset, teacher: Model | None, device: str) -> TrainState:
     """Return the start of a run: the student has the teacher's weights, or random ones without."""
-    student = build_denoiser(preset, preset.kind)
+    with seeded(keyed_generator("init", preset.train.seed)):
+        network = build_network(preset.model)
+    student = build_denoiser(preset, preset.kind, network)
     if teacher is not None:
         student.network.load_state_dict(teacher.f.network.state_dict())
     student = student.to(device).requires_grad_(True)
-    target = frozen_copy(student) if preset.loss.target == "ema" else None
+    target = None
+    if preset.loss.target in ("ema", "previous"):  # an earlier student drops out no more
+        target = frozen_copy(student).train(preset.loss.target == "ema")
     emas = {
         ema.name: Ema(
             student, rate=ema.rate, halflife_images=ema.halflife_images, rampup=ema.rampup
@@ -229,7 +116,7 @@ def build_state(preset: Preset, teacher: Model | None, device: str) -> TrainStat
     return TrainState(student, target, emas, optimizer(student.parameters(), lr=preset.train.lr))
 
 
-def fit_settings(preset: Preset) -> FitSettings:
+def fit_settings(preset: Preset, group: Group = Group()) -> FitSettings:
     """Return the numbers of a run."""
     t = preset.train
     return FitSettings(
@@ -243,75 +130,8 @@ def fit_settings(preset: Preset) -> FitSettings:
         max_grad_norm=t.max_grad_norm,
         max_bad_steps=t.max_bad_steps,
         precision=t.precision,
+        group=group,
     )
-
-
-def load_model(
-    path: str | Path, *, device: str = "cpu", weights: str = "ema", kind: Kind | None = None
-) -> Model:
-    """Return a model from a bundled name, a run folder, a checkpoint folder or a weight file.
-
-    `weights` chooses among a checkpoint's files: an EMA by name, or "model" for the raw weights;
-    "ema" also stands for the only EMA of another name, and for "model" where there is none.
-    `kind` overrides what the file says of itself. Raises InputError for a path that is not a model.
-    """
-    file = find_weights(path, weights)
-    about = read_about(file)
-    try:
-        preset = Preset.model_validate(about["preset"])
-        chosen: Kind = kind or about["kind"]
-        held = about["weights"]
-    except (KeyError, ValidationError):
-        raise InputError(
-            f"{file} does not hold a denoiser", "give a model made by cmtool train or distill"
-        ) from None
-    with torch.device("meta"):
-        network = build_network(preset.model)
-    tensors = {name: t.float() for name, t in read_weights(file).items()}
-    try:
-        network.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()
-        raise InputError(f"{file} is not the network it names: {first}", "make it again") from None
-    f = build_denoiser(preset, chosen, network).to(device).eval().requires_grad_(False)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return Model(f, preset, chosen, str(path), digest, held)
-
-
-def find_weights(path: str | Path, weights: str = "ema") -> Path:
-    """Return the weight file that a bundled name, run, checkpoint or file stands for."""
-    if str(path) in BUNDLED and not Path(path).exists():
-        return ASSETS / f"{path}.safetensors"
-    path = Path(path)
-    if not path.exists():
-        raise InputError(
-            f"no model {str(path)!r}",
-            f"give a run folder, a .safetensors file, or one of {', '.join(BUNDLED)}",
-        )
-    if path.is_file():
-        return path
-    folder: Path | None = path
-    if (path / "checkpoints").is_dir():
-        folder, _ = newest_checkpoint(path / "checkpoints")
-    if folder is None or not (folder / "model.safetensors").is_file():
-        raise InputError(f"no checkpoint in {path}", "give a run folder or a checkpoint folder")
-    verify(folder)
-    file = folder / f"{weights}.safetensors"
-    if not file.is_file() and weights == "ema":  # one EMA of another name, or none at all
-        emas = sorted(folder.glob("ema-*.safetensors"))
-        file = emas[0] if len(emas) == 1 else folder / "model.safetensors" if not emas else file
-    if not file.is_file():
-        held = sorted(f.stem for f in folder.glob("*.safetensors") if f.stem != "optimizer")
-        raise InputError(f"{folder} holds no weights {weights!r}", f"it holds {', '.join(held)}")
-    return file
-
-
-def load_digits_features() -> tuple[DigitsFeatures, str]:
-    """Return the bundled feature network of fd-digits, and the hash of its file."""
-    file = ASSETS / "digits-features.safetensors"
-    network = DigitsFeatures().eval().requires_grad_(False)
-    network.load_state_dict({name: t.float() for name, t in read_weights(file).items()})
-    return network, hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
@@ -321,6 +141,12 @@ def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
     """
     ours = resolved.preset.model
     theirs = teacher.preset.model
+    if theirs.scalings.name != "edm":
+        raise InputError(
+            f"{teacher.source} has the scalings of {theirs.scalings.name}: a student that starts"
+            " from its weights would be another function",
+            "distill a teacher with EDM's scalings",
+        )
     options = dict(theirs.network.options)
     options.pop("dropout", None)
     if "dropout" in ours.network.options:

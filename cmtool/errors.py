@@ -14,6 +14,8 @@ class UserError(Exception):
     """Wrong usage or configuration: `what` names the bad value, `hint` the remedy."""
 
     exit_code: ClassVar[int] = 2
+    rank: int | None = None
+    """Which of several processes met it, where only one did."""
 
     def __init__(self, what: str, hint: str = "") -> None:
         super().__init__(what)
@@ -63,6 +65,12 @@ class Stopped(UserError):
     def __init__(self, what: str, hint: str, signal_number: int) -> None:
         super().__init__(what, hint)
         self.exit_code = 128 + signal_number  # type: ignore[misc]  # per instance: one per signal
+
+
+class Paused(UserError):
+    """The work stopped on purpose, with everything saved, and can go on."""
+
+    exit_code = 75
 
 
 def nearest(bad: str, good: Iterable[str]) -> str:

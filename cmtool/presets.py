@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-import tomlkit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from cmtool.errors import InputError, UserError, nearest
@@ -35,7 +34,9 @@ def _sequence(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+Kind = Literal["teacher", "consistency"]
 Count = Annotated[int, BeforeValidator(_count), Field(ge=0)]
+Side = Annotated[int, Field(gt=0, le=1 << 14)]
 Positive = Annotated[int, BeforeValidator(_count), Field(gt=0)]
 
 
@@ -67,19 +68,20 @@ class ModelSection(Section):
     """The network and the images it knows."""
 
     network: Choice
-    image_size: Annotated[tuple[int, int], BeforeValidator(_sequence)] = Field(description="H, W")
+    image_size: Annotated[tuple[Side, Side], BeforeValidator(_sequence)] = Field(description="H, W")
     channels: Positive = 3
     num_classes: Count = 0
-    sigma_data: float = Field(0.5, gt=0)
-    noise_label: str = "log_1000"
+    sigma_data: float = Field(0.5, gt=0, allow_inf_nan=False)
+    noise_label: Choice = Choice(name="log_1000")
+    scalings: Choice = Field(Choice(name="edm"), description="of a teacher")
 
 
 class NoiseSection(Section):
     """The range of noise levels."""
 
-    sigma_min: float = Field(0.002, gt=0)
-    sigma_max: float = Field(80.0, gt=0)
-    rho: float = Field(7.0, gt=0)
+    sigma_min: float = Field(0.002, gt=0, allow_inf_nan=False)
+    sigma_max: float = Field(80.0, gt=0, allow_inf_nan=False)
+    rho: float = Field(7.0, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _ascending(self) -> NoiseSection:
@@ -89,18 +91,21 @@ class NoiseSection(Section):
 
 
 class DataSection(Section):
-    """The training images: the name of a data set or the path of a folder."""
+    """The training images: a data set's name or a path, and how they are brought to size."""
 
     path: str
+    fit: str = Field("exact", description="exact, edm, adm or box")
+    flip: bool = Field(False, description="mirror half of the images at random")
+    workers: Count = Field(2, description="processes that decode what is too large for memory")
 
 
 class LossSection(Section):
     """A method: which levels, which pair, which target, which distance, which weight."""
 
-    pair: Literal["none", "noise", "teacher"]
+    pair: Literal["none", "noise", "teacher", "progressive"]
     levels: Choice
     solver: Choice = Choice(name="heun")
-    target: Literal["none", "student", "ema"] = "none"
+    target: Literal["none", "student", "ema", "previous"] = "none"
     distance: Choice = Choice(name="l2")
     weight: Choice = Choice(name="uniform")
     curriculum: Choice = Choice(name="fixed")
@@ -160,24 +165,40 @@ class SampleSection(Section):
     sampler: Choice
     steps: Positive = 1
     levels: dict[str, list[float]] = Field({}, description="tuned levels by number of steps")
+    grid: int | None = Field(None, ge=2, description="points of the grid trained on, if known")
 
 
-class Preset(Section):
-    """A whole recipe."""
+class Card(Section):
+    """What a model is: its network, its noise levels, and how to sample it."""
 
     description: str = ""
     model: ModelSection
     noise: NoiseSection = NoiseSection()
+    sample: SampleSection
+
+    @property
+    def kind(self) -> Kind:
+        """Teacher or consistency model: only the second is sampled by multistep."""
+        return "consistency" if self.sample.sampler.name == "multistep" else "teacher"
+
+
+class Preset(Card):
+    """A whole recipe: a card, and how to train such a model."""
+
     data: DataSection
     loss: LossSection
     train: TrainSection
     run: RunSection = RunSection()
-    sample: SampleSection
 
     @property
-    def kind(self) -> Literal["teacher", "consistency"]:
+    def kind(self) -> Kind:
         """What training with this preset makes."""
-        return "teacher" if self.loss.pair == "none" else "consistency"
+        return "teacher" if self.loss.pair in ("none", "progressive") else "consistency"
+
+    @property
+    def distills(self) -> bool:
+        """Whether training needs a teacher."""
+        return self.loss.pair in ("teacher", "progressive")
 
 
 class Resolved(NamedTuple):
@@ -210,7 +231,7 @@ def resolve(name_or_path: str, layers: Mapping[str, Mapping[str, Any]]) -> Resol
         for key, value in overrides.items():
             _merge(tree, _nested(key, value), origin, origins, "")
     preset = _validated(tree, name_or_path)
-    found = {key: _origin(key, origins) for key, _ in flat(preset.model_dump())}
+    found = {key: origin_of(key, origins) for key, _ in flat(preset.model_dump())}
     return Resolved(preset, found)
 
 
@@ -233,51 +254,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def to_toml(preset: Preset, origins: Mapping[str, str] | None = None) -> str:
-    """Return the preset as TOML that `--preset` takes again, origins as comments."""
-    document = tomlkit.document()
-    _fill(document, preset.model_dump(exclude_none=True), origins or {}, "")
-    return tomlkit.dumps(document)
-
-
-def _fill(table: Any, tree: Mapping[str, Any], origins: Mapping[str, str], prefix: str) -> None:
-    """Fill a TOML table: values first, then tables; a component without options is its name."""
-    short = {k: v["name"] if _is_bare(v) else v for k, v in tree.items()}
-    for key, value in sorted(short.items(), key=lambda entry: isinstance(entry[1], Mapping)):
-        dotted = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            section = tomlkit.table()
-            _fill(section, value, origins, f"{dotted}.")
-            table[key] = section
-            continue
-        item = tomlkit.item(_plain(value))
-        if origins:
-            item.comment(_origin(dotted, origins))
-        table[key] = item
-
-
-def _is_bare(value: Any) -> bool:
-    """Tell whether a value is a component without options."""
-    return isinstance(value, Mapping) and set(value) == {"name"}
-
-
-def _plain(value: Any) -> Any:
-    """Return the value with tuples as lists, and tables inside lists as inline tables."""
-    if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        array = tomlkit.array()
-        for entry in value:
-            if isinstance(entry, Mapping):
-                inline = tomlkit.inline_table()
-                inline.update(_plain(entry))
-                array.append(inline)
-            else:
-                array.append(_plain(entry))
-        return array
-    return value
 
 
 def _chain(name_or_path: str, seen: tuple[str, ...]) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -338,7 +314,7 @@ def _merge(
             origins[dotted] = origin
 
 
-def _origin(key: str, origins: Mapping[str, str]) -> str:
+def origin_of(key: str, origins: Mapping[str, str]) -> str:
     """Return where a key, or the nearest table above or value below it, was set."""
     parts = key.split(".")
     for end in range(len(parts), 0, -1):

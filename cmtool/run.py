@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from cmtool import __version__
@@ -28,20 +24,35 @@ from cmtool.build import (
     build_state,
     fit_settings,
 )
-from cmtool.core import checkpoint
+from cmtool.core import checkpoint, dist
 from cmtool.core.data import Dataset, batches, load_dataset
+from cmtool.core.dist import Group
 from cmtool.core.images import png_bytes
 from cmtool.core.precond import Preconditioned
 from cmtool.core.samplers import check_levels
 from cmtool.core.trainer import StepInfo, TrainState, fit
-from cmtool.errors import BusyError, InputError, Stopped, UserError
-from cmtool.presets import Preset, load_preset, to_toml
+from cmtool.errors import InputError, Paused, Stopped, UserError
+from cmtool.presets import Card, Preset
 from cmtool.report import picture, read_log, write_summary
+from cmtool.rundir import (
+    StatusWriter,
+    check_same,
+    clear_run,
+    locked,
+    prepare_folder,
+    resume_state,
+    status,
+    trim_log,
+    write_run_files,
+)
 from cmtool.sampling import generate, plan
 
 GRID_SEEDS = range(40)
 GRID_COLUMNS = 10
-FREE_TO_CHANGE = ("description", "run")
+TIMEOUT = 120.0
+"""Seconds without an answer from another process."""
+PAUSE = 1000
+"""A reason to stop that is no signal: the time is up."""
 
 
 class Progress(NamedTuple):
@@ -75,16 +86,22 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     overwrite: bool = False,
+    max_seconds: float | None = None,
 ) -> Path:
     """Train in the run folder `out` and return the final checkpoint's folder.
 
-    Raises UserError for an existing run without `resume` or `overwrite` or with another preset,
-    BusyError while another process holds the folder, InputError for data or a teacher that do not
-    fit, DivergedError, ResourceError, and Stopped when a signal ended it after saving.
+    Under torchrun every process calls this, and the first one writes. Raises UserError for an
+    existing run without `resume` or `overwrite` or with another preset, BusyError while another
+    process holds the folder, InputError for data or a teacher that do not fit, DivergedError,
+    ResourceError, and after saving Stopped (by a signal) or Paused (after `max_seconds`).
     """
     if resume and overwrite:
         raise UserError("--resume and --overwrite", "give one of them")
-    data = load_dataset(preset.data.path)
+    started = time.monotonic()
+    data = load_dataset(
+        preset.data.path, size=preset.model.image_size, channels=preset.model.channels,
+        fit=preset.data.fit,
+    )  # fmt: skip
     check_fit(preset, data, teacher)
     chosen = plan(preset)  # what the sample grids will use
     build_sampler(chosen.sampler)
@@ -93,74 +110,159 @@ def train(
     curriculum = build_curriculum(preset)
     curriculum(0, preset.train.steps)
     state = build_state(preset, teacher, device)
-    settings = fit_settings(preset)
+    rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    shards = preset.train.accumulate * world_size
     microbatch = batches(
-        data, batch=preset.train.batch, shards=settings.rounds, seed=settings.seed, device=device
-    )
-    about = {"kind": preset.kind, "preset": preset.model_dump(mode="json"), "cmtool": __version__}
-    prepare_folder(out, resume=resume, overwrite=overwrite, teacher=teacher)
-    with locked(out):
-        if resume:
-            check_same(out, preset, data, teacher)
-        return _train(
-            preset, out, watcher, state, fit(state, objective, microbatch, curriculum, settings),
-            data=data, teacher=teacher, origins=origins or {}, about=about, device=device,
-            resume=resume,
-        )  # fmt: skip
+        data, batch=preset.train.batch, shards=shards, seed=preset.train.seed, device=device,
+        flip=preset.data.flip, workers=preset.data.workers, rank=rank, world_size=world_size,
+    )  # fmt: skip
+    group = dist.join(rank, world_size, device, TIMEOUT)
+    with ExitStack() as stack:
+        stack.callback(dist.leave)
+
+        def claim() -> None:
+            prepare_folder(out, resume=resume, overwrite=overwrite, teacher=teacher)
+            stack.enter_context(locked(out))
+            if resume:
+                check_same(out, preset, data, teacher)
+
+        agreed(group, claim)
+        steps = fit(state, objective, microbatch, curriculum, fit_settings(preset, group))
+        caught = stack.enter_context(stop_signals())
+        stop = Stop(caught, None if max_seconds is None else started + max_seconds)
+        if not group.leads:
+            if resume:
+                resume_state(out, state, watcher)
+            with contact(group, state):
+                follow(preset, state, steps, group, stop)
+            return out / "checkpoints" / f"step-{state.step:07d}"
+        with status(out) as write_status:
+            checkpoint.clear_temporary(out / "checkpoints")
+            if resume:
+                resume_state(out, state, watcher)
+                trim_log(out, state.step)
+            else:
+                clear_run(out)
+            write_run_files(out, preset, origins or {}, data, teacher)
+            with contact(group, state):
+                lead(preset, out, watcher, state, steps, group, stop, write_status, device, resume)
+            summarise(out, preset, state, teacher, device)
+            write_status(state="done", step=state.step, exit_code=0)
+    return out / "checkpoints" / f"step-{state.step:07d}"
 
 
-def _train(
+def agreed(group: Group, action: Callable[[], None]) -> None:
+    """Let the leading process do something; what it raises is raised in all of them."""
+    error: UserError | None = None
+    if group.leads:
+        try:
+            action()
+        except UserError as raised:
+            error = raised
+    error = group.tell(error)
+    if error is not None:
+        raise error
+
+
+class Stop:
+    """Whether to stop: a signal's number, or PAUSE when the time is up or the parent is gone."""
+
+    def __init__(self, caught: list[int], deadline: float | None) -> None:
+        self.caught = caught
+        self.deadline = deadline
+        self.parent = os.getppid()
+
+    def reason(self) -> int:
+        """Return the reason to stop now, 0 for none."""
+        if self.caught:
+            return self.caught[0]
+        if os.getppid() != self.parent:  # torchrun was killed and left us behind
+            return signal.SIGTERM
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        return PAUSE if late else 0
+
+
+def lead(
     preset: Preset,
     out: Path,
     watcher: Watcher,
     state: TrainState,
     steps: Iterator[StepInfo],
-    *,
-    data: Dataset,
-    teacher: Model | None,
-    origins: Mapping[str, str],
-    about: dict[str, Any],
+    group: Group,
+    stop: Stop,
+    write_status: StatusWriter,
     device: str,
     resume: bool,
-) -> Path:
+) -> None:
     """Run the steps and what happens every N of them; the folder is ours and everything fits."""
-    with status(out) as write_status, stop_signals() as caught:
-        checkpoint.clear_temporary(out / "checkpoints")
-        if resume:
-            resume_state(out, state, watcher)
-        else:
-            clear_run(out)
-        write_run_files(out, preset, origins, data, teacher)
-        write_status(step=state.step)
-        saved = state.step if resume else -1
-        clock = Clock(state.step, preset)
+    about = {"kind": preset.kind, "preset": preset.model_dump(mode="json"), "cmtool": __version__}
+    saver = checkpoint.Saver(out / "checkpoints", about, keep=preset.run.keep, note=watcher.note)
+    saver.saved = state.step if resume else -1
+    write_status(step=state.step)
+    clock = Clock(state.step, preset)
+    try:
         with (out / "log.jsonl").open("a", encoding="utf-8") as log:
             for info in steps:
                 last = info.step == preset.train.steps
                 is_line = last or info.step % preset.run.log_every == 0
-                line = clock.tick(info)
+                news = clock.tick(info)
                 if is_line:
-                    log.write(json.dumps(clock.log_line(info)) + "\n")
+                    line = clock.log_line(info)
+                    line["loss"] = group.mean(line["loss"])
+                    log.write(json.dumps(line) + "\n")
                     log.flush()
                     write_status(state="running", step=info.step)
-                watcher.progress(line._replace(is_log_line=is_line))
-                if last or info.step % preset.run.checkpoint_every == 0 or caught:
-                    checkpoint.save_checkpoint(out / "checkpoints", state, about)
-                    checkpoint.prune(out / "checkpoints", preset.run.keep)
-                    saved = info.step
-                if caught and not last:
+                watcher.progress(news._replace(is_log_line=is_line))
+                reason = 0 if last else group.any(stop.reason())
+                if last or reason or info.step % preset.run.checkpoint_every == 0:
+                    saver.save(state, wait=bool(last or reason))
+                if reason:
                     write_status(step=info.step)
-                    raise Stopped(
-                        f"stopped by signal {caught[0]} after saving step {info.step}",
-                        f"go on with --resume --out {out}", caught[0],
-                    )  # fmt: skip
+                    raise stopped(reason, info.step, out)
                 if last or info.step % preset.run.sample_every == 0:
                     draw_samples(out, preset, state, device)
-        if saved != state.step:
-            checkpoint.save_checkpoint(out / "checkpoints", state, about)
-        summarise(out, preset, state, teacher, device)
-        write_status(state="done", step=state.step, exit_code=0)
-    return out / "checkpoints" / f"step-{state.step:07d}"
+        if saver.saved != state.step:
+            saver.save(state, wait=True)
+    finally:
+        if saver.thread is not None:
+            saver.thread.join()
+
+
+def follow(
+    preset: Preset, state: TrainState, steps: Iterator[StepInfo], group: Group, stop: Stop
+) -> None:
+    """Run the steps beside a leading process, which writes."""
+    clock = Clock(state.step, preset)
+    for info in steps:
+        last = info.step == preset.train.steps
+        clock.tick(info)
+        if last or info.step % preset.run.log_every == 0:
+            group.mean(clock.log_line(info)["loss"])
+        reason = 0 if last else group.any(stop.reason())
+        if reason:
+            raise stopped(reason, info.step, None)
+
+
+@contextmanager
+def contact(group: Group, state: TrainState) -> Iterator[None]:
+    """When another process is gone, say so instead of what torch says."""
+    try:
+        yield
+    except (Stopped, Paused):  # every process says so
+        raise
+    except UserError as error:
+        error.rank = group.rank
+        raise
+    except RuntimeError as error:
+        raise dist.lost_contact(error, group, state.step) or error from None
+
+
+def stopped(reason: int, step: int, out: Path | None) -> UserError:
+    """Return the error that ends a run which was stopped after saving."""
+    hint = f"go on with --resume --out {out}"
+    if reason == PAUSE:
+        return Paused(f"the time is up; saved step {step}", hint)
+    return Stopped(f"stopped by signal {reason} after saving step {step}", hint, reason)
 
 
 def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:
@@ -186,95 +288,6 @@ def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:
         )
 
 
-def is_run(out: Path) -> bool:
-    """Tell whether a folder holds a run of ours."""
-    versions = _read_json(out / "run.json").get("versions")
-    return isinstance(versions, dict) and "cmtool" in versions
-
-
-def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model | None) -> None:
-    """Make the run folder. Raises UserError or InputError for one that must be left alone."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file", "give a folder with --out")
-    if resume and not (is_run(out) and (out / "preset.toml").is_file()):
-        raise InputError(f"no run to resume in {out}", "leave --resume out to start one")
-    if is_run(out) and not resume and not overwrite:
-        raise UserError(f"{out} holds a run already", "go on with --resume, or --overwrite it")
-    if out.exists() and not is_run(out) and any(p.name != ".lock" for p in out.iterdir()):
-        raise UserError(f"{out} is not empty and not a run", "give a new folder with --out")
-    if overwrite and teacher and out.resolve() in [p.resolve() for p in _above(teacher.source)]:
-        raise UserError(f"the teacher is in {out}", "overwriting it would lose it: change --out")
-    try:
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (out / "samples").mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror}", "give another --out") from None
-
-
-def _above(source: str) -> list[Path]:
-    """Return a path and all folders above it."""
-    path = Path(source).resolve()
-    return [path, *path.parents]
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the run folder's lock. Raises BusyError naming the holder."""
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        holder = _read_json(out / "status.json")
-        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-        raise BusyError(
-            f"{out} is in use by {who} since {holder.get('since', '?')}",
-            "wait for it, or give another --out",
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-class StatusWriter(Protocol):
-    """Writes status.json with the given fields over the ones before."""
-
-    def __call__(self, **fields: object) -> None:
-        """Write."""
-
-
-@contextmanager
-def status(out: Path) -> Iterator[StatusWriter]:
-    """Keep status.json true: running, done, stopped or failed, with step, exit code and error."""
-    facts: dict[str, object] = {
-        "state": "running",
-        "step": 0,
-        "pid": os.getpid(),
-        "host": platform.node(),
-        "since": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-    def write(**fields: object) -> None:
-        facts.update(fields)
-        checkpoint.write_json(out / "status.json", facts)
-
-    write()
-    try:
-        yield write
-    except Stopped as stop:
-        write(state="stopped", exit_code=stop.exit_code)
-        raise
-    except UserError as error:
-        write(state="failed", exit_code=error.exit_code, error=error.what)
-        raise
-    except SystemExit as end:
-        write(state="stopped", exit_code=end.code, error="stopped without saving")
-        raise
-    except BaseException as error:
-        write(state="failed", exit_code=1, error=repr(error))
-        raise
-
-
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Yield a list that receives the number of a stopping signal; a second Ctrl-C ends at once."""
@@ -292,78 +305,6 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-
-
-def check_same(out: Path, preset: Preset, data: Dataset, teacher: Model | None) -> None:
-    """Raise UserError unless the run in `out` was started with this preset, data and teacher."""
-    made = _read_json(out / "run.json")
-    for name, now in run_inputs(data, teacher).items():
-        if made.get(name) is not None and made[name] != now:
-            before, after = _difference(made[name], now)
-            raise UserError(
-                f"the run in {out} was started with another {name}: {before}, now {after}",
-                "resume with the same, or start a run of its own",
-            )
-    stored = load_preset(str(out / "preset.toml")).model_dump()
-    for key, value in preset.model_dump().items():
-        if key not in FREE_TO_CHANGE and stored[key] != value:
-            before, now = _difference(stored[key], value)
-            raise UserError(
-                f"the run in {out} was started with another preset: {key} had {before}, now {now}",
-                "resume without changing it, or start a run of its own",
-            )
-
-
-def resume_state(out: Path, state: TrainState, watcher: Watcher) -> None:
-    """Set `state` to the run's newest good checkpoint, and drop log lines past it."""
-    newest, complaints = checkpoint.newest_checkpoint(out / "checkpoints")
-    for complaint in complaints:
-        watcher.note(f"passed over: {complaint}")
-    if newest is None:
-        watcher.note("no checkpoint yet: starting at step 0")
-    else:
-        checkpoint.load_checkpoint(newest, state)
-        watcher.note(f"resumed from {newest}")
-    log = out / "log.jsonl"
-    if log.exists():
-        kept = [line for line in read_log(log) if line["step"] <= state.step]
-        checkpoint.write_atomic(log, "".join(json.dumps(k) + "\n" for k in kept).encode())
-
-
-def clear_run(out: Path) -> None:
-    """Remove an earlier run's own files, and no others; called under the lock."""
-    checkpoint.prune_all(out / "checkpoints")
-    for pattern in ("samples/step-*.png", "log.jsonl", "preset.toml", "summary.png"):
-        for file in out.glob(pattern):
-            file.unlink()
-
-
-def write_run_files(
-    out: Path, preset: Preset, origins: Mapping[str, str], data: Dataset, teacher: Model | None
-) -> None:
-    """Write preset.toml and run.json."""
-    if not (out / "preset.toml").is_file():  # a resumed run keeps its own, with its origins
-        checkpoint.write_atomic(out / "preset.toml", to_toml(preset, origins).encode())
-    facts = {
-        "arguments": sys.argv[1:],
-        "versions": {
-            "cmtool": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "threads": torch.get_num_threads(),
-        "seed": preset.train.seed,
-        **run_inputs(data, teacher),
-    }
-    checkpoint.write_json(out / "run.json", facts)
-
-
-def run_inputs(data: Dataset, teacher: Model | None) -> dict[str, object]:
-    """Return what run.json says of data and teacher, by which a resumed run knows them again."""
-    return {
-        "data": {"name": data.name, "images": len(data), "fingerprint": data.fingerprint()},
-        "teacher": teacher and {"source": teacher.source, "sha256": teacher.sha256},
-    }
 
 
 class Clock:
@@ -401,7 +342,7 @@ class Clock:
 
 
 def grid_samples(
-    model: Preconditioned, preset: Preset, device: str, steps: int | None = None
+    model: Preconditioned, preset: Card, device: str, steps: int | None = None
 ) -> Tensor:
     """Return the run's fixed images: seeds 0 to 39, classes in turn."""
     labels = None
@@ -439,19 +380,3 @@ def summarise(
     name = "samples" if preset.kind == "teacher" else f"{preset.sample.steps} step"
     panels[name] = grid_samples(kept_model(state), preset, device)
     write_summary(out / "summary.png", read_log(out / "log.jsonl"), panels, preset.description)
-
-
-def _difference(before: object, now: object) -> tuple[object, object]:
-    """Return the first differing part of two values, tables by their differing keys."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        odd = [k for k in {**before, **now} if before.get(k) != now.get(k)]
-        return {k: before.get(k) for k in odd}, {k: now.get(k) for k in odd}
-    return before, now
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

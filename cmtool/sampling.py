@@ -14,7 +14,9 @@ from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import SeededNoise
 from cmtool.core.samplers import clipped, multistep, sampling_levels
 from cmtool.errors import UserError, nearest
-from cmtool.presets import Choice, Preset
+from cmtool.presets import Card, Choice, Preset
+
+PUBLISHED_GRID = 40
 
 
 class Plan(NamedTuple):
@@ -31,7 +33,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    preset: Preset,
+    preset: Card,
     *,
     sampler: str | None = None,
     steps: int | None = None,
@@ -71,22 +73,30 @@ def plan(
     return Plan(chosen, tuple(sampling_levels(n, noise_range(preset))))
 
 
-def trained_levels(preset: Preset, n: int) -> list[float]:
-    """Return n descending levels a consistency model was trained on, evenly spread by index.
+def trained_levels(preset: Card, n: int) -> list[float]:
+    """Return n descending levels a consistency model was trained on, n equal strides by index.
 
     Between the levels of its grid a model distilled on a coarse one is much worse than on them.
     More levels than the grid has above sigma_min are taken from a grid that has enough.
     """
-    size = build_curriculum(preset)(preset.train.steps, preset.train.steps).n
+    size = grid_size(preset)
     grid = sampling_levels(max(size, n + 1), noise_range(preset))
-    last = len(grid) - 2
-    return [grid[round(i * last / max(n - 1, 1))] for i in range(n)]
+    return [grid[round(i * (len(grid) - 1) / n)] for i in range(n)]
+
+
+def grid_size(preset: Card) -> int:
+    """Return the points of the grid a consistency model was trained on; 40 where nobody knows."""
+    if preset.sample.grid is not None:
+        return preset.sample.grid
+    if isinstance(preset, Preset):
+        return build_curriculum(preset)(preset.train.steps, preset.train.steps).n
+    return PUBLISHED_GRID
 
 
 @torch.no_grad()
 def generate(
     f: Preconditioned,
-    preset: Preset,
+    preset: Card,
     chosen: Plan,
     seeds: Sequence[int],
     *,

@@ -8,11 +8,14 @@ import pytest
 ROOT = Path(__file__).parent.parent / "cmtool"
 FILES = sorted(ROOT.rglob("*.py"))
 
-LAYERS = ["errors", "core", "presets", "build", "sampling", "report", "run", "assets", "cli"]
+LAYERS = [
+    "errors", "core", "presets", "toml", "components", "models", "build", "sampling", "convert",
+    "report", "rundir", "run", "assets", "cli",
+]  # fmt: skip
 CORE_LAYERS = [
-    {"types", "tensors", "rng"},
+    {"types", "tensors", "rng", "dist"},
     {"noise", "precond", "solvers", "distances", "edits", "networks", "images", "metrics"},
-    {"ema", "losses", "samplers", "formats", "data"},
+    {"ema", "losses", "samplers", "formats", "sources", "data"},
     {"trainer"},
     {"checkpoint"},
 ]
@@ -20,10 +23,12 @@ ONE_IMPORTER = {
     "lpips": "core/distances.py",
     "cleanfid": "core/metrics.py",
     "PIL": "core/images.py",
-    "tomlkit": "presets.py",
+    "tomlkit": "toml.py",
+    "msgpack": "core/formats/jcm_msgpack.py",
+    "lmdb": "core/sources.py",
     "matplotlib": "report.py",
     "jinja2": "report.py",
-    "filelock": "run.py",
+    "filelock": "rundir.py",
 }
 NOT_IN_CORE = {"typer", "pydantic", "rich"}
 

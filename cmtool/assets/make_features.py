@@ -65,7 +65,7 @@ def main(out: Path) -> None:
         schedule.step()
     network.eval()
     with torch.no_grad():
-        x = from_uint8(held_out.images)
+        x = from_uint8(held_out.images[torch.arange(len(held_out))])
         logits, guess = network.heads(x)
         accuracy = (logits.argmax(1) == held_out.labels).float().mean()
         error = F.mse_loss(guess, colours(x)).sqrt()

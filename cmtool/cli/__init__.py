@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from cmtool import __version__
-from cmtool.cli import demo, edit, evaluate, preset, sample, train
+from cmtool.cli import checkpoint, data, demo, edit, evaluate, preset, sample, train
 from cmtool.cli._options import say
 from cmtool.errors import InputError, UserError
 
@@ -38,6 +38,8 @@ app.command("sample")(sample.sample)
 app.add_typer(edit.app, name="edit")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(preset.app, name="preset")
+app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(data.app, name="data")
 app.command("demo")(demo.demo)
 
 
@@ -72,7 +74,10 @@ def main(argv: list[str] | None = None) -> None:
         say("hint: check the path and its rights")
         sys.exit(InputError.exit_code)
     except UserError as error:
-        say(f"error: {error.what}")
+        if error.rank is not None and "WORLD_SIZE" in os.environ:
+            print(f"error: rank {error.rank}: {error.what}", file=sys.stderr, flush=True)
+        else:
+            say(f"error: {error.what}")
         if error.hint:
             say(f"hint: {error.hint}")
         sys.exit(error.exit_code)

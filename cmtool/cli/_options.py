@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmtool.errors import InputError, UserError
+from cmtool.errors import InputError, UserError, nearest
 
 if TYPE_CHECKING:
-    from cmtool.build import Kind, Model
+    from cmtool.build import Model
+    from cmtool.presets import Kind
 
 Checkpoint = Annotated[
     str | None,
     typer.Option(
         "--checkpoint",
         "-c",
-        help="Run folder, checkpoint, .safetensors file or bundled model (digits-cd, digits-edm)."
+        help="Run, checkpoint, weight file of any format, or digits-cd, digits-edm (bundled)."
         " Default: the newest finished run under runs/, else digits-cd.",
     ),
 ]
@@ -41,22 +42,49 @@ Steps = Annotated[
 Sampler = Annotated[str | None, typer.Option(help="multistep; for a teacher heun or euler.")]
 ClassIndex = Annotated[int | None, typer.Option("--class", help="Class index for every image.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images per network call; changes no result.")]
+ModelPreset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help="Preset that says what a foreign file cannot: image size, kind, head width.",
+    ),
+]
+KindOption = Annotated[
+    str | None, typer.Option("--kind", help="teacher or consistency, if the file does not say.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 MAX_SEEDS = 10_000_000
+MAX_LINE = 700
+
+
+def leads() -> bool:
+    """Tell whether this is the process that speaks: the first of torchrun's, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:
     """Write one line to stderr; a closed stderr is no reason to stop."""
+    if not leads():
+        return
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
     except BrokenPipeError:
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  # kept for the rest of the process
 
 
+def printable(text: str) -> str:
+    """Return the text without control characters, which files may hold, and not too long."""
+    if len(text) > MAX_LINE:
+        text = f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def emit(text: str) -> None:
     """Write one line to stdout; when nobody reads any more, end quietly as a pipe does (141)."""
+    if not leads():
+        return
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -117,7 +145,10 @@ def pick_device(name: str) -> str:
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -128,16 +159,44 @@ def pick_device(name: str) -> str:
     return name
 
 
+def parse_kind(text: str | None) -> Kind | None:
+    """Return the kind of --kind. Raises UserError."""
+    match text:
+        case None | "teacher" | "consistency":
+            return text
+    raise UserError(f"--kind {text!r}", nearest(text, ["teacher", "consistency"]))
+
+
+def tell_notes(model: Model) -> None:
+    """Say what had to be assumed about a model."""
+    for note in model.notes:
+        say(f"note: {note}")
+
+
 def pick_model(
-    checkpoint: str | None, weights: str, device: str, kind: Kind | None = None
+    checkpoint: str | None,
+    weights: str,
+    device: str,
+    kind: Kind | None = None,
+    *,
+    said: str | None = None,
+    preset: str | None = None,
 ) -> Model:
-    """Return the model of --checkpoint, else of the newest finished run, else the bundled one."""
+    """Return the model of --checkpoint, else of the newest finished run, else the bundled one.
+
+    Only a model of `kind` is good, if given; `said` and `preset` are the user's --kind and
+    --preset.
+    """
     from cmtool.build import load_model
 
     if checkpoint is None:
         checkpoint = newest_run(kind) or ("digits-edm" if kind == "teacher" else "digits-cd")
         say(f"model: {checkpoint}")
-    model = load_model(checkpoint, weights=weights, device=device)
+    model = load_model(
+        checkpoint, weights=weights, device=device, kind=parse_kind(said), preset=preset,
+        otherwise=kind,
+    )  # fmt: skip
+    tell_notes(model)
     if kind is not None and model.kind != kind:
         wanted = "a consistency model" if kind == "consistency" else "a teacher"
         raise InputError(f"{checkpoint} is not {wanted}", "give another with --checkpoint")
@@ -168,3 +227,13 @@ def check_class(index: int | None, num_classes: int) -> None:
         raise UserError(f"--class {index} given to an unconditional model", "leave --class out")
     if not 0 <= index < num_classes:
         raise UserError(f"no class {index}", f"the model knows 0 to {num_classes - 1}")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for results and see that it can be written to. Raises InputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make {folder}: {error.strerror}", "give another --out") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write to {folder}", "give another --out")

@@ -12,18 +12,19 @@ from cmtool.cli._options import (
     Checkpoint,
     ClassIndex,
     Device,
+    ModelPreset,
     Sigmas,
     Steps,
     Weights,
     check_class,
     emit,
     emit_bytes,
+    make_folder,
     parse_sigmas,
     pick_device,
     pick_model,
     say,
 )
-from cmtool.cli.sample import make_folder
 from cmtool.errors import InputError, UserError
 
 app = typer.Typer(no_args_is_help=True, help="Edit a picture; the model was never trained to.")
@@ -52,6 +53,7 @@ def inpaint(
         bool, typer.Option("--overwrite", help="Replace an existing file.")
     ] = False,
     weights: Weights = "ema",
+    preset: ModelPreset = None,
     device: Device = "auto",
 ) -> None:
     """Regenerate the white part of a mask; every other pixel stays as it is.
@@ -81,7 +83,7 @@ def inpaint(
     known = read_image(mask, mode="L")[None] < 128
     where = pick_device(device)
     edit = edits.inpaint(from_uint8(picture)[None].to(where), known.to(where))
-    model = pick_model(checkpoint, weights, where, kind="consistency")
+    model = pick_model(checkpoint, weights, where, kind="consistency", preset=preset)
     check_class(class_, model.preset.model.num_classes)
     if picture.shape[-2:] != model.preset.model.image_size:
         h, w = model.preset.model.image_size

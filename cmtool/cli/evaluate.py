@@ -14,6 +14,8 @@ from cmtool.cli._options import (
     Batch,
     Checkpoint,
     Device,
+    KindOption,
+    ModelPreset,
     Sampler,
     Sigmas,
     Steps,
@@ -27,7 +29,7 @@ from cmtool.cli._options import (
 from cmtool.errors import InputError, ThresholdError, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
@@ -58,6 +60,8 @@ def fid(
     sampler: Sampler = None,
     batch: Batch = 256,
     weights: Weights = "ema",
+    preset: ModelPreset = None,
+    kind: KindOption = None,
     device: Device = "auto",
     as_json: AsJson = False,
     fail_above: Annotated[float | None, typer.Option(help="Exit 8 if the value is larger.")] = None,
@@ -94,17 +98,16 @@ def fid(
     features = features.to(where)
     target = load_dataset(reference)
 
-    def chunks(pictures: Tensor) -> Iterator[Tensor]:
-        for part in pictures.split(batch):
-            yield from_uint8(part).to(where)
+    def floats(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        return (from_uint8(part).to(where) for part in parts)
 
-    expected = statistics(features, chunks(target.images))
+    expected = statistics(features, floats(target.chunks(batch)))
     facts: dict[str, Any] = {}
     if images:
         pictures, facts["images"] = _given(images, num)
-        measured = statistics(features, chunks(pictures))
+        measured = statistics(features, floats(pictures.split(batch)))
     else:
-        model = pick_model(checkpoint, weights, where)
+        model = pick_model(checkpoint, weights, where, said=kind, preset=preset)
         count = num or 2048
         chosen = plan(model.preset, sampler=sampler, steps=steps, sigmas=levels)
         drawn = generate(
@@ -156,7 +159,7 @@ def _given(images: list[str], num: int | None) -> tuple[Tensor, str]:
 
     if len(images) == 1 and not Path(images[0]).is_file():
         data = load_dataset(images[0])
-        return _some(data.images, num), data.name
+        return data.images[_some(len(data), num)], data.name
     pictures = [read_image(Path(path)) for path in images]
     for path, picture in zip(images, pictures, strict=True):
         if picture.shape != pictures[0].shape:
@@ -165,15 +168,15 @@ def _given(images: list[str], num: int | None) -> tuple[Tensor, str]:
                 f" {pictures[0].shape[2]}x{pictures[0].shape[1]}",
                 "give images of one size",
             )
-    return _some(torch.stack(pictures), num), f"{len(pictures)} files"
+    return torch.stack(pictures)[_some(len(pictures), num)], f"{len(pictures)} files"
 
 
-def _some(images: Tensor, num: int | None) -> Tensor:
-    """Return `num` of the images, the same random ones each time; all when it is None."""
+def _some(count: int, num: int | None) -> Tensor:
+    """Return the index of `num` of `count` images, the same random ones each time; or of all."""
     import torch
 
     from cmtool.core.rng import keyed_generator
 
-    if num is None or num >= len(images):
-        return images
-    return images[torch.randperm(len(images), generator=keyed_generator("subset"))[:num]]
+    if num is None or num >= count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=keyed_generator("subset"))[:num]

@@ -16,8 +16,10 @@ def list_() -> None:
     """List the presets: a name and a description a line."""
     from cmtool.presets import load_preset, preset_names
 
-    for name in preset_names():
-        emit(f"{name:<16} {load_preset(name).description}")
+    names = preset_names()
+    width = max(map(len, names))
+    for name in names:
+        emit(f"{name:<{width}}  {load_preset(name).description}")
 
 
 @app.command("show")
@@ -31,7 +33,8 @@ def show(
 
     `cmtool preset show digits-cd --set train.lr=1e-4 > mine.toml`
     """
-    from cmtool.presets import parse_override, resolve, to_toml
+    from cmtool.presets import parse_override, resolve
+    from cmtool.toml import to_toml
 
     resolved = resolve(name, {"--set": dict(map(parse_override, set_ or []))})
     emit(to_toml(resolved.preset, resolved.origins).rstrip())

@@ -14,6 +14,8 @@ from cmtool.cli._options import (
     Checkpoint,
     ClassIndex,
     Device,
+    KindOption,
+    ModelPreset,
     Sampler,
     Seeds,
     Sigmas,
@@ -23,13 +25,14 @@ from cmtool.cli._options import (
     emit,
     emit_bytes,
     emit_json,
+    make_folder,
     parse_seeds,
     parse_sigmas,
     pick_device,
     pick_model,
     say,
 )
-from cmtool.errors import InputError, UserError
+from cmtool.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +58,8 @@ def sample(
     ] = False,
     batch: Batch = 256,
     weights: Weights = "ema",
+    preset: ModelPreset = None,
+    kind: KindOption = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -63,6 +68,8 @@ def sample(
     `cmtool sample --seeds 0-15 --out grid.png`
 
     `cmtool sample -c runs/mine --seeds 0-2047 --steps 2 --out out/`
+
+    `cmtool sample -c edm-cifar10-32x32-cond-vp.pkl --seeds 0-63 --out grid.png`
 
     `cmtool sample --seeds 0-63 --class 7 --out - > sevens.png`
 
@@ -88,7 +95,7 @@ def sample(
     from cmtool.sampling import plan
 
     where = pick_device(device)
-    model = pick_model(checkpoint, weights, where)
+    model = pick_model(checkpoint, weights, where, said=kind, preset=preset)
     check_class(class_, model.preset.model.num_classes)
     chosen = plan(model.preset, sampler=sampler, steps=steps, sigmas=levels)
     shown = ",".join(f"{sigma:.4g}" for sigma in chosen.sigmas)
@@ -202,15 +209,3 @@ def _write_folder(
             index = next(waiting)
             write_atomic(paths[index], png_bytes(image, infos[index]))
             yield paths[index], index
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for results and see that it can be written to. Raises InputError."""
-    import os
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make {folder}: {error.strerror}", "give another --out") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write to {folder}", "give another --out")

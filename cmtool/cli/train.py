@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -9,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmtool.cli._options import AsJson, Device, emit, emit_json, newest_run, pick_device, say
+from cmtool.cli._options import (
+    AsJson,
+    Device,
+    emit,
+    emit_json,
+    leads,
+    newest_run,
+    pick_device,
+    say,
+    tell_notes,
+)
 from cmtool.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +37,14 @@ Out = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Seed of the run.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
+Accumulate = Annotated[
+    int | None,
+    typer.Option(min=1, help="Parts each batch is split into, to fit into memory; same result."),
+]
+MaxTime = Annotated[
+    str | None,
+    typer.Option(help="Stop in good order after so long, with exit code 75: 3600, 90m, 11h30m."),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", "-n", help="Print the resolved preset and stop.")
 ]
@@ -39,6 +58,8 @@ def train(
     metric: Metric = None,
     out: Out = None,
     seed: Seed = None,
+    accumulate: Accumulate = None,
+    max_time: MaxTime = None,
     device: Device = "auto",
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -56,14 +77,16 @@ def train(
     Prints the folder of the last checkpoint.
     """
     flags = {"--data": ("data.path", data), "--metric": ("loss.distance", metric),
-             "--seed": ("train.seed", seed)}  # fmt: skip
+             "--seed": ("train.seed", seed),
+             "--accumulate": ("train.accumulate", accumulate)}  # fmt: skip
     resolved = _resolve(preset, set_, flags, out, resume)
-    if resolved.preset.loss.pair == "teacher":
+    if resolved.preset.distills:
         raise UserError(f"preset {preset} distills a teacher", f"cmtool distill --preset {preset}")
     if dry_run:
         _show(resolved)
         return
-    _run(resolved, None, _out(out, preset, resume), device, resume, overwrite, as_json)
+    seconds = parse_time(max_time)
+    _run(resolved, None, _out(out, preset, resume), device, resume, overwrite, seconds, as_json)
 
 
 def distill(
@@ -79,6 +102,8 @@ def distill(
     metric: Metric = None,
     out: Out = None,
     seed: Seed = None,
+    accumulate: Accumulate = None,
+    max_time: MaxTime = None,
     device: Device = "auto",
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -95,9 +120,10 @@ def distill(
     the last checkpoint.
     """
     flags = {"--data": ("data.path", data), "--metric": ("loss.distance", metric),
-             "--seed": ("train.seed", seed)}  # fmt: skip
+             "--seed": ("train.seed", seed),
+             "--accumulate": ("train.accumulate", accumulate)}  # fmt: skip
     resolved = _resolve(preset, set_, flags, out, resume)
-    if resolved.preset.loss.pair != "teacher":
+    if not resolved.preset.distills:
         raise UserError(f"preset {preset} has no teacher", f"cmtool train --preset {preset}")
     from cmtool.build import load_model, with_teacher
 
@@ -105,12 +131,14 @@ def distill(
         teacher = _teacher_of(out) if resume else None
         teacher = teacher or newest_run("teacher") or "digits-edm"
         say(f"teacher: {teacher}")
-    model = load_model(teacher, device=pick_device(device))
+    model = load_model(teacher, device=pick_device(device), otherwise="teacher")
+    tell_notes(model)
     resolved = with_teacher(resolved, model)
     if dry_run:
         _show(resolved)
         return
-    _run(resolved, model, _out(out, preset, resume), device, resume, overwrite, as_json)
+    seconds = parse_time(max_time)
+    _run(resolved, model, _out(out, preset, resume), device, resume, overwrite, seconds, as_json)
 
 
 def _teacher_of(out: Path | None) -> str | None:
@@ -159,7 +187,7 @@ def _out(out: Path | None, preset: str, resume: bool) -> Path:
 
 
 def _show(resolved: Resolved) -> None:
-    from cmtool.presets import to_toml
+    from cmtool.toml import to_toml
 
     emit(to_toml(resolved.preset, resolved.origins).rstrip())
 
@@ -171,12 +199,14 @@ def _run(
     device: str,
     resume: bool,
     overwrite: bool,
+    max_seconds: float | None,
     as_json: bool,
 ) -> None:
     from cmtool import run
 
     start = time.monotonic()
     say(f"run folder: {out}")
+    _tell_batch(resolved)
     with make_watcher(resolved.preset.train.steps) as watcher:
         final = run.train(
             resolved.preset,
@@ -187,6 +217,7 @@ def _run(
             device=pick_device(device),
             resume=resume,
             overwrite=overwrite,
+            max_seconds=max_seconds,
         )
     say(f"pictures: {out / 'summary.png'}")
     if as_json:
@@ -197,6 +228,27 @@ def _run(
         )  # fmt: skip
     else:
         emit(str(final))
+
+
+def _tell_batch(resolved: Resolved) -> None:
+    """Say so when the global batch is not the one the preset was tuned for."""
+    train = resolved.preset.train
+    if resolved.origins.get("train.batch") in ("--set", "override"):
+        say(
+            f"note: a global batch of {train.batch} is not the preset's own; its train.lr may want"
+            " to change with it, or keep its batch and split it with --accumulate"
+        )
+
+
+def parse_time(text: str | None) -> float | None:
+    """Return the seconds of "3600", "90m" or "11h30m". Raises UserError."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
+    if not text or match is None:
+        raise UserError(f"--max-time {text!r} is not a time", "for example 3600, 90m or 11h30m")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 3600.0 * hours + 60 * minutes + seconds
 
 
 class LineWatcher:
@@ -261,8 +313,8 @@ class BarWatcher:
 
 
 def make_watcher(steps: int) -> LineWatcher | BarWatcher:
-    """Return a bar on a terminal, lines in a pipe."""
-    return BarWatcher(steps) if sys.stderr.isatty() else LineWatcher()
+    """Return a bar on a terminal, lines in a pipe; `say` keeps all processes but one quiet."""
+    return BarWatcher(steps) if sys.stderr.isatty() and leads() else LineWatcher()
 
 
 def _clock(seconds: float) -> str:

@@ -10,9 +10,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -23,6 +26,32 @@ from cmtool.core.trainer import TrainState
 from cmtool.errors import DivergedError, InputError, ResourceError
 
 MANIFEST = "manifest.json"
+MAX_FAILURES = 3
+
+
+class Snapshot(NamedTuple):
+    """The tensors of a state by file, on the CPU, that training no longer changes."""
+
+    step: int
+    files: dict[str, dict[str, Tensor]]
+
+
+def take_snapshot(state: TrainState, reuse: Snapshot | None = None) -> Snapshot:
+    """Return a copy of a state; into the memory of an earlier one, where that fits.
+
+    Raises DivergedError rather than copying parameters that are not finite.
+    """
+    files: dict[str, dict[str, Tensor]] = {}
+    for file, tensors in state_tensors(state).items():
+        files[file] = {}
+        kept = reuse.files.get(file, {}) if reuse else {}
+        for name, tensor in tensors.items():
+            old = kept.get(name)
+            fits = old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype
+            buffer = old if fits and old is not None else torch.empty_like(tensor, device="cpu")
+            files[file][name] = buffer.copy_(tensor.detach())
+    _check_finite(files["model"], state.step)
+    return Snapshot(state.step, files)
 
 
 def save_checkpoint(folder: Path, state: TrainState, about: dict[str, Any]) -> Path:
@@ -31,28 +60,35 @@ def save_checkpoint(folder: Path, state: TrainState, about: dict[str, Any]) -> P
     Raises ResourceError when the disk is full (nothing is left behind), DivergedError rather than
     saving parameters that are not finite.
     """
-    _check_finite(state)
-    final = folder / f"step-{state.step:07d}"
-    temporary = folder / f".tmp-{state.step}-{os.getpid()}"
+    return write_checkpoint(folder, take_snapshot(state), about)
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot, about: dict[str, Any]) -> Path:
+    """Write a snapshot atomically as `folder/step-NNNNNNN` and return it.
+
+    Raises ResourceError when the disk is full; then nothing is left behind.
+    """
+    final = folder / f"step-{snapshot.step:07d}"
+    temporary = folder / f".tmp-{snapshot.step}-{os.getpid()}"
     temporary.mkdir(parents=True)
     try:
-        for name, tensors in state_tensors(state).items():
-            header = {**about, "weights": name, "step": state.step}
+        for name, tensors in snapshot.files.items():
+            header = {**about, "weights": name, "step": snapshot.step}
             write_weights(temporary / f"{name}.safetensors", tensors, header)
-        write_json(temporary / "state.json", {"step": state.step})
+        write_json(temporary / "state.json", {"step": snapshot.step})
         manifest = {file.name: file_facts(file) for file in sorted(temporary.iterdir())}
         for file in temporary.iterdir():
             _sync(file)
-        write_json(temporary / MANIFEST, {"format": 1, "step": state.step, "files": manifest})
+        write_json(temporary / MANIFEST, {"format": 1, "step": snapshot.step, "files": manifest})
         _sync(temporary / MANIFEST)
         _sync(temporary)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
         _sync(folder)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError, ResourceError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
+        if is_full(error) or isinstance(error, ResourceError):
             raise ResourceError(
                 f"no room on the disk for checkpoint {final.name}",
                 "free some; the checkpoints before it are intact",
@@ -60,6 +96,57 @@ def save_checkpoint(folder: Path, state: TrainState, about: dict[str, Any]) -> P
         raise
     write_json(folder / "latest.json", {"checkpoint": final.name})
     return final
+
+
+class Saver:
+    """Writes checkpoints behind training's back: a step waits for the copy only.
+
+    A disk that is full is told of and tried again at the next checkpoint, three times in a row.
+    """
+
+    def __init__(
+        self, folder: Path, about: dict[str, Any], *, keep: int, note: Callable[[str], None]
+    ) -> None:
+        self.folder = folder
+        self.about = about
+        self.keep = keep
+        self.note = note
+        self.saved = -1
+        self.snapshot: Snapshot | None = None
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        self.failures = 0
+
+    def save(self, state: TrainState, *, wait: bool) -> None:
+        """Save a state; when `wait`, return after it is on the disk, and fail if it is not."""
+        self.finish(final=False)
+        self.snapshot = take_snapshot(state, self.snapshot)
+        self.thread = threading.Thread(target=self._write, args=(self.snapshot,))
+        self.thread.start()
+        if wait:
+            self.finish(final=True)
+
+    def finish(self, *, final: bool) -> None:
+        """Wait for a write that goes on. Raises what went wrong with it, if that is the end."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        error, self.error = self.error, None
+        if error is None:
+            return
+        self.failures += 1
+        if final or self.failures >= MAX_FAILURES or not isinstance(error, ResourceError):
+            raise error
+        self.note(f"{error.what}: going on without it; {error.hint}")
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            write_checkpoint(self.folder, snapshot, self.about)
+            prune(self.folder, self.keep)
+        except Exception as error:  # shown by whoever waits for this thread
+            self.error = error
+        else:
+            self.saved, self.failures = snapshot.step, 0
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:
@@ -82,7 +169,9 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the folders step-N under `folder`, by N."""
-    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
+    found = [
+        p for p in folder.glob("step-*") if p.is_dir() and re.fullmatch("[0-9]{1,18}", p.name[5:])
+    ]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
@@ -102,8 +191,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 def verify(path: Path) -> None:
     """Raise InputError unless every file of the checkpoint has the size and hash it was given."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        manifest = dict(json.loads((path / MANIFEST).read_text())["files"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise InputError(f"{path} is not a whole checkpoint: no manifest", "use another") from None
     for name, facts in manifest.items():
         file = path / name
@@ -168,11 +257,11 @@ def _fill_buffers(state: TrainState) -> None:
     state.optimizer.zero_grad(set_to_none=True)
 
 
-def _check_finite(state: TrainState) -> None:
-    for name, p in state.student.network.named_parameters():
+def _check_finite(parameters: dict[str, Tensor], step: int) -> None:
+    for name, p in parameters.items():
         if not torch.isfinite(p).all():
             raise DivergedError(
-                f"parameter {name} is not finite at step {state.step}",
+                f"parameter {name} is not finite at step {step}",
                 "resume from the last checkpoint with a lower train.lr",
             )
 
@@ -199,9 +288,17 @@ def write_atomic(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno == errno.ENOSPC:
+        if is_full(error):
             raise ResourceError(f"no room on the disk for {path}", "free some") from None
         raise
+
+
+def is_full(error: Exception) -> bool:
+    """Tell whether an error of a write means that the disk, or a quota, is full."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in full or any(
+        f"os error {n})" in str(error) for n in full
+    )
 
 
 def _sync(path: Path) -> None:

@@ -2,42 +2,80 @@
 
 from __future__ import annotations
 
+import atexit
 import colorsys
+import gc
 import hashlib
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
 
-from cmtool.core.images import SUFFIXES, from_uint8, read_image
+from cmtool.core.images import fitted, from_uint8
 from cmtool.core.rng import keyed_generator
-from cmtool.errors import InputError, nearest
+from cmtool.core.sources import LazyImages, open_array, open_images
+from cmtool.errors import InputError, ResourceError, nearest
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
 COLOURINGS = 8
 HELD_OUT_EVERY = 5
+MAX_IN_MEMORY = 256 << 20
+WORKER_TIMEOUT = 300
+"""Seconds until a worker that gives nothing is taken for hanging."""
+
+
+class Images(Protocol):
+    """Images (N, C, H, W) uint8: a tensor, or what decodes them when they are asked for."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """N, C, H, W."""
+        ...
+
+    def __len__(self) -> int:
+        """Return N."""
+        ...
+
+    def __getitem__(self, index: Tensor, /) -> Tensor:
+        """Return the images (n, C, H, W) of a one-dimensional index."""
+        ...
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images (N, C, H, W) uint8 with labels (N,) int64 or None, in memory."""
+    """Images (N, C, H, W) uint8 with labels (N,) int64 or None."""
 
     name: str
-    images: Tensor
+    images: Images
     labels: Tensor | None
     num_classes: int
+    known_hash: str = ""
 
     def __len__(self) -> int:
         """Return the number of images."""
-        return self.images.shape[0]
+        return len(self.images)
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """Yield all images in order, `size` at a time."""
+        for first in range(0, len(self), size):
+            yield self.images[torch.arange(first, min(first + size, len(self)))]
 
     def fingerprint(self) -> str:
         """Return a hash of images and labels, to recognise the same data again."""
-        digest = hashlib.sha256(self.images.numpy().tobytes())
+        if self.known_hash:
+            return self.known_hash
+        digest = hashlib.sha256()
+        for chunk in self.chunks(4096):
+            digest.update(chunk.numpy().tobytes())
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -81,75 +119,192 @@ def _colours(index: int) -> tuple[tuple[float, float, float], tuple[float, float
     return paper, ink
 
 
-def folder(path: Path) -> Dataset:
-    """Return a folder of images, recursive and sorted by path; sub-folders are classes.
+def load_dataset(
+    name: str,
+    *,
+    size: tuple[int, int] | None = None,
+    channels: int = 3,
+    fit: str = "exact",
+    in_memory: bool = True,
+) -> Dataset:
+    """Return a data set by name (`digits`, `digits:held-out`) or by path.
 
-    Raises InputError for an empty folder or images of different sizes, naming the files.
+    A path is a folder or zip of images, an npz, CIFAR-10's python tarball, or an LSUN database;
+    images are brought to `size` (H, W) by the rule `fit`. Up to 256 MiB are decoded at once, more,
+    or without `in_memory`, when they are asked for. Raises InputError, naming the file that
+    cannot be used.
     """
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise InputError(f"no images in {path}", f"looked for {', '.join(SUFFIXES)}")
-    images = [read_image(file) for file in files]
-    for file, image in zip(files, images, strict=True):
-        if image.shape != images[0].shape:
-            (h0, w0), (h, w) = images[0].shape[1:], image.shape[1:]
-            raise InputError(
-                f"{file} is {w}x{h} but {files[0]} is {w0}x{h0}", "bring them to one size first"
-            )
-    parents = [file.relative_to(path).parent.as_posix() for file in files]
-    classes = sorted(set(parents))
-    labels = None
-    if len(classes) > 1:
-        labels = torch.tensor([classes.index(parent) for parent in parents])
-    return Dataset(
-        str(path), torch.stack(images), labels, len(classes) if labels is not None else 0
-    )
-
-
-def load_dataset(name: str) -> Dataset:
-    """Return a data set by name (`digits`, `digits:held-out`) or by the path of a folder."""
     known, _, split = name.partition(":")
     if known in DATASETS:
         return DATASETS[known](split or "train")
     path = Path(name)
     if not path.exists():
         raise InputError(f"no data set or folder {name!r}", nearest(name, DATASETS))
-    if not path.is_dir():
-        raise InputError(f"{name} is not a folder", "give a folder of images, or a data set's name")
-    return folder(path)
+    if (decoded := open_array(path)) is not None:
+        images, labels = decoded
+        if size is not None and tuple(images.shape[2:]) != size:
+            images = torch.stack([fitted(image, size, fit, name) for image in images])
+        return Dataset(name, images, labels, _count(labels))
+    entries = open_images(path)
+    if entries is None:
+        raise InputError(
+            f"{name} is not a data set", "give a folder or zip of images, an npz, or a tarball"
+        )
+    lazy = LazyImages(name, entries, channels, size, fit)
+    labels = None if entries.labels is None else torch.tensor(entries.labels)
+    if not in_memory or math.prod(lazy.shape) > MAX_IN_MEMORY:
+        return Dataset(name, lazy, labels, _count(labels), entries.fingerprint)
+    everything = torch.stack([lazy.image(i) for i in range(len(lazy))])
+    return Dataset(name, everything, labels, _count(labels))
+
+
+def _count(labels: Tensor | None) -> int:
+    return 0 if labels is None else int(labels.max()) + 1
 
 
 BatchFn = Callable[[int, int], tuple[Tensor, Tensor | None]]
 """`(step, shard) -> (x0, labels)`, one microbatch."""
 
 
-def batches(data: Dataset, *, batch: int, shards: int, seed: int, device: str) -> BatchFn:
+def batches(
+    data: Dataset,
+    *,
+    batch: int,
+    shards: int,
+    seed: int,
+    device: str,
+    flip: bool = False,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> BatchFn:
     """Return the function that gives each microbatch: x0 (batch / shards, C, H, W), labels or None.
 
-    The order is a permutation of each epoch, a function of (seed, epoch), so that a resumed or
-    differently split run sees the same images at the same steps. Raises InputError for a batch
-    the shards do not divide.
+    The order is a permutation of each epoch, a function of (seed, epoch), and so are the mirrored
+    images of `flip`: a resumed or differently split run sees the same images at the same steps.
+    `workers` processes decode ahead, for the shards of this `rank`, when asked in order. Raises
+    InputError for a batch the shards do not divide.
     """
     if batch % shards:
         raise InputError(
             f"a batch of {batch} cannot be split into {shards} equal parts",
             f"use a multiple of {shards}",
         )
-    size = batch // shards
-
-    @lru_cache(2)
-    def permutation(epoch: int) -> Tensor:
-        return torch.randperm(len(data), generator=keyed_generator("epoch", seed, epoch))
+    pick = Picker(data, batch, batch // shards, seed, flip)
+    fetch: BatchFn = pick
+    if workers and not isinstance(data.images, Tensor):
+        fetch = Ahead(pick, workers, range(rank, shards, world_size))
 
     def microbatch(step: int, shard: int) -> tuple[Tensor, Tensor | None]:
-        first = step * batch + shard * size
-        place = [divmod(first + i, len(data)) for i in range(size)]
-        index = torch.stack([permutation(epoch)[slot] for epoch, slot in place])
-        x0 = from_uint8(data.images[index]).to(device)
-        labels = None if data.labels is None else data.labels[index].to(device)
-        return x0, labels
+        images, labels = fetch(step, shard)
+        x0 = from_uint8(images.to(device, non_blocking=True))
+        return x0, None if labels is None else labels.to(device, non_blocking=True)
 
     return microbatch
+
+
+@dataclass(frozen=True)
+class Picker:
+    """Which images a microbatch has: `(step, shard) -> (images uint8, labels)`."""
+
+    data: Dataset
+    batch: int
+    size: int
+    seed: int
+    flip: bool
+
+    def __call__(self, step: int, shard: int) -> tuple[Tensor, Tensor | None]:
+        """Return one microbatch."""
+        first = step * self.batch + shard * self.size
+        place = [divmod(first + i, len(self.data)) for i in range(self.size)]
+        index = torch.stack(
+            [permutation(len(self.data), self.seed, epoch)[slot] for epoch, slot in place]
+        )
+        images = self.data.images[index]
+        if self.flip:
+            generator = keyed_generator("flip", self.seed, step, shard)
+            mirrored = torch.rand(len(images), generator=generator) < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        return images, None if self.data.labels is None else self.data.labels[index]
+
+
+@lru_cache(4)
+def permutation(count: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of an epoch."""
+    return torch.randperm(count, generator=keyed_generator("epoch", seed, epoch))
+
+
+class Ahead:
+    """A Picker whose microbatches are decoded ahead, by worker processes, in training's order."""
+
+    def __init__(self, pick: Picker, workers: int, shards: range) -> None:
+        self.pick = pick
+        self.workers = workers
+        self.shards = shards
+        self.waiting: Iterator[Any] | None = None
+        self.next: tuple[int, int] | None = None
+
+    def __call__(self, step: int, shard: int) -> tuple[Tensor, Tensor | None]:
+        """Return one microbatch. Raises ResourceError when a worker died or hangs."""
+        if self.next != (step, shard):
+            gc.freeze()  # or collections, here and there, copy all that workers share with us
+            atexit.register(gc.unfreeze)
+            self.waiting = iter(self._loader(step, shard))
+        assert self.waiting is not None
+        try:
+            found = next(self.waiting)
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            raise ResourceError(
+                f"a data worker died or hangs at step {step}: {str(error).splitlines()[0]}",
+                "out of memory? lower data.workers",
+            ) from None
+        later = self.shards.index(shard) + 1
+        self.next = (
+            (step, self.shards[later]) if later < len(self.shards) else (step + 1, self.shards[0])
+        )
+        if isinstance(found, InputError):
+            raise found
+        return found
+
+    def _loader(self, step: int, shard: int) -> DataLoader[Any]:
+        """Return a loader of all microbatches from (step, shard) on."""
+        start = step * len(self.shards) + self.shards.index(shard)
+        return DataLoader(
+            _Turns(self.pick, self.shards),
+            batch_size=None,
+            sampler=_From(start),
+            num_workers=self.workers,
+            prefetch_factor=2,
+            multiprocessing_context="fork",
+            timeout=WORKER_TIMEOUT,
+        )
+
+
+class _From(Sampler[int]):
+    """All whole numbers from a first one on."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.first)
+
+
+class _Turns(TorchDataset[Any]):
+    """The microbatches of one process, numbered in the order it asks for them."""
+
+    def __init__(self, pick: Picker, shards: range) -> None:
+        self.pick = pick
+        self.shards = shards
+
+    def __getitem__(self, turn: int) -> Any:
+        step, place = divmod(turn, len(self.shards))
+        try:
+            return self.pick(step, self.shards[place])
+        except InputError as error:  # raised again where the user can see it
+            return error
 
 
 DATASETS: dict[str, Callable[[str], Dataset]] = {"digits": digits}

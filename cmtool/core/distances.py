@@ -6,9 +6,17 @@ The paper writes sums over pixels; its code, and so cmtool, takes means for l1 a
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cmtool.errors import MissingError
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
@@ -30,4 +38,82 @@ def pseudo_huber(x: Tensor, y: Tensor, *, c: float | None = None) -> Tensor:
     return ((x - y).square().flatten(1).sum(1) + scale**2).sqrt() - scale
 
 
-DISTANCES: dict[str, Callable[..., Tensor]] = {"l1": l1, "l2": l2, "pseudo_huber": pseudo_huber}
+class Trunk(NamedTuple):
+    """A feature network of LPIPS: torchvision's weight file, and the smallest image it takes."""
+
+    file: str
+    megabytes: int
+    smallest: int
+
+
+TRUNKS = {
+    "vgg": Trunk("vgg16-397923af.pth", 528, 16),
+    "alex": Trunk("alexnet-owt-7be5be79.pth", 233, 32),
+    "squeeze": Trunk("squeezenet1_1-b8a52dc0.pth", 5, 32),
+}
+
+
+def lpips(
+    x: Tensor,
+    y: Tensor,
+    *,
+    net: Literal["vgg", "alex", "squeeze"] = "vgg",
+    pooling: Literal["avg", "max"] = "avg",
+    resize: Literal["below_256", "always", "never"] = "below_256",
+) -> Tensor:
+    """Return LPIPS (Zhang et al. 2018), in float32, of images in [-1, 1] that are not clamped.
+
+    The PyTorch release has average pooling, and resizes to 224 (bilinear) what is below 256; the
+    JAX release of the CIFAR-10 models has max pooling, and always resizes. Raises MissingError,
+    naming the file and where it comes from, when the weights of the feature network are missing.
+    """
+    network = _lpips_network(net, pooling, x.device)
+    if resize == "always" or (resize == "below_256" and x.shape[-1] < 256):
+        x, y = (F.interpolate(i, (224, 224), mode="bilinear", align_corners=False) for i in (x, y))
+    with torch.autocast(x.device.type, enabled=False):
+        return network(x.float(), y.float()).flatten()
+
+
+@lru_cache
+def _lpips_network(net: str, pooling: str, device: torch.device) -> nn.Module:
+    """Return the lpips package's network with torchvision's weights, in eval mode."""
+    trunk = TRUNKS[net]
+    file = Path(torch.hub.get_dir()) / "checkpoints" / trunk.file
+    remedy = (
+        f"put it there: https://download.pytorch.org/models/{trunk.file}"
+        f" ({trunk.megabytes} MB), or use another distance, such as --metric pseudo_huber"
+    )
+    if not file.is_file():
+        raise MissingError(f"LPIPS ({net}) needs {file}, which is not there", remedy)
+    try:
+        stored = torch.load(file, weights_only=True, map_location="cpu")
+    except Exception:  # a page, a half download: torch's reader fails in many ways
+        raise MissingError(f"{file} is damaged", f"delete it, then {remedy}") from None
+
+    import lpips as package  # seconds, so only where it is used
+
+    with warnings.catch_warnings():  # of torchvision, about how the package calls it
+        warnings.filterwarnings("ignore", message=".*pretrained.*|.*weight enum.*")
+        network = package.LPIPS(net=net, pnet_rand=True, verbose=False)
+    names = {name: f"features.{name.split('.', 1)[1]}" for name in network.net.state_dict()}
+    try:
+        network.net.load_state_dict({ours: stored[theirs] for ours, theirs in names.items()})
+    except (KeyError, RuntimeError, TypeError):
+        raise MissingError(
+            f"{file} does not hold the weights of {net}", f"delete it, then {remedy}"
+        ) from None
+    if pooling == "avg":
+        for part in network.net.children():
+            for name, module in part.named_children():
+                if isinstance(module, nn.MaxPool2d):
+                    size, stride, ceil = module.kernel_size, module.stride, module.ceil_mode
+                    part.add_module(name, nn.AvgPool2d(size, stride, ceil_mode=ceil))
+    return network.eval().requires_grad_(False).to(device)
+
+
+DISTANCES: dict[str, Callable[..., Tensor]] = {
+    "l1": l1,
+    "l2": l2,
+    "lpips": lpips,
+    "pseudo_huber": pseudo_huber,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from cmtool.errors import InputError
+from cmtool.errors import InputError, UserError, nearest
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -70,6 +71,64 @@ def _flat(image: Image.Image, mode: str) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         return image.convert("RGB").convert(mode)
     return image.convert(mode)
+
+
+def fitted(image: Tensor, size: tuple[int, int], how: str, name: str = "the image") -> Tensor:
+    """Return the image (C, H, W) uint8 at `size` (H, W), by one of FITS.
+
+    Raises InputError for a size that does not fit, or an unknown rule.
+    """
+    if how not in FITS:
+        raise UserError(f"data.fit = {how!r}", nearest(how, FITS))
+    h, w = image.shape[1:]
+    if (h, w) == size:
+        return image
+    if how == "exact":
+        raise InputError(
+            f"{name} is {w}x{h}, not {size[1]}x{size[0]}",
+            "choose how to fit it: data.fit = edm, adm or box, or cmtool data prepare",
+        )
+    if size[0] != size[1]:
+        raise InputError(f"data.fit = {how} to {size[1]}x{size[0]}", "it makes squares only")
+    array = image.numpy()
+    picture = Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
+    result = np.array(FITS[how](picture, size[0]))
+    return torch.from_numpy(result[None] if result.ndim == 2 else result.transpose(2, 0, 1).copy())
+
+
+def _crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _fit_edm(image: Image.Image, side: int) -> Image.Image:
+    """EDM's dataset tool: the largest centred square, then Lanczos."""
+    square = min(image.size)
+    return _crop(image, square, square).resize((side, side), Image.Resampling.LANCZOS)
+
+
+def _fit_adm(image: Image.Image, side: int) -> Image.Image:
+    """ADM's loader: box-halve while at least twice too large, bicubic, then the centre."""
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    size = round(image.width * scale), round(image.height * scale)
+    return _crop(image.resize(size, Image.Resampling.BICUBIC), side, side)
+
+
+def _fit_box(image: Image.Image, side: int) -> Image.Image:
+    """The release's LSUN script: box to the shorter side, then the centre."""
+    scale = side / min(image.size)
+    size = round(image.width * scale), round(image.height * scale)
+    return _crop(image.resize(size, Image.Resampling.BOX), side, side)
+
+
+FITS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "exact": lambda image, side: image,
+    "edm": _fit_edm,
+    "adm": _fit_adm,
+    "box": _fit_box,
+}
 
 
 def png_bytes(image: Tensor, info: dict[str, str] | None = None) -> bytes:

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from cmtool.core.noise import LevelPicker, NoiseRange, Stage
 from cmtool.core.rng import same_dropout
+from cmtool.core.solvers import euler
 from cmtool.core.tensors import expand
 from cmtool.core.types import Denoiser, Distance, Solver, Weighting
 
@@ -86,6 +87,29 @@ def consistency_loss(
         with torch.no_grad():
             x0_target = target(pair.x_lo, pair.sigma_lo, labels)
     return weight(pair.sigma_hi).to(x0_student) * distance(x0_student, x0_target)
+
+
+def progressive_loss(
+    student: Denoiser,
+    previous: Denoiser,
+    x: Tensor,
+    sigma_hi: Tensor,
+    sigma_mid: Tensor,
+    sigma_lo: Tensor,
+    labels: Tensor | None,
+    distance: Distance,
+    weight: Weighting,
+) -> Tensor:
+    """Return lambda d(D(x), the x0 by which one Euler step lands where two of `previous` do), (B,).
+
+    Salimans & Ho (2022), Alg. 2, in the EDM parametrisation; x (B, C, H, W) is at sigma_hi.
+    """
+    with torch.no_grad():
+        x_mid = euler(previous, x, sigma_hi, sigma_mid, labels)
+        x_lo = euler(previous, x_mid, sigma_mid, sigma_lo, labels)
+        slope = (x_lo - x) / expand(sigma_lo - sigma_hi, x)
+        x0 = x - expand(sigma_hi, x) * slope
+    return weight(sigma_hi).to(x) * distance(student(x, sigma_hi, labels), x0)
 
 
 def denoising_loss(
@@ -171,6 +195,31 @@ def consistency_objective(
         pair = make_pair(x0, sigma_hi.to(x0.device), sigma_lo.to(x0.device), noise, labels)
         loss = consistency_loss(student, target or student, pair, labels, distance, weight)
         return LossBatch(loss, pair.sigma_hi)
+
+    return objective
+
+
+def progressive_objective(
+    levels: LevelPicker, distance: Distance, weight: Weighting, noise_range: NoiseRange
+) -> Objective:
+    """Return the objective of progressive distillation; the target is the previous student."""
+
+    def objective(
+        student: Denoiser,
+        target: Denoiser | None,
+        x0: Tensor,
+        labels: Tensor | None,
+        stage: Stage,
+        generator: Generator,
+    ) -> LossBatch:
+        assert target is not None
+        hi, lo = levels(x0.shape[0], stage.n, noise_range, generator)
+        root = (hi ** (1 / noise_range.rho) + lo ** (1 / noise_range.rho)) / 2
+        hi, mid, lo = (s.to(x0.device) for s in (hi, root**noise_range.rho, lo))
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        x = x0 + expand(hi, x0) * noise
+        loss = progressive_loss(student, target, x, hi, mid, lo, labels, distance, weight)
+        return LossBatch(loss, hi)
 
     return objective
 

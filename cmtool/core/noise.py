@@ -32,10 +32,16 @@ class Levels(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Where a curriculum stands: n grid points and the decay mu of the target network."""
+    """Where a curriculum stands: n grid points and the decay mu of the target network.
+
+    At a `fresh` step optimizer and weights EMAs start anew; `progress` in [0, 1] is what the
+    learning rate follows.
+    """
 
     n: int
     mu: float
+    progress: float = 0.0
+    fresh: bool = False
 
 
 LevelPicker = Callable[[int, int, NoiseRange, Generator], Levels]
@@ -92,7 +98,7 @@ def fixed(step: int, total_steps: int, *, n: int = 18, mu: float = 0.0) -> Stage
     """Return the same grid and target decay at every step (Song et al. 2023, Table 3, CD)."""
     if n < 2 or not 0 <= mu < 1:
         raise UserError(f"n = {n}, mu = {mu}", "n must be 2 or more, and 0 <= mu < 1")
-    return Stage(n, mu)
+    return Stage(n, mu, min(step / total_steps, 1.0))
 
 
 def consistency_training(
@@ -115,7 +121,29 @@ def consistency_training(
     progress = min(step / total_steps, 1.0)
     intervals = math.ceil(math.sqrt(progress * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1)
     n = max(intervals, 1) + 1
-    return Stage(n, math.exp(s0 * math.log(mu0) / (n - 1 if as_released else n)))
+    mu = math.exp(s0 * math.log(mu0) / (n - 1 if as_released else n))
+    return Stage(n, mu, min(step / total_steps, 1.0))
+
+
+def halving(step: int, total_steps: int, *, start: int = 4096, stage_steps: int = 50_000) -> Stage:
+    """Return the stages of progressive distillation (Salimans & Ho 2022, Alg. 2).
+
+    `start` intervals, a power of 2, halve every `stage_steps`; the stages of two and of one
+    interval last twice as long. The target is the student as it was when the stage began: mu is 1,
+    and 0 at a stage's last step. Optimizer and EMAs start anew with each stage.
+    """
+    if start < 2 or start & (start - 1) or stage_steps < 1:
+        raise UserError(f"start = {start}", "a power of 2, 2 or more, and stage_steps 1 or more")
+    long = stage_steps * (start.bit_length() - 2)  # steps before the stage of two intervals
+    if step < long:
+        index, into = divmod(step, stage_steps)
+        length, intervals = stage_steps, start >> index
+    else:
+        index, into = divmod(step - long, 2 * stage_steps)
+        length, intervals = 2 * stage_steps, max(2 >> index, 1)
+    last = into == length - 1 and intervals > 1
+    fresh = into == 0 and step > 0 and (intervals > 1 or index == 1)
+    return Stage(intervals + 1, 0.0 if last else 1.0, into / length, fresh)
 
 
 LEVELS: dict[str, Callable[..., Levels]] = {"lognormal": lognormal, "uniform": uniform}
@@ -123,4 +151,5 @@ LEVELS: dict[str, Callable[..., Levels]] = {"lognormal": lognormal, "uniform": u
 CURRICULA: dict[str, Callable[..., Stage]] = {
     "fixed": fixed,
     "consistency_training": consistency_training,
+    "halving": halving,
 }

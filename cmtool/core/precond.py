@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -50,6 +52,16 @@ def consistency_scalings(
     )
 
 
+def vp_scalings(sigma: Tensor, sigma_data: float = 0.5, sigma_min: float = 0.0) -> Scalings:
+    """Return the scalings of VP and iDDPM networks, which predict noise (EDM, Table 1)."""
+    return Scalings(c_skip=torch.ones_like(sigma), c_out=-sigma, c_in=1 / (sigma**2 + 1).sqrt())
+
+
+def ve_scalings(sigma: Tensor, sigma_data: float = 0.5, sigma_min: float = 0.0) -> Scalings:
+    """Return the scalings of VE networks (EDM, Table 1)."""
+    return Scalings(c_skip=torch.ones_like(sigma), c_out=sigma, c_in=torch.ones_like(sigma))
+
+
 def log_label(sigma: Tensor) -> Tensor:
     """Return c_noise = ln(sigma) / 4 (Karras et al. 2022, Table 1; the JAX release)."""
     return 0.25 * torch.log(sigma)
@@ -58,6 +70,45 @@ def log_label(sigma: Tensor) -> Tensor:
 def log_label_1000(sigma: Tensor) -> Tensor:
     """Return c_noise = 250 ln(sigma) (the PyTorch release and diffusers)."""
     return 1000 * 0.25 * torch.log(sigma + 1e-44)
+
+
+def ve_label(sigma: Tensor) -> Tensor:
+    """Return c_noise = ln(sigma / 2) (EDM, Table 1, VE)."""
+    return torch.log(0.5 * sigma)
+
+
+def vp_label(
+    sigma: Tensor, *, beta_d: float = 19.9, beta_min: float = 0.1, steps: int = 1000
+) -> Tensor:
+    """Return c_noise = (steps - 1) t(sigma) of the VP process (EDM, Table 1, VP).
+
+    t is the inverse of sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1.
+    """
+    root = (beta_min**2 + 2 * beta_d * (1 + sigma**2).log()).sqrt()
+    return (steps - 1) * (root - beta_min) / beta_d
+
+
+def iddpm_label(
+    sigma: Tensor, *, c_1: float = 0.001, c_2: float = 0.008, steps: int = 1000
+) -> Tensor:
+    """Return c_noise = steps - 1 - j of the level u_j nearest to sigma (EDM, Table 1, iDDPM)."""
+    levels = torch.tensor(iddpm_sigmas(c_1, c_2, steps), dtype=torch.float64, device=sigma.device)
+    index = (sigma.double()[:, None] - levels).abs().argmin(1)
+    return (steps - 1 - index).to(sigma.dtype)
+
+
+@lru_cache
+def iddpm_sigmas(c_1: float = 0.001, c_2: float = 0.008, steps: int = 1000) -> tuple[float, ...]:
+    """Return u_0 > u_1 > ... > u_steps = 0, the levels of iDDPM's cosine schedule."""
+
+    def alpha_bar(j: int) -> float:
+        return math.sin(0.5 * math.pi * j / (steps * (c_2 + 1))) ** 2
+
+    levels = [0.0]
+    for j in range(steps, 0, -1):
+        ratio = max(alpha_bar(j - 1) / alpha_bar(j), c_1)
+        levels.append(math.sqrt((levels[-1] ** 2 + 1) / ratio - 1))
+    return tuple(reversed(levels))
 
 
 class Preconditioned(nn.Module):
@@ -91,9 +142,18 @@ class Preconditioned(nn.Module):
         return expand(c_skip, x) * x + expand(c_out, x) * raw.to(x.dtype)
 
 
-SCALINGS: dict[str, ScalingsFn] = {"teacher": edm_scalings, "consistency": consistency_scalings}
+SCALINGS: dict[str, ScalingsFn] = {
+    "edm": edm_scalings,
+    "vp": vp_scalings,
+    "ve": ve_scalings,
+    "iddpm": vp_scalings,
+}
+"""Of teachers; a consistency model always has `consistency_scalings`."""
 
-NOISE_LABELS: dict[str, Callable[[Tensor], Tensor]] = {
+NOISE_LABELS: dict[str, Callable[..., Tensor]] = {
     "log": log_label,
     "log_1000": log_label_1000,
+    "vp": vp_label,
+    "ve": ve_label,
+    "iddpm": iddpm_label,
 }

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from cmtool.core.data import BatchFn
+from cmtool.core.dist import ALONE, Group, shared
 from cmtool.core.ema import Ema, update_average
 from cmtool.core.losses import Objective
 from cmtool.core.noise import Curriculum
@@ -50,8 +54,7 @@ class FitSettings:
     max_bad_steps: int = 5
     """Non-finite steps in a row before the run ends."""
     precision: str = "fp32"
-    rank: int = 0
-    world_size: int = field(default=1)
+    group: Group = ALONE
 
 
 class StepInfo(NamedTuple):
@@ -66,12 +69,28 @@ class StepInfo(NamedTuple):
     mu: float
 
 
-def learning_rate(settings: FitSettings, step: int) -> float:
-    """Return the rate of a step: a linear warm-up, then a cosine from lr to decay_to lr."""
+def learning_rate(settings: FitSettings, step: int, progress: float) -> float:
+    """Return the rate of a step: a linear warm-up, then a cosine from lr to decay_to lr.
+
+    `progress` in [0, 1] is the place on the cosine.
+    """
     warm = min((step + 1) / settings.warmup_steps, 1.0) if settings.warmup_steps else 1.0
-    progress = min(step / settings.steps, 1.0)
-    cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi, dtype=torch.float64)).item())
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return settings.lr * warm * (settings.decay_to + (1 - settings.decay_to) * cosine)
+
+
+def waiting(learner: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Return a block in which gradients are summed over processes only in the `last` round."""
+    if last or not isinstance(learner, DistributedDataParallel):
+        return nullcontext()
+    return learner.no_sync()
+
+
+def start_anew(state: TrainState) -> None:
+    """Forget the optimizer's moments and set every weights EMA to the student."""
+    state.optimizer.state.clear()
+    for ema in state.emas.values():
+        update_average(ema.model.parameters(), state.student.parameters(), 0.0)
 
 
 def fit(
@@ -88,29 +107,32 @@ def fit(
     is not finite changes nothing but the counter. Raises DivergedError after `max_bad_steps`
     of them in a row.
     """
-    student, shards = state.student, settings.rounds * settings.world_size
+    student, shards = state.student, settings.rounds * settings.group.world_size
     parameters = [p for p in student.parameters() if p.requires_grad]
     student.train()
-    if state.target is not None:
-        state.target.train()
+    learner = shared(student, settings.group)
     bad_steps = 0
     while state.step < settings.steps:
         stage = curriculum(state.step, settings.steps)
-        rate = learning_rate(settings, state.step)
+        if stage.fresh:
+            start_anew(state)
+        rate = learning_rate(settings, state.step, stage.progress)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
         losses, sigmas = [], []
         for round_ in range(settings.rounds):
-            shard = round_ * settings.world_size + settings.rank
+            shard = round_ * settings.group.world_size + settings.group.rank
             generator = step_generator(settings.seed, state.step, shard)
             x0, labels = microbatch(state.step, shard)
             autocast = torch.autocast(
                 x0.device.type, torch.bfloat16, enabled=settings.precision == "bf16"
             )
-            with seeded(generator), autocast:
-                loss, sigma = objective(student, state.target, x0, labels, stage, generator)
-            (loss.mean() / shards).backward()
+            with waiting(learner, last=round_ == settings.rounds - 1):
+                with seeded(generator), autocast:
+                    target = state.target or student
+                    loss, sigma = objective(learner, target, x0, labels, stage, generator)
+                (loss.mean() / shards).backward()
             losses.append(loss.detach())
             sigmas.append(sigma)
         norm = torch.nn.utils.clip_grad_norm_(

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cmtool.build import ASSETS
 from cmtool.core.images import png_bytes
+from cmtool.models import ASSETS
 from tests.cli.conftest import TINY
 
 FEATURES = str(ASSETS / "digits-features.safetensors")
@@ -66,7 +66,7 @@ CASES = [
     (["sample", "-c", "page.safetensors"], 3, "HTML page", "fetch"),
     (["sample", "-c", "pointer.safetensors"], 3, "LFS pointer", "git lfs pull"),
     (["sample", "-c", "empty.safetensors"], 3, "is empty", "again"),
-    (["sample", "-c", "noise.safetensors"], 3, "noise.safetensors is not a model", "cmtool"),
+    (["sample", "-c", "noise.safetensors"], 3, "noise.safetensors is not a model", "EDM pickle"),
     (["sample", "-c", FEATURES], 3, "does not hold a denoiser", "cmtool train"),
     (["sample", "--seeds", "0-99999999999"], 2, "too many images", "at most"),
     (["preset", "show", "digits-cd", "--set", "model.image_size=8"], 2, "model.image_size", "set"),

@@ -1,12 +1,39 @@
 import math
+import warnings
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from cmtool.core.distances import DISTANCES, l1, l2, pseudo_huber
+from cmtool.core.distances import DISTANCES, TRUNKS, l1, l2, lpips, pseudo_huber
+from cmtool.errors import MissingError
 
 
-@pytest.mark.parametrize("name", DISTANCES)
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty folder where torchvision's weights are looked for."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def squeeze(hub):
+    """Random weights in the real format where the library looks; returns the file."""
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(0)
+    file = hub / TRUNKS["squeeze"].file
+    torch.save(squeezenet1_1().state_dict(), file)
+    return file
+
+
+def images():
+    return torch.rand(2, 2, 3, 40, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("name", [name for name in DISTANCES if name != "lpips"])
 def test_every_distance_is_one_number_per_image_symmetric_and_zero_on_itself(name):
     x, y = torch.randn(2, 5, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     d = DISTANCES[name]
@@ -31,3 +58,58 @@ def test_pseudo_huber_takes_its_norm_over_the_image_with_the_published_constant(
     c = 0.0299  # 0.00054 sqrt(3 * 32 * 32)
     expected = math.sqrt(3072 * 0.04 + c**2) - c
     assert float(pseudo_huber(x, y)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.usefixtures("squeeze")
+def test_lpips_is_the_packages_with_the_resize_and_pooling_of_each_source():
+    import lpips as package
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = package.LPIPS(net="squeeze", verbose=False).eval()
+    x, y = images()
+    wide = [F.interpolate(i, (224, 224), mode="bilinear", align_corners=False) for i in (x, y)]
+    with torch.no_grad():
+        expected = theirs(*wide).flatten()
+        torch.testing.assert_close(lpips(x, y, net="squeeze", pooling="max"), expected)
+        torch.testing.assert_close(
+            lpips(x, y, net="squeeze", pooling="max", resize="never"), theirs(x, y).flatten()
+        )
+        averaged = lpips(x, y, net="squeeze")
+    assert not torch.allclose(averaged, expected, rtol=1e-3)
+    large = [F.interpolate(i, (256, 256)) for i in (x, y)]
+    same = [lpips(*large, net="squeeze", resize=how) for how in ("below_256", "never")]
+    assert torch.equal(*same)
+    assert not torch.equal(same[0], lpips(*large, net="squeeze", resize="always"))
+
+
+@pytest.mark.usefixtures("squeeze")
+def test_lpips_differentiates_its_first_image_in_float32_and_nothing_of_its_own():
+    x, y = images()
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        d = lpips(x, y, net="squeeze")
+    assert d.dtype == torch.float32
+    assert d.shape == (2,)
+    d.sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert x.grad.abs().sum() > 0
+    torch.testing.assert_close(lpips(y, y, net="squeeze"), torch.zeros(2), atol=1e-7, rtol=0)
+    black = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    lpips(black, black.detach(), net="squeeze").sum().backward()
+    assert torch.isfinite(black.grad).all()
+
+
+def test_lpips_names_the_file_that_is_missing_and_where_it_comes_from(hub):
+    with pytest.raises(MissingError, match=r"vgg16-397923af\.pth") as caught:
+        lpips(*images())
+    assert str(hub) in caught.value.what
+    assert "https://download.pytorch.org/models/vgg16-397923af.pth" in caught.value.hint
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"PK\x03\x04" + bytes(1000)])
+def test_lpips_names_a_file_that_is_damaged(hub, content):
+    (hub / TRUNKS["vgg"].file).write_bytes(content)
+    with pytest.raises(MissingError, match="damaged") as caught:
+        lpips(*images())
+    assert "delete it" in caught.value.hint

@@ -15,7 +15,9 @@ from cmtool.core.losses import (
     denoising_loss,
     karras,
     noise_pair,
+    progressive_loss,
     teacher_pair,
+    truncated_snr,
     uniform_weight,
 )
 from cmtool.core.networks.adm import Adm, AdmOptions
@@ -113,6 +115,20 @@ def test_denoising_loss(case):
             case.teacher, n["x0"], n["edm_sigma"], n["noise"], case.labels, weight
         )
     close(loss, n["edm_loss"], 1e-4)
+
+
+def test_progressive_loss(case):
+    n = case.n
+    grid = karras_sigmas(2 * 8 + 1).flip(0)  # 8 intervals and their midpoints
+    index = 2 * n["pd_index"]
+    hi, mid, lo = grid[index], grid[index + 1], grid[index + 2]
+    x = n["x0"] + hi.float().reshape(-1, 1, 1, 1) * n["noise"]
+    teacher = case.model(edm_scalings, 1.02)
+    with torch.no_grad():
+        loss = progressive_loss(
+            case.teacher, teacher, x, hi, mid, lo, case.labels, l2, truncated_snr
+        )
+    close(loss, n["pd_loss"], 1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,3 @@
-import itertools
-import math
-
 import pytest
 import torch
 
@@ -9,6 +6,7 @@ from cmtool.core.noise import (
     LEVELS,
     NoiseRange,
     consistency_training,
+    halving,
     karras_sigmas,
 )
 from cmtool.errors import UserError
@@ -103,8 +101,25 @@ def test_schedule_grows_at_the_published_steps(k, n):
 
 
 @pytest.mark.parametrize("name", CURRICULA)
-def test_every_curriculum_stays_put_past_its_end_and_never_shrinks(name):
+def test_every_curriculum_stays_put_past_its_end_and_moves_one_way(name):
     stages = [CURRICULA[name](k, 100) for k in range(0, 300, 7)]
-    assert all(a.n <= b.n for a, b in itertools.pairwise(stages))
-    assert CURRICULA[name](100, 100) == CURRICULA[name](10_000, 100)
-    assert all(0 <= stage.mu < 1 and not math.isnan(stage.mu) for stage in stages)
+    sizes = [stage.n for stage in stages]
+    assert sizes in (sorted(sizes), sorted(sizes, reverse=True))
+    assert CURRICULA[name](100, 100)[:2] == CURRICULA[name](10_000, 100)[:2]
+    assert all(0 <= stage.mu <= 1 and 0 <= stage.progress <= 1 for stage in stages)
+
+
+def test_progressive_stages_halve_and_hand_over_at_their_last_step():
+    stages = [halving(k, 10**6) for k in (0, 49_999, 50_000, 549_999, 550_000, 649_999, 650_000)]
+    assert [stage.n - 1 for stage in stages] == [4096, 4096, 2048, 4, 2, 2, 1]  # fact sheet 4.3
+    assert [stage.mu for stage in stages] == [1, 0, 1, 0, 1, 0, 1]
+    assert [stage.fresh for stage in stages] == [False, False, True, False, True, False, True]
+    assert stages[1].progress == pytest.approx(1, abs=1e-4)
+    assert halving(749_999, 750_000).mu == 1  # the last stage has nobody to hand over to
+    assert not halving(750_000, 10**6).fresh
+
+
+@pytest.mark.parametrize("start", [0, 1, 12])
+def test_progressive_distillation_starts_from_a_power_of_two(start):
+    with pytest.raises(UserError, match=f"start = {start}"):
+        halving(0, 10, start=start)

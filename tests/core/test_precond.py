@@ -1,14 +1,21 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
 from cmtool.core.precond import (
+    NOISE_LABELS,
     SCALINGS,
     Preconditioned,
     consistency_scalings,
     edm_scalings,
+    iddpm_label,
+    iddpm_sigmas,
     log_label,
     log_label_1000,
+    ve_label,
+    vp_label,
 )
 
 CHECKED = [  # sigma, plain (c_skip, c_out), boundary (c_skip, c_out)
@@ -43,6 +50,55 @@ def test_noise_labels_differ_by_a_thousand():
     sigma = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64)
     torch.testing.assert_close(log_label_1000(sigma), 1000 * log_label(sigma))
     assert float(log_label_1000(sigma)[1]) == pytest.approx(-173.286795, abs=1e-6)
+
+
+def test_vp_label_inverts_the_schedule():
+    t = torch.linspace(1e-3, 1, 50, dtype=torch.float64)
+    sigma = (torch.exp(19.9 * t**2 / 2 + 0.1 * t) - 1).sqrt()
+    torch.testing.assert_close(vp_label(sigma), 999 * t)
+    other = (torch.exp(5.0 * t**2 / 2 + 0.3 * t) - 1).sqrt()
+    torch.testing.assert_close(vp_label(other, beta_d=5.0, beta_min=0.3, steps=11), 10 * t)
+
+
+def test_ve_label_is_the_logarithm_of_half_sigma():
+    sigma = torch.tensor([0.02, 2.0, 100.0], dtype=torch.float64)
+    torch.testing.assert_close(ve_label(sigma).exp(), sigma / 2)
+
+
+def test_iddpm_label_counts_from_the_nearest_level():
+    levels = iddpm_sigmas()
+    assert len(levels) == 1001
+    assert levels[1000] == 0
+    assert levels[999] == pytest.approx(0.006422337, rel=1e-3)  # EDM's, in float32
+    assert levels[0] == pytest.approx(20291.17, rel=1e-3)
+    assert all(a > b for a, b in pairwise(levels))
+    some = torch.tensor([levels[0], levels[500], levels[998] * 1.0001], dtype=torch.float64)
+    assert iddpm_label(some).tolist() == [999, 499, 1]
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scalings_are_those_of_table_1(name):
+    """Inputs of EDM, VP and iDDPM have unit variance; a perfect network gives x0 exactly."""
+    sigma = torch.tensor([0.1, 1.0, 30.0], dtype=torch.float64)
+    c_skip, c_out, c_in = SCALINGS[name](sigma, 0.5, 0.0)
+    variance = {"edm": 0.25, "vp": 1.0, "iddpm": 1.0}
+    if name in variance:
+        torch.testing.assert_close(c_in**2 * (sigma**2 + variance[name]), torch.ones_like(sigma))
+    x0, noise = 0.7, 1.3
+    x = x0 + sigma * noise
+    # what each family's network predicts: the noise, or minus it, or EDM's mixture (its eq. 8)
+    raw = {"vp": noise, "iddpm": noise, "ve": -noise}.get(name)
+    if raw is None:
+        raw = (0.25 * -noise + sigma * x0) / (0.5 * (sigma**2 + 0.25).sqrt())
+    torch.testing.assert_close(c_skip * x + c_out * raw, torch.full_like(sigma, x0))
+
+
+@pytest.mark.parametrize("name", NOISE_LABELS)
+def test_labels_grow_with_sigma_and_keep_its_dtype(name):
+    sigma = torch.logspace(-2, 1.8, 20)
+    label = NOISE_LABELS[name](sigma)
+    assert label.dtype == sigma.dtype
+    assert (label.diff() > 0).all()
 
 
 @pytest.mark.parametrize("name", SCALINGS)

@@ -163,10 +163,10 @@ def test_one_bad_step_is_skipped_and_forgiven():
 
 def test_learning_rate_warms_up_and_decays():
     s = settings(steps=100, lr=1.0, warmup_steps=10, decay_to=0.1)
-    assert learning_rate(s, 0) == pytest.approx(0.1, rel=1e-3)
-    assert learning_rate(s, 100) == pytest.approx(0.1)
-    assert learning_rate(s, 50) == pytest.approx(0.55)
-    assert learning_rate(settings(), 13) == 1e-2
+    assert learning_rate(s, 0, 0.0) == pytest.approx(0.1, rel=1e-3)
+    assert learning_rate(s, 100, 1.0) == pytest.approx(0.1)
+    assert learning_rate(s, 50, 0.5) == pytest.approx(0.55)
+    assert learning_rate(settings(), 13, 0.5) == 1e-2
 
 
 def test_dropout_is_keyed_by_the_step_and_leaves_the_global_state():

@@ -17,6 +17,8 @@ from torch import Tensor
 from cmtool.errors import InputError
 
 KEY = "cmtool"
+MAX_HEADER = 4 << 20
+MAX_TENSORS = 20_000
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -30,7 +32,7 @@ def write_weights(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
 
 def read_weights(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, memory-mapped. Raises InputError."""
-    _check(path)
+    first_bytes(path)
     try:
         return load_file(path, device=device)
     except (safetensors.SafetensorError, OSError) as error:
@@ -41,7 +43,7 @@ def read_weights(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 
 def read_about(path: Path) -> dict[str, Any]:
     """Return what the header says of the model. Raises InputError for a file that is not ours."""
-    _check(path)
+    first_bytes(path)
     try:
         with safetensors.safe_open(path, "pt") as opened:
             metadata = opened.metadata() or {}
@@ -51,16 +53,55 @@ def read_about(path: Path) -> dict[str, Any]:
         ) from None
     try:
         about = json.loads(metadata[KEY])
-    except (KeyError, json.JSONDecodeError):
+    except (KeyError, ValueError, RecursionError):
         raise InputError(
             f"{path} does not say which model it holds", "give a file written by cmtool"
         ) from None
-    assert isinstance(about, dict)
+    if not isinstance(about, dict):
+        raise InputError(f"{path} does not say which model it holds", "make it again")
     return about
 
 
-def _check(path: Path) -> None:
-    """Raise InputError for what is plainly something else: a page, a pointer, an empty file."""
+def is_ours(path: Path) -> bool:
+    """Tell whether a safetensors file has our header. Raises InputError for a damaged one."""
+    return KEY in check_header(path)
+
+
+def check_header(path: Path) -> dict[str, Any]:
+    """Return the metadata of a safetensors file, none of whose tensors comes twice.
+
+    The library takes the last of two; it checks everything else when it opens the file. Raises
+    InputError.
+    """
+    first_bytes(path)
+    again = "fetch or make the file again"
+    try:
+        with path.open("rb") as opened:
+            content = opened.read(int.from_bytes(opened.read(8), "little"))
+        header = json.loads(content, object_pairs_hook=_unique)
+        with safetensors.safe_open(path, "pt"):
+            pass
+    except (safetensors.SafetensorError, OSError, MemoryError, ValueError, RecursionError) as error:
+        reason = "it nests too deep" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"{path} cannot be read: {reason or 'it is too large'}", again) from None
+    if len(header) > MAX_TENSORS:
+        raise InputError(f"{path} describes {len(header):,} tensors", again)
+    metadata = header.get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("its header gives a name twice")
+    return table
+
+
+def first_bytes(path: Path) -> bytes:
+    """Return the first 64 bytes of a file.
+
+    Raises InputError for what is plainly something else: a page, a pointer, an empty file.
+    """
     if not path.is_file():
         raise InputError(f"no such file: {path}", "check the path")
     try:
@@ -74,3 +115,7 @@ def _check(path: Path) -> None:
         raise InputError(f"{path} is an HTML page, not a checkpoint", "fetch the file itself")
     if start.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a Git LFS pointer, not a checkpoint", "run git lfs pull")
+    header = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and header > MAX_HEADER:
+        raise InputError(f"{path} has a header of {header:,} bytes", "no model needs that")
+    return start

@@ -9,6 +9,7 @@ from torch import nn
 
 from cmtool.core.networks.adm import Adm, AdmOptions
 from cmtool.core.networks.mlp import Mlp, MlpOptions
+from cmtool.core.networks.song import Song, SongOptions
 
 
 class NetworkKind(NamedTuple):
@@ -22,4 +23,5 @@ class NetworkKind(NamedTuple):
 NETWORKS: dict[str, NetworkKind] = {
     "adm": NetworkKind(AdmOptions, Adm),
     "mlp": NetworkKind(MlpOptions, Mlp),
+    "song": NetworkKind(SongOptions, Song),
 }

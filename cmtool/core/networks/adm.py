@@ -1,7 +1,7 @@
 """The ADM U-Net of Dhariwal & Nichol (2021), as the consistency-model release configures it.
 
 Parameter names and the (q, k, v)-by-thirds layout are those of the release, so that its weights
-load without renaming; diffusers' UNet2DModel expresses the same network.
+load without renaming. EDM's DhariwalUNet and diffusers' UNet2DModel express the same network.
 """
 
 from __future__ import annotations
@@ -11,10 +11,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cmtool.core.networks.layers import GroupNorm32, attend, sinusoidal_embedding, zero_init
-from cmtool.errors import InputError
+from cmtool.core.networks.layers import (
+    AttentionBlock,
+    GroupNorm32,
+    check_labels,
+    check_options,
+    check_size,
+    downsampled,
+    sinusoidal_embedding,
+    upsampled,
+    warp,
+    zero_init,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,28 @@ class AdmOptions:
     resblock_updown: bool = True
     """Resample inside residual blocks; if false by convolutions of their own."""
     norm_groups: int = 32
+    min_group_channels: int = 1
+    """Norms of fewer than norm_groups times so many channels have fewer groups (4 in EDM)."""
+    middle_norm: bool = True
+    """A norm before the attention in the middle; early diffusers exports lack it."""
+    learn_sigma: bool = False
+    """The network also returns a variance, which is dropped (iDDPM)."""
+    augment_dim: int = 0
+    """Length of the augmentation labels (EDM), 0 for none."""
     dropout: float = 0.0
+
+    def group_norm(self, channels: int) -> GroupNorm32:
+        """Return the norm for so many channels."""
+        groups = min(self.norm_groups, channels // self.min_group_channels)
+        return GroupNorm32(groups, channels, eps=1e-5)
+
+    def attention(self, channels: int, *, norm: bool = True) -> AttentionBlock:
+        """Return a new attention block, which starts as identity."""
+        block = AttentionBlock(
+            channels, self.head_channels, self.group_norm(channels) if norm else nn.Identity()
+        )
+        zero_init(block.proj_out)
+        return block
 
 
 class ResBlock(nn.Module):
@@ -46,13 +76,13 @@ class ResBlock(nn.Module):
         self.scale_shift = o.scale_shift
         emb_width = 2 * out_channels if o.scale_shift else out_channels
         self.in_layers = nn.Sequential(
-            GroupNorm32(o.norm_groups, channels),
+            o.group_norm(channels),
             nn.SiLU(),
             nn.Conv2d(channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_width))
         self.out_layers = nn.Sequential(
-            GroupNorm32(o.norm_groups, out_channels),
+            o.group_norm(out_channels),
             nn.SiLU(),
             nn.Dropout(o.dropout),
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -79,31 +109,6 @@ class ResBlock(nn.Module):
             h = layer(h)
         skip: Tensor = self.skip_connection(x)
         return skip + h
-
-
-class AttentionBlock(nn.Module):
-    """Self-attention over the pixels, with a residual connection."""
-
-    def __init__(self, channels: int, o: AdmOptions) -> None:
-        super().__init__()
-        if channels % o.head_channels:
-            raise ValueError(
-                f"{channels} channels are no multiple of head_channels {o.head_channels}"
-            )
-        self.num_heads = channels // o.head_channels
-        self.norm = GroupNorm32(o.norm_groups, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
-        self.proj_out = zero_init(nn.Conv2d(channels, channels, kernel_size=1))
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Return (B, C, H, W); the embedding is not used."""
-        b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x))
-        heads = qkv.reshape(b, 3, self.num_heads, c // self.num_heads, h * w).transpose(-1, -2)
-        q, k, v = heads.unbind(1)  # (B, heads, H W, d)
-        out = attend(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
-        projected: Tensor = self.proj_out(out)
-        return x + projected
 
 
 class Downsample(nn.Module):
@@ -146,21 +151,27 @@ class Adm(nn.Module):
     def __init__(self, options: AdmOptions, channels: int, num_classes: int = 0) -> None:
         super().__init__()
         o = options
+        widths = (channels, o.model_channels, o.head_channels, o.min_group_channels)
+        check_options(widths, o.channel_mult, o.num_res_blocks, o.attention_levels)
         width = o.model_channels
         emb_channels = 4 * width
         self.options = o
+        self.channels = channels
         self.num_classes = num_classes
         self.time_embed = nn.Sequential(
             nn.Linear(width, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
         if num_classes:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
+        if o.augment_dim:
+            self.augment_emb = nn.Linear(o.augment_dim, width, bias=False)
+            nn.init.zeros_(self.augment_emb.weight)
 
         def res(c_in: int, c_out: int, resample: str = "") -> ResBlock:
             return ResBlock(c_in, c_out, emb_channels, o, resample)
 
         def attention(level: int, c: int) -> list[nn.Module]:
-            return [AttentionBlock(c, o)] if level in o.attention_levels else []
+            return [o.attention(c)] if level in o.attention_levels else []
 
         top = len(o.channel_mult) - 1
         c = width * o.channel_mult[0]
@@ -177,7 +188,9 @@ class Adm(nn.Module):
                 self.input_blocks.append(nn.ModuleList([down]))
                 skips.append(c)
 
-        self.middle_block = nn.ModuleList([res(c, c), AttentionBlock(c, o), res(c, c)])
+        self.middle_block = nn.ModuleList(
+            [res(c, c), o.attention(c, norm=o.middle_norm), res(c, c)]
+        )
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(o.channel_mult))):
@@ -190,28 +203,32 @@ class Adm(nn.Module):
                 self.output_blocks.append(nn.ModuleList(entry))
 
         self.out = nn.Sequential(
-            GroupNorm32(o.norm_groups, c),
+            o.group_norm(c),
             nn.SiLU(),
-            zero_init(nn.Conv2d(c, channels, 3, padding=1)),
+            zero_init(nn.Conv2d(c, channels * (2 if o.learn_sigma else 1), 3, padding=1)),
         )
 
-    def forward(self, x: Tensor, noise_label: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        noise_label: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
         """Return F (B, C, H, W) for x (B, C, H, W), noise_label (B,) and labels (B,) or None.
 
+        `augment_labels` (B, augment_dim) say how training images were warped; None is not at all.
         Raises InputError for a size the levels do not divide, for labels given to an
         unconditional network, and for none given to a conditional one.
         """
         check_size(x.shape[-2], x.shape[-1], len(self.options.channel_mult) - 1)
-        emb = self.time_embed(sinusoidal_embedding(noise_label, self.options.model_channels))
-        if self.num_classes:
-            if labels is None:
-                raise InputError(
-                    f"the model knows {self.num_classes} classes and was given none",
-                    "pass labels, one class index per image",
-                )
+        check_labels(labels, self.num_classes)
+        emb = sinusoidal_embedding(noise_label, self.options.model_channels)
+        if self.options.augment_dim:
+            emb = emb + self.augment_emb(warp(augment_labels, self.options.augment_dim, emb))
+        emb = self.time_embed(emb)
+        if labels is not None:
             emb = emb + self.label_emb(labels)
-        elif labels is not None:
-            raise InputError("labels given to an unconditional model", "leave them out")
         h = x
         skips = []
         for entry in children(self.input_blocks):
@@ -221,7 +238,7 @@ class Adm(nn.Module):
         for entry in children(self.output_blocks):
             h = run(entry, torch.cat([h, skips.pop()], dim=1), emb)
         out: Tensor = self.out(h)
-        return out
+        return out[:, : self.channels]
 
 
 def children(blocks: nn.ModuleList) -> Iterator[list[nn.Module]]:
@@ -245,21 +262,4 @@ def run(entry: list[nn.Module], h: Tensor, emb: Tensor) -> Tensor:
 
 def resampled(x: Tensor, how: str) -> Tensor:
     """Return x at twice ("up", nearest) or half ("down", 2x2 mean) the resolution, or as it is."""
-    if how == "up":
-        return F.interpolate(x, scale_factor=2, mode="nearest")
-    if how == "down":
-        return F.avg_pool2d(x, 2)
-    return x
-
-
-def check_size(height: int, width: int, halvings: int) -> None:
-    """Raise InputError unless both sides can be halved so often; names the nearest sizes."""
-    unit = 2**halvings
-    if height % unit == 0 and width % unit == 0:
-        return
-    fits = sorted({max(side // unit, 1) * unit for side in (height, width)})
-    fits += [side + unit for side in fits]
-    raise InputError(
-        f"images of {width}x{height} do not fit a network that halves them {halvings} times",
-        f"use multiples of {unit}; near are {', '.join(map(str, sorted(set(fits))))}",
-    )
+    return upsampled(x) if how == "up" else downsampled(x) if how == "down" else x

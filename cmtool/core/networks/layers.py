@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from cmtool.errors import InputError
+
+MAX_BLOCKS = 64
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -19,25 +24,33 @@ class GroupNorm32(nn.GroupNorm):
         return super().forward(x)
 
 
-def zero_init(module: nn.Conv2d) -> nn.Conv2d:
-    """Return the module with its weights and bias set to zero: a block that starts as identity."""
-    nn.init.zeros_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-    return module
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels, with a residual connection: x + proj_out(attend(norm(x))).
 
-
-def sinusoidal_embedding(label: Tensor, dim: int) -> Tensor:
-    """Return [cos, sin] of label times 10000^(-i / (dim // 2)): (B,) -> (B, dim).
-
-    The convention of the ADM U-Net: no end point, cosines first, a zero column when dim is odd.
+    The rows of qkv are all queries, all keys, all values; each of those heads x head channels.
+    `norm` may be any module, an identity too. Raises ValueError if the heads do not divide C.
     """
-    half = dim // 2
-    frequencies = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=label.device) * (-math.log(10000) / half)
-    ).to(label.dtype)
-    angles = label[:, None] * frequencies[None]  # (B, half)
-    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+
+    def __init__(self, channels: int, head_channels: int, norm: nn.Module) -> None:
+        super().__init__()
+        if channels % head_channels:
+            raise ValueError(
+                f"{channels} channels are no multiple of head_channels {head_channels}"
+            )
+        self.num_heads = channels // head_channels
+        self.norm = norm
+        self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """Return (B, C, H, W) for x (B, C, H, W); the embedding is not used."""
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x))
+        heads = qkv.reshape(b, 3, self.num_heads, c // self.num_heads, h * w).transpose(-1, -2)
+        q, k, v = heads.unbind(1)  # (B, heads, H W, d)
+        out = attend(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
+        projected: Tensor = self.proj_out(out)
+        return x + projected
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -51,3 +64,107 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     weights = logits.float().softmax(-1) if logits.dtype == torch.bfloat16 else logits.softmax(-1)
     return weights.to(v.dtype) @ v
+
+
+def zero_init(module: nn.Conv2d) -> nn.Conv2d:
+    """Return the module with its weights and bias set to zero: a block that starts as identity."""
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
+
+
+def sinusoidal_embedding(label: Tensor, dim: int, *, end_point: bool = False) -> Tensor:
+    """Return [cos, sin] of label times 10000^(-i / half), half = dim // 2: (B,) -> (B, dim).
+
+    With `end_point` the frequencies reach 1/10000: the exponent is -i / (half - 1). A column of
+    zeros is added when dim is odd.
+    """
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=label.device)
+    decay = -math.log(10000) / (half - 1 if end_point else half)
+    angles = label[:, None] * torch.exp(steps * decay).to(label.dtype)  # (B, half)
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+
+
+def one_hot(labels: Tensor | None, num_classes: int, like: Tensor) -> Tensor | None:
+    """Return labels (B,) as (B, num_classes) in the dtype of `like`; None without classes.
+
+    Raises InputError for labels given to an unconditional network, and for none given to a
+    conditional one.
+    """
+    check_labels(labels, num_classes)
+    return None if labels is None else F.one_hot(labels, num_classes).to(like.dtype)
+
+
+def warp(augment_labels: Tensor | None, dim: int, emb: Tensor) -> Tensor:
+    """Return the augmentation labels (B, dim); zeros, which say "not warped", for None."""
+    return emb.new_zeros(len(emb), dim) if augment_labels is None else augment_labels
+
+
+def check_labels(labels: Tensor | None, num_classes: int) -> None:
+    """Raise InputError unless there are labels exactly when there are classes."""
+    if num_classes and labels is None:
+        raise InputError(
+            f"the model knows {num_classes} classes and was given none",
+            "pass labels, one class index per image",
+        )
+    if labels is not None and not num_classes:
+        raise InputError("labels given to an unconditional model", "leave them out")
+
+
+def downsampled(x: Tensor, taps: Sequence[float] = (1, 1), *, padding: int | None = None) -> Tensor:
+    """Return x (B, C, H, W) at half the resolution, filtered with the outer square of `taps`.
+
+    The taps are normalised to sum 1 and even in number; (1, 1) is the 2x2 mean. Zeros around x
+    make the result half its size, or as many as `padding` says.
+    """
+    if tuple(taps) == (1, 1):
+        return F.avg_pool2d(x, 2)
+    padding = (len(taps) - 1) // 2 if padding is None else padding
+    return F.conv2d(x, _kernel(taps, x), stride=2, padding=padding, groups=x.shape[1])
+
+
+def upsampled(x: Tensor, taps: Sequence[float] = (1, 1)) -> Tensor:
+    """Return x (B, C, H, W) at twice the resolution; (1, 1) repeats the nearest pixel."""
+    if tuple(taps) == (1, 1):
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    kernel = 4 * _kernel(taps, x)
+    return F.conv_transpose2d(x, kernel, stride=2, padding=(len(taps) - 1) // 2, groups=x.shape[1])
+
+
+def _kernel(taps: Sequence[float], x: Tensor) -> Tensor:
+    """Return the outer square of the taps, of sum 1, once per channel: (C, 1, n, n)."""
+    line = x.new_tensor(taps) / sum(taps)
+    return torch.outer(line, line).expand(x.shape[1], 1, -1, -1)
+
+
+def check_options(
+    widths: Sequence[int],
+    channel_mult: Sequence[int],
+    blocks: int,
+    attention_levels: Sequence[int] = (),
+) -> None:
+    """Raise ValueError for a network without channels or levels, or with absurdly many blocks."""
+    levels = len(channel_mult)
+    if min(*widths, *channel_mult, 1) < 1:
+        raise ValueError(f"widths {list(widths)} times {list(channel_mult[:16])} must be positive")
+    if len(attention_levels) > MAX_BLOCKS:
+        raise ValueError(f"{len(attention_levels)} attention_levels")
+    if levels < 1 or blocks < 1:
+        raise ValueError("it needs at least one level and one block a level")
+    if levels * blocks > MAX_BLOCKS:
+        raise ValueError(f"{levels} levels of {blocks} blocks are more than {MAX_BLOCKS}")
+
+
+def check_size(height: int, width: int, halvings: int) -> None:
+    """Raise InputError unless both sides can be halved so often; names the nearest sizes."""
+    unit = 2**halvings
+    if height % unit == 0 and width % unit == 0:
+        return
+    fits = sorted({max(side // unit, 1) * unit for side in (height, width)})
+    fits += [side + unit for side in fits]
+    raise InputError(
+        f"images of {width}x{height} do not fit a network that halves them {halvings} times",
+        f"use multiples of {unit}; near are {', '.join(map(str, sorted(set(fits))))}",
+    )

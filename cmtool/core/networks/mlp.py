@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cmtool.core.networks.layers import check_options
+
 
 @dataclass(frozen=True)
 class MlpOptions:
@@ -22,6 +24,7 @@ class Mlp(nn.Module):
 
     def __init__(self, options: MlpOptions, channels: int, num_classes: int = 0) -> None:
         super().__init__()
+        check_options((channels, options.width), [1], options.depth)
         self.num_classes = num_classes
         widths = [channels + 1 + num_classes, *[options.width] * options.depth]
         layers: list[nn.Module] = []

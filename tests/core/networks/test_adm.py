@@ -12,17 +12,18 @@ TINY = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1,
         "attention_levels": (1,), "head_channels": 16}  # fmt: skip
 
 
+def filling(name, tensor):
+    """Return A sin(B j + L) (+ 1 for 1-D weights) in the tensor's shape, L the name's length."""
+    a, b = (0.5, 0.7) if tensor.ndim == 2 else (0.1, 0.1)
+    j = torch.arange(tensor.numel(), dtype=torch.float64)
+    value = a * torch.sin(b * j + len(name))
+    if tensor.ndim == 1 and name.endswith("weight"):
+        value = value + 1
+    return value.reshape(tensor.shape).float()
+
+
 def filled(network):
-    """Fill every tensor with A sin(B j + L) (+ 1 for 1-D weights), L the length of its name."""
-    state = {}
-    for name, tensor in network.state_dict().items():
-        a, b = (0.5, 0.7) if tensor.ndim == 2 else (0.1, 0.1)
-        j = torch.arange(tensor.numel(), dtype=torch.float64)
-        value = a * torch.sin(b * j + len(name))
-        if tensor.ndim == 1 and name.endswith("weight"):
-            value = value + 1
-        state[name] = value.reshape(tensor.shape).float()
-    network.load_state_dict(state)
+    network.load_state_dict({name: filling(name, t) for name, t in network.state_dict().items()})
     return network.eval()
 
 

@@ -1,0 +1,147 @@
+"""cmtool checkpoint: what a model file holds, and from one format to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cmtool.cli._options import (
+    AsJson,
+    KindOption,
+    ModelPreset,
+    Weights,
+    emit,
+    emit_json,
+    make_folder,
+    parse_kind,
+    printable,
+    say,
+    tell_notes,
+)
+
+if TYPE_CHECKING:
+    from cmtool.build import Model
+
+app = typer.Typer(no_args_is_help=True, help="Look into a model file, or convert it.")
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH",
+        help="Run, checkpoint, .safetensors; EDM .pkl, openai .pt, diffusers folder, JAX file.",
+    ),
+]
+
+
+@app.command("info")
+def info(
+    path: Source,
+    weights: Weights = "ema",
+    preset: ModelPreset = None,
+    kind: KindOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a file holds: format, architecture, parameters, kind, image size, classes, weights.
+
+    `cmtool checkpoint info edm-cifar10-32x32-cond-vp.pkl`
+
+    `cmtool checkpoint info cd_imagenet64_lpips.pt --json`
+
+    Nothing in the file is executed, whatever it is.
+    """
+    from cmtool.build import load_model
+
+    model = load_model(
+        path, weights=weights, preset=preset, kind=parse_kind(kind), otherwise="teacher"
+    )
+    tell_notes(model)
+    facts = describe(model)
+    if as_json:
+        emit_json(facts)
+        return
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {_shown(v)}" for k, v in value.items())
+        emit(printable(f"{key.replace('_', ' '):<14} {_shown(value)}"))
+
+
+@app.command("convert")
+def convert(
+    path: Source,
+    out: Annotated[
+        Path, typer.Argument(help="A .safetensors file, or a folder for a diffusers pipeline.")
+    ],
+    weights: Weights = "ema",
+    preset: ModelPreset = None,
+    kind: KindOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a model to cmtool's own format or to a diffusers ConsistencyModelPipeline.
+
+    `cmtool checkpoint convert edm-cifar10-32x32-cond-vp.pkl teacher.safetensors`
+
+    `cmtool checkpoint convert runs/mine pipeline/`
+
+    `cmtool checkpoint convert cd_imagenet64_lpips.pt cd.safetensors --kind consistency`
+
+    Every tensor arrives or the command fails; before it ends, source and result are run on the
+    same input and must agree to the last bit.
+    """
+    from cmtool.build import load_model
+    from cmtool.convert import convert as convert_model
+
+    make_folder(out.parent)
+    model = load_model(path, weights=weights, preset=preset, kind=parse_kind(kind))
+    tell_notes(model)
+    left = [name for name in model.held if name != model.weights]
+    if left:
+        say(f"note: converted {model.weights}; left behind: {', '.join(left)}")
+    written = convert_model(model, out, overwrite=overwrite)
+    say(f"checked: {parameters(model):,} parameters, equal answers on the same input")
+    if as_json:
+        emit_json({"path": str(out), "format": written, **{"from": describe(model)}})
+    else:
+        emit(str(out))
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """Return what there is to know of a model, as plain data."""
+    card = model.preset
+    h, w = card.model.image_size
+    return {
+        "path": model.source,
+        "format": model.format,
+        "kind": model.kind if model.kind_is_said else None,
+        "network": card.model.network.name,
+        "options": card.model.network.options,
+        "parameters": parameters(model),
+        "image_size": [h, w],
+        "channels": card.model.channels,
+        "classes": card.model.num_classes,
+        "sigma": {
+            "min": card.noise.sigma_min,
+            "max": card.noise.sigma_max,
+            "data": card.model.sigma_data,
+        },
+        "scalings": card.model.scalings.name if model.kind == "teacher" else "consistency",
+        "noise_label": card.model.noise_label.name,
+        "weights": model.weights,
+        "held": list(model.held),
+        "sha256": model.sha256,
+    }
+
+
+def parameters(model: Model) -> int:
+    """Return the number of parameters."""
+    return sum(p.numel() for p in model.f.network.parameters())
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not in the file"
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return f"{value:,}" if type(value) is int else str(value)

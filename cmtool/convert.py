@@ -1,0 +1,130 @@
+"""From a loaded model to a file: ours, or a diffusers pipeline; checked before it is in place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import safetensors
+import torch
+
+from cmtool import __version__
+from cmtool.build import Model, load_model
+from cmtool.core.checkpoint import is_full
+from cmtool.core.formats import diffusers_dir, native
+from cmtool.core.formats.foreign import Malformed
+from cmtool.core.networks.adm import Adm
+from cmtool.core.noise import karras_sigmas
+from cmtool.core.rng import SeededNoise
+from cmtool.errors import InputError, ResourceError, UserError
+from cmtool.sampling import grid_size
+
+PROBE_SIDE = 64
+
+
+def convert(model: Model, out: Path, *, overwrite: bool = False) -> str:
+    """Write the model to `out` and return the format: a .safetensors file of ours, else diffusers.
+
+    It is written beside `out`, loaded again, and run beside the original on the same input; only
+    when both give equal numbers does it take its name. Raises UserError for an `out` that exists,
+    InputError for a model the format cannot hold.
+    """
+    to_native = out.suffix == ".safetensors"
+    if out.suffix in (".pt", ".pth", ".ckpt", ".pkl", ".bin"):
+        raise UserError(f"{out}: cmtool writes no pickles", "give a .safetensors file or a folder")
+    if os.path.lexists(out) and not overwrite:
+        raise UserError(f"{out} exists", "give another name, or --overwrite it")
+    if out.exists() and not to_native and not (out / diffusers_dir.INDEX).is_file():
+        raise InputError(f"{out} is no diffusers pipeline", "give another name")
+    if to_native and out.is_dir():
+        raise InputError(f"{out} is a folder", "give another name")
+    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    try:
+        if to_native:
+            _write_native(model, temporary)
+        else:
+            temporary.mkdir()
+            _write_diffusers(model, temporary)
+        check_equal(model, load_model(temporary, kind=model.kind))
+        if not to_native and out.exists():
+            shutil.rmtree(out)
+        temporary.rename(out)
+    except (OSError, safetensors.SafetensorError) as error:
+        if is_full(error):
+            raise ResourceError(f"no room on the disk for {out}", "free some") from None
+        raise
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+    return "native" if to_native else "diffusers"
+
+
+def _write_native(model: Model, path: Path) -> None:
+    about = {
+        "kind": model.kind,
+        "weights": model.weights,
+        "preset": model.preset.model_dump(mode="json"),
+        "cmtool": __version__,
+        "made": {"from": Path(model.source).name, "format": model.format, "sha256": model.sha256},
+    }
+    native.write_weights(path, dict(model.f.network.state_dict()), about)
+
+
+def _write_diffusers(model: Model, folder: Path) -> None:
+    card, network = model.preset, model.f.network
+    h, w = card.model.image_size
+    reasons = {
+        f"it is a {model.kind}": model.kind != "consistency",
+        f"its network is {card.model.network.name!r}": not isinstance(network, Adm),
+        f"its noise label is {card.model.noise_label.name!r}": (
+            card.model.noise_label.name != "log_1000"
+        ),
+        f"its images are {w}x{h}": h != w,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise InputError(
+                f"a ConsistencyModelPipeline cannot hold this model: {reason}",
+                "convert it to a .safetensors file instead",
+            )
+    assert isinstance(network, Adm)
+    scheduler = {
+        "num_train_timesteps": grid_size(card),
+        "sigma_min": card.noise.sigma_min,
+        "sigma_max": card.noise.sigma_max,
+        "sigma_data": card.model.sigma_data,
+        "rho": card.noise.rho,
+    }
+    try:
+        diffusers_dir.write(
+            folder,
+            network.options,
+            dict(network.state_dict()),
+            channels=card.model.channels,
+            num_classes=card.model.num_classes,
+            image_size=h,
+            scheduler=scheduler,
+        )
+    except Malformed as error:
+        raise InputError(str(error), "convert it to a .safetensors file instead") from None
+
+
+@torch.no_grad()
+def check_equal(model: Model, other: Model) -> None:
+    """Assert that two models are one: every tensor, and the answers at three noise levels."""
+    ours, theirs = (dict(m.f.network.state_dict()) for m in (model, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor.cpu(), theirs[name].cpu()), f"{name} changed on the way"
+    card = model.preset
+    sides = (min(side, PROBE_SIDE) for side in card.model.image_size)
+    seeds = range(3)
+    noise = SeededNoise(seeds)
+    x = noise(torch.empty(3, card.model.channels, *sides))
+    sigma = karras_sigmas(3, *model.noise_range)
+    labels = noise.labels(card.model.num_classes) if card.model.num_classes else None
+    x = x * sigma.to(x.dtype)[:, None, None, None]
+    answers = [m.f.cpu()(x, sigma, labels) for m in (model, other)]
+    assert torch.equal(*answers), "the converted model gives another answer"

@@ -1,0 +1,216 @@
+"""The folder of a run: whose it is, what it says of itself, and what may happen to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from filelock import FileLock, Timeout
+
+from cmtool import __version__
+from cmtool.build import Model
+from cmtool.core import checkpoint
+from cmtool.core.data import Dataset
+from cmtool.core.trainer import TrainState
+from cmtool.errors import BusyError, InputError, Paused, Stopped, UserError
+from cmtool.presets import Preset, load_preset
+from cmtool.report import read_log
+from cmtool.toml import to_toml
+
+FREE_TO_CHANGE = ("description", "run")
+
+
+def is_run(out: Path) -> bool:
+    """Tell whether a folder holds a run of ours."""
+    versions = _read_json(out / "run.json").get("versions")
+    return isinstance(versions, dict) and "cmtool" in versions
+
+
+def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model | None) -> None:
+    """Make the run folder. Raises UserError or InputError for one that must be left alone."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file", "give a folder with --out")
+    if resume and not (is_run(out) and (out / "preset.toml").is_file()):
+        raise InputError(f"no run to resume in {out}", "leave --resume out to start one")
+    if is_run(out) and not resume and not overwrite:
+        raise UserError(f"{out} holds a run already", "go on with --resume, or --overwrite it")
+    if out.exists() and not is_run(out) and any(p.name != ".lock" for p in out.iterdir()):
+        raise UserError(f"{out} is not empty and not a run", "give a new folder with --out")
+    if overwrite and teacher and out.resolve() in [p.resolve() for p in _above(teacher.source)]:
+        raise UserError(f"the teacher is in {out}", "overwriting it would lose it: change --out")
+    try:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (out / "samples").mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}", "give another --out") from None
+
+
+def _above(source: str) -> list[Path]:
+    """Return a path and all folders above it."""
+    path = Path(source).resolve()
+    return [path, *path.parents]
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the run folder's lock. Raises BusyError naming the holder."""
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = _read_json(out / "status.json")
+        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+        raise BusyError(
+            f"{out} is in use by {who} since {holder.get('since', '?')}",
+            "wait for it, or give another --out",
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Notes(Protocol):
+    """Somebody who takes remarks."""
+
+    def note(self, text: str) -> None:
+        """Take a remark worth a line."""
+
+
+class StatusWriter(Protocol):
+    """Writes status.json with the given fields over the ones before."""
+
+    def __call__(self, **fields: object) -> None:
+        """Write."""
+
+
+@contextmanager
+def status(out: Path) -> Iterator[StatusWriter]:
+    """Keep status.json true: running, done, stopped or failed, with step, exit code and error."""
+    facts: dict[str, object] = {
+        "state": "running",
+        "step": 0,
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+    def write(**fields: object) -> None:
+        facts.update(fields)
+        checkpoint.write_json(out / "status.json", facts)
+
+    write()
+    try:
+        yield write
+    except (Stopped, Paused) as stop:
+        write(state="stopped", exit_code=stop.exit_code)
+        raise
+    except UserError as error:
+        write(state="failed", exit_code=error.exit_code, error=error.what)
+        raise
+    except SystemExit as end:
+        write(state="stopped", exit_code=end.code, error="stopped without saving")
+        raise
+    except BaseException as error:
+        write(state="failed", exit_code=1, error=repr(error))
+        raise
+
+
+def check_same(out: Path, preset: Preset, data: Dataset, teacher: Model | None) -> None:
+    """Raise UserError unless the run in `out` was started with this preset, data and teacher."""
+    made = _read_json(out / "run.json")
+    for name, now in run_inputs(data, teacher).items():
+        if made.get(name) is not None and made[name] != now:
+            before, after = _difference(made[name], now)
+            raise UserError(
+                f"the run in {out} was started with another {name}: {before}, now {after}",
+                "resume with the same, or start a run of its own",
+            )
+    stored = load_preset(str(out / "preset.toml")).model_dump()
+    for key, value in preset.model_dump().items():
+        if key not in FREE_TO_CHANGE and stored[key] != value:
+            before, now = _difference(stored[key], value)
+            raise UserError(
+                f"the run in {out} was started with another preset: {key} had {before}, now {now}",
+                "resume without changing it, or start a run of its own",
+            )
+
+
+def resume_state(out: Path, state: TrainState, watcher: Notes) -> None:
+    """Set `state` to the run's newest good checkpoint."""
+    newest, complaints = checkpoint.newest_checkpoint(out / "checkpoints")
+    for complaint in complaints:
+        watcher.note(f"passed over: {complaint}")
+    if newest is None:
+        watcher.note("no checkpoint yet: starting at step 0")
+    else:
+        checkpoint.load_checkpoint(newest, state)
+        watcher.note(f"resumed from {newest}")
+
+
+def trim_log(out: Path, step: int) -> None:
+    """Drop the log lines past a step."""
+    log = out / "log.jsonl"
+    if log.exists():
+        kept = [line for line in read_log(log) if line["step"] <= step]
+        checkpoint.write_atomic(log, "".join(json.dumps(k) + "\n" for k in kept).encode())
+
+
+def clear_run(out: Path) -> None:
+    """Remove an earlier run's own files, and no others; called under the lock."""
+    checkpoint.prune_all(out / "checkpoints")
+    for pattern in ("samples/step-*.png", "log.jsonl", "preset.toml", "summary.png"):
+        for file in out.glob(pattern):
+            file.unlink()
+
+
+def write_run_files(
+    out: Path, preset: Preset, origins: Mapping[str, str], data: Dataset, teacher: Model | None
+) -> None:
+    """Write preset.toml and run.json."""
+    if not (out / "preset.toml").is_file():  # a resumed run keeps its own, with its origins
+        checkpoint.write_atomic(out / "preset.toml", to_toml(preset, origins).encode())
+    facts = {
+        "arguments": sys.argv[1:],
+        "versions": {
+            "cmtool": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "threads": torch.get_num_threads(),
+        "seed": preset.train.seed,
+        **run_inputs(data, teacher),
+    }
+    checkpoint.write_json(out / "run.json", facts)
+
+
+def run_inputs(data: Dataset, teacher: Model | None) -> dict[str, object]:
+    """Return what run.json says of data and teacher, by which a resumed run knows them again."""
+    return {
+        "data": {"name": data.name, "images": len(data), "fingerprint": data.fingerprint()},
+        "teacher": teacher and {"source": teacher.source, "sha256": teacher.sha256},
+    }
+
+
+def _difference(before: object, now: object) -> tuple[object, object]:
+    """Return the first differing part of two values, tables by their differing keys."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        odd = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+        return {k: before.get(k) for k in odd}, {k: now.get(k) for k in odd}
+    return before, now
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

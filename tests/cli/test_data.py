@@ -1,0 +1,80 @@
+import json
+import zipfile
+
+import torch
+
+from cmtool.core.data import load_dataset
+from cmtool.core.images import png_bytes
+
+
+def folder(root, count=6, side=6):
+    for i in range(count):
+        path = root / f"c{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(i)
+        image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8, generator=generator)
+        path.write_bytes(png_bytes(image))
+    return root
+
+
+def test_info_counts_what_is_there(cmtool, tmp_path):
+    told = json.loads(cmtool("data", "info", folder(tmp_path / "x"), "--json").out)
+    assert (told["images"], told["classes"], told["images_per_class"]) == (6, 2, [3, 3])
+    assert told["sizes"] == {"6x6": 6}
+    assert len(told["mean"]) == 3
+    assert 0.4 < told["sigma_data"] < 0.7
+    assert told["unreadable"] == []
+    text = cmtool("data", "info", "digits").text
+    assert "11536" in text
+    assert "8x8 (11536)" in text
+
+
+def test_info_names_every_unreadable_image_and_counts_sizes(cmtool, tmp_path):
+    root = folder(tmp_path / "x")
+    (root / "c0" / "0.png").write_bytes(b"not a picture")
+    (root / "c1" / "9.png").write_bytes(png_bytes(torch.zeros(3, 4, 5, dtype=torch.uint8)))
+    whole = root / "c1" / "3.png"
+    whole.write_bytes(whole.read_bytes()[:70])
+    result = cmtool("data", "info", root, "--json")
+    assert result.code == 3
+    told = json.loads(result.out)
+    assert told["sizes"] == {"6x6": 4, "5x4": 1}
+    assert [name for name in ("0.png", "3.png") if any(name in b for b in told["unreadable"])] == [
+        "0.png", "3.png",
+    ]  # fmt: skip
+    assert "2 of 7 images" in result.err
+
+
+def test_prepare_writes_what_edms_tool_writes_and_training_reads(cmtool, tmp_path):
+    root = folder(tmp_path / "x")
+    result = cmtool("data", "prepare", root, "out/x.zip")
+    assert result.text == "out/x.zip\n"
+    with zipfile.ZipFile(tmp_path / "out" / "x.zip") as archive:
+        assert archive.namelist()[0] == "00000/img00000000.png"
+        assert all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
+        table = json.loads(archive.read("dataset.json"))
+    assert table["labels"][5] == ["00000/img00000005.png", 1]
+    again, first = load_dataset(str(tmp_path / "out" / "x.zip")), load_dataset(str(root))
+    assert torch.equal(again.images, first.images)
+    assert torch.equal(again.labels, first.labels)
+    assert cmtool("data", "prepare", root, "out/x.zip").code == 2
+    assert cmtool("data", "prepare", root, "x.tar").code == 2
+    assert cmtool("data", "prepare", root, "y.zip", "--fit", "adm").code == 2
+
+
+def test_prepare_fits_and_leaves_out_only_what_it_may(cmtool, tmp_path):
+    root = folder(tmp_path / "x", side=9)
+    assert (
+        cmtool("data", "prepare", root, "y.zip", "--size", "4", "--fit", "edm", "--grey").code == 0
+    )
+    assert load_dataset(str(tmp_path / "y.zip"), channels=1).images.shape == (6, 1, 4, 4)
+    (root / "c0" / "2.png").write_bytes(b"not a picture")
+    refused = cmtool("data", "prepare", root, "z.zip")
+    assert refused.code == 3
+    assert "2.png" in refused.err
+    assert not (tmp_path / "z.zip").exists()
+    skipped = cmtool("data", "prepare", root, "z.zip", "--skip-bad", "1")
+    assert skipped.code == 0
+    assert "left out: " in skipped.err
+    assert len(load_dataset(str(tmp_path / "z.zip"))) == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y.zip", "z.zip"]

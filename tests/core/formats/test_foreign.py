@@ -1,0 +1,306 @@
+"""Every foreign format gives the numbers of the code that wrote it; see golden/README.md."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cmtool.build import load_model
+from cmtool.core.formats import FORMATS, identify, read_foreign
+from cmtool.core.formats.diffusers_dir import rules as diffusers_rules
+from cmtool.core.formats.edm_pkl import adm_rules, song_rules
+from cmtool.core.formats.foreign import Malformed, interleaved, translate, translate_back
+from cmtool.core.formats.jcm_msgpack import rules as jcm_rules
+from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.core.networks.song import Song, SongOptions
+from cmtool.errors import InputError, UserError
+from tests.golden import GOLDEN, golden
+
+WEIGHTS = {
+    "openai_unet_cond": "openai_unet_cond.pt",
+    "openai_unet_uncond": "openai_unet_uncond.pt",
+    "edm_ddpmpp": "edm_ddpmpp.pkl",
+    "edm_ncsnpp": "edm_ncsnpp.pkl",
+    "edm_adm": "edm_adm.pkl",
+    "jcm_checkpoint_80": "jcm_checkpoint_80",
+    "diffusers_cm": "diffusers_cm",
+}
+KEYS = {"teacher": ["denoised", "edm_denoised"], "consistency": ["consistency_output"]}
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("golden")
+    return lambda case: golden(WEIGHTS[case], folder)
+
+
+def load(case, weights, kind=None):
+    preset = GOLDEN / f"{case}.toml"
+    return load_model(weights(case), kind=kind, preset=str(preset) if preset.exists() else None)
+
+
+def close(ours, wanted, bound=1e-5):
+    assert float((ours - wanted).abs().max() / wanted.abs().max()) < bound
+
+
+@pytest.mark.parametrize("kind", ["teacher", "consistency"])
+@pytest.mark.parametrize("case", [case for case in WEIGHTS if case != "diffusers_cm"])
+@torch.no_grad()
+def test_outputs_are_the_golden_ones(case, kind, weights):
+    numbers = load_file(GOLDEN / f"{case}.safetensors")
+    wanted = [numbers[key] for key in KEYS[kind] if key in numbers]
+    if not wanted:  # EDM's own files hold a teacher's answers only
+        assert case.startswith("edm")
+        return
+    model = load(case, weights, kind)
+    assert not model.f.training
+    close(model.f(numbers["x"], numbers["sigma"], numbers.get("labels")), wanted[0])
+
+
+@torch.no_grad()
+def test_diffusers_network_and_images_are_the_golden_ones(weights):
+    from cmtool.core.samplers import clipped, multistep
+
+    numbers = load_file(GOLDEN / "diffusers_cm.safetensors")
+    model = load("diffusers_cm", weights)
+    close(
+        model.f.network(numbers["unet_x"], numbers["unet_t"], numbers["labels"]),
+        numbers["unet_out"],
+    )
+    for key, sigmas in [
+        ("images_1step", [80.0]),
+        ("images_timesteps_22_0", numbers["sigmas_22_0"]),
+    ]:
+        levels = [float(sigma) for sigma in sigmas][:2]
+        draws = iter([numbers["unit_noise"], *numbers["noises"]])
+        x0 = multistep(
+            clipped(model.f), torch.zeros_like(numbers["unit_noise"]), levels,
+            lambda _, draws=draws: next(draws), sigma_min=0.002, labels=numbers["labels"],
+        )  # fmt: skip
+        close(x0 / 2 + 0.5, numbers[key])
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [("openai_unet_cond", "openai"), ("edm_ddpmpp", "edm"), ("jcm_checkpoint_80", "jcm"),
+     ("diffusers_cm", "diffusers")],
+)  # fmt: skip
+def test_formats_are_told_by_content(case, name, weights, tmp_path):
+    path = tmp_path / "model.bin"
+    path.symlink_to(weights(case))
+    assert identify(path) == name
+    assert name in FORMATS
+
+
+def test_what_the_file_says_is_taken_over(weights):
+    model = load("edm_ncsnpp", weights)
+    assert model.kind == "teacher"
+    assert model.preset.model.image_size == (16, 16)
+    assert model.preset.model.num_classes == 10
+    assert model.preset.model.noise_label.name == "log"
+    assert model.notes == ()
+    network = model.f.network
+    assert isinstance(network, Song)
+    assert network.options == SongOptions(
+        model_channels=16, channel_mult=(2, 2), num_blocks=1, attention_levels=(1,),
+        embedding="fourier", channel_mult_noise=2, encoder="residual",
+        resample_filter=(1, 3, 3, 1),
+    )  # fmt: skip
+    model = load("diffusers_cm", weights)
+    assert model.kind == "consistency"
+    assert model.preset.sample.grid == 40
+    assert any("no norm" in note for note in model.notes)
+
+
+def test_what_the_file_does_not_say_is_told_or_asked(weights, tmp_path):
+    path = weights("openai_unet_uncond")
+    with pytest.raises(UserError, match="teacher or a consistency model"):
+        load_model(path)
+    model = load_model(path, kind="teacher")
+    assert any("image size: 64x64" in note for note in model.notes)
+    assert any("heads: 64" in note for note in model.notes)
+    model = load_model(path, preset=str(GOLDEN / "openai_unet_uncond.toml"))
+    assert model.preset.model.image_size == (16, 16)
+    assert not any("image size" in note or "heads" in note for note in model.notes)
+    assert model.f.network.options.head_channels == 16
+    other = tmp_path / "other.toml"
+    text = (GOLDEN / "openai_unet_uncond.toml").read_text()
+    other.write_text(text.replace("num_res_blocks = 1", "num_res_blocks = 2"))
+    with pytest.raises(InputError, match="num_res_blocks 1, the preset 2"):
+        load_model(path, preset=str(other))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("edm_imagenet64_ema", "teacher"), ("cd_imagenet64_lpips", "consistency"),
+     ("ct_bedroom256", "consistency"), ("model600000", None)],
+)  # fmt: skip
+def test_released_names_tell_the_kind(name, kind, weights, tmp_path):
+    path = tmp_path / f"{name}.pt"
+    path.symlink_to(weights("openai_unet_cond"))
+    found = read_foreign(path, "ema", {})
+    assert found.kind == kind
+    assert any("by its name" in note for note in found.notes) == (kind is not None)
+    other = read_foreign(path, "ema", {"kind": "teacher"})
+    assert other.kind == "teacher"
+    assert not any("by its name" in note for note in other.notes)
+
+
+def test_noise_labels_are_those_of_each_family(weights):
+    sigma = torch.tensor([80.0])
+    labels = {case: float(load(case, weights, "teacher").f.noise_label(sigma)) for case in WEIGHTS}
+    logarithm = 4.382026634673881
+    for case, label in labels.items():
+        factor = 250 if case.startswith(("openai", "diffusers")) else 0.25
+        assert label == pytest.approx(factor * logarithm, rel=1e-6)
+
+
+def test_jax_checkpoint_holds_ema_and_raw_weights(weights):
+    path = weights("jcm_checkpoint_80")
+    ema, raw = (read_foreign(path, name, {}) for name in ("ema", "model"))
+    assert ema.held == ("ema", "model")
+    assert not torch.equal(ema.tensors["map_layer0.weight"], raw.tensors["map_layer0.weight"])
+    with pytest.raises(InputError, match="no weights 'target'"):
+        read_foreign(path, "target", {})
+
+
+def test_jax_checkpoint_with_a_target_tree_is_a_consistency_model(weights, tmp_path):
+    import msgpack
+
+    state = msgpack.unpackb(weights("jcm_checkpoint_80").read_bytes(), strict_map_key=False)
+    state["target_params"] = state["params"]
+    path = tmp_path / "checkpoint_74"
+    path.write_bytes(msgpack.packb(state))
+    model = load_model(path)
+    assert model.kind == "consistency"
+    assert model.held == ("ema", "model", "target")
+    raw = load_model(path, weights="model")
+    target = load_model(path, weights="target")
+    for name, tensor in target.f.network.state_dict().items():
+        assert torch.equal(tensor, raw.f.network.state_dict()[name])
+    path.write_bytes(msgpack.packb(state["params_ema"]))  # the tree alone
+    assert load_model(path, kind="teacher").held == ("ema",)
+
+
+def test_guided_diffusion_order_of_attention_rows(weights, tmp_path):
+    ours = load("openai_unet_uncond", weights, "teacher").f.network
+    theirs = {}
+    for name, tensor in ours.state_dict().items():
+        if ".qkv." in name:
+            heads = tensor.shape[0] // 3 // 16
+            rows = tensor.reshape(3, heads, 16, *tensor.shape[1:2]).movedim(0, 1)
+            tensor = rows.reshape(tensor.shape[:2])
+            tensor = tensor[..., None] if name.endswith("weight") else tensor
+        elif name.endswith("proj_out.weight"):
+            tensor = tensor[..., 0]
+        theirs[name] = tensor.contiguous()
+    path = tmp_path / "guided.pt"
+    torch.save(theirs, path)
+    model = load_model(path, kind="teacher", preset=str(GOLDEN / "openai_unet_uncond.toml"))
+    for name, tensor in model.f.network.state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[name]), name
+
+
+def test_half_precision_files_compute_in_float32(weights, tmp_path):
+    """Training runs of the release save convolutions in half precision, the rest in single."""
+    whole = load("openai_unet_cond", weights, "consistency")
+    mixed = {
+        name: tensor.half() if tensor.ndim == 4 else tensor
+        for name, tensor in whole.f.network.state_dict().items()
+    }
+    path = tmp_path / "target_model000001.pt"
+    torch.save(mixed, path)
+    preset = str(GOLDEN / "openai_unet_cond.toml")
+    half = load_model(path, kind="consistency", preset=preset)
+    assert {p.dtype for p in half.f.parameters()} == {torch.float32}
+    for name, tensor in half.f.network.state_dict().items():  # stored weights came from halves
+        assert torch.equal(tensor, whole.f.network.state_dict()[name])
+
+
+ADM = AdmOptions(model_channels=64, channel_mult=(1, 2), num_res_blocks=2, attention_levels=(1,),
+                 head_channels=64, augment_dim=9)  # fmt: skip
+SONG = SongOptions(
+    model_channels=16, channel_mult=(1, 2, 2), num_blocks=2, embedding="fourier",
+    channel_mult_noise=2, encoder="residual", resample_filter=(1, 3, 3, 1),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("network", "rules"),
+    [
+        (Adm(ADM, 3, 5), lambda o, names: adm_rules(o, names, 32)),
+        (Song(SONG, 3, 5), lambda o, names: song_rules(o, names, 32)),
+        (Song(SONG, 3), jcm_rules),
+        (Adm(AdmOptions(model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
+                        attention_levels=(0, 1), head_channels=16), 3, 5), diffusers_rules),
+    ],
+    ids=["dhariwal", "song", "jcm", "diffusers"],
+)  # fmt: skip
+def test_renaming_there_and_back_keeps_every_tensor(network, rules):
+    ours = {name: torch.randn_like(t) for name, t in network.state_dict().items()}
+    theirs = translate_back(rules(network.options, list(ours)), ours)
+    back = translate(rules(network.options, list(ours)), theirs)
+    assert back.keys() == ours.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(back[name], tensor), name
+    assert sum(t.numel() for t in theirs.values()) == sum(t.numel() for t in ours.values())
+
+
+def test_attention_layouts_are_permutations_of_ours():
+    numbers = torch.arange(24.0)  # 2 heads of 4 channels: value = 8 j + 4 head + channel
+    edm = torch.tensor([8.0 * j + 4 * h + c for h in range(2) for c in range(4) for j in range(3)])
+    guided = torch.tensor(
+        [8.0 * j + 4 * h + c for h in range(2) for j in range(3) for c in range(4)]
+    )
+    assert torch.equal(interleaved("x", 2, order="hcq").read([edm]), numbers)
+    assert torch.equal(interleaved("x", 2, order="hqc").read([guided]), numbers)
+    assert torch.equal(interleaved("x", 2, order="hcq").write(numbers)[0], edm)
+
+
+def test_no_tensor_is_lost_in_silence(weights, tmp_path):
+    state = torch.load(weights("openai_unet_cond"), weights_only=True)
+    path = tmp_path / "more.pt"
+    torch.save({**state, "extra.weight": torch.zeros(3)}, path)
+    with pytest.raises(InputError, match="1 tensors have no place in it, the first is extra"):
+        load_model(path, kind="teacher")
+    state.pop("input_blocks.1.0.in_layers.0.weight")
+    torch.save(state, path)
+    with pytest.raises(InputError, match=r"missing, the first is input_blocks.1.0.in_layers.0"):
+        load_model(path, kind="teacher")
+
+
+def test_values_that_are_not_finite_are_refused(weights, tmp_path):
+    state = torch.load(weights("openai_unet_cond"), weights_only=True)
+    state["out.2.bias"] = torch.full_like(state["out.2.bias"], float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    with pytest.raises(InputError, match=r"out\.2\.bias holds values that are not finite"):
+        load_model(tmp_path / "nan.pt", kind="teacher")
+
+
+def test_other_resampling_filters_are_refused():
+    from cmtool.core.formats.edm_pkl import _without_filters
+
+    good = {"x.resample_filter": torch.full((1, 1, 2, 2), 0.25), "x.weight": torch.ones(1)}
+    assert list(_without_filters(good, (1, 1))) == ["x.weight"]
+    with pytest.raises(Malformed, match="resample_filter"):
+        _without_filters(good, (1, 3, 3, 1))
+
+
+def test_safetensors_with_a_state_dict_load_like_a_pt_file(weights, tmp_path):
+    state = torch.load(weights("openai_unet_cond"), weights_only=True)
+    save_file(state, tmp_path / "cd.safetensors")
+    model = load_model(tmp_path / "cd.safetensors")
+    assert (model.format, model.kind) == ("openai", "consistency")
+
+
+def test_a_config_that_is_no_adm_is_refused(weights, tmp_path):
+    import shutil
+
+    folder = tmp_path / "pipe"
+    shutil.copytree(weights("diffusers_cm"), folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    for key, value in [("norm_eps", 1e-6), ("act_fn", "relu"), ("down_block_types", ["A", "B"])]:
+        (folder / "unet" / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(InputError, match="is not a usable diffusers pipeline"):
+            load_model(folder)

@@ -1,0 +1,157 @@
+"""Two processes and two accumulation rounds are the same run; and what happens when one is gone."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.cli.conftest import TINY
+
+pytestmark = pytest.mark.slow
+
+METHODS = {
+    "edm": ["train", "--preset", "digits-edm"],
+    "ct": ["train", "--preset", "digits-ct"],
+    "cd": ["distill", "--preset", "digits-cd", "--teacher", "digits-edm"],
+}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def command(method, out, *more, torchrun=False):
+    launcher = [sys.executable, "-m"]
+    if torchrun:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    network = [] if method == "cd" else TINY
+    return [*launcher, "cmtool", *METHODS[method], "--out", str(out), "--device", "cpu",
+            "--set", "train.batch=8", "--set", "run.log_every=2", *network, *more]  # fmt: skip
+
+
+def run(arguments, **more):
+    return subprocess.run(
+        arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, **more
+    )
+
+
+def tensors(out):
+    newest = json.loads((out / "checkpoints" / "latest.json").read_text())["checkpoint"]
+    folder = out / "checkpoints" / newest
+    return {
+        f"{file.stem}.{name}": tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_are_bit_equal_to_two_rounds(method, tmp_path):
+    steps = ["--set", "train.steps=4", "--set", "run.sample_every=4"]
+    two = run(command(method, tmp_path / "two", *steps, torchrun=True))
+    assert two.returncode == 0, two.stderr
+    assert two.stdout == f"{tmp_path / 'two' / 'checkpoints' / 'step-0000004'}\n"
+    one = run(command(method, tmp_path / "one", *steps, "--accumulate", "2"))
+    assert one.returncode == 0, one.stderr
+    a, b = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def wait_for(path, text, seconds=90):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path} did not get {text!r}")
+
+
+def workers(out):
+    """The process ids of the run's two workers, the leading one first."""
+    leading = json.loads((out / "status.json").read_text())["pid"]
+    parent = Path(f"/proc/{leading}/stat").read_text().rsplit(")", 1)[1].split()[1]
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [leading, *(int(child) for child in children if int(child) != leading)]
+
+
+@pytest.fixture
+def endless(tmp_path):
+    """A run of two processes that goes on for ever, in its own session; killed at the end."""
+    out = tmp_path / "run"
+    arguments = command("ct", out, "--set", "train.steps=100000", torchrun=True)
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            arguments, env=ENVIRONMENT, stderr=stderr, stdout=stderr, start_new_session=True
+        )
+        try:
+            wait_for(out / "log.jsonl", '"step": 4')
+            yield out, process, tmp_path / "stderr"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_killed_process_ends_the_other_which_says_so_and_resume_goes_on(endless):
+    out, process, stderr = endless
+    os.kill(workers(out)[1], signal.SIGKILL)
+    start = time.monotonic()
+    assert process.wait(60) == 1  # torchrun's only failure code
+    assert time.monotonic() - start < 60
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 5)
+    assert "no contact with another process" in status["error"]
+    assert "error: rank 0: no contact" in stderr.read_text()
+    steps = status["step"] + 2
+    again = run(command("ct", out, "--resume", "--max-time", "8", torchrun=True))
+    assert again.returncode == 1
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", 75)
+    assert steps > 0
+
+
+def test_sigterm_to_torchrun_saves_at_one_step_and_status_tells_the_truth(endless):
+    out, process, stderr = endless
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 1
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", 143)
+    newest = json.loads((out / "checkpoints" / "latest.json").read_text())["checkpoint"]
+    assert newest == f"step-{status['step']:07d}"
+    assert stderr.read_text().count("error: stopped by signal 15") == 1
+
+
+def test_workers_whose_torchrun_was_killed_save_and_leave(endless):
+    out, process, _ = endless
+    pids = workers(out)
+    os.kill(process.pid, signal.SIGKILL)
+    wait_for(out / "status.json", '"stopped"')
+    status = json.loads((out / "status.json").read_text())
+    assert status["exit_code"] == 143
+    for pid in pids:
+        for _ in range(100):
+            if not os.path.exists(f"/proc/{pid}"):
+                break
+            time.sleep(0.1)
+        assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_a_mistake_is_told_once(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    result = run(command("ct", tmp_path / "run", torchrun=True))
+    assert result.returncode == 1
+    assert result.stderr.count("is not empty and not a run") == 1
+    assert result.stdout == ""
