@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -60,7 +61,8 @@ class Progress(NamedTuple):
 
     step: int
     steps: int
-    loss: float
+    loss: float | None
+    """The mean up to the last log line; None before the first, or where all was skipped."""
     images_per_second: float
     seconds_left: float
     is_log_line: bool
@@ -205,14 +207,13 @@ def lead(
             for info in steps:
                 last = info.step == preset.train.steps
                 is_line = last or info.step % preset.run.log_every == 0
-                news = clock.tick(info)
+                clock.tick(info)
                 if is_line:
-                    line = clock.log_line(info)
-                    line["loss"] = group.mean(line["loss"])
+                    line = clock.log_line(info, group)
                     log.write(json.dumps(line) + "\n")
                     log.flush()
                     write_status(state="running", step=info.step)
-                watcher.progress(news._replace(is_log_line=is_line))
+                watcher.progress(clock.news(info, is_line))
                 reason = 0 if last else group.any(stop.reason())
                 if last or reason or info.step % preset.run.checkpoint_every == 0:
                     saver.save(state, wait=bool(last or reason))
@@ -237,7 +238,7 @@ def follow(
         last = info.step == preset.train.steps
         clock.tick(info)
         if last or info.step % preset.run.log_every == 0:
-            group.mean(clock.log_line(info)["loss"])
+            clock.log_line(info, group)
         reason = 0 if last else group.any(stop.reason())
         if reason:
             raise stopped(reason, info.step, None)
@@ -308,36 +309,52 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 class Clock:
-    """Speed, time left, and the mean loss since the last log line."""
+    """Speed, time left, and means since the last log line; between lines nothing is read.
+
+    Sums stay on the device, so that the host need not wait for it.
+    """
 
     def __init__(self, step: int, preset: Preset) -> None:
         self.first, self.start = step, time.monotonic()
         self.steps, self.batch = preset.train.steps, preset.train.batch
-        self.sum, self.count = 0.0, 0
+        self.sum: Tensor | float = 0.0
+        self.count, self.skipped = 0, 0
         self.rate = 0.0
+        self.loss: float | None = None
 
-    def tick(self, info: StepInfo) -> Progress:
-        """Return the news of one step."""
-        seconds = max(time.monotonic() - self.start, 1e-9)
-        self.rate = (info.step - self.first) / seconds
-        self.sum, self.count = self.sum + float(info.loss.mean()), self.count + 1
+    def tick(self, info: StepInfo) -> None:
+        """Count one step; of a skipped one the loss does not count."""
+        self.rate = (info.step - self.first) / max(time.monotonic() - self.start, 1e-9)
+        if info.skipped:
+            self.skipped += 1
+        else:
+            self.sum, self.count = self.sum + info.loss.mean(), self.count + 1
+
+    def news(self, info: StepInfo, is_log_line: bool) -> Progress:
+        """Return the news of one step, with the loss of the last log line."""
         left = (self.steps - info.step) / self.rate
-        mean = self.sum / self.count
-        return Progress(info.step, self.steps, mean, self.rate * self.batch, left, False)
+        speed = self.rate * self.batch
+        return Progress(info.step, self.steps, self.loss, speed, left, is_log_line)
 
-    def log_line(self, info: StepInfo) -> dict[str, float]:
-        """Return the line for log.jsonl and start the next mean."""
+    def log_line(self, info: StepInfo, group: Group) -> dict[str, float | None]:
+        """Return the line for log.jsonl and start the next mean; every process calls this.
+
+        `loss` is the mean over the steps since the last line, None if all were skipped.
+        """
+        self.loss = group.mean(float(self.sum) / self.count) if self.count else None
+        grad_norm = float(info.grad_norm)
         line = {
             "step": info.step,
             "images": info.step * self.batch,
-            "loss": self.sum / self.count,
-            "grad_norm": info.grad_norm,
+            "loss": self.loss,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "lr": info.lr,
             "n": info.n,
             "mu": info.mu,
+            "skipped": self.skipped,
             "images_per_second": round(self.rate * self.batch, 1),
         }
-        self.sum, self.count = 0.0, 0
+        self.sum, self.count, self.skipped = 0.0, 0, 0
         return line
 
 

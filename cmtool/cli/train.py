@@ -264,7 +264,7 @@ class LineWatcher:
         """Write a line at each log interval."""
         if news.is_log_line:
             say(
-                f"step={news.step}/{news.steps} loss={news.loss:.4g}"
+                f"step={news.step}/{news.steps} loss={_loss(news)}"
                 f" images/s={news.images_per_second:.0f} left={_clock(news.seconds_left)}"
             )
 
@@ -302,7 +302,7 @@ class BarWatcher:
         self.bar.update(
             self.task,
             completed=news.step,
-            loss=f"{news.loss:.4g}",
+            loss=_loss(news),
             speed=f"{news.images_per_second:.0f}",
             left=_clock(news.seconds_left),
         )
@@ -315,6 +315,10 @@ class BarWatcher:
 def make_watcher(steps: int) -> LineWatcher | BarWatcher:
     """Return a bar on a terminal, lines in a pipe; `say` keeps all processes but one quiet."""
     return BarWatcher(steps) if sys.stderr.isatty() and leads() else LineWatcher()
+
+
+def _loss(news: Progress) -> str:
+    return "-" if news.loss is None else f"{news.loss:.4g}"
 
 
 def _clock(seconds: float) -> str:

@@ -58,15 +58,20 @@ class FitSettings:
 
 
 class StepInfo(NamedTuple):
-    """What one step did: the loss of each image (B,), its noise level (B,), and scalars."""
+    """What one step did; its tensors are on the device, for whoever wants to wait for them."""
 
     step: int
     loss: Tensor
+    """Of each image of this process, (B,)."""
     sigma: Tensor
-    grad_norm: float
+    """The noise level of each image, (B,)."""
+    grad_norm: Tensor
+    """Before clipping, ()."""
     lr: float
     n: int
     mu: float
+    skipped: bool
+    """The gradient was not finite, so nothing was changed."""
 
 
 def learning_rate(settings: FitSettings, step: int, progress: float) -> float:
@@ -106,6 +111,9 @@ def fit(
     with mu(k) (Song et al. 2023, Alg. 2 and 3; k counts finished steps). A step whose gradient
     is not finite changes nothing but the counter. Raises DivergedError after `max_bad_steps`
     of them in a row.
+
+    The host waits for the device once a step, to read whether the gradient is finite, and before
+    the optimizer; what is yielded has not been read.
     """
     student, shards = state.student, settings.rounds * settings.group.world_size
     parameters = [p for p in student.parameters() if p.requires_grad]
@@ -154,5 +162,12 @@ def fit(
             )
         state.step += 1
         yield StepInfo(
-            state.step, torch.cat(losses), torch.cat(sigmas), float(norm), rate, stage.n, stage.mu
+            step=state.step,
+            loss=torch.cat(losses),
+            sigma=torch.cat(sigmas),
+            grad_norm=norm,
+            lr=rate,
+            n=stage.n,
+            mu=stage.mu,
+            skipped=not good,
         )
