@@ -66,6 +66,8 @@ class Progress(NamedTuple):
     images_per_second: float
     seconds_left: float
     is_log_line: bool
+    data_wait: float
+    """Share of the time spent waiting for images, before the last log line."""
 
 
 class Watcher(Protocol):
@@ -321,10 +323,12 @@ class Clock:
         self.count, self.skipped = 0, 0
         self.rate = 0.0
         self.loss: float | None = None
+        self.line_start, self.waited, self.data_wait = self.start, 0.0, 0.0
 
     def tick(self, info: StepInfo) -> None:
         """Count one step; of a skipped one the loss does not count."""
         self.rate = (info.step - self.first) / max(time.monotonic() - self.start, 1e-9)
+        self.waited += info.waited
         if info.skipped:
             self.skipped += 1
         else:
@@ -334,7 +338,7 @@ class Clock:
         """Return the news of one step, with the loss of the last log line."""
         left = (self.steps - info.step) / self.rate
         speed = self.rate * self.batch
-        return Progress(info.step, self.steps, self.loss, speed, left, is_log_line)
+        return Progress(info.step, self.steps, self.loss, speed, left, is_log_line, self.data_wait)
 
     def log_line(self, info: StepInfo, group: Group) -> dict[str, float | None]:
         """Return the line for log.jsonl and start the next mean; every process calls this.
@@ -343,6 +347,9 @@ class Clock:
         """
         self.loss = group.mean(float(self.sum) / self.count) if self.count else None
         grad_norm = float(info.grad_norm)
+        now = time.monotonic()
+        self.data_wait = self.waited / max(now - self.line_start, 1e-9)
+        self.line_start, self.waited = now, 0.0
         line = {
             "step": info.step,
             "images": info.step * self.batch,
@@ -353,6 +360,7 @@ class Clock:
             "mu": info.mu,
             "skipped": self.skipped,
             "images_per_second": round(self.rate * self.batch, 1),
+            "data_wait": round(self.data_wait, 4),
         }
         self.sum, self.count, self.skipped = 0.0, 0, 0
         return line

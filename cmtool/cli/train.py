@@ -265,7 +265,8 @@ class LineWatcher:
         if news.is_log_line:
             say(
                 f"step={news.step}/{news.steps} loss={_loss(news)}"
-                f" images/s={news.images_per_second:.0f} left={_clock(news.seconds_left)}"
+                f" images/s={news.images_per_second:.0f} data_wait={news.data_wait:.1%}"
+                f" left={_clock(news.seconds_left)}"
             )
 
     def note(self, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ class StepInfo(NamedTuple):
     mu: float
     skipped: bool
     """The gradient was not finite, so nothing was changed."""
+    waited: float
+    """Seconds spent waiting for images."""
 
 
 def learning_rate(settings: FitSettings, step: int, progress: float) -> float:
@@ -129,10 +132,13 @@ def fit(
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
         losses, sigmas = [], []
+        waited = 0.0
         for round_ in range(settings.rounds):
             shard = round_ * settings.group.world_size + settings.group.rank
             generator = step_generator(settings.seed, state.step, shard)
+            asked = time.perf_counter()
             x0, labels = microbatch(state.step, shard)
+            waited += time.perf_counter() - asked
             autocast = torch.autocast(
                 x0.device.type, torch.bfloat16, enabled=settings.precision == "bf16"
             )
@@ -170,4 +176,5 @@ def fit(
             n=stage.n,
             mu=stage.mu,
             skipped=not good,
+            waited=waited,
         )

@@ -44,7 +44,8 @@ def test_a_run_folder_holds_what_a_person_needs(cmtool, tmp_path):
     assert "# --set" in (run / "preset.toml").read_text()
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [2, 4]
-    assert {"loss", "lr", "images", "n", "mu", "grad_norm"} <= log[0].keys()
+    assert {"loss", "lr", "images", "n", "mu", "grad_norm", "data_wait"} <= log[0].keys()
+    assert 0 <= log[0]["data_wait"] < 1
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"], status["exit_code"]) == ("done", 4, 0)
     facts = json.loads((run / "run.json").read_text())

@@ -1,5 +1,6 @@
 import copy
 import math
+import time
 
 import pytest
 import torch
@@ -190,3 +191,15 @@ def test_dropout_is_keyed_by_the_step_and_leaves_the_global_state():
         return [float(i.loss.mean()) for i in infos]
 
     assert run() == run()
+
+
+def test_a_step_says_how_long_it_waited_for_images():
+    def slow(step, shard):
+        time.sleep(0.05 if step == 1 else 0)
+        return data(step, shard)
+
+    infos = list(
+        fit(train_state(model()), objective(), slow, lambda *_: Stage(4, 0.9), settings(steps=3))
+    )
+    assert infos[1].waited >= 0.05
+    assert max(infos[0].waited, infos[2].waited) < 0.05
