@@ -6,7 +6,7 @@ import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -90,19 +90,23 @@ def picture(images: Tensor, columns: int) -> Tensor:
     return grid(to_uint8(images), columns, scale=display_scale(images.shape[-1]))
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
-    """Return the lines of log.jsonl, without a last line that was cut short."""
-    lines = []
-    for line in path.read_text().splitlines():
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of log.jsonl by step, which no clock can turn back, each step's last.
+
+    A line that was cut short or holds rubbish is left out.
+    """
+    lines: dict[int, dict[str, Any]] = {}
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+            lines[int(line["step"])] = line
+        except (ValueError, TypeError, LookupError, RecursionError):
             continue
-    return lines
+    return [lines[step] for step in sorted(lines)]
 
 
 def write_summary(
-    path: Path, log: list[dict[str, float]], panels: dict[str, Tensor], title: str
+    path: Path, log: list[dict[str, Any]], panels: dict[str, Tensor], title: str
 ) -> None:
     """Write summary.png: the training curve, and each panel's images (B, C, H, W) beside it."""
     from matplotlib.figure import Figure as Plot

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import time
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from cmtool.build import (
     build_sampler,
     build_state,
     fit_settings,
+    noise_range,
 )
 from cmtool.core import checkpoint, dist
 from cmtool.core.data import Dataset, batches, load_dataset
@@ -34,6 +34,7 @@ from cmtool.core.samplers import check_levels
 from cmtool.core.trainer import StepInfo, TrainState, fit
 from cmtool.errors import InputError, Paused, Stopped, UserError
 from cmtool.presets import Card, Preset
+from cmtool.progress import Clock, Meter, Progress, Watcher, log_line
 from cmtool.report import picture, read_log, write_summary
 from cmtool.rundir import (
     StatusWriter,
@@ -54,30 +55,6 @@ TIMEOUT = 120.0
 """Seconds without an answer from another process."""
 PAUSE = 1000
 """A reason to stop that is no signal: the time is up."""
-
-
-class Progress(NamedTuple):
-    """One step's news for whoever watches."""
-
-    step: int
-    steps: int
-    loss: float | None
-    """The mean up to the last log line; None before the first, or where all was skipped."""
-    images_per_second: float
-    seconds_left: float
-    is_log_line: bool
-    data_wait: float
-    """Share of the time spent waiting for images, before the last log line."""
-
-
-class Watcher(Protocol):
-    """Somebody who is told how a run goes."""
-
-    def progress(self, news: Progress) -> None:
-        """Take the news of one step."""
-
-    def note(self, text: str) -> None:
-        """Take a remark worth a line."""
 
 
 def train(
@@ -134,11 +111,12 @@ def train(
         steps = fit(state, objective, microbatch, curriculum, fit_settings(preset, group))
         caught = stack.enter_context(stop_signals())
         stop = Stop(caught, None if max_seconds is None else started + max_seconds)
+        job = Job(preset, out, watcher, device, group)
         if not group.leads:
             if resume:
                 resume_state(out, state, watcher)
             with contact(group, state):
-                follow(preset, state, steps, group, stop)
+                work(job, state, steps, stop, None)
             return out / "checkpoints" / f"step-{state.step:07d}"
         with status(out) as write_status:
             checkpoint.clear_temporary(out / "checkpoints")
@@ -148,8 +126,10 @@ def train(
             else:
                 clear_run(out)
             write_run_files(out, preset, origins or {}, data, teacher)
-            with contact(group, state):
-                lead(preset, out, watcher, state, steps, group, stop, write_status, device, resume)
+            write_status(step=state.step)
+            saved = state.step if resume else -1
+            with contact(group, state), Desk(job, write_status, saved) as desk:
+                work(job, state, steps, stop, desk)
             summarise(out, preset, state, teacher, device)
             write_status(state="done", step=state.step, exit_code=0)
     return out / "checkpoints" / f"step-{state.step:07d}"
@@ -186,64 +166,103 @@ class Stop:
         return PAUSE if late else 0
 
 
-def lead(
-    preset: Preset,
-    out: Path,
-    watcher: Watcher,
-    state: TrainState,
-    steps: Iterator[StepInfo],
-    group: Group,
-    stop: Stop,
-    write_status: StatusWriter,
-    device: str,
-    resume: bool,
-) -> None:
-    """Run the steps and what happens every N of them; the folder is ours and everything fits."""
-    about = {"kind": preset.kind, "preset": preset.model_dump(mode="json"), "cmtool": __version__}
-    saver = checkpoint.Saver(out / "checkpoints", about, keep=preset.run.keep, note=watcher.note)
-    saver.saved = state.step if resume else -1
-    write_status(step=state.step)
-    clock = Clock(state.step, preset)
-    try:
-        with (out / "log.jsonl").open("a", encoding="utf-8") as log:
-            for info in steps:
-                last = info.step == preset.train.steps
-                is_line = last or info.step % preset.run.log_every == 0
-                clock.tick(info)
-                if is_line:
-                    line = clock.log_line(info, group)
-                    log.write(json.dumps(line) + "\n")
-                    log.flush()
-                    write_status(state="running", step=info.step)
-                watcher.progress(clock.news(info, is_line))
-                reason = 0 if last else group.any(stop.reason())
-                if last or reason or info.step % preset.run.checkpoint_every == 0:
-                    saver.save(state, wait=bool(last or reason))
-                if reason:
-                    write_status(step=info.step)
-                    raise stopped(reason, info.step, out)
-                if last or info.step % preset.run.sample_every == 0:
-                    draw_samples(out, preset, state, device)
-        if saver.saved != state.step:
-            saver.save(state, wait=True)
-    finally:
-        if saver.thread is not None:
-            saver.thread.join()
+class Job(NamedTuple):
+    """A run as every process knows it."""
+
+    preset: Preset
+    out: Path
+    watcher: Watcher
+    device: str
+    group: Group
 
 
-def follow(
-    preset: Preset, state: TrainState, steps: Iterator[StepInfo], group: Group, stop: Stop
+class Due(NamedTuple):
+    """What happens after a step."""
+
+    last: bool
+    log_line: bool
+    checkpoint: bool
+    samples: bool
+
+
+def due(preset: Preset, step: int) -> Due:
+    """Return what happens after a step; after the last one, everything."""
+    last, every = step == preset.train.steps, preset.run
+    return Due(
+        last,
+        log_line=last or step % every.log_every == 0,
+        checkpoint=last or step % every.checkpoint_every == 0,
+        samples=last or step % every.sample_every == 0,
+    )
+
+
+class Desk:
+    """The writing of the leading process: log, status, checkpoints, samples."""
+
+    def __init__(self, job: Job, write_status: StatusWriter, saved: int) -> None:
+        preset, self.job, self.write_status = job.preset, job, write_status
+        about = {
+            "kind": preset.kind,
+            "preset": preset.model_dump(mode="json"),
+            "cmtool": __version__,
+        }
+        self.saver = checkpoint.Saver(
+            job.out / "checkpoints", about, keep=preset.run.keep, note=job.watcher.note
+        )
+        self.saver.saved = saved
+        self.log_file = (job.out / "log.jsonl").open("a", encoding="utf-8")
+
+    def __enter__(self) -> Desk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.log_file.close()
+        if self.saver.thread is not None:
+            self.saver.thread.join()
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Write a line of log.jsonl, and what of it belongs into status.json."""
+        self.log_file.write(json.dumps(line) + "\n")
+        self.log_file.flush()
+        self.write_status(state="running", step=line["step"])
+
+    def samples(self, state: TrainState) -> None:
+        """Write samples/step-NNNNNNN.png, the same seeds each time."""
+        images = grid_samples(kept_model(state), self.job.preset, self.job.device)
+        path = self.job.out / "samples" / f"step-{state.step:07d}.png"
+        checkpoint.write_atomic(path, png_bytes(picture(images, GRID_COLUMNS)))
+
+
+def work(
+    job: Job, state: TrainState, steps: Iterator[StepInfo], stop: Stop, desk: Desk | None
 ) -> None:
-    """Run the steps beside a leading process, which writes."""
-    clock = Clock(state.step, preset)
+    """Run the steps and what happens every N of them; only the leading process has a desk."""
+    preset, group = job.preset, job.group
+    clock, meter = Clock(state.step, preset), Meter(noise_range(preset), job.device)
+    line: dict[str, Any] = {}
     for info in steps:
-        last = info.step == preset.train.steps
-        clock.tick(info)
-        if last or info.step % preset.run.log_every == 0:
-            clock.log_line(info, group)
-        reason = 0 if last else group.any(stop.reason())
+        now = due(preset, info.step)
+        meter.add(info)
+        if now.log_line:
+            line = log_line(info, meter, clock, group, job.device)
+            if desk:
+                desk.log(line)
+        if desk:
+            left = clock.seconds_left(info.step)
+            job.watcher.progress(Progress(info.step, preset.train.steps, left, line, now.log_line))
+        reason = 0 if now.last else group.any(stop.reason())
+        if desk and (now.checkpoint or reason):
+            desk.saver.save(state, wait=bool(now.last or reason))
         if reason:
-            raise stopped(reason, info.step, None)
+            if desk:
+                desk.write_status(step=info.step)
+            raise stopped(reason, info.step, job.out)
+        if desk and now.samples:
+            began = time.monotonic()
+            desk.samples(state)
+            clock.pause(time.monotonic() - began)
+    if desk and desk.saver.saved != state.step:
+        desk.saver.save(state, wait=True)
 
 
 @contextmanager
@@ -260,7 +279,7 @@ def contact(group: Group, state: TrainState) -> Iterator[None]:
         raise dist.lost_contact(error, group, state.step) or error from None
 
 
-def stopped(reason: int, step: int, out: Path | None) -> UserError:
+def stopped(reason: int, step: int, out: Path) -> UserError:
     """Return the error that ends a run which was stopped after saving."""
     hint = f"go on with --resume --out {out}"
     if reason == PAUSE:
@@ -310,62 +329,6 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class Clock:
-    """Speed, time left, and means since the last log line; between lines nothing is read.
-
-    Sums stay on the device, so that the host need not wait for it.
-    """
-
-    def __init__(self, step: int, preset: Preset) -> None:
-        self.first, self.start = step, time.monotonic()
-        self.steps, self.batch = preset.train.steps, preset.train.batch
-        self.sum: Tensor | float = 0.0
-        self.count, self.skipped = 0, 0
-        self.rate = 0.0
-        self.loss: float | None = None
-        self.line_start, self.waited, self.data_wait = self.start, 0.0, 0.0
-
-    def tick(self, info: StepInfo) -> None:
-        """Count one step; of a skipped one the loss does not count."""
-        self.rate = (info.step - self.first) / max(time.monotonic() - self.start, 1e-9)
-        self.waited += info.waited
-        if info.skipped:
-            self.skipped += 1
-        else:
-            self.sum, self.count = self.sum + info.loss.mean(), self.count + 1
-
-    def news(self, info: StepInfo, is_log_line: bool) -> Progress:
-        """Return the news of one step, with the loss of the last log line."""
-        left = (self.steps - info.step) / self.rate
-        speed = self.rate * self.batch
-        return Progress(info.step, self.steps, self.loss, speed, left, is_log_line, self.data_wait)
-
-    def log_line(self, info: StepInfo, group: Group) -> dict[str, float | None]:
-        """Return the line for log.jsonl and start the next mean; every process calls this.
-
-        `loss` is the mean over the steps since the last line, None if all were skipped.
-        """
-        self.loss = group.mean(float(self.sum) / self.count) if self.count else None
-        grad_norm = float(info.grad_norm)
-        now = time.monotonic()
-        self.data_wait = self.waited / max(now - self.line_start, 1e-9)
-        self.line_start, self.waited = now, 0.0
-        line = {
-            "step": info.step,
-            "images": info.step * self.batch,
-            "loss": self.loss,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "lr": info.lr,
-            "n": info.n,
-            "mu": info.mu,
-            "skipped": self.skipped,
-            "images_per_second": round(self.rate * self.batch, 1),
-            "data_wait": round(self.data_wait, 4),
-        }
-        self.sum, self.count, self.skipped = 0.0, 0, 0
-        return line
-
-
 def grid_samples(
     model: Preconditioned, preset: Card, device: str, steps: int | None = None
 ) -> Tensor:
@@ -386,13 +349,6 @@ def grid_samples(
 def kept_model(state: TrainState) -> Preconditioned:
     """Return what is sampled from: the first weights EMA, else the student."""
     return next(iter(state.emas.values())).model if state.emas else state.student
-
-
-def draw_samples(out: Path, preset: Preset, state: TrainState, device: str) -> None:
-    """Write samples/step-NNNNNNN.png, the same seeds each time."""
-    images = grid_samples(kept_model(state), preset, device)
-    path = out / "samples" / f"step-{state.step:07d}.png"
-    checkpoint.write_atomic(path, png_bytes(picture(images, GRID_COLUMNS)))
 
 
 def summarise(

@@ -157,17 +157,23 @@ def resume_state(out: Path, state: TrainState, watcher: Notes) -> None:
 
 
 def trim_log(out: Path, step: int) -> None:
-    """Drop the log lines past a step."""
+    """Move the log lines past a step, which will be written again, to log.superseded.jsonl."""
     log = out / "log.jsonl"
-    if log.exists():
-        kept = [line for line in read_log(log) if line["step"] <= step]
-        checkpoint.write_atomic(log, "".join(json.dumps(k) + "\n" for k in kept).encode())
+    if not log.exists():
+        return
+    lines = read_log(log)
+    kept = [line for line in lines if line["step"] <= step]
+    superseded = [line for line in lines if line["step"] > step]
+    if superseded:
+        with (out / "log.superseded.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in superseded)
+    checkpoint.write_atomic(log, "".join(json.dumps(k) + "\n" for k in kept).encode())
 
 
 def clear_run(out: Path) -> None:
     """Remove an earlier run's own files, and no others; called under the lock."""
     checkpoint.prune_all(out / "checkpoints")
-    for pattern in ("samples/step-*.png", "log.jsonl", "preset.toml", "summary.png"):
+    for pattern in ("samples/step-*.png", "log*.jsonl", "preset.toml", "summary.png"):
         for file in out.glob(pattern):
             file.unlink()
 

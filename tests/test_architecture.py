@@ -10,7 +10,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
     "errors", "core", "presets", "toml", "components", "models", "build", "sampling", "convert",
-    "report", "rundir", "run", "assets", "cli",
+    "report", "rundir", "progress", "run", "assets", "cli",
 ]  # fmt: skip
 CORE_LAYERS = [
     {"types", "tensors", "rng", "dist"},

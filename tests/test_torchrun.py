@@ -62,11 +62,16 @@ def test_two_processes_are_bit_equal_to_two_rounds(method, tmp_path):
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+    one, two = (
+        [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
         for n in ("one", "two")
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    )
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        for band, loss in mine["loss_by_sigma"].items():
+            assert loss is None or loss == pytest.approx(theirs["loss_by_sigma"][band], rel=1e-6)
+        assert mine["images_by_sigma"] == theirs["images_by_sigma"]
+        assert sum(mine["images_by_sigma"].values()) == 16  # two steps of eight
 
 
 def wait_for(path, text, seconds=90):

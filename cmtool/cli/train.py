@@ -26,7 +26,7 @@ from cmtool.errors import UserError
 if TYPE_CHECKING:
     from cmtool.build import Model
     from cmtool.presets import Resolved
-    from cmtool.run import Progress
+    from cmtool.progress import Progress
 
 Preset = Annotated[str, typer.Option("--preset", help="A preset's name or a TOML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE; repeatable.")]
@@ -251,6 +251,24 @@ def parse_time(text: str | None) -> float | None:
     return 3600.0 * hours + 60 * minutes + seconds
 
 
+def told(news: Progress) -> dict[str, str]:
+    """Return the figures of a log line for people, by name; none before the first line."""
+    line = news.line
+    if not line:
+        return {}
+    bands = "/".join(_figure(loss) for loss in line["loss_by_sigma"].values())
+    skipped = {"skipped": str(line["skipped"])} if line["skipped"] else {}
+    return {
+        "loss": _figure(line["loss"]),
+        "by_sigma": bands,
+        **skipped,
+        "images/s": f"{line['images_per_second']:.0f}",
+        "Mimg": f"{line['images'] / 1e6:.4g}",
+        "data_wait": f"{line['data_wait']:.1%}",
+        "mem": f"{line['memory_gib']:.2f}GiB",
+    }
+
+
 class LineWatcher:
     """News as plain lines, for pipes and logs."""
 
@@ -263,11 +281,12 @@ class LineWatcher:
     def progress(self, news: Progress) -> None:
         """Write a line at each log interval."""
         if news.is_log_line:
-            say(
-                f"step={news.step}/{news.steps} loss={_loss(news)}"
-                f" images/s={news.images_per_second:.0f} data_wait={news.data_wait:.1%}"
-                f" left={_clock(news.seconds_left)}"
-            )
+            figures = {
+                "step": f"{news.step}/{news.steps}",
+                **told(news),
+                "left": _clock(news.seconds_left),
+            }
+            say(" ".join(f"{key}={value}" for key, value in figures.items()))
 
     def note(self, text: str) -> None:
         """Write a remark."""
@@ -284,12 +303,10 @@ class BarWatcher:
         self.bar = Progress(
             TextColumn("{task.completed}/{task.total}"),
             BarColumn(),
-            TextColumn(
-                "loss {task.fields[loss]}  {task.fields[speed]} images/s  {task.fields[left]} left"
-            ),
+            TextColumn("{task.fields[left]} left  {task.fields[figures]}", markup=False),
             console=Console(stderr=True),
         )
-        self.task = self.bar.add_task("", total=steps, loss="-", speed="-", left="-")
+        self.task = self.bar.add_task("", total=steps, figures="", left="-")
 
     def __enter__(self) -> BarWatcher:
         self.bar.start()
@@ -303,8 +320,7 @@ class BarWatcher:
         self.bar.update(
             self.task,
             completed=news.step,
-            loss=_loss(news),
-            speed=f"{news.images_per_second:.0f}",
+            figures="  ".join(f"{key} {value}" for key, value in told(news).items()),
             left=_clock(news.seconds_left),
         )
 
@@ -318,8 +334,8 @@ def make_watcher(steps: int) -> LineWatcher | BarWatcher:
     return BarWatcher(steps) if sys.stderr.isatty() and leads() else LineWatcher()
 
 
-def _loss(news: Progress) -> str:
-    return "-" if news.loss is None else f"{news.loss:.4g}"
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _clock(seconds: float) -> str:

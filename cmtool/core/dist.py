@@ -40,13 +40,12 @@ class Group(NamedTuple):
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return int(flag)
 
-    def mean(self, value: float) -> float:
-        """Return the mean of the values that the processes give."""
-        if self.world_size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(total)
-        return float(total) / self.world_size
+    def sum(self, values: Tensor) -> Tensor:
+        """Return, on the CPU, the sum of the values that the processes give."""
+        total = values.cpu()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
 
     def tell(self, what: Any) -> Any:
         """Return what the leading process gives."""

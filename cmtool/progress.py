@@ -1,0 +1,177 @@
+"""What a run says of itself at each log line: means since the last one, speed, memory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import resource
+import sys
+import time
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from cmtool.core.dist import Group
+from cmtool.core.noise import NoiseRange
+from cmtool.core.trainer import StepInfo
+from cmtool.presets import Preset
+
+
+class Progress(NamedTuple):
+    """One step's news for whoever watches: the last log line so far, empty before the first."""
+
+    step: int
+    steps: int
+    seconds_left: float
+    line: dict[str, Any]
+    is_log_line: bool
+
+
+class Watcher(Protocol):
+    """Somebody who is told how a run goes."""
+
+    def progress(self, news: Progress) -> None:
+        """Take the news of one step."""
+
+    def note(self, text: str) -> None:
+        """Take a remark worth a line."""
+
+
+def band_edges(noise_range: NoiseRange) -> list[float]:
+    """Return the levels between bands of noise: the decades above sigma_min, below sigma_max."""
+    decades = math.log10(noise_range.sigma_max / noise_range.sigma_min)
+    return [noise_range.sigma_min * 10**i for i in range(1, math.ceil(decades - 1e-9))]
+
+
+def band_names(edges: list[float]) -> list[str]:
+    """Return `<0.02`, `0.02-0.2`, ..., `>20`; of no edges, `all`."""
+    if not edges:
+        return ["all"]
+    texts = [f"{edge:g}" for edge in edges]
+    between = [f"{low}-{high}" for low, high in itertools.pairwise(texts)]
+    return [f"<{texts[0]}", *between, f">{texts[-1]}"]
+
+
+class Means(NamedTuple):
+    """Means over the steps since the last log line, None where there was none."""
+
+    loss: float | None
+    loss_by_sigma: dict[str, float | None]
+    images_by_sigma: dict[str, int]
+    grad_norm: float | None
+    waited: float
+    """Seconds a step waited for images, in this process."""
+    skipped: int
+
+
+class Meter:
+    """Sums since the last log line; they stay on the device, and between lines nothing is read.
+
+    A skipped step counts as skipped and in no mean.
+    """
+
+    def __init__(self, noise_range: NoiseRange, device: str) -> None:
+        edges = band_edges(noise_range)
+        self.names = band_names(edges)
+        self.edges = torch.tensor(edges, dtype=torch.float64, device=device)
+        self.bands = torch.arange(len(self.names), device=device)[:, None]
+        self.loss = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self.images = torch.zeros_like(self.loss)
+        self.norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.steps = self.skipped = 0
+        self.waited = 0.0
+
+    def add(self, info: StepInfo) -> None:
+        """Take one step in."""
+        self.waited += info.waited
+        if info.skipped:
+            self.skipped += 1
+            return
+        place = torch.bucketize(info.sigma.double(), self.edges, right=True)  # (B,)
+        inside = place == self.bands  # (bands, B)
+        self.loss += torch.where(inside, info.loss.double(), 0).sum(1)
+        self.images += inside.sum(1)
+        self.norm += info.grad_norm
+        self.steps += 1
+
+    def take(self, group: Group) -> Means:
+        """Return the means over all processes, each of which calls this, and start anew."""
+        loss, images = group.sum(torch.stack([self.loss, self.images])).tolist()
+        norm, steps, skipped = float(self.norm), self.steps, self.skipped
+        waited = self.waited / (steps + skipped)
+        for total in (self.loss, self.images, self.norm):
+            total.zero_()
+        self.steps = self.skipped = 0
+        self.waited = 0.0
+        by_sigma = [mean(total, count) for total, count in zip(loss, images, strict=True)]
+        return Means(
+            loss=mean(sum(loss), sum(images)),
+            loss_by_sigma=dict(zip(self.names, by_sigma, strict=True)),
+            images_by_sigma={n: int(c) for n, c in zip(self.names, images, strict=True)},
+            grad_norm=mean(norm, steps),
+            waited=waited,
+            skipped=skipped,
+        )
+
+
+def mean(total: float, count: float) -> float | None:
+    """Return total / count; None, JSON's null, for a mean of nothing and what is not finite."""
+    return total / count if count and math.isfinite(total) else None
+
+
+class Clock:
+    """The time a run takes, from its start or resumption on."""
+
+    def __init__(self, step: int, preset: Preset) -> None:
+        self.steps, self.batch = preset.train.steps, preset.train.batch
+        self.first = self.step = step
+        self.start = self.since = time.monotonic()
+
+    def pause(self, seconds: float) -> None:
+        """Take out of the speed, but not of the time left, what was spent beside training."""
+        self.since += seconds
+
+    def seconds_left(self, step: int) -> float:
+        """Return the time to the last step at the pace so far."""
+        pace = (time.monotonic() - self.start) / (step - self.first)
+        return (self.steps - step) * pace
+
+    def lap(self, step: int) -> float:
+        """Return the seconds of training a step took since the last lap, and start the next."""
+        now = time.monotonic()
+        seconds = max(now - self.since, 1e-9) / (step - self.step)
+        self.step, self.since = step, now
+        return seconds
+
+
+def log_line(
+    info: StepInfo, meter: Meter, clock: Clock, group: Group, device: str
+) -> dict[str, Any]:
+    """Return the line for log.jsonl and start the next one; every process calls this."""
+    means = meter.take(group)  # waits for the device, so before the clock is read
+    seconds = clock.lap(info.step)
+    return {
+        "step": info.step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "images": info.step * clock.batch,
+        "loss": means.loss,
+        "loss_by_sigma": means.loss_by_sigma,
+        "images_by_sigma": means.images_by_sigma,
+        "grad_norm": means.grad_norm,
+        "lr": info.lr,
+        "n": info.n,
+        "mu": info.mu,
+        "skipped": means.skipped,
+        "images_per_second": round(clock.batch / seconds, 1),
+        "data_wait": round(means.waited / seconds, 4),
+        "memory_gib": round(peak_memory(device) / 2**30, 3),
+    }
+
+
+def peak_memory(device: str) -> int:
+    """Return the most bytes this process has held: of the GPU's memory, else resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
