@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cmtool import presets
 from cmtool.components import OPTIMIZERS, build_denoiser, build_network, noise_range, pick
+from cmtool.core.augment import LABELS, Augment, augmented
 from cmtool.core.dist import Group
 from cmtool.core.distances import DISTANCES
 from cmtool.core.ema import Ema, frozen_copy
@@ -58,8 +59,9 @@ def build_objective(preset: Preset, teacher: Denoiser | None) -> Objective:
         pick(WEIGHTINGS, loss.weight, "loss.weight", given=["sigma_data"]),
         sigma_data=preset.model.sigma_data,
     )
+    augment = build_augment(preset)
     if loss.pair == "none":
-        return denoising_objective(levels, weight, noise_range(preset))
+        return denoising_objective(levels, weight, noise_range(preset), augment)
     distance = pick(DISTANCES, loss.distance, "loss.distance")
     if (loss.pair == "progressive") != (loss.target == "previous"):
         raise UserError(
@@ -82,6 +84,27 @@ def build_objective(preset: Preset, teacher: Denoiser | None) -> Objective:
             teacher_pair, teacher=teacher, solver=pick(SOLVERS, loss.solver, "loss.solver")
         )
     return consistency_objective(levels, make_pair, distance, weight, noise_range(preset))
+
+
+def build_augment(preset: Preset) -> Augment | None:
+    """Return how training images are warped, None for not at all.
+
+    Raises UserError unless a teacher is trained whose network takes the labels of EDM's warps.
+    """
+    if not preset.data.augment:
+        return None
+    what = f"data.augment = {preset.data.augment}"
+    if preset.loss.pair != "none":
+        raise UserError(f"{what} for a model that is not an EDM teacher", "--set data.augment=0")
+    known = preset.model.network.options.get("augment_dim", 0)
+    if known != LABELS:
+        raise UserError(
+            f"{what} with model.network.augment_dim = {known}",
+            f"the network must be told: --set model.network.augment_dim={LABELS}",
+        )
+    if preset.data.flip:
+        raise UserError(f"{what} with data.flip", "it mirrors by itself: --set data.flip=false")
+    return partial(augmented, p=preset.data.augment)
 
 
 def build_curriculum(preset: Preset) -> Curriculum:

@@ -96,6 +96,7 @@ class DataSection(Section):
     path: str
     fit: str = Field("exact", description="exact, edm, adm or box")
     flip: bool = Field(False, description="mirror half of the images at random")
+    augment: float = Field(0.0, ge=0, le=1, description="probability of each of EDM's warps")
     workers: Count = Field(2, description="processes that decode what is too large for memory")
 
 

@@ -114,6 +114,35 @@ def test_a_consistency_model_is_sampled_at_levels_it_was_trained_on():
     )
 
 
+AUGMENT = {"cifar10": 0.12, "ffhq64": 0.15, "afhq64": 0.15}
+"""EDM's own recipes (train.py and README.md of NVlabs/edm)."""
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_edms_own_teachers_see_warped_images_all_others_mirrored_ones_or_none(name):
+    preset = load_preset(name)
+    own = "-edm-" in name
+    assert preset.data.augment == (AUGMENT[name.partition("-")[0]] if own else 0)
+    assert preset.model.network.options.get("augment_dim", 0) == (9 if own else 0)
+    assert preset.data.flip == (not own and not name.startswith("digits"))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("digits-edm", {}, r"data.augment = 0.12 with model.network.augment_dim = 0"),
+        ("digits-edm", {"model.network.augment_dim": 8}, "augment_dim = 8"),
+        ("digits-edm", {"model.network.augment_dim": 9, "data.flip": True}, "with data.flip"),
+        ("digits-ct", {"model.network.augment_dim": 9}, "not an EDM teacher"),
+        ("digits-pd", {"model.network.augment_dim": 9}, "not an EDM teacher"),
+    ],
+)
+def test_warps_without_a_network_that_is_told_of_them_are_refused(name, overrides, message):
+    preset = load_preset(name, {"data.augment": 0.12, **overrides})
+    with pytest.raises(UserError, match=message):
+        build_objective(preset, None)
+
+
 CONSISTENCY = [name for name in preset_names() if load_preset(name).kind == "consistency"]
 
 

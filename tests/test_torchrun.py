@@ -19,6 +19,17 @@ pytestmark = pytest.mark.slow
 
 METHODS = {
     "edm": ["train", "--preset", "digits-edm"],
+    "edm, warped": [
+        "train",
+        "--preset",
+        "digits-edm",
+        "--set",
+        "data.augment=0.5",
+        "--set",
+        "model.network.augment_dim=9",
+        "--set",
+        "train.precision=bf16",
+    ],
     "ct": ["train", "--preset", "digits-ct"],
     "cd": ["distill", "--preset", "digits-cd", "--teacher", "digits-edm"],
 }

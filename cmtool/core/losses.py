@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from cmtool.core.augment import Augment
 from cmtool.core.noise import LevelPicker, NoiseRange, Stage
 from cmtool.core.rng import same_dropout
 from cmtool.core.solvers import euler
@@ -150,10 +151,25 @@ def truncated_snr(sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
     return torch.clamp(sigma**-2, min=1)
 
 
+def told(network: Callable[..., Tensor], warps: Tensor) -> Denoiser:
+    """Return the denoiser of images that were warped: the network hears how, (B, LABELS)."""
+
+    def denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+        return network(x, sigma, labels, warps)
+
+    return denoiser
+
+
 def denoising_objective(
-    levels: LevelPicker, weight: Weighting, noise_range: NoiseRange
+    levels: LevelPicker,
+    weight: Weighting,
+    noise_range: NoiseRange,
+    augment: Augment | None = None,
 ) -> Objective:
-    """Return the objective of a teacher: one level, one denoising loss, no target."""
+    """Return the objective of a teacher: one level, one denoising loss, no target.
+
+    With `augment` the images are warped first, and the student takes labels that say how.
+    """
 
     def objective(
         student: Denoiser,
@@ -165,7 +181,11 @@ def denoising_objective(
     ) -> LossBatch:
         sigma = levels(x0.shape[0], stage.n, noise_range, generator).sigma_hi.to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
-        return LossBatch(denoising_loss(student, x0, sigma, noise, labels, weight), sigma)
+        denoiser = student
+        if augment is not None:
+            x0, warps = augment(x0, generator)
+            denoiser = told(student, warps)
+        return LossBatch(denoising_loss(denoiser, x0, sigma, noise, labels, weight), sigma)
 
     return objective
 

@@ -134,11 +134,21 @@ class Preconditioned(nn.Module):
         self.sigma_data = sigma_data
         self.sigma_min = sigma_min
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return x0 (B, C, H, W) for x (B, C, H, W), sigma (B,) and labels (B,) or None."""
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Return x0 (B, C, H, W) for x (B, C, H, W), sigma (B,) and labels (B,) or None.
+
+        `augment_labels` (B, 9) say how a teacher's training images were warped.
+        """
         c_skip, c_out, c_in = self.scalings(sigma, self.sigma_data, self.sigma_min)
         label = self.noise_label(sigma).to(x.device, x.dtype)
-        raw = self.network(expand(c_in, x) * x, label, labels)
+        warp = () if augment_labels is None else (augment_labels,)
+        raw = self.network(expand(c_in, x) * x, label, labels, *warp)
         return expand(c_skip, x) * x + expand(c_out, x) * raw.to(x.dtype)
 
 
