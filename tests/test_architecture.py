@@ -14,7 +14,17 @@ LAYERS = [
 ]  # fmt: skip
 CORE_LAYERS = [
     {"types", "tensors", "rng", "dist"},
-    {"noise", "precond", "solvers", "distances", "edits", "networks", "images", "metrics"},
+    {
+        "noise",
+        "precond",
+        "solvers",
+        "distances",
+        "edits",
+        "networks",
+        "images",
+        "metrics",
+        "augment",
+    },
     {"ema", "losses", "samplers", "formats", "sources", "data"},
     {"trainer"},
     {"checkpoint"},
