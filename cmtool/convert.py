@@ -11,13 +11,12 @@ import torch
 
 from cmtool import __version__
 from cmtool.build import Model, load_model
-from cmtool.core.checkpoint import is_full
 from cmtool.core.formats import diffusers_dir, native
 from cmtool.core.formats.foreign import Malformed
 from cmtool.core.networks.adm import Adm
 from cmtool.core.noise import karras_sigmas
 from cmtool.core.rng import SeededNoise
-from cmtool.errors import InputError, ResourceError, UserError
+from cmtool.errors import InputError, ResourceError, UserError, is_full
 from cmtool.sampling import grid_size
 
 PROBE_SIDE = 64

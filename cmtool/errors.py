@@ -6,6 +6,7 @@ The classes are the exit codes of the command line; nothing here imports anythin
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -79,3 +80,11 @@ def nearest(bad: str, good: Iterable[str]) -> str:
     close = difflib.get_close_matches(bad, names, n=1, cutoff=0.5)
     lead = f"did you mean {close[0]!r}? " if close else ""
     return f"{lead}choose from {', '.join(names)}"
+
+
+def is_full(error: Exception) -> bool:
+    """Tell whether an error of a write means that the disk, or a quota, is full."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in full or any(
+        f"os error {n})" in str(error) for n in full
+    )

@@ -126,10 +126,9 @@ def prepare(
     import os
     import zipfile
 
-    from cmtool.core.checkpoint import is_full
     from cmtool.core.data import load_dataset
     from cmtool.core.images import png_bytes
-    from cmtool.errors import ResourceError
+    from cmtool.errors import ResourceError, is_full
 
     if out.suffix != ".zip":
         raise UserError(f"{out} is not a .zip", "give the archive a name that ends in .zip")

@@ -6,13 +6,13 @@ then renamed. A folder without a complete manifest is not a checkpoint.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +23,14 @@ from torch import Tensor
 
 from cmtool.core.formats.native import read_weights, write_weights
 from cmtool.core.trainer import TrainState
-from cmtool.errors import DivergedError, InputError, ResourceError
+from cmtool.errors import DivergedError, InputError, ResourceError, UserError, is_full
 
 MANIFEST = "manifest.json"
 MAX_FAILURES = 3
+MARGIN = 1.05
+"""Room a checkpoint needs on the disk, over the bytes of its tensors."""
+SLOW = 20.0
+"""Seconds of a save from which a warning is due: whoever sends a signal often kills after 30."""
 
 
 class Snapshot(NamedTuple):
@@ -35,23 +39,33 @@ class Snapshot(NamedTuple):
     step: int
     files: dict[str, dict[str, Tensor]]
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(t.nbytes for tensors in self.files.values() for t in tensors.values())
+
 
 def take_snapshot(state: TrainState, reuse: Snapshot | None = None) -> Snapshot:
-    """Return a copy of a state; into the memory of an earlier one, where that fits.
-
-    Raises DivergedError rather than copying parameters that are not finite.
-    """
+    """Return a copy of a state; into the memory of an earlier one, where that fits."""
     files: dict[str, dict[str, Tensor]] = {}
+    on_gpu = False
     for file, tensors in state_tensors(state).items():
         files[file] = {}
         kept = reuse.files.get(file, {}) if reuse else {}
         for name, tensor in tensors.items():
             old = kept.get(name)
             fits = old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype
-            buffer = old if fits and old is not None else torch.empty_like(tensor, device="cpu")
-            files[file][name] = buffer.copy_(tensor.detach())
-    _check_finite(files["model"], state.step)
+            buffer = old if fits and old is not None else _buffer(tensor)
+            files[file][name] = buffer.copy_(tensor.detach(), non_blocking=True)
+            on_gpu = on_gpu or tensor.is_cuda
+    if on_gpu:
+        torch.cuda.synchronize()
     return Snapshot(state.step, files)
+
+
+def _buffer(like: Tensor) -> Tensor:
+    """Return memory for a copy of a tensor; page-locked for a GPU's, which copies faster then."""
+    return torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
 
 
 def save_checkpoint(folder: Path, state: TrainState, about: dict[str, Any]) -> Path:
@@ -60,18 +74,22 @@ def save_checkpoint(folder: Path, state: TrainState, about: dict[str, Any]) -> P
     Raises ResourceError when the disk is full (nothing is left behind), DivergedError rather than
     saving parameters that are not finite.
     """
-    return write_checkpoint(folder, take_snapshot(state), about)
+    final = write_checkpoint(folder, take_snapshot(state), about)
+    point_to(folder, final)
+    return final
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, about: dict[str, Any]) -> Path:
     """Write a snapshot atomically as `folder/step-NNNNNNN` and return it.
 
-    Raises ResourceError when the disk is full; then nothing is left behind.
+    Raises DivergedError rather than saving numbers that are not finite, ResourceError when the
+    disk is full or fails; then nothing is left behind.
     """
+    _check_finite(snapshot)
     final = folder / f"step-{snapshot.step:07d}"
     temporary = folder / f".tmp-{snapshot.step}-{os.getpid()}"
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         for name, tensors in snapshot.files.items():
             header = {**about, "weights": name, "step": snapshot.step}
             write_weights(temporary / f"{name}.safetensors", tensors, header)
@@ -83,19 +101,45 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, about: dict[str, Any]) ->
         _sync(temporary / MANIFEST)
         _sync(temporary)
         if final.exists():
-            shutil.rmtree(final)
+            discard(final)
         temporary.rename(final)
         _sync(folder)
     except (OSError, safetensors.SafetensorError, ResourceError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_full(error) or isinstance(error, ResourceError):
-            raise ResourceError(
-                f"no room on the disk for checkpoint {final.name}",
-                "free some; the checkpoints before it are intact",
-            ) from None
-        raise
-    write_json(folder / "latest.json", {"checkpoint": final.name})
+            raise _no_room(final, "free some") from None
+        raise ResourceError(
+            f"cannot write checkpoint {final.name}: {error}", "the checkpoints before it are intact"
+        ) from None
     return final
+
+
+def _no_room(final: Path, hint: str) -> ResourceError:
+    return ResourceError(
+        f"no room on the disk for checkpoint {final.name}",
+        f"{hint}; the checkpoints before it are intact",
+    )
+
+
+def make_room(folder: Path, snapshot: Snapshot, keep: int) -> None:
+    """See that the disk has room for a snapshot, if need be by pruning to the newest `keep`.
+
+    Raises ResourceError when that is not enough. A quota may still surprise the writer.
+    """
+    needed = int(snapshot.num_bytes * MARGIN)
+    folder.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder).free >= needed:
+        return
+    prune(folder, keep)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        hint = f"free some: it needs {needed / 1e6:,.1f} MB and has {free / 1e6:,.1f}"
+        raise _no_room(folder / f"step-{snapshot.step:07d}", hint)
+
+
+def point_to(folder: Path, final: Path) -> None:
+    """Name the newest checkpoint in latest.json, for people and scripts; resuming looks itself."""
+    write_json(folder / "latest.json", {"checkpoint": final.name}, durable=True)
 
 
 class Saver:
@@ -112,25 +156,38 @@ class Saver:
         self.keep = keep
         self.note = note
         self.saved = -1
+        self.seconds = 0.0
         self.snapshot: Snapshot | None = None
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
+        self.remarks: list[str] = []
         self.failures = 0
+
+    def prepare(self, state: TrainState) -> None:
+        """Make the memory of the copies, behind training's back: new memory is slow to touch."""
+        files = state_tensors(state)
+        self._start(lambda: self._make_buffers(state.step, files))
 
     def save(self, state: TrainState, *, wait: bool) -> None:
         """Save a state; when `wait`, return after it is on the disk, and fail if it is not."""
         self.finish(final=False)
-        self.snapshot = take_snapshot(state, self.snapshot)
-        self.thread = threading.Thread(target=self._write, args=(self.snapshot,))
-        self.thread.start()
+        snapshot = self.snapshot = take_snapshot(state, self.snapshot)
+        self._start(lambda: self._write(snapshot))
         if wait:
             self.finish(final=True)
+
+    def poll(self) -> None:
+        """Tell, or raise, what went wrong with a write that has ended meanwhile; wait for none."""
+        if self.thread is not None and not self.thread.is_alive():
+            self.finish(final=False)
 
     def finish(self, *, final: bool) -> None:
         """Wait for a write that goes on. Raises what went wrong with it, if that is the end."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
+        while self.remarks:
+            self.note(self.remarks.pop(0))
         error, self.error = self.error, None
         if error is None:
             return
@@ -139,14 +196,44 @@ class Saver:
             raise error
         self.note(f"{error.what}: going on without it; {error.hint}")
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _start(self, work: Callable[[], None]) -> None:
+        """Run `work` in a thread, which a second Ctrl-C does not wait for."""
+        self.thread = threading.Thread(target=work, daemon=True)
+        self.thread.start()
+
+    def _make_buffers(self, step: int, like: dict[str, dict[str, Tensor]]) -> None:
+        files: dict[str, dict[str, Tensor]] = {}
         try:
-            write_checkpoint(self.folder, snapshot, self.about)
-            prune(self.folder, self.keep)
+            for file, tensors in like.items():
+                files[file] = {name: _buffer(tensor).zero_() for name, tensor in tensors.items()}
         except Exception as error:  # shown by whoever waits for this thread
             self.error = error
-        else:
-            self.saved, self.failures = snapshot.step, 0
+        self.snapshot = Snapshot(step, files)
+
+    def _write(self, snapshot: Snapshot) -> None:
+        start = time.monotonic()
+        try:
+            make_room(self.folder, snapshot, self.keep)
+            final = write_checkpoint(self.folder, snapshot, self.about)
+        except OSError as error:
+            self.error = ResourceError(
+                f"cannot write to {self.folder}: {error.strerror}", "check its rights"
+            )
+            return
+        except Exception as error:  # shown by whoever waits for this thread
+            self.error = error
+            return
+        self.saved, self.failures = snapshot.step, 0
+        self.seconds = time.monotonic() - start
+        if self.seconds > SLOW:
+            self.remarks.append(
+                f"saving took {self.seconds:.0f} s: see that whoever stops this run waits as long"
+            )
+        try:
+            prune(self.folder, self.keep, snapshot.step)
+            point_to(self.folder, final)
+        except (OSError, UserError) as error:  # the checkpoint is whole without them
+            self.remarks.append(f"after saving {final.name}: {error}")
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:
@@ -155,6 +242,9 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     wanted = state_tensors(state, fill_optimizer=True)
     for name, tensors in wanted.items():
         stored = read_weights(path / f"{name}.safetensors")
+        if name == "optimizer" and not stored:  # saved where a stage begins, with moments forgotten
+            state.optimizer.state.clear()
+            continue
         if stored.keys() != tensors.keys():
             odd = sorted(stored.keys() ^ tensors.keys())[0]
             raise InputError(
@@ -200,17 +290,30 @@ def verify(path: Path) -> None:
             raise InputError(f"{file} is damaged", "use the checkpoint before it")
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what dead writers left behind."""
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+def prune(folder: Path, keep: int, newest: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints.
+
+    Those after step `newest` do not count and stay: a resumed run passed them over as damaged.
+    """
+    found = checkpoints(folder)
+    if newest is not None:
+        found = [path for path in found if int(path.name[5:]) <= newest]
+    for old in found[:-keep]:
+        discard(old)
 
 
 def prune_all(folder: Path) -> None:
     """Remove every checkpoint of a run that is to be overwritten."""
     for old in checkpoints(folder):
-        shutil.rmtree(old)
+        discard(old)
     (folder / "latest.json").unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint, which is no longer one from the first moment on."""
+    doomed = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def clear_temporary(folder: Path) -> None:
@@ -257,13 +360,14 @@ def _fill_buffers(state: TrainState) -> None:
     state.optimizer.zero_grad(set_to_none=True)
 
 
-def _check_finite(parameters: dict[str, Tensor], step: int) -> None:
-    for name, p in parameters.items():
-        if not torch.isfinite(p).all():
-            raise DivergedError(
-                f"parameter {name} is not finite at step {step}",
-                "resume from the last checkpoint with a lower train.lr",
-            )
+def _check_finite(snapshot: Snapshot) -> None:
+    for file, tensors in snapshot.files.items():
+        for name, values in tensors.items():
+            if not torch.isfinite(values).all():
+                raise DivergedError(
+                    f"{file}: {name} is not finite at step {snapshot.step}",
+                    "resume from the last checkpoint with a lower train.lr",
+                )
 
 
 def file_facts(file: Path) -> dict[str, Any]:
@@ -273,32 +377,34 @@ def file_facts(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": digest}
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any], *, durable: bool = False) -> None:
     """Write JSON by way of a temporary file, so that a reader never sees half of it."""
-    write_atomic(path, json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+    text = json.dumps(content, indent=1, sort_keys=True)
+    write_atomic(path, text.encode() + b"\n", durable=durable)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file by way of a temporary one beside it. Raises InputError for a special file."""
+def write_atomic(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Write a file by way of a temporary one beside it.
+
+    A killed process leaves the old file or the new one; a `durable` file, at the price of waiting
+    for the disk, is the new one after a power cut too. Raises InputError for a special file,
+    ResourceError when the disk is full.
+    """
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is not a regular file", "give another name")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
+        if durable:
+            _sync(temporary)
         temporary.replace(path)
-    except OSError as error:
+        if durable:
+            _sync(path.parent)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if is_full(error):
+        if isinstance(error, OSError) and is_full(error):
             raise ResourceError(f"no room on the disk for {path}", "free some") from None
         raise
-
-
-def is_full(error: Exception) -> bool:
-    """Tell whether an error of a write means that the disk, or a quota, is full."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return getattr(error, "errno", None) in full or any(
-        f"os error {n})" in str(error) for n in full
-    )
 
 
 def _sync(path: Path) -> None:

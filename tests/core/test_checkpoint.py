@@ -1,10 +1,13 @@
 import json
 import os
+import shutil
 
 import pytest
 import torch
 
+from cmtool.core import checkpoint as module
 from cmtool.core.checkpoint import (
+    Saver,
     checkpoints,
     clear_temporary,
     load_checkpoint,
@@ -12,6 +15,7 @@ from cmtool.core.checkpoint import (
     prune,
     save_checkpoint,
     state_tensors,
+    take_snapshot,
     verify,
     write_atomic,
 )
@@ -20,7 +24,7 @@ from cmtool.core.networks.mlp import Mlp, MlpOptions
 from cmtool.core.noise import Stage
 from cmtool.core.precond import Preconditioned, consistency_scalings, log_label
 from cmtool.core.trainer import fit
-from cmtool.errors import DivergedError, InputError
+from cmtool.errors import DivergedError, InputError, ResourceError
 from tests.core.test_trainer import data, model, objective, settings, train_state
 
 
@@ -99,13 +103,145 @@ def test_prune_keeps_the_newest_and_temporaries_go(tmp_path):
     assert json.loads((tmp_path / "latest.json").read_text())["checkpoint"] == "step-0000004"
 
 
-def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
+@pytest.mark.parametrize("part", ["student", "target", "ema"])
+def test_numbers_that_are_not_finite_are_never_saved(tmp_path, part):
     state = trained(1)
+    models = {"student": state.student, "target": state.target, "ema": state.emas["ema"].model}
     with torch.no_grad():
-        next(state.student.parameters()).fill_(float("nan"))
+        next(models[part].parameters()).fill_(float("nan"))
     with pytest.raises(DivergedError, match="not finite at step 1"):
         save_checkpoint(tmp_path, state, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_without_moments_comes_back(tmp_path):
+    """As between two stages of progressive distillation, where the optimizer starts anew."""
+    state = trained(2)
+    state.optimizer.state.clear()
+    path = save_checkpoint(tmp_path, state, {})
+    other = trained(3)
+    load_checkpoint(path, other)
+    same(state, other)
+
+
+def test_a_damaged_newer_checkpoint_costs_no_good_one(tmp_path):
+    for steps in (1, 2, 3, 9):
+        save_checkpoint(tmp_path, trained(steps), {})
+    prune(tmp_path, 2, newest=3)
+    names = [path.name for path in checkpoints(tmp_path)]
+    assert names == ["step-0000002", "step-0000003", "step-0000009"]
+
+
+def saver(folder, notes):
+    return Saver(folder, {}, keep=2, note=notes.append)
+
+
+def test_a_second_copy_takes_no_new_memory(tmp_path):
+    notes, state = [], trained(2)
+    writer = saver(tmp_path, notes)
+    writer.prepare(state)
+    writer.finish(final=False)
+    places = [t.data_ptr() for file in writer.snapshot.files.values() for t in file.values()]
+    for _ in range(2):
+        writer.save(state, wait=True)
+        again = [t.data_ptr() for file in writer.snapshot.files.values() for t in file.values()]
+        assert again == places
+    assert notes == []
+
+
+def test_training_goes_on_while_a_copy_is_written(tmp_path):
+    state = trained(2)
+    wanted = take_snapshot(state)
+    writer = saver(tmp_path, [])
+    writer.save(state, wait=False)
+    with torch.no_grad():
+        for p in state.student.parameters():
+            p.zero_()
+    writer.finish(final=True)
+    fresh = train_state(model())
+    load_checkpoint(tmp_path / "step-0000002", fresh)
+    for name, tensor in wanted.files["model"].items():
+        assert torch.equal(fresh.student.network.state_dict()[name], tensor)
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """How many bytes are free, in a list."""
+    free = [1 << 40]
+    monkeypatch.setattr(
+        module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, *free)
+    )
+    return free
+
+
+def test_room_is_looked_for_before_saving_and_made_by_pruning_to_keep(tmp_path, room, monkeypatch):
+    notes = []
+    for steps in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, trained(steps), {})
+    state = trained(5)
+    needed = int(take_snapshot(state).num_bytes * 1.05)
+    before = module.prune
+
+    def pruned(*arguments):
+        before(*arguments)
+        room[0] = needed
+
+    room[0] = needed - 1
+    monkeypatch.setattr(module, "prune", pruned)
+    saver(tmp_path, notes).save(state, wait=True)
+    names = [path.name for path in checkpoints(tmp_path)]
+    assert names == ["step-0000004", "step-0000005"]
+    assert notes == []
+
+
+def test_without_room_a_run_goes_on_twice_and_ends_at_the_third_time(tmp_path, room):
+    notes, state = [], trained(1)
+    writer = saver(tmp_path, notes)
+    room[0] = 1000
+    for _ in range(3):
+        writer.save(state, wait=False)
+    with pytest.raises(ResourceError, match="no room on the disk for checkpoint step-0000001"):
+        writer.finish(final=False)
+    assert len(notes) == 2
+    assert "going on without it; free some: it needs 0.0 MB and has 0.0" in notes[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_room_in_between_starts_the_count_anew(tmp_path, room):
+    notes, state = [], trained(1)
+    writer = saver(tmp_path, notes)
+    for free in (0, 0, 1 << 40, 0, 0):
+        room[0] = free
+        writer.save(state, wait=False)
+        writer.thread.join()
+    writer.finish(final=False)
+    assert len(notes) == 4
+    room[0] = 0
+    with pytest.raises(ResourceError):
+        writer.save(state, wait=True)
+
+
+def test_a_checkpoint_is_whole_though_latest_cannot_be_written(tmp_path):
+    notes = []
+    (tmp_path / "latest.json").mkdir()
+    saver(tmp_path, notes).save(trained(1), wait=True)
+    assert newest_checkpoint(tmp_path)[0] == tmp_path / "step-0000001"
+    assert notes == [f"after saving step-0000001: {tmp_path}/latest.json is not a regular file"]
+
+
+def test_a_slow_save_is_told_of(tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr(module, "SLOW", -1.0)
+    saver(tmp_path, notes).save(trained(1), wait=True)
+    assert notes == ["saving took 0 s: see that whoever stops this run waits as long"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_like_a_full_disk(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way")
+    notes = []
+    writer = saver(tmp_path / "checkpoints", notes)
+    with pytest.raises(ResourceError, match=r"cannot write to .*checkpoints: File exists"):
+        writer.save(trained(1), wait=True)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
