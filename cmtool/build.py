@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 
-def build_objective(preset: Preset, teacher: Denoiser | None) -> Objective:
+def build_objective(preset: Preset, teacher: Denoiser | None, device: str = "cpu") -> Objective:
     """Return the preset's training objective. Raises UserError if it lacks the teacher it needs."""
     loss = preset.loss
     levels = pick(LEVELS, loss.levels, "loss.levels")
@@ -70,7 +70,7 @@ def build_objective(preset: Preset, teacher: Denoiser | None) -> Objective:
         )
     if loss.pair == "progressive":
         return progressive_objective(levels, distance, weight, noise_range(preset))
-    blank = torch.zeros(1, preset.model.channels, *preset.model.image_size)
+    blank = torch.zeros(1, preset.model.channels, *preset.model.image_size, device=device)
     distance(blank, blank)  # what it lacks, such as a weight file, it says now
     if loss.pair == "noise":
 

@@ -146,12 +146,20 @@ class Clock:
 
 
 def log_line(
-    info: StepInfo, meter: Meter, clock: Clock, group: Group, device: str
+    info: StepInfo,
+    meter: Meter,
+    clock: Clock,
+    group: Group,
+    device: str,
+    ideal_seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Return the line for log.jsonl and start the next one; every process calls this."""
+    """Return the line for log.jsonl and start the next one; every process calls this.
+
+    It has an `mfu` if the `ideal_seconds` of a step are known.
+    """
     means = meter.take(group)  # waits for the device, so before the clock is read
     seconds = clock.lap(info.step)
-    return {
+    line = {
         "step": info.step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "images": info.step * clock.batch,
@@ -167,6 +175,9 @@ def log_line(
         "data_wait": round(means.waited / seconds, 4),
         "memory_gib": round(peak_memory(device) / 2**30, 3),
     }
+    if ideal_seconds is not None:
+        line["mfu"] = round(ideal_seconds / seconds, 4)
+    return line
 
 
 def peak_memory(device: str) -> int:

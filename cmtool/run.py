@@ -48,6 +48,7 @@ from cmtool.rundir import (
     write_run_files,
 )
 from cmtool.sampling import generate, plan
+from cmtool.utilisation import ideal_seconds
 
 GRID_SEEDS = range(40)
 GRID_COLUMNS = 10
@@ -111,7 +112,7 @@ def train(
         steps = fit(state, objective, microbatch, curriculum, fit_settings(preset, group))
         caught = stack.enter_context(stop_signals())
         stop = Stop(caught, None if max_seconds is None else started + max_seconds)
-        job = Job(preset, out, watcher, device, group)
+        job = Job(preset, out, watcher, teacher, device, group)
         if not group.leads:
             if resume:
                 resume_state(out, state, watcher)
@@ -172,6 +173,7 @@ class Job(NamedTuple):
     preset: Preset
     out: Path
     watcher: Watcher
+    teacher: Model | None
     device: str
     group: Group
 
@@ -238,13 +240,14 @@ def work(
 ) -> None:
     """Run the steps and what happens every N of them; only the leading process has a desk."""
     preset, group = job.preset, job.group
+    ideal = ideal_seconds(preset, job.teacher, job.device, group.world_size) if desk else None
     clock, meter = Clock(state.step, preset), Meter(noise_range(preset), job.device)
     line: dict[str, Any] = {}
     for info in steps:
         now = due(preset, info.step)
         meter.add(info)
         if now.log_line:
-            line = log_line(info, meter, clock, group, job.device)
+            line = log_line(info, meter, clock, group, job.device, ideal)
             if desk:
                 desk.log(line)
         if desk:

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent / "cmtool"
 FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
-    "errors", "core", "presets", "toml", "components", "models", "build", "sampling", "convert",
-    "report", "rundir", "progress", "run", "assets", "cli",
+    "errors", "core", "presets", "toml", "components", "models", "build", "utilisation",
+    "sampling", "convert", "report", "rundir", "progress", "run", "assets", "cli",
 ]  # fmt: skip
 CORE_LAYERS = [
     {"types", "tensors", "rng", "dist"},

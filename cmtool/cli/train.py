@@ -258,6 +258,7 @@ def told(news: Progress) -> dict[str, str]:
         return {}
     bands = "/".join(_figure(loss) for loss in line["loss_by_sigma"].values())
     skipped = {"skipped": str(line["skipped"])} if line["skipped"] else {}
+    mfu = {"mfu": f"{line['mfu']:.1%}"} if "mfu" in line else {}
     return {
         "loss": _figure(line["loss"]),
         "by_sigma": bands,
@@ -266,6 +267,7 @@ def told(news: Progress) -> dict[str, str]:
         "Mimg": f"{line['images'] / 1e6:.4g}",
         "data_wait": f"{line['data_wait']:.1%}",
         "mem": f"{line['memory_gib']:.2f}GiB",
+        **mfu,
     }
 
 

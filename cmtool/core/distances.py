@@ -70,7 +70,7 @@ def lpips(
     network = _lpips_network(net, pooling, x.device)
     if resize == "always" or (resize == "below_256" and x.shape[-1] < 256):
         x, y = (F.interpolate(i, (224, 224), mode="bilinear", align_corners=False) for i in (x, y))
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # meta has none
         return network(x.float(), y.float()).flatten()
 
 
