@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from cmtool import presets
 from cmtool.components import OPTIMIZERS, build_denoiser, build_network, noise_range, pick
 from cmtool.core.augment import LABELS, Augment, augmented
+from cmtool.core.devices import placed
 from cmtool.core.dist import Group
 from cmtool.core.distances import DISTANCES
 from cmtool.core.ema import Ema, frozen_copy
@@ -24,6 +26,7 @@ from cmtool.core.losses import (
     progressive_objective,
     teacher_pair,
 )
+from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import CURRICULA, LEVELS, Curriculum
 from cmtool.core.rng import keyed_generator, seeded
 from cmtool.core.samplers import SAMPLERS
@@ -47,6 +50,7 @@ __all__ = [
     "load_digits_features",
     "load_model",
     "noise_range",
+    "with_precision",
     "with_teacher",
 ]
 
@@ -119,13 +123,19 @@ def build_sampler(choice: Choice) -> Callable[..., Tensor]:
 
 
 def build_state(preset: Preset, teacher: Model | None, device: str) -> TrainState:
-    """Return the start of a run: the student has the teacher's weights, or random ones without."""
+    """Return the start of a run: the student has the teacher's weights, or random ones without.
+
+    The networks are put where and how the device and `preset.train` want them. Raises UserError for
+    a network without blocks that can be computed again.
+    """
     with seeded(keyed_generator("init", preset.train.seed)):
         network = build_network(preset.model)
     student = build_denoiser(preset, preset.kind, network)
     if teacher is not None:
         student.network.load_state_dict(teacher.f.network.state_dict())
-    student = student.to(device).requires_grad_(True)
+    student = placed(student, device).requires_grad_(True)
+    if preset.train.checkpoint_activations:
+        compute_again(network, preset.model.network.name)
     target = None
     if preset.loss.target in ("ema", "previous"):  # an earlier student drops out no more
         target = frozen_copy(student).train(preset.loss.target == "ema")
@@ -136,7 +146,27 @@ def build_state(preset: Preset, teacher: Model | None, device: str) -> TrainStat
         for ema in preset.train.ema
     }
     optimizer = pick(OPTIMIZERS, preset.train.optimizer, "train.optimizer")
-    return TrainState(student, target, emas, optimizer(student.parameters(), lr=preset.train.lr))
+    scaler = GradScaler(torch.device(device).type) if preset.train.precision == "fp16" else None
+    state = TrainState(
+        student, target, emas, optimizer(student.parameters(), lr=preset.train.lr), scaler
+    )
+    if preset.train.compile:
+        for model in (student, target, teacher.f if teacher else None):
+            if model is not None:
+                model.network.compile()  # in place: the names of its tensors stay
+    return state
+
+
+def compute_again(network: nn.Module, name: str) -> None:
+    """Make the residual blocks of a network keep only their inputs for the backward pass."""
+    kinds = NETWORKS[name].blocks
+    blocks = [module for module in network.modules() if isinstance(module, kinds)]
+    if not blocks:
+        raise UserError(
+            f"network {name!r} has no residual blocks", "leave train.checkpoint_activations out"
+        )
+    for block in blocks:
+        block.again = True  # type: ignore[assignment]  # of a module, torch says: Tensor or Module
 
 
 def fit_settings(preset: Preset, group: Group = Group()) -> FitSettings:
@@ -155,6 +185,20 @@ def fit_settings(preset: Preset, group: Group = Group()) -> FitSettings:
         precision=t.precision,
         group=group,
     )
+
+
+def with_precision(
+    preset: Preset, origins: Mapping[str, str], best: str
+) -> tuple[Preset, dict[str, str]]:
+    """Return the preset with `best` where it leaves the precision to the device, and the origins.
+
+    A run records what it got, so that it goes on in it on any device.
+    """
+    if preset.train.precision != "auto":
+        return preset, dict(origins)
+    train = preset.train.model_copy(update={"precision": best})
+    changed = preset.model_copy(update={"train": train})
+    return changed, {**origins, "train.precision": "auto"}
 
 
 def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cmtool.components import build_denoiser, build_network, noise_range
 from cmtool.core.checkpoint import MANIFEST, newest_checkpoint, verify
+from cmtool.core.devices import placed
 from cmtool.core.formats import diffusers_dir, identify, read_foreign
 from cmtool.core.formats.foreign import Foreign
 from cmtool.core.formats.native import read_about, read_weights
@@ -133,7 +134,7 @@ def load_model(
         f = build_denoiser(card, chosen, network)
     except UserError as error:
         raise InputError(f"{file} names no model: {error.what}", error.hint) from None
-    f = f.to(device).eval().requires_grad_(False)
+    f = placed(f, device).eval().requires_grad_(False)
     choices = foreign.held if foreign else _siblings(file, held)
     is_said = (kind or said) is not None
     return Model(f, card, chosen, str(path), digest(file), held, name, choices, notes, is_said)

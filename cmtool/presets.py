@@ -139,7 +139,13 @@ class TrainSection(Section):
     accumulate: Positive = 1
     max_grad_norm: float | None = Field(None, gt=0)
     max_bad_steps: Positive = 5
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of the networks; auto is bf16 where the device computes in it"
+    )
+    compile: bool = Field(False, description="torch.compile; a minute or more, for GPUs")
+    checkpoint_activations: bool = Field(
+        False, description="compute residual blocks again in the backward pass: less memory"
+    )
     seed: Count = 0
     ema: Annotated[tuple[EmaSection, ...], BeforeValidator(_sequence)] = ()
 

@@ -24,15 +24,17 @@ from cmtool.build import (
     build_state,
     fit_settings,
     noise_range,
+    with_precision,
 )
 from cmtool.core import checkpoint, dist
 from cmtool.core.data import Dataset, batches, load_dataset
+from cmtool.core.devices import best_precision, is_out_of_memory
 from cmtool.core.dist import Group
 from cmtool.core.images import png_bytes
 from cmtool.core.precond import Preconditioned
 from cmtool.core.samplers import check_levels
-from cmtool.core.trainer import StepInfo, TrainState, fit
-from cmtool.errors import InputError, Paused, Stopped, UserError
+from cmtool.core.trainer import Diverged, StepInfo, TrainState, fit
+from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError
 from cmtool.presets import Card, Preset
 from cmtool.progress import Clock, Meter, Progress, Watcher, log_line
 from cmtool.report import picture, read_log, write_summary
@@ -45,6 +47,7 @@ from cmtool.rundir import (
     resume_state,
     status,
     trim_log,
+    write_failure,
     write_run_files,
 )
 from cmtool.sampling import generate, plan
@@ -101,6 +104,7 @@ def train(
     group = dist.join(rank, world_size, device, TIMEOUT)
     with ExitStack() as stack:
         stack.callback(dist.leave)
+        preset, origins = with_precision(preset, origins or {}, group.tell(best_precision(device)))
 
         def claim() -> None:
             prepare_folder(out, resume=resume, overwrite=overwrite, teacher=teacher)
@@ -116,7 +120,7 @@ def train(
         if not group.leads:
             if resume:
                 resume_state(out, state, watcher)
-            with contact(group, state):
+            with contact(group, state, preset):
                 work(job, state, steps, stop, None)
             return out / "checkpoints" / f"step-{state.step:07d}"
         with status(out) as write_status:
@@ -126,10 +130,10 @@ def train(
                 trim_log(out, state.step)
             else:
                 clear_run(out)
-            write_run_files(out, preset, origins or {}, data, teacher)
+            write_run_files(out, preset, origins, data, teacher)
             write_status(step=state.step)
             saved = state.step if resume else -1
-            with contact(group, state), Desk(job, write_status, saved) as desk:
+            with contact(group, state, preset), Desk(job, write_status, saved) as desk:
                 work(job, state, steps, stop, desk)
             summarise(out, preset, state, teacher, device)
             write_status(state="done", step=state.step, exit_code=0)
@@ -187,12 +191,12 @@ class Due(NamedTuple):
     samples: bool
 
 
-def due(preset: Preset, step: int) -> Due:
+def due(preset: Preset, step: int, end: Diverged | None) -> Due:
     """Return what happens after a step; after the last one, everything."""
     last, every = step == preset.train.steps, preset.run
     return Due(
         last,
-        log_line=last or step % every.log_every == 0,
+        log_line=last or end is not None or step % every.log_every == 0,
         checkpoint=last or step % every.checkpoint_every == 0,
         samples=last or step % every.sample_every == 0,
     )
@@ -243,9 +247,11 @@ def work(
     ideal = ideal_seconds(preset, job.teacher, job.device, group.world_size) if desk else None
     clock, meter = Clock(state.step, preset), Meter(noise_range(preset), job.device)
     line: dict[str, Any] = {}
-    for info in steps:
-        now = due(preset, info.step)
+    for info, end in until_divergence(steps):
+        now = due(preset, info.step, end)
         meter.add(info)
+        if desk and info.skipped:
+            job.watcher.note(f"step {info.step} skipped: {info.fault}")
         if now.log_line:
             line = log_line(info, meter, clock, group, job.device, ideal)
             if desk:
@@ -253,6 +259,8 @@ def work(
         if desk:
             left = clock.seconds_left(info.step)
             job.watcher.progress(Progress(info.step, preset.train.steps, left, line, now.log_line))
+        if end is not None:
+            raise dumped(end, job)
         reason = 0 if now.last else group.any(stop.reason())
         if desk and (now.checkpoint or reason):
             desk.saver.save(state, wait=bool(now.last or reason))
@@ -268,18 +276,57 @@ def work(
         desk.saver.save(state, wait=True)
 
 
+def until_divergence(steps: Iterator[StepInfo]) -> Iterator[tuple[StepInfo, Diverged | None]]:
+    """Yield each step's news, and with that of a run's divergence the error that ends it."""
+    try:
+        for info in steps:
+            yield info, None
+    except Diverged as error:
+        yield error.info, error
+
+
+def dumped(error: Diverged, job: Job) -> Diverged:
+    """Return the error after writing down the batch it happened with, and where that is."""
+    folder = write_failure(job.out, error, job.preset, job.group)
+    error.hint += f", and what this step saw is in {folder}"
+    return error
+
+
 @contextmanager
-def contact(group: Group, state: TrainState) -> Iterator[None]:
-    """When another process is gone, say so instead of what torch says."""
+def contact(group: Group, state: TrainState, preset: Preset) -> Iterator[None]:
+    """When another process is gone, or memory is, say so instead of what torch says."""
     try:
         yield
-    except (Stopped, Paused):  # every process says so
+    except (Stopped, Paused, Diverged):  # every process says so
         raise
     except UserError as error:
         error.rank = group.rank
         raise
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            full = out_of_memory(error, preset, group, state.step)
+            full.rank = group.rank
+            raise full from None
+        if isinstance(error, MemoryError):
+            raise
         raise dist.lost_contact(error, group, state.step) or error from None
+
+
+def out_of_memory(error: Exception, preset: Preset, group: Group, step: int) -> ResourceError:
+    """Return the error to show for one that means there is no more memory."""
+    t = preset.train
+    parts = range(t.accumulate + 1, t.batch + 1)
+    more = next((n for n in parts if t.batch % (n * group.world_size) == 0), None)
+    remedies = [
+        f"split the batch: --accumulate {more}" if more is not None else "lower train.batch",
+        *([] if t.checkpoint_activations else ["--set train.checkpoint_activations=true"]),
+    ]
+    reason = str(error).splitlines()[0] if str(error) else "MemoryError"
+    return ResourceError(
+        f"out of memory after step {step}, with {t.batch // t.accumulate // group.world_size}"
+        f" images at a time: {reason[:200]}",
+        f"{', or '.join(remedies)}; the last checkpoint is intact",
+    )
 
 
 def stopped(reason: int, step: int, out: Path) -> UserError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +20,13 @@ from cmtool import __version__
 from cmtool.build import Model
 from cmtool.core import checkpoint
 from cmtool.core.data import Dataset
-from cmtool.core.trainer import TrainState
+from cmtool.core.dist import Group
+from cmtool.core.formats.native import write_weights
+from cmtool.core.images import png_bytes
+from cmtool.core.trainer import Diverged, TrainState
 from cmtool.errors import BusyError, InputError, Paused, Stopped, UserError
 from cmtool.presets import Preset, load_preset
-from cmtool.report import read_log
+from cmtool.report import picture, read_log
 from cmtool.toml import to_toml
 
 FREE_TO_CHANGE = ("description", "run")
@@ -173,6 +177,7 @@ def trim_log(out: Path, step: int) -> None:
 def clear_run(out: Path) -> None:
     """Remove an earlier run's own files, and no others; called under the lock."""
     checkpoint.prune_all(out / "checkpoints")
+    shutil.rmtree(out / "failed", ignore_errors=True)
     for pattern in ("samples/step-*.png", "log*.jsonl", "preset.toml", "summary.png"):
         for file in out.glob(pattern):
             file.unlink()
@@ -192,10 +197,40 @@ def write_run_files(
             "torch": torch.__version__,
         },
         "threads": torch.get_num_threads(),
+        "precision": preset.train.precision,
         "seed": preset.train.seed,
         **run_inputs(data, teacher),
     }
     checkpoint.write_json(out / "run.json", facts)
+
+
+def write_failure(out: Path, error: Diverged, preset: Preset, group: Group) -> Path:
+    """Write what the last step of a run that diverged saw, and return the folder.
+
+    fault.json says what was not finite and gives the key (seed, step, shard) of each microbatch's
+    randomness, batch.safetensors has x0, labels, sigma and loss, images.png shows x0. It is no
+    checkpoint. Of several processes the first has the folder, the others one each within it.
+    """
+    info, batch = error.info, error.batch
+    folder = out / "failed" / f"step-{info.step:07d}"
+    if not group.leads:
+        folder = folder / f"rank-{group.rank}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"x0": batch.x0, "sigma": batch.sigma, "loss": batch.loss}
+    tensors |= {} if batch.labels is None else {"labels": batch.labels}
+    write_weights(folder / "batch.safetensors", tensors, {"step": info.step})
+    checkpoint.write_atomic(folder / "images.png", png_bytes(picture(batch.x0.cpu(), 16)))
+    facts = {
+        "error": error.what,
+        "step": info.step,
+        "keys": [[preset.train.seed, info.step - 1, shard] for shard in batch.shards],
+        "lr": info.lr,
+        "n": info.n,
+        "mu": info.mu,
+        "precision": preset.train.precision,
+    }
+    checkpoint.write_json(folder / "fault.json", facts)
+    return folder
 
 
 def run_inputs(data: Dataset, teacher: Model | None) -> dict[str, object]:

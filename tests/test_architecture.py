@@ -13,7 +13,7 @@ LAYERS = [
     "sampling", "convert", "report", "rundir", "progress", "run", "assets", "cli",
 ]  # fmt: skip
 CORE_LAYERS = [
-    {"types", "tensors", "rng", "dist"},
+    {"types", "tensors", "rng", "dist", "devices"},
     {
         "noise",
         "precond",

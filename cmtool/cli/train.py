@@ -41,6 +41,19 @@ Accumulate = Annotated[
     int | None,
     typer.Option(min=1, help="Parts each batch is split into, to fit into memory; same result."),
 ]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the networks: fp32, bf16, fp16, or auto: bf16 where the device computes in it."
+    ),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="torch.compile the networks. For GPUs: on a CPU it takes minutes and gains nothing.",
+    ),
+]
 MaxTime = Annotated[
     str | None,
     typer.Option(help="Stop in good order after so long, with exit code 75: 3600, 90m, 11h30m."),
@@ -59,6 +72,8 @@ def train(
     out: Out = None,
     seed: Seed = None,
     accumulate: Accumulate = None,
+    precision: Precision = None,
+    compile_: Compile = None,
     max_time: MaxTime = None,
     device: Device = "auto",
     resume: Resume = False,
@@ -78,7 +93,9 @@ def train(
     """
     flags = {"--data": ("data.path", data), "--metric": ("loss.distance", metric),
              "--seed": ("train.seed", seed),
-             "--accumulate": ("train.accumulate", accumulate)}  # fmt: skip
+             "--accumulate": ("train.accumulate", accumulate),
+             "--precision": ("train.precision", precision),
+             "--compile": ("train.compile", compile_)}  # fmt: skip
     resolved = _resolve(preset, set_, flags, out, resume)
     if resolved.preset.distills:
         raise UserError(f"preset {preset} distills a teacher", f"cmtool distill --preset {preset}")
@@ -103,6 +120,8 @@ def distill(
     out: Out = None,
     seed: Seed = None,
     accumulate: Accumulate = None,
+    precision: Precision = None,
+    compile_: Compile = None,
     max_time: MaxTime = None,
     device: Device = "auto",
     resume: Resume = False,
@@ -121,7 +140,9 @@ def distill(
     """
     flags = {"--data": ("data.path", data), "--metric": ("loss.distance", metric),
              "--seed": ("train.seed", seed),
-             "--accumulate": ("train.accumulate", accumulate)}  # fmt: skip
+             "--accumulate": ("train.accumulate", accumulate),
+             "--precision": ("train.precision", precision),
+             "--compile": ("train.compile", compile_)}  # fmt: skip
     resolved = _resolve(preset, set_, flags, out, resume)
     if not resolved.preset.distills:
         raise UserError(f"preset {preset} has no teacher", f"cmtool train --preset {preset}")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cmtool.core.formats.native import read_weights, write_weights
-from cmtool.core.trainer import TrainState
+from cmtool.core.trainer import TrainState, counters, set_counters
 from cmtool.errors import DivergedError, InputError, ResourceError, UserError, is_full
 
 MANIFEST = "manifest.json"
@@ -38,6 +38,7 @@ class Snapshot(NamedTuple):
 
     step: int
     files: dict[str, dict[str, Tensor]]
+    counters: dict[str, Any]
 
     @property
     def num_bytes(self) -> int:
@@ -60,7 +61,7 @@ def take_snapshot(state: TrainState, reuse: Snapshot | None = None) -> Snapshot:
             on_gpu = on_gpu or tensor.is_cuda
     if on_gpu:
         torch.cuda.synchronize()
-    return Snapshot(state.step, files)
+    return Snapshot(state.step, files, counters(state))
 
 
 def _buffer(like: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, about: dict[str, Any]) ->
         for name, tensors in snapshot.files.items():
             header = {**about, "weights": name, "step": snapshot.step}
             write_weights(temporary / f"{name}.safetensors", tensors, header)
-        write_json(temporary / "state.json", {"step": snapshot.step})
+        write_json(temporary / "state.json", snapshot.counters)
         manifest = {file.name: file_facts(file) for file in sorted(temporary.iterdir())}
         for file in temporary.iterdir():
             _sync(file)
@@ -166,7 +167,7 @@ class Saver:
     def prepare(self, state: TrainState) -> None:
         """Make the memory of the copies, behind training's back: new memory is slow to touch."""
         files = state_tensors(state)
-        self._start(lambda: self._make_buffers(state.step, files))
+        self._start(lambda: self._make_buffers(files))
 
     def save(self, state: TrainState, *, wait: bool) -> None:
         """Save a state; when `wait`, return after it is on the disk, and fail if it is not."""
@@ -201,14 +202,14 @@ class Saver:
         self.thread = threading.Thread(target=work, daemon=True)
         self.thread.start()
 
-    def _make_buffers(self, step: int, like: dict[str, dict[str, Tensor]]) -> None:
+    def _make_buffers(self, like: dict[str, dict[str, Tensor]]) -> None:
         files: dict[str, dict[str, Tensor]] = {}
         try:
             for file, tensors in like.items():
                 files[file] = {name: _buffer(tensor).zero_() for name, tensor in tensors.items()}
         except Exception as error:  # shown by whoever waits for this thread
             self.error = error
-        self.snapshot = Snapshot(step, files)
+        self.snapshot = Snapshot(-1, files, {})
 
     def _write(self, snapshot: Snapshot) -> None:
         start = time.monotonic()
@@ -254,7 +255,7 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         with torch.no_grad():
             for key, tensor in tensors.items():
                 tensor.copy_(stored[key])
-    state.step = json.loads((path / "state.json").read_text())["step"]
+    set_counters(state, json.loads((path / "state.json").read_text()))
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -55,6 +55,14 @@ class Group(NamedTuple):
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, what: Any) -> list[Any]:
+        """Return what each process gives, by rank."""
+        if self.world_size == 1:
+            return [what]
+        box = [None] * self.world_size
+        dist.all_gather_object(box, what)
+        return box
+
 
 ALONE = Group()
 

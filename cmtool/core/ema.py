@@ -55,7 +55,10 @@ class Ema:
         self.rampup = rampup
 
     def decay(self, batch: int, num_images: int) -> float:
-        """Return the decay of an update after `num_images` images in batches of `batch`."""
+        """Return the decay of an update; `num_images` were seen before the `batch` of this step.
+
+        With a ramp-up the first update copies, as EDM's does.
+        """
         if self.rate is not None and self.rampup is None:
             return self.rate
         halflife = self.halflife_images

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from cmtool.core.data import BatchFn
+from cmtool.core.devices import autocast
 from cmtool.core.dist import ALONE, Group, shared
 from cmtool.core.ema import Ema, update_average
 from cmtool.core.losses import Objective
-from cmtool.core.noise import Curriculum
+from cmtool.core.noise import Curriculum, Stage
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import seeded, step_generator
 from cmtool.errors import DivergedError
+
+MIN_SCALE = 1.0
+"""A loss that is scaled by less, and overflows still, is no matter of fp16's range any more."""
 
 
 @dataclass
@@ -35,7 +40,11 @@ class TrainState:
     target: Preconditioned | None
     emas: dict[str, Ema]
     optimizer: Optimizer
+    scaler: GradScaler | None = None
+    """Of the loss, in fp16."""
     step: int = 0
+    bad_steps: int = 0
+    """Steps in a row, up to this one, that were skipped for what is not finite."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,45 @@ class FitSettings:
     """Microbatches a step, accumulated."""
     max_grad_norm: float | None = None
     max_bad_steps: int = 5
-    """Non-finite steps in a row before the run ends."""
+    """Skipped steps in a row before the run ends; overflows of fp16 are not among them."""
     precision: str = "fp32"
     group: Group = ALONE
+
+
+class Batch(NamedTuple):
+    """What one process saw in one step: x0 (B, C, H, W), labels, sigma and loss, each (B,).
+
+    `shards` are the places of its microbatches in the global batch; with seed and step they key
+    their randomness.
+    """
+
+    x0: Tensor
+    labels: Tensor | None
+    sigma: Tensor
+    loss: Tensor
+    shards: tuple[int, ...]
+
+
+class Fault(NamedTuple):
+    """Why a step was skipped: the first parameter whose gradient is not finite, and an image.
+
+    The image is the first whose loss is not finite, else that of the largest loss; `image` is its
+    place in the microbatch `shard`.
+    """
+
+    parameter: str | None
+    shard: int
+    image: int
+    sigma: float
+    loss: float
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        where = f"image {self.image} of shard {self.shard} at sigma {self.sigma:.6g}"
+        if not math.isfinite(self.loss):
+            return f"the loss of {where} is {self.loss}"
+        what = f"of {self.parameter}" if self.parameter else "norm"
+        return f"the gradient {what} is not finite; the largest loss, {self.loss:.4g}, has {where}"
 
 
 class StepInfo(NamedTuple):
@@ -75,6 +120,31 @@ class StepInfo(NamedTuple):
     """The gradient was not finite, so nothing was changed."""
     waited: float
     """Seconds spent waiting for images."""
+    fault: str = ""
+    """Why the step was skipped, in words."""
+
+
+class Diverged(DivergedError):
+    """Too many steps in a row were not finite; `batch` is the last of them, `info` its news."""
+
+    def __init__(self, what: str, hint: str, info: StepInfo, batch: Batch) -> None:
+        super().__init__(what, hint)
+        self.info = info
+        self.batch = batch
+
+
+def counters(state: TrainState) -> dict[str, Any]:
+    """Return what a state holds beside tensors, as JSON takes it."""
+    scaler = state.scaler.state_dict() if state.scaler is not None else None
+    return {"step": state.step, "bad_steps": state.bad_steps, "scaler": scaler}
+
+
+def set_counters(state: TrainState, facts: Mapping[str, Any]) -> None:
+    """Set what `counters` returned; what an older version did not know is as at the start."""
+    state.step = facts["step"]
+    state.bad_steps = facts.get("bad_steps", 0)
+    if state.scaler is not None and facts.get("scaler") is not None:
+        state.scaler.load_state_dict(facts["scaler"])
 
 
 def learning_rate(settings: FitSettings, step: int, progress: float) -> float:
@@ -111,18 +181,18 @@ def fit(
     """Yield after each optimizer step until `settings.steps`, changing `state` in place.
 
     One step: the gradient of the mean loss, the optimizer, the weights EMAs, then the target
-    with mu(k) (Song et al. 2023, Alg. 2 and 3; k counts finished steps). A step whose gradient
-    is not finite changes nothing but the counter. Raises DivergedError after `max_bad_steps`
-    of them in a row.
+    with mu(k) (Song et al. 2023, Alg. 2 and 3; k counts finished steps). A step whose loss or
+    gradient is not finite changes nothing but the counter. Raises Diverged after `max_bad_steps`
+    of them in a row. In fp16 a gradient that overflows halves the scale of the loss, and counts as
+    one of them only when that has sunk below 1.
 
     The host waits for the device once a step, to read whether the gradient is finite, and before
     the optimizer; what is yielded has not been read.
     """
-    student, shards = state.student, settings.rounds * settings.group.world_size
+    student, scaler = state.student, state.scaler
     parameters = [p for p in student.parameters() if p.requires_grad]
     student.train()
     learner = shared(student, settings.group)
-    bad_steps = 0
     while state.step < settings.steps:
         stage = curriculum(state.step, settings.steps)
         if stage.fresh:
@@ -131,50 +201,126 @@ def fit(
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
-        losses, sigmas = [], []
-        waited = 0.0
-        for round_ in range(settings.rounds):
-            shard = round_ * settings.group.world_size + settings.group.rank
-            generator = step_generator(settings.seed, state.step, shard)
-            asked = time.perf_counter()
-            x0, labels = microbatch(state.step, shard)
-            waited += time.perf_counter() - asked
-            autocast = torch.autocast(
-                x0.device.type, torch.bfloat16, enabled=settings.precision == "bf16"
-            )
-            with waiting(learner, last=round_ == settings.rounds - 1):
-                with seeded(generator), autocast:
-                    target = state.target or student
-                    loss, sigma = objective(learner, target, x0, labels, stage, generator)
-                (loss.mean() / shards).backward()
-            losses.append(loss.detach())
-            sigmas.append(sigma)
-        norm = torch.nn.utils.clip_grad_norm_(
-            parameters, settings.max_grad_norm or float("inf"), foreach=True
-        )
-        good = bool(torch.isfinite(norm))
-        bad_steps = 0 if good else bad_steps + 1
+        batch, waited = accumulate(state, learner, objective, microbatch, stage, settings)
+        if scaler is not None:
+            scaler.unscale_(state.optimizer)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        good = bool(torch.isfinite(norm))  # here the host waits
+        fault = None if good else find_fault(student, batch, settings.group)
+        if scaler is not None:
+            scaler.update()
         if good:
+            if settings.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(
+                    parameters, settings.max_grad_norm, norm, foreach=True
+                )
             state.optimizer.step()
-            num_images = (state.step + 1) * settings.batch
+            seen = state.step * settings.batch
             for ema in state.emas.values():
-                ema.update(student, batch=settings.batch, num_images=num_images)
-            if state.target is not None:
-                update_average(state.target.parameters(), student.parameters(), stage.mu)
-        elif bad_steps >= settings.max_bad_steps:
-            raise DivergedError(
-                f"the gradient was not finite {bad_steps} steps in a row, to step {state.step}",
-                "lower train.lr; the last checkpoint is intact",
-            )
-        state.step += 1
-        yield StepInfo(
-            step=state.step,
-            loss=torch.cat(losses),
-            sigma=torch.cat(sigmas),
+                ema.update(student, batch=settings.batch, num_images=seen)
+            state.bad_steps = 0
+        elif fault is not None and not is_overflow(fault, scaler):
+            state.bad_steps += 1
+        if state.target is not None and (good or stage.mu == 0):  # 0 hands on a stage's student
+            update_average(state.target.parameters(), student.parameters(), stage.mu)
+        info = StepInfo(
+            step=state.step + 1,
+            loss=batch.loss,
+            sigma=batch.sigma,
             grad_norm=norm,
             lr=rate,
             n=stage.n,
             mu=stage.mu,
             skipped=not good,
+            fault=told(fault, scaler),
             waited=waited,
         )
+        if state.bad_steps >= settings.max_bad_steps:
+            raise Diverged(
+                f"not finite {state.bad_steps} steps in a row, to step {info.step}: {info.fault}",
+                "start again with a lower train.lr, or --set train.max_grad_norm=1; the last"
+                " checkpoint is intact",
+                info,
+                batch,
+            )
+        state.step += 1
+        yield info
+
+
+def accumulate(
+    state: TrainState,
+    learner: nn.Module,
+    objective: Objective,
+    microbatch: BatchFn,
+    stage: Stage,
+    settings: FitSettings,
+) -> tuple[Batch, float]:
+    """Return a step's batch, and the seconds spent waiting for it; the gradients gain its own.
+
+    They are those of the mean loss over the global batch, times the scale of fp16.
+    """
+    group = settings.group
+    shards = tuple(range(group.rank, settings.rounds * group.world_size, group.world_size))
+    images, classes, sigmas, losses = [], [], [], []
+    waited = 0.0
+    for shard in shards:
+        generator = step_generator(settings.seed, state.step, shard)
+        asked = time.perf_counter()
+        x0, labels = microbatch(state.step, shard)
+        waited += time.perf_counter() - asked
+        with waiting(learner, last=shard == shards[-1]):
+            with seeded(generator), autocast(x0.device.type, settings.precision):
+                target = state.target or state.student
+                loss, sigma = objective(learner, target, x0, labels, stage, generator)
+            mean = guarded_mean(loss) / (settings.rounds * group.world_size)
+            (state.scaler.scale(mean) if state.scaler is not None else mean).backward()
+        images.append(x0)
+        classes.append(labels)
+        sigmas.append(sigma)
+        losses.append(loss.detach())
+    known = [labels for labels in classes if labels is not None]
+    labels = torch.cat(known) if known else None
+    return Batch(torch.cat(images), labels, torch.cat(sigmas), torch.cat(losses), shards), waited
+
+
+def guarded_mean(loss: Tensor) -> Tensor:
+    """Return the mean of the losses (B,); unless it is finite, no gradient is.
+
+    So the sum of the gradients over processes tells all of them of a loss that is not.
+    """
+    mean = loss.mean()
+    return mean * torch.where(torch.isfinite(mean.detach()), 1.0, torch.nan)
+
+
+def find_fault(student: Preconditioned, batch: Batch, group: Group) -> Fault:
+    """Return what is not finite in a step; all processes call this and get the same answer."""
+    bad = torch.isfinite(batch.loss).logical_not()
+    place = int((bad if bad.any() else batch.loss).float().argmax())
+    parameter = next(
+        (
+            name
+            for name, p in student.network.named_parameters()
+            if p.grad is not None and not torch.isfinite(p.grad).all()
+        ),
+        None,
+    )
+    round_, image = divmod(place, len(batch.loss) // len(batch.shards))
+    sigma, loss = float(batch.sigma[place]), float(batch.loss[place])
+    faults = group.gather(Fault(parameter, batch.shards[round_], image, sigma, loss))
+    return max(faults, key=lambda f: f.loss if math.isfinite(f.loss) else math.inf)
+
+
+def is_overflow(fault: Fault, scaler: GradScaler | None) -> bool:
+    """Tell whether a smaller scale of the loss may mend the fault, and can still be had."""
+    if scaler is None or fault.parameter is None or not math.isfinite(fault.loss):
+        return False
+    return scaler.get_scale() >= MIN_SCALE
+
+
+def told(fault: Fault | None, scaler: GradScaler | None) -> str:
+    """Return a fault in words, "" for none."""
+    if fault is None:
+        return ""
+    scale = f"; the loss is scaled by {scaler.get_scale():g} now" if scaler is not None else ""
+    return f"{fault}{scale}"

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from torch.amp import GradScaler
 
 from cmtool.core import checkpoint as module
 from cmtool.core.checkpoint import (
@@ -55,6 +56,40 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
         "model.safetensors", "target.safetensors", "ema.safetensors", "optimizer.safetensors",
         "state.json", "manifest.json",
     }  # fmt: skip
+
+
+def test_a_run_in_fp16_goes_on_bit_equal_with_its_scale(tmp_path):
+    def start():
+        state = train_state(model())
+        state.scaler = GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
+        return state
+
+    def go_on(state, steps):
+        heavy = objective(lambda sigma: torch.full_like(sigma, 100.0))
+        half = settings(steps=steps, precision="fp16")
+        return [info.skipped for info in fit(state, heavy, data, lambda k, n: Stage(5, 0.9), half)]
+
+    straight, stopped, resumed = start(), start(), start()
+    skipped = go_on(straight, 30)
+    assert any(skipped[:18])
+    assert not all(skipped[:18])
+    assert any(skipped[18:])
+    go_on(stopped, 18)
+    load_checkpoint(save_checkpoint(tmp_path, stopped, {}), resumed)
+    assert go_on(resumed, 30) == skipped[18:]
+    same(straight, resumed)
+    assert straight.scaler.state_dict() == resumed.scaler.state_dict()
+
+
+def test_the_layout_of_weights_does_not_show_in_a_checkpoint(tmp_path):
+    state, other = trained(), train_state(model())
+    before = save_checkpoint(tmp_path / "a", state, {})
+    state.student.to(memory_format=torch.channels_last)
+    after = save_checkpoint(tmp_path / "b", state, {})
+    assert (after / "manifest.json").read_text() == (before / "manifest.json").read_text()
+    other.student.to(memory_format=torch.channels_last)
+    load_checkpoint(after, other)
+    same(state, other)
 
 
 def test_a_resumed_run_ends_bit_equal(tmp_path):

@@ -1,19 +1,30 @@
 import copy
+import json
 import math
 import time
 
 import pytest
 import torch
 from torch import nn
+from torch.amp import GradScaler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmtool.core.distances import l2
 from cmtool.core.ema import Ema, frozen_copy
-from cmtool.core.losses import consistency_objective, noise_pair, uniform_weight
+from cmtool.core.losses import LossBatch, consistency_objective, noise_pair, uniform_weight
 from cmtool.core.networks.mlp import Mlp, MlpOptions
 from cmtool.core.noise import NoiseRange, Stage, consistency_training, karras_sigmas, uniform
 from cmtool.core.precond import Preconditioned, consistency_scalings, log_label
 from cmtool.core.rng import step_generator
-from cmtool.core.trainer import FitSettings, TrainState, fit, learning_rate
+from cmtool.core.trainer import (
+    Diverged,
+    FitSettings,
+    TrainState,
+    counters,
+    fit,
+    learning_rate,
+    set_counters,
+)
 from cmtool.errors import DivergedError
 
 BATCH = 8
@@ -30,9 +41,9 @@ def data(step, shard, size=BATCH):
     return torch.randn(BATCH, 2, 1, 1, generator=g)[shard * size : (shard + 1) * size], None
 
 
-def objective():
+def objective(weight=uniform_weight):
     return consistency_objective(
-        uniform, lambda x, h, lo, z, y: noise_pair(x, h, lo, z), l2, uniform_weight, NoiseRange()
+        uniform, lambda x, h, lo, z, y: noise_pair(x, h, lo, z), l2, weight, NoiseRange()
     )
 
 
@@ -140,12 +151,199 @@ def test_a_step_that_is_not_finite_changes_nothing():
         x, labels = data(step, shard)
         return x * float("nan"), labels
 
-    with pytest.raises(DivergedError, match="3 steps in a row, to step 2"):
+    with pytest.raises(DivergedError, match="3 steps in a row, to step 3"):
         list(fit(state, objective(), broken, lambda k, n: Stage(5, 0.9), settings(max_bad_steps=3)))
     for name, tensor in state.student.state_dict().items():
         assert torch.equal(tensor, before[name])
     for ema in [state.target, state.emas["ema"].model]:
         assert all(torch.isfinite(p).all() for p in ema.parameters())
+
+
+def everything(state):
+    """Every tensor that a step may change."""
+    modules = [state.student, state.target, *(ema.model for ema in state.emas.values())]
+    moments = [t for buffers in state.optimizer.state.values() for t in buffers.values()]
+    return [t.clone() for m in modules for t in m.state_dict().values()] + moments
+
+
+def broken_at(*steps):
+    def broken(step, shard):
+        x, labels = data(step, shard)
+        if step in steps:
+            x[5] = torch.nan
+        return x, labels
+
+    return broken
+
+
+def fixed(k, total):
+    return Stage(5, 0.9)
+
+
+def test_a_skipped_step_leaves_every_bit():
+    state = train_state(model())
+    steps = fit(state, objective(), broken_at(4), fixed, settings())
+    for _ in range(4):
+        assert not next(steps).skipped
+    before = copy.deepcopy(everything(state))
+    assert next(steps).skipped
+    for mine, theirs in zip(everything(state), before, strict=True):
+        assert torch.equal(mine, theirs)
+    assert not next(steps).skipped
+    assert state.bad_steps == 0
+
+
+def test_a_fault_names_step_image_and_level():
+    state = train_state(model())
+    infos = list(fit(state, objective(), broken_at(4), fixed, settings(steps=5)))
+    sigma = float(infos[4].sigma[5])
+    assert infos[4].fault == f"the loss of image 5 of shard 0 at sigma {sigma:.6g} is nan"
+    assert [info.fault for info in infos[:4]] == [""] * 4
+
+
+def test_a_fault_names_the_first_parameter_whose_gradient_is_not_finite():
+    def steep(student, target, x0, labels, stage, generator):
+        """A finite loss whose slope is infinite, as that of a root at 0."""
+        weight = student.network.layers[2].weight
+        loss = (weight - weight.detach()).square().sum().sqrt() + student(x0, torch.ones(BATCH))
+        return LossBatch(loss.square().flatten(1).mean(1), torch.arange(BATCH) + 1.0)
+
+    state = train_state(model())
+    info = next(fit(state, steep, data, fixed, settings()))
+    assert info.skipped
+    assert torch.isfinite(info.loss).all()
+    worst = int(info.loss.argmax())
+    assert info.fault.startswith("the gradient of layers.2.weight is not finite;")
+    assert f"has image {worst} of shard 0 at sigma {worst + 1}" in info.fault
+
+
+def test_a_loss_that_is_not_finite_is_never_passed_by():
+    """The slope of |x - y| at infinity is 1: the gradient alone would not tell."""
+
+    def far(student, target, x0, labels, stage, generator):
+        out = student(x0, torch.ones(BATCH)).flatten(1).sum(1)
+        return LossBatch((out + torch.inf).abs(), torch.ones(BATCH))
+
+    state = train_state(model())
+    before = everything(state)
+    assert next(fit(state, far, data, fixed, settings())).skipped
+    assert all(torch.equal(a, b) for a, b in zip(everything(state), before, strict=True))
+
+
+def test_a_run_that_diverges_hands_over_what_its_last_step_saw():
+    state = train_state(model())
+    blind = objective()
+
+    def halves(step, shard):
+        x, _ = data(step, shard, BATCH // 2)
+        return x * (torch.nan if step > 2 else 1), torch.arange(4)
+
+    def unlabelled(student, target, x0, labels, stage, generator):
+        return blind(student, target, x0, None, stage, generator)
+
+    with pytest.raises(Diverged) as raised:
+        list(fit(state, unlabelled, halves, fixed, settings(max_bad_steps=2, rounds=2)))
+    batch, info = raised.value.batch, raised.value.info
+    assert (info.step, batch.shards, batch.x0.shape) == (5, (0, 1), (BATCH, 2, 1, 1))
+    assert torch.isnan(batch.x0).all()
+    assert torch.isnan(batch.loss).all()
+    assert torch.equal(batch.labels, torch.arange(4).repeat(2))
+    assert torch.isfinite(batch.sigma).all()
+    assert "to step 5: the loss of image 0 of shard 0" in raised.value.what
+    assert state.step == 4
+
+
+def test_a_skipped_last_step_of_a_stage_hands_its_student_on():
+    state = train_state(model())
+    stages = lambda k, total: Stage(5, 0.0 if k == 2 else 1.0)  # noqa: E731
+    steps = fit(state, objective(), broken_at(2), stages, settings())
+    for _ in range(3):
+        next(steps)
+    for p, q in zip(state.target.parameters(), state.student.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that the host reads from tensors, but for whole numbers: random seeds."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.count += args[0].dtype != torch.int64
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_host_reads_one_value_a_step(scaled):
+    state = train_state(model())
+    state.optimizer = torch.optim.SGD(state.student.parameters(), lr=1e-2)  # it counts no steps
+    state.scaler = GradScaler("cpu") if scaled else None
+    with Reads() as reads:
+        list(fit(state, objective(), data, fixed, settings(steps=5, max_grad_norm=1.0)))
+    assert reads.count == 5
+
+
+def test_an_overflow_lowers_the_scale_and_is_no_bad_step():
+    state = train_state(model())
+    state.scaler = GradScaler("cpu", init_scale=2.0**127)
+    heavy = objective(lambda sigma: torch.full_like(sigma, 1e6))
+    infos = list(fit(state, heavy, data, fixed, settings(max_bad_steps=1)))
+    count = sum(info.skipped for info in infos)
+    assert infos[0].skipped
+    assert 1 < count < 20
+    assert state.scaler.get_scale() == 2.0 ** (127 - count)
+    assert f"the loss is scaled by {2.0**126:g} now" in infos[0].fault
+
+
+def test_the_scale_drops_out_of_the_step():
+    plain, scaled = train_state(model()), train_state(model())
+    scaled.scaler = GradScaler("cpu", init_scale=2.0**20)
+    for state in (plain, scaled):
+        list(fit(state, objective(), data, fixed, settings(max_grad_norm=0.1)))
+    for p, q in zip(plain.student.parameters(), scaled.student.parameters(), strict=True):
+        assert torch.equal(p, q)  # a power of two costs no bit
+
+
+def test_a_loss_that_is_not_finite_is_a_bad_step_at_any_scale():
+    state = train_state(model())
+    state.scaler = GradScaler("cpu")
+    with pytest.raises(Diverged, match="2 steps in a row, to step 6"):
+        list(fit(state, objective(), broken_at(4, 5), fixed, settings(max_bad_steps=2)))
+
+
+def test_an_overflow_counts_when_the_scale_has_collapsed():
+    def steep(student, target, x0, labels, stage, generator):
+        weight = student.network.layers[0].weight
+        loss = (weight - weight.detach()).square().sum().sqrt() + torch.ones(BATCH)
+        return LossBatch(loss, torch.ones(BATCH))
+
+    state = train_state(model())
+    state.scaler = GradScaler("cpu", init_scale=8.0)
+    with pytest.raises(Diverged, match="3 steps in a row, to step 6"):  # 4, 2, 1; then 0.5, ...
+        list(fit(state, steep, data, fixed, settings(max_bad_steps=3)))
+
+
+def test_counters_come_back():
+    state, other = train_state(model()), train_state(model())
+    state.scaler, other.scaler = GradScaler("cpu", growth_interval=3), GradScaler("cpu")
+    list(fit(state, objective(), broken_at(6, 7), fixed, settings(steps=8)))
+    set_counters(other, json.loads(json.dumps(counters(state))))
+    assert counters(other) == counters(state)
+    assert (other.step, other.bad_steps, other.scaler.get_scale()) == (8, 2, 2.0**16)
+    set_counters(other, {"step": 3})  # as version 0.1 wrote it
+    assert other.step == 3
+
+
+def test_the_first_update_of_a_ramp_copies():
+    state = train_state(model())
+    state.emas = {"ema": Ema(state.student, halflife_images=1e6, rampup=0.05)}
+    next(fit(state, objective(), data, fixed, settings()))
+    average = state.emas["ema"].model.parameters()
+    for p, q in zip(average, state.student.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_one_bad_step_is_skipped_and_forgiven():

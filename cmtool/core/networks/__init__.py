@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.core.networks.adm import Adm, AdmOptions, ResBlock
+from cmtool.core.networks.layers import AttentionBlock
 from cmtool.core.networks.mlp import Mlp, MlpOptions
-from cmtool.core.networks.song import Song, SongOptions
+from cmtool.core.networks.song import Song, SongBlock, SongOptions
 
 
 class NetworkKind(NamedTuple):
@@ -18,10 +19,12 @@ class NetworkKind(NamedTuple):
     options: type[Any]
     build: Callable[..., nn.Module]
     """`(options, channels, num_classes) -> module`."""
+    blocks: tuple[type[nn.Module], ...] = ()
+    """Modules with an attribute `again`: computed a second time in the backward pass, not kept."""
 
 
 NETWORKS: dict[str, NetworkKind] = {
-    "adm": NetworkKind(AdmOptions, Adm),
+    "adm": NetworkKind(AdmOptions, Adm, (ResBlock, AttentionBlock)),
     "mlp": NetworkKind(MlpOptions, Mlp),
-    "song": NetworkKind(SongOptions, Song),
+    "song": NetworkKind(SongOptions, Song, (SongBlock,)),
 }

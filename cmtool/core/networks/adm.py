@@ -18,6 +18,7 @@ from cmtool.core.networks.layers import (
     check_labels,
     check_options,
     check_size,
+    computed,
     downsampled,
     sinusoidal_embedding,
     upsampled,
@@ -72,6 +73,7 @@ class ResBlock(nn.Module):
         self, channels: int, out_channels: int, emb_channels: int, o: AdmOptions, resample: str = ""
     ) -> None:
         super().__init__()
+        self.again = False
         self.resample = resample
         self.scale_shift = o.scale_shift
         emb_width = 2 * out_channels if o.scale_shift else out_channels
@@ -95,6 +97,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Return (B, out_channels, H', W') for x (B, channels, H, W) and emb (B, emb_channels)."""
+        return computed(self.residual, x, emb, self.again)
+
+    def residual(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Return what `forward` does."""
         norm, activation, conv = self.in_layers
         h = conv(resampled(activation(norm(x)), self.resample))
         x = resampled(x, self.resample)

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from cmtool.errors import InputError
 
 MAX_BLOCKS = 64
+
+
+def computed(inside: Callable[..., Tensor], x: Tensor, emb: Tensor | None, again: bool) -> Tensor:
+    """Return inside(x, emb); with `again` its steps are not kept but computed again for backward.
+
+    Dropout then draws the same masks a second time: the state of the generators is kept.
+    """
+    if not (again and torch.is_grad_enabled()):
+        return inside(x, emb)
+    h: Tensor = checkpoint(inside, x, emb, use_reentrant=False, preserve_rng_state=True)
+    return h
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -37,6 +49,7 @@ class AttentionBlock(nn.Module):
             raise ValueError(
                 f"{channels} channels are no multiple of head_channels {head_channels}"
             )
+        self.again = False
         self.num_heads = channels // head_channels
         self.norm = norm
         self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
@@ -44,6 +57,10 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """Return (B, C, H, W) for x (B, C, H, W); the embedding is not used."""
+        return computed(self.residual, x, emb, self.again)
+
+    def residual(self, x: Tensor, emb: Tensor | None) -> Tensor:
+        """Return what `forward` does."""
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x))
         heads = qkv.reshape(b, 3, self.num_heads, c // self.num_heads, h * w).transpose(-1, -2)
@@ -62,7 +79,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    weights = logits.float().softmax(-1) if logits.dtype == torch.bfloat16 else logits.softmax(-1)
+    half = logits.dtype in (torch.bfloat16, torch.float16)
+    weights = logits.float().softmax(-1) if half else logits.softmax(-1)
     return weights.to(v.dtype) @ v
 
 

@@ -19,6 +19,7 @@ from cmtool.core.networks.layers import (
     GroupNorm32,
     check_options,
     check_size,
+    computed,
     downsampled,
     one_hot,
     sinusoidal_embedding,
@@ -72,6 +73,7 @@ class SongBlock(nn.Module):
         attention: bool = False,
     ) -> None:
         super().__init__()
+        self.again = False
         self.resample = resample
         self.taps = o.resample_filter
         self.norm0 = group_norm(channels)
@@ -93,6 +95,10 @@ class SongBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Return (B, out_channels, H', W') for x (B, channels, H, W) and emb (B, emb_channels)."""
+        return computed(self.residual, x, emb, self.again)
+
+    def residual(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Return what `forward` does."""
         h = self.conv0(self.resampled(F.silu(self.norm0(x))))
         h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
         h = self.conv1(self.dropout(h))
