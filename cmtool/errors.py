@@ -63,7 +63,7 @@ class ThresholdError(UserError):
 class Stopped(UserError):
     """A signal ended the work after everything was saved; exit code 128 + the signal's number."""
 
-    def __init__(self, what: str, hint: str, signal_number: int) -> None:
+    def __init__(self, what: str, hint: str = "", signal_number: int = 0) -> None:
         super().__init__(what, hint)
         self.exit_code = 128 + signal_number  # type: ignore[misc]  # per instance: one per signal
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -39,11 +36,14 @@ from cmtool.presets import Card, Preset
 from cmtool.progress import Clock, Meter, Progress, Watcher, log_line
 from cmtool.report import picture, read_log, write_summary
 from cmtool.rundir import (
+    LogFile,
     StatusWriter,
     check_same,
     clear_run,
+    clear_temporary,
     locked,
     prepare_folder,
+    refuse_busy,
     resume_state,
     status,
     trim_log,
@@ -51,14 +51,13 @@ from cmtool.rundir import (
     write_run_files,
 )
 from cmtool.sampling import generate, plan
+from cmtool.stop import Stop, stop_signals, stopped
 from cmtool.utilisation import ideal_seconds
 
 GRID_SEEDS = range(40)
 GRID_COLUMNS = 10
 TIMEOUT = 120.0
 """Seconds without an answer from another process."""
-PAUSE = 1000
-"""A reason to stop that is no signal: the time is up."""
 
 
 def train(
@@ -82,27 +81,27 @@ def train(
     """
     if resume and overwrite:
         raise UserError("--resume and --overwrite", "give one of them")
-    started = time.monotonic()
-    data = load_dataset(
-        preset.data.path, size=preset.model.image_size, channels=preset.model.channels,
-        fit=preset.data.fit,
-    )  # fmt: skip
-    check_fit(preset, data, teacher)
-    chosen = plan(preset)  # what the sample grids will use
-    build_sampler(chosen.sampler)
-    check_levels(chosen.sigmas, preset.noise.sigma_min)
-    objective = build_objective(preset, teacher.f if teacher else None)
-    curriculum = build_curriculum(preset)
-    curriculum(0, preset.train.steps)
-    state = build_state(preset, teacher, device)
-    rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    shards = preset.train.accumulate * world_size
-    microbatch = batches(
-        data, batch=preset.train.batch, shards=shards, seed=preset.train.seed, device=device,
-        flip=preset.data.flip, workers=preset.data.workers, rank=rank, world_size=world_size,
-    )  # fmt: skip
-    group = dist.join(rank, world_size, device, TIMEOUT)
-    with ExitStack() as stack:
+    with stop_signals(max_seconds) as stop, ExitStack() as stack:
+        refuse_busy(out)
+        data = load_dataset(
+            preset.data.path, size=preset.model.image_size, channels=preset.model.channels,
+            fit=preset.data.fit,
+        )  # fmt: skip
+        check_fit(preset, data, teacher)
+        chosen = plan(preset)  # what the sample grids will use
+        build_sampler(chosen.sampler)
+        check_levels(chosen.sigmas, preset.noise.sigma_min)
+        objective = build_objective(preset, teacher.f if teacher else None)
+        curriculum = build_curriculum(preset)
+        curriculum(0, preset.train.steps)
+        state = build_state(preset, teacher, device)
+        rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+        shards = preset.train.accumulate * world_size
+        microbatch = batches(
+            data, batch=preset.train.batch, shards=shards, seed=preset.train.seed, device=device,
+            flip=preset.data.flip, workers=preset.data.workers, rank=rank, world_size=world_size,
+        )  # fmt: skip
+        group = dist.join(rank, world_size, device, TIMEOUT)
         stack.callback(dist.leave)
         preset, origins = with_precision(preset, origins or {}, group.tell(best_precision(device)))
 
@@ -113,18 +112,19 @@ def train(
                 check_same(out, preset, data, teacher)
 
         agreed(group, claim)
+        if world_size == 1:  # several processes must agree on a step
+            microbatch = stop.interruptible(microbatch)
         steps = fit(state, objective, microbatch, curriculum, fit_settings(preset, group))
-        caught = stack.enter_context(stop_signals())
-        stop = Stop(caught, None if max_seconds is None else started + max_seconds)
         job = Job(preset, out, watcher, teacher, device, group)
         if not group.leads:
             if resume:
                 resume_state(out, state, watcher)
+            stop.at_once = False
             with contact(group, state, preset):
                 work(job, state, steps, stop, None)
             return out / "checkpoints" / f"step-{state.step:07d}"
         with status(out) as write_status:
-            checkpoint.clear_temporary(out / "checkpoints")
+            clear_temporary(out)
             if resume:
                 resume_state(out, state, watcher)
                 trim_log(out, state.step)
@@ -133,9 +133,10 @@ def train(
             write_run_files(out, preset, origins, data, teacher)
             write_status(step=state.step)
             saved = state.step if resume else -1
+            stop.at_once = False
             with contact(group, state, preset), Desk(job, write_status, saved) as desk:
                 work(job, state, steps, stop, desk)
-            summarise(out, preset, state, teacher, device)
+                desk.summarise(state, teacher)
             write_status(state="done", step=state.step, exit_code=0)
     return out / "checkpoints" / f"step-{state.step:07d}"
 
@@ -151,24 +152,6 @@ def agreed(group: Group, action: Callable[[], None]) -> None:
     error = group.tell(error)
     if error is not None:
         raise error
-
-
-class Stop:
-    """Whether to stop: a signal's number, or PAUSE when the time is up or the parent is gone."""
-
-    def __init__(self, caught: list[int], deadline: float | None) -> None:
-        self.caught = caught
-        self.deadline = deadline
-        self.parent = os.getppid()
-
-    def reason(self) -> int:
-        """Return the reason to stop now, 0 for none."""
-        if self.caught:
-            return self.caught[0]
-        if os.getppid() != self.parent:  # torchrun was killed and left us behind
-            return signal.SIGTERM
-        late = self.deadline is not None and time.monotonic() > self.deadline
-        return PAUSE if late else 0
 
 
 class Job(NamedTuple):
@@ -203,7 +186,10 @@ def due(preset: Preset, step: int, end: Diverged | None) -> Due:
 
 
 class Desk:
-    """The writing of the leading process: log, status, checkpoints, samples."""
+    """The writing of the leading process: log, status, checkpoints, samples.
+
+    A run goes on without all but the last checkpoint, and says so.
+    """
 
     def __init__(self, job: Job, write_status: StatusWriter, saved: int) -> None:
         preset, self.job, self.write_status = job.preset, job, write_status
@@ -216,27 +202,64 @@ class Desk:
             job.out / "checkpoints", about, keep=preset.run.keep, note=job.watcher.note
         )
         self.saver.saved = saved
-        self.log_file = (job.out / "log.jsonl").open("a", encoding="utf-8")
+        self.log_file = LogFile(job.out / "log.jsonl")
+        self.failing: set[str] = set()
 
     def __enter__(self) -> Desk:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.log_file.close()
-        if self.saver.thread is not None:
-            self.saver.thread.join()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Exception):  # a second Ctrl-C waits for nothing
+            self.saver.close()
+
+    @contextmanager
+    def expendable(self, what: str) -> Iterator[None]:
+        """Tell that something cannot be written, once until it works again, and go on."""
+        try:
+            yield
+        except (OSError, ResourceError) as error:
+            if what not in self.failing:
+                self.job.watcher.note(f"{what} cannot be written: going on without it; {error}")
+            self.failing.add(what)
+        else:
+            self.failing.discard(what)
 
     def log(self, line: dict[str, Any]) -> None:
         """Write a line of log.jsonl, and what of it belongs into status.json."""
-        self.log_file.write(json.dumps(line) + "\n")
-        self.log_file.flush()
-        self.write_status(state="running", step=line["step"])
+        with self.expendable("log.jsonl"):
+            self.log_file.write(line)
+        with self.expendable("status.json"):
+            self.write_status(state="running", step=line["step"])
 
     def samples(self, state: TrainState) -> None:
         """Write samples/step-NNNNNNN.png, the same seeds each time."""
         images = grid_samples(kept_model(state), self.job.preset, self.job.device)
         path = self.job.out / "samples" / f"step-{state.step:07d}.png"
-        checkpoint.write_atomic(path, png_bytes(picture(images, GRID_COLUMNS)))
+        with self.expendable("the sample grid"):
+            checkpoint.write_atomic(path, png_bytes(picture(images, GRID_COLUMNS)))
+
+    def summarise(self, state: TrainState, teacher: Model | None) -> None:
+        """Write summary.png."""
+        with self.expendable("summary.png"):
+            summarise(self.job.out, self.job.preset, state, teacher, self.job.device)
+
+
+def saved_first(steps: Iterator[StepInfo], state: TrainState, desk: Desk) -> Iterator[StepInfo]:
+    """Yield the steps; when images fail to come, or a signal ends the wait, save before the end."""
+    first = state.step
+    try:
+        yield from steps
+    except Diverged:
+        raise
+    except UserError as error:
+        desk.saver.close()
+        if state.step > max(first, desk.saver.saved):
+            desk.saver.save(state, wait=True)
+        desk.write_status(step=state.step)
+        if isinstance(error, Stopped) and state.step:
+            number = error.exit_code - 128
+            raise stopped(number, state.step, desk.saver.seconds, desk.job.out) from None
+        raise
 
 
 def work(
@@ -247,7 +270,13 @@ def work(
     ideal = ideal_seconds(preset, job.teacher, job.device, group.world_size) if desk else None
     clock, meter = Clock(state.step, preset), Meter(noise_range(preset), job.device)
     line: dict[str, Any] = {}
+    is_first = True
+    if desk and group.world_size == 1:
+        steps = saved_first(steps, state, desk)
     for info, end in until_divergence(steps):
+        if desk and is_first:  # now the optimizer has its moments
+            desk.saver.prepare(state)
+            is_first = False
         now = due(preset, info.step, end)
         meter.add(info)
         if desk and info.skipped:
@@ -257,6 +286,7 @@ def work(
             if desk:
                 desk.log(line)
         if desk:
+            desk.saver.poll()
             left = clock.seconds_left(info.step)
             job.watcher.progress(Progress(info.step, preset.train.steps, left, line, now.log_line))
         if end is not None:
@@ -267,7 +297,7 @@ def work(
         if reason:
             if desk:
                 desk.write_status(step=info.step)
-            raise stopped(reason, info.step, job.out)
+            raise stopped(reason, info.step, desk.saver.seconds if desk else 0.0, job.out)
         if desk and now.samples:
             began = time.monotonic()
             desk.samples(state)
@@ -329,14 +359,6 @@ def out_of_memory(error: Exception, preset: Preset, group: Group, step: int) -> 
     )
 
 
-def stopped(reason: int, step: int, out: Path) -> UserError:
-    """Return the error that ends a run which was stopped after saving."""
-    hint = f"go on with --resume --out {out}"
-    if reason == PAUSE:
-        return Paused(f"the time is up; saved step {step}", hint)
-    return Stopped(f"stopped by signal {reason} after saving step {step}", hint, reason)
-
-
 def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:
     """Raise InputError unless data, preset and teacher agree on size, channels and classes."""
     h, w = preset.model.image_size
@@ -358,25 +380,6 @@ def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:
             f"{teacher.source} is a consistency model, not a teacher",
             "give a model trained with an edm preset",
         )
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that receives the number of a stopping signal; a second Ctrl-C ends at once."""
-    caught: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        if caught and number == signal.SIGINT:
-            raise SystemExit(130)
-        caught.append(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.signal(number, note) for number in numbers]
-    try:
-        yield caught
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def grid_samples(

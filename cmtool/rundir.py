@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from filelock import FileLock, Timeout
@@ -24,12 +25,22 @@ from cmtool.core.dist import Group
 from cmtool.core.formats.native import write_weights
 from cmtool.core.images import png_bytes
 from cmtool.core.trainer import Diverged, TrainState
-from cmtool.errors import BusyError, InputError, Paused, Stopped, UserError
+from cmtool.errors import (
+    BusyError,
+    InputError,
+    Paused,
+    ResourceError,
+    Stopped,
+    UserError,
+    is_full,
+)
 from cmtool.presets import Preset, load_preset
 from cmtool.report import picture, read_log
 from cmtool.toml import to_toml
 
 FREE_TO_CHANGE = ("description", "run")
+TEMPORARY = r"\..+\.[0-9]+\.tmp"
+"""The names that a file has while it is written."""
 
 
 def is_run(out: Path) -> bool:
@@ -46,7 +57,7 @@ def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model |
         raise InputError(f"no run to resume in {out}", "leave --resume out to start one")
     if is_run(out) and not resume and not overwrite:
         raise UserError(f"{out} holds a run already", "go on with --resume, or --overwrite it")
-    if out.exists() and not is_run(out) and any(p.name != ".lock" for p in out.iterdir()):
+    if out.exists() and not is_run(out) and not _only_begun(out):
         raise UserError(f"{out} is not empty and not a run", "give a new folder with --out")
     if overwrite and teacher and out.resolve() in [p.resolve() for p in _above(teacher.source)]:
         raise UserError(f"the teacher is in {out}", "overwriting it would lose it: change --out")
@@ -55,6 +66,23 @@ def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model |
         (out / "samples").mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}", "give another --out") from None
+
+
+def _only_begun(out: Path) -> bool:
+    """Tell whether a folder is empty but for what a run makes before it is one."""
+    ours = {".lock", "checkpoints", "samples"}
+    if "pid" in _read_json(out / "status.json"):
+        ours |= {"status.json", "preset.toml"}
+    made = [p for p in out.iterdir() if not re.fullmatch(TEMPORARY, p.name)]
+    inside = [p for name in ("checkpoints", "samples") for p in (out / name).glob("*")]
+    return {p.name for p in made} <= ours and not inside
+
+
+def refuse_busy(out: Path) -> None:
+    """Raise BusyError while another process holds the run folder, before time is spent on data."""
+    if (out / ".lock").is_file():
+        with locked(out):
+            pass
 
 
 def _above(source: str) -> list[Path]:
@@ -109,23 +137,62 @@ def status(out: Path) -> Iterator[StatusWriter]:
 
     def write(**fields: object) -> None:
         facts.update(fields)
-        checkpoint.write_json(out / "status.json", facts)
+        try:
+            ended = facts["state"] != "running"
+            checkpoint.write_json(out / "status.json", facts, durable=ended)
+        except ResourceError:  # in place no room is needed
+            _overwrite(out / "status.json", json.dumps(facts, indent=1, sort_keys=True))
+
+    def end(state: str, code: object, error: str | None = None) -> None:
+        with suppress(OSError):  # what ended the run is told all the same
+            write(state=state, exit_code=code, **({"error": error} if error else {}))
 
     write()
     try:
         yield write
     except (Stopped, Paused) as stop:
-        write(state="stopped", exit_code=stop.exit_code)
+        end("stopped", stop.exit_code)
         raise
     except UserError as error:
-        write(state="failed", exit_code=error.exit_code, error=error.what)
+        end("failed", error.exit_code, error.what)
         raise
-    except SystemExit as end:
-        write(state="stopped", exit_code=end.code, error="stopped without saving")
+    except SystemExit as stop:
+        end("stopped", stop.code, "stopped without saving")
         raise
     except BaseException as error:
-        write(state="failed", exit_code=1, error=repr(error))
+        end("failed", 1, repr(error))
         raise
+
+
+def _overwrite(path: Path, text: str) -> None:
+    with path.open("r+") as file:
+        file.write(text + "\n")
+        file.truncate()
+
+
+class LogFile:
+    """log.jsonl; lines that find no room wait for the next one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.waiting: list[str] = []
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line and those that wait, or nothing. Raises ResourceError on a full disk."""
+        self.waiting.append(json.dumps(line) + "\n")
+        content = "".join(self.waiting).encode()
+        with self.path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                written = file.write(content)
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                written = 0
+            if written < len(content):
+                file.truncate(end)
+                raise ResourceError(f"no room on the disk for {self.path}", "free some")
+        self.waiting.clear()
 
 
 def check_same(out: Path, preset: Preset, data: Dataset, teacher: Model | None) -> None:
@@ -174,6 +241,15 @@ def trim_log(out: Path, step: int) -> None:
     checkpoint.write_atomic(log, "".join(json.dumps(k) + "\n" for k in kept).encode())
 
 
+def clear_temporary(out: Path) -> None:
+    """Remove what a process that was killed had half written; called under the lock."""
+    checkpoint.clear_temporary(out / "checkpoints")
+    for folder in (out, out / "checkpoints", out / "samples"):
+        for left in folder.glob(".*.tmp"):
+            if re.fullmatch(TEMPORARY, left.name):
+                left.unlink()
+
+
 def clear_run(out: Path) -> None:
     """Remove an earlier run's own files, and no others; called under the lock."""
     checkpoint.prune_all(out / "checkpoints")
@@ -188,7 +264,8 @@ def write_run_files(
 ) -> None:
     """Write preset.toml and run.json."""
     if not (out / "preset.toml").is_file():  # a resumed run keeps its own, with its origins
-        checkpoint.write_atomic(out / "preset.toml", to_toml(preset, origins).encode())
+        content = to_toml(preset, origins).encode()
+        checkpoint.write_atomic(out / "preset.toml", content, durable=True)
     facts = {
         "arguments": sys.argv[1:],
         "versions": {
@@ -201,7 +278,7 @@ def write_run_files(
         "seed": preset.train.seed,
         **run_inputs(data, teacher),
     }
-    checkpoint.write_json(out / "run.json", facts)
+    checkpoint.write_json(out / "run.json", facts, durable=True)
 
 
 def write_failure(out: Path, error: Diverged, preset: Preset, group: Group) -> Path:

@@ -6,13 +6,14 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
 import typer
 
 from cmtool import __version__
 from cmtool.cli import checkpoint, data, demo, edit, evaluate, preset, sample, train
 from cmtool.cli._options import say
-from cmtool.errors import InputError, UserError
+from cmtool.errors import InputError, ResourceError, Stopped, UserError, is_full
 
 app = typer.Typer(
     name="cmtool",
@@ -58,9 +59,15 @@ def _root(
     pass
 
 
+def _stop(number: int, _: FrameType | None) -> None:
+    """Leave in order, without half-written files; a training run takes signals itself."""
+    raise Stopped(f"stopped by signal {number}", "", number)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; a UserError becomes two lines on stderr and its exit code."""
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, _stop)
     # a stream the caller closed is None, and print(file=None) would write to the other one
     sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
@@ -68,6 +75,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         app(argv)
     except OSError as error:
+        if is_full(error):
+            say(f"error: no room on the disk for {error.filename or 'the output'}")
+            say("hint: free some")
+            sys.exit(ResourceError.exit_code)
         if error.filename is None:
             raise
         say(f"error: {error.strerror}: {error.filename}")

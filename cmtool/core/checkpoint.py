@@ -197,6 +197,13 @@ class Saver:
             raise error
         self.note(f"{error.what}: going on without it; {error.hint}")
 
+    def close(self) -> None:
+        """Wait for a write that goes on, and tell what went wrong with it; what ends is ending."""
+        try:
+            self.finish(final=False)
+        except Exception as error:  # the end has a cause of its own
+            self.note(f"while saving: {error}")
+
     def _start(self, work: Callable[[], None]) -> None:
         """Run `work` in a thread, which a second Ctrl-C does not wait for."""
         self.thread = threading.Thread(target=work, daemon=True)
