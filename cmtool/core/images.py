@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from cmtool.errors import InputError, UserError, nearest
@@ -16,6 +19,7 @@ from cmtool.errors import InputError, UserError, nearest
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 64_000_000
+T = TypeVar("T")
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -37,40 +41,95 @@ def read_image(source: Path | bytes, name: str = "", mode: str = "RGB") -> Tenso
     EXIF rotation is applied, alpha is laid on white, 16-bit grey is scaled to 8 bits. Raises
     InputError naming the file when it is missing, not an image, truncated, or over 64 megapixels.
     """
+    return _opened(source, name, lambda image: _tensor(_flat(_upright(image), mode)))
+
+
+def image_mode(source: Path | bytes, name: str = "") -> str:
+    """Return how an image file stores its pixels: RGB, L, P, CMYK, I;16 ..., "rotated" by EXIF."""
+
+    def mode(image: Image.Image) -> str:
+        return f"{image.mode} rotated" if _orientation(image) in TURNS else image.mode
+
+    return _opened(source, name, mode)
+
+
+def _opened(source: Path | bytes, name: str, use: Callable[[Image.Image], T]) -> T:
     shown = name or str(source if isinstance(source, Path) else "the image on stdin")
     if isinstance(source, Path) and not source.is_file():
         raise InputError(f"no such image: {shown}", "check the path")
     try:
-        with Image.open(
-            source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS
-        ) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise InputError(
-                    f"{shown} has {opened.width}x{opened.height} pixels", "the limit is 64 million"
-                )
-            opened.load()
-            image = _flat(ImageOps.exif_transpose(opened), mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, refused here, and of odd EXIF
+            with Image.open(
+                source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS
+            ) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise InputError(
+                        f"{shown} has {image.width}x{image.height} pixels",
+                        "the limit is 64 million",
+                    )
+                return use(image)
     except UnidentifiedImageError:
         raise InputError(
             f"{shown} is not an image cmtool reads", f"use one of {', '.join(FORMATS)}"
         ) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError
+    ) as error:  # fmt: skip
         raise InputError(f"{shown} cannot be decoded: {error}", "replace the file") from None
+
+
+def _tensor(image: Image.Image) -> Tensor:
     array = np.array(image)
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
 
+def _orientation(image: Image.Image) -> int:
+    return int(image.getexif().get(0x0112, 1))
+
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by EXIF's orientation."""
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return the image turned as its EXIF data say."""
+    image.load()
+    turn = TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
 def _flat(image: Image.Image, mode: str) -> Image.Image:
     """Return the image without alpha or palette, 8 bits a channel, in `mode`."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, of a range nobody knows")
     if image.mode.startswith("I"):  # Pillow clips 16-bit grey to white when asked for RGB
-        return Image.fromarray(
-            (np.asarray(image, np.float64) / 257).round().astype(np.uint8)
-        ).convert(mode)
+        levels = np.asarray(image, np.float64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("its pixels have more than 16 bits")
+        return Image.fromarray((levels / 257).round().astype(np.uint8)).convert(mode)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         return image.convert("RGB").convert(mode)
     return image.convert(mode)
+
+
+def recoloured(image: Tensor, channels: int) -> Tensor:
+    """Return an image (C, H, W) uint8 with 1 or 3 channels, grey by the luma of ITU-R 601."""
+    if len(image) == channels:
+        return image
+    if channels == 3:
+        return image.expand(3, -1, -1).clone()
+    return _tensor(_picture(image).convert("L"))
 
 
 def fitted(image: Tensor, size: tuple[int, int], how: str, name: str = "the image") -> Tensor:
@@ -90,10 +149,12 @@ def fitted(image: Tensor, size: tuple[int, int], how: str, name: str = "the imag
         )
     if size[0] != size[1]:
         raise InputError(f"data.fit = {how} to {size[1]}x{size[0]}", "it makes squares only")
-    array = image.numpy()
-    picture = Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
-    result = np.array(FITS[how](picture, size[0]))
-    return torch.from_numpy(result[None] if result.ndim == 2 else result.transpose(2, 0, 1).copy())
+    return _tensor(FITS[how](_picture(image), size[0]))
+
+
+def _picture(image: Tensor) -> Image.Image:
+    array = image.cpu().numpy()
+    return Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
 
 
 def _crop(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -133,13 +194,11 @@ FITS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 
 def png_bytes(image: Tensor, info: dict[str, str] | None = None) -> bytes:
     """Return one image (C, H, W) uint8, C = 1 or 3, as PNG bytes with `info` as text chunks."""
-    array = image.cpu().numpy()
-    picture = Image.fromarray(array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0))
     chunks = PngImagePlugin.PngInfo()
     for key, value in (info or {}).items():
         chunks.add_text(key, value)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=chunks)
+    _picture(image).save(buffer, "PNG", pnginfo=chunks)
     return buffer.getvalue()
 
 

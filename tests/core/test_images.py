@@ -3,9 +3,17 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from cmtool.core.images import from_uint8, grid, png_bytes, png_info, read_image, to_uint8
+from cmtool.core.images import (
+    from_uint8,
+    grid,
+    image_mode,
+    png_bytes,
+    png_info,
+    read_image,
+    to_uint8,
+)  # fmt: skip
 from cmtool.errors import InputError
 
 
@@ -53,6 +61,24 @@ def test_rotation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
     assert read_image(saved(image, "JPEG", exif=exif)).shape == (3, 4, 2)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_what_pillow_makes_of_it(orientation):
+    picture = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = saved(picture, exif=exif)
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    assert read_image(content, mode="L")[0].tolist() == np.array(wanted).tolist()
+    assert image_mode(content) == ("L" if orientation == 1 else "L rotated")
+
+
+def test_pixels_of_an_unknown_range_are_refused():
+    with pytest.raises(InputError, match="pixels are floats"):
+        read_image(saved(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"))
+    with pytest.raises(InputError, match="more than 16 bits"):
+        read_image(saved(Image.fromarray(np.full((2, 2), 70_000, np.int32)), "TIFF"))
 
 
 def test_grey_palette_and_cmyk_become_rgb():
