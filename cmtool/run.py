@@ -30,6 +30,7 @@ from cmtool.core.dist import Group
 from cmtool.core.images import png_bytes
 from cmtool.core.precond import Preconditioned
 from cmtool.core.samplers import check_levels
+from cmtool.core.survey import check_images
 from cmtool.core.trainer import Diverged, StepInfo, TrainState, fit
 from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError
 from cmtool.presets import Card, Preset
@@ -87,6 +88,7 @@ def train(
             preset.data.path, size=preset.model.image_size, channels=preset.model.channels,
             fit=preset.data.fit,
         )  # fmt: skip
+        rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
         check_fit(preset, data, teacher)
         chosen = plan(preset)  # what the sample grids will use
         build_sampler(chosen.sampler)
@@ -94,8 +96,10 @@ def train(
         objective = build_objective(preset, teacher.f if teacher else None)
         curriculum = build_curriculum(preset)
         curriculum(0, preset.train.steps)
+        if data.is_checked_first and not resume:
+            watcher.note(f"decoding all {len(data):,} images once, to name bad ones before a step")
+            check_images(data, preset.data.workers, rank, world_size)
         state = build_state(preset, teacher, device)
-        rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
         shards = preset.train.accumulate * world_size
         microbatch = batches(
             data, batch=preset.train.batch, shards=shards, seed=preset.train.seed, device=device,

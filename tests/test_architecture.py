@@ -25,7 +25,7 @@ CORE_LAYERS = [
         "metrics",
         "augment",
     },
-    {"ema", "losses", "samplers", "formats", "sources", "data"},
+    {"ema", "losses", "samplers", "formats", "sources", "data", "survey"},
     {"trainer"},
     {"checkpoint"},
 ]

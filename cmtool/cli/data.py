@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -14,10 +14,9 @@ from cmtool.errors import InputError, UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
-
     from cmtool.core.data import Dataset
 
+T = TypeVar("T")
 app = typer.Typer(no_args_is_help=True, help="Look into a set of images, or prepare one.")
 
 Source = Annotated[
@@ -30,7 +29,7 @@ Source = Annotated[
 
 @app.command("info")
 def info(source: Source, as_json: AsJson = False) -> None:
-    """Say what a set holds: count, sizes, classes, mean, and which files cannot be read.
+    """Say what a set holds: count, sizes, modes, classes, mean, and which cannot be read.
 
     `cmtool data info images/`
 
@@ -38,53 +37,39 @@ def info(source: Source, as_json: AsJson = False) -> None:
 
     Exits with 3 if some images cannot be read; it names them all.
     """
-    from collections import Counter
-
     import torch
 
     from cmtool.core.data import load_dataset
-    from cmtool.core.images import from_uint8
-    from cmtool.core.sources import LazyImages
+    from cmtool.core.survey import Survey, surveys
 
     data = load_dataset(source, in_memory=False)
-    images = data.images
-    sizes: Counter[str] = Counter()
-    bad: list[str] = []
-    means, squares = [], []
-    for index in _counted(len(data)):
-        try:
-            if isinstance(images, LazyImages):
-                image = images.image(index)
-            else:
-                image = images[torch.tensor([index])][0]
-        except InputError as error:
-            bad.append(error.what)
-            continue
-        sizes[f"{image.shape[2]}x{image.shape[1]}"] += 1
-        x = from_uint8(image)
-        means.append(x.mean((1, 2)))
-        squares.append(float(x.square().mean()))
-    mean = torch.stack(means).double().mean(0) if means else torch.zeros(0)
-    variance = sum(squares) / max(len(squares), 1) - float((mean**2).mean() if means else 0)
-    classes = None if data.labels is None else torch.bincount(data.labels).tolist()
+    found = Survey()
+    for part in _told(surveys(data, _workers(len(data))), len(data)):
+        found.add(part)
+    mean = found.mean / found.good if isinstance(found.mean, torch.Tensor) else torch.zeros(0)
+    variance = found.square / max(found.good, 1) - float(mean.square().mean() if len(mean) else 0)
     facts: dict[str, Any] = {
         "source": source,
         "images": len(data),
         "channels": len(mean),
-        "sizes": dict(sizes.most_common()),
+        "sizes": dict(found.sizes.most_common()),
+        "modes": dict(found.modes.most_common()),
         "classes": data.num_classes,
-        "images_per_class": classes,
+        "images_per_class": None if data.labels is None else torch.bincount(data.labels).tolist(),
         "mean": [round(m, 4) for m in mean.tolist()],
         "sigma_data": round(max(variance, 0.0) ** 0.5, 4),
-        "unreadable": bad,
+        "unreadable": found.bad,
         "fingerprint": data.fingerprint(),
     }
     if as_json:
         emit_json(facts)
     else:
         _tell(facts)
-    if bad:
-        raise InputError(f"{len(bad)} of {len(data)} images cannot be read", "replace them")
+    if found.bad:
+        raise InputError(
+            f"{len(found.bad)} of {len(data)} images cannot be read",
+            "replace them, or leave them out: cmtool data prepare --skip-bad",
+        )
 
 
 def _tell(facts: dict[str, Any]) -> None:
@@ -127,7 +112,6 @@ def prepare(
     import zipfile
 
     from cmtool.core.data import load_dataset
-    from cmtool.core.images import png_bytes
     from cmtool.errors import ResourceError, is_full
 
     if out.suffix != ".zip":
@@ -142,18 +126,18 @@ def prepare(
         in_memory=False,
     )  # fmt: skip
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    labels: list[tuple[str, int]] = []
-    written = 0
+    kept: list[int] = []
     try:
         with zipfile.ZipFile(temporary, "w") as archive:
-            for index, image in _readable(data, skip_bad):
-                name = f"{written // 1000:05d}/img{written:08d}.png"
-                archive.writestr(name, png_bytes(image))
-                if data.labels is not None:
-                    labels.append((name, int(data.labels[index])))
-                written += 1
-            table = {"labels": labels if data.labels is not None else None}
-            archive.writestr("dataset.json", json.dumps(table))
+            for index, content in _readable(data, skip_bad):
+                member = zipfile.ZipInfo(_name(len(kept)))  # of a fixed date: the same set, one zip
+                archive.writestr(member, content)
+                kept.append(index)
+            classes = None if data.labels is None else data.labels[kept].tolist()
+            labels = classes and [(_name(i), label) for i, label in enumerate(classes)]
+            archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": labels}))
+        if not kept:
+            raise InputError(f"none of the images of {source} can be read", "give others")
         temporary.replace(out)
     except OSError as error:
         if is_full(error):
@@ -161,37 +145,52 @@ def prepare(
         raise
     finally:
         temporary.unlink(missing_ok=True)
-    say(f"{written} images of {image.shape[2]}x{image.shape[1]}")
+    h, w = data.images.shape[2:]
+    say(f"{len(kept)} images of {w}x{h}")
     emit(str(out))
 
 
-def _readable(data: Dataset, skip_bad: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield (index, image), leaving out up to `skip_bad` that cannot be read, and naming them."""
-    import torch
+def _name(number: int) -> str:
+    """Return the name of an image in EDM's archives."""
+    return f"{number // 1000:05d}/img{number:08d}.png"
+
+
+def _readable(data: Dataset, skip_bad: int) -> Iterator[tuple[int, bytes]]:
+    """Yield (index, PNG), leaving out up to `skip_bad` that cannot be used, and naming them."""
+    from cmtool.core.survey import pngs
 
     skipped = 0
-    for index in _counted(len(data)):
-        try:
-            image = data.images[torch.tensor([index])][0]
-        except InputError as error:
-            if skipped >= skip_bad:
-                raise
+    parts = _told(pngs(data, _workers(len(data))), len(data))
+    for index, content in enumerate(content for part in parts for content in part):
+        if not isinstance(content, InputError):
+            yield index, content
+        elif skipped < skip_bad:
             skipped += 1
-            say(f"left out: {error.what}")
-            continue
-        yield index, image
+            say(f"left out: {content.what}")
+        else:
+            raise content
 
 
-def _counted(count: int) -> Iterator[int]:
-    """Yield 0 to count - 1, with a bar on a terminal, a line every tenth in a pipe."""
+def _workers(count: int) -> int:
+    """Return how many processes decode: none where starting them takes longer."""
+    import os
+
+    return 0 if count < 1000 else min(os.cpu_count() or 1, 16)
+
+
+def _told(parts: Iterator[T], count: int) -> Iterator[T]:
+    """Yield the parts, with a bar on a terminal, a line every tenth in a pipe."""
     from rich.console import Console
     from rich.progress import track
 
+    from cmtool.core.survey import PART
+
     console = Console(stderr=True)
+    total = -(-count // PART)
     if console.is_terminal:
-        yield from track(range(count), console=console, transient=True)
+        yield from track(parts, total=total, console=console, transient=True)
         return
-    for index in range(count):
-        if index and count >= 1000 and index % (count // 10) == 0:
-            say(f"{index} of {count} images")
-        yield index
+    for number, part in enumerate(parts, 1):
+        if count >= 1000 and number % max(total // 10, 1) == 0:
+            say(f"{min(number * PART, count)} of {count} images")
+        yield part

@@ -8,8 +8,8 @@ import gc
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,18 +17,21 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from cmtool.core.images import fitted, from_uint8
+from cmtool.core.images import from_uint8
 from cmtool.core.rng import keyed_generator
-from cmtool.core.sources import LazyImages, open_array, open_images
+from cmtool.core.sources import LazyImages, open_images
 from cmtool.errors import InputError, ResourceError, nearest
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
 COLOURINGS = 8
 HELD_OUT_EVERY = 5
 MAX_IN_MEMORY = 256 << 20
+"""Bytes of decoded images that are kept in memory, and on a GPU; more are streamed."""
+MAX_CHECKED = 50_000
+"""Images of a streamed set that are all decoded once before the first step."""
 WORKER_TIMEOUT = 300
 """Seconds until a worker that gives nothing is taken for hanging."""
 
@@ -63,6 +66,11 @@ class Dataset:
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.images)
+
+    @property
+    def is_checked_first(self) -> bool:
+        """Whether the images are few enough to decode all before training, and were not yet."""
+        return not isinstance(self.images, Tensor) and len(self) <= MAX_CHECKED
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """Yield all images in order, `size` at a time."""
@@ -140,11 +148,6 @@ def load_dataset(
     path = Path(name)
     if not path.exists():
         raise InputError(f"no data set or folder {name!r}", nearest(name, DATASETS))
-    if (decoded := open_array(path)) is not None:
-        images, labels = decoded
-        if size is not None and tuple(images.shape[2:]) != size:
-            images = torch.stack([fitted(image, size, fit, name) for image in images])
-        return Dataset(name, images, labels, _count(labels))
     entries = open_images(path)
     if entries is None:
         raise InputError(
@@ -154,7 +157,9 @@ def load_dataset(
     labels = None if entries.labels is None else torch.tensor(entries.labels)
     if not in_memory or math.prod(lazy.shape) > MAX_IN_MEMORY:
         return Dataset(name, lazy, labels, _count(labels), entries.fingerprint)
-    everything = torch.stack([lazy.image(i) for i in range(len(lazy))])
+    everything = torch.empty(lazy.shape, dtype=torch.uint8)
+    for index, image in enumerate(everything):
+        image.copy_(lazy.image(index))
     return Dataset(name, everything, labels, _count(labels))
 
 
@@ -190,17 +195,31 @@ def batches(
             f"a batch of {batch} cannot be split into {shards} equal parts",
             f"use a multiple of {shards}",
         )
-    pick = Picker(data, batch, batch // shards, seed, flip)
+    pick = Picker(resident(data, device), batch, batch // shards, seed, flip)
     fetch: BatchFn = pick
     if workers and not isinstance(data.images, Tensor):
         fetch = Ahead(pick, workers, range(rank, shards, world_size))
 
     def microbatch(step: int, shard: int) -> tuple[Tensor, Tensor | None]:
         images, labels = fetch(step, shard)
-        x0 = from_uint8(images.to(device, non_blocking=True))
-        return x0, None if labels is None else labels.to(device, non_blocking=True)
+        return from_uint8(sent(images, device)), None if labels is None else sent(labels, device)
 
     return microbatch
+
+
+def resident(data: Dataset, device: str) -> Dataset:
+    """Return the data set with its images, if it has them in memory, on the device."""
+    if not isinstance(data.images, Tensor) or device == "cpu":
+        return data
+    labels = None if data.labels is None else data.labels.to(device)
+    return replace(data, images=data.images.to(device), labels=labels)
+
+
+def sent(tensor: Tensor, device: str) -> Tensor:
+    """Return the tensor on the device; nobody waits for it on the way to a GPU."""
+    if device.startswith("cuda") and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclass(frozen=True)
@@ -214,18 +233,29 @@ class Picker:
     flip: bool
 
     def __call__(self, step: int, shard: int) -> tuple[Tensor, Tensor | None]:
-        """Return one microbatch."""
+        """Return one microbatch, where the images are."""
+        images, labels = self.data.images, self.data.labels
         first = step * self.batch + shard * self.size
-        place = [divmod(first + i, len(self.data)) for i in range(self.size)]
-        index = torch.stack(
-            [permutation(len(self.data), self.seed, epoch)[slot] for epoch, slot in place]
-        )
-        images = self.data.images[index]
+        index = places(len(self.data), self.seed, first, self.size)
+        if isinstance(images, Tensor):
+            index = sent(index, str(images.device))
+        found = images[index]
         if self.flip:
             generator = keyed_generator("flip", self.seed, step, shard)
-            mirrored = torch.rand(len(images), generator=generator) < 0.5
-            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        return images, None if self.data.labels is None else self.data.labels[index]
+            mirrored = torch.rand(len(found), generator=generator) < 0.5
+            mirrored = sent(mirrored, str(found.device))[:, None, None, None]
+            found = torch.where(mirrored, found.flip(3), found)
+        return found, None if labels is None else labels[index]
+
+
+def places(count: int, seed: int, first: int, size: int) -> Tensor:
+    """Return the indices of `size` images from place `first` on: epoch after epoch."""
+    parts = []
+    while size:
+        epoch, slot = divmod(first, count)
+        parts.append(permutation(count, seed, epoch)[slot : slot + size])
+        first, size = first + len(parts[-1]), size - len(parts[-1])
+    return torch.cat(parts)
 
 
 @lru_cache(4)
@@ -249,7 +279,10 @@ class Ahead:
         if self.next != (step, shard):
             gc.freeze()  # or collections, here and there, copy all that workers share with us
             atexit.register(gc.unfreeze)
-            self.waiting = iter(self._loader(step, shard))
+            start = step * len(self.shards) + self.shards.index(shard)
+            self.waiting = iter(
+                loader(_Turns(self.pick, self.shards), itertools.count(start), self.workers)
+            )
         assert self.waiting is not None
         try:
             found = next(self.waiting)
@@ -268,28 +301,15 @@ class Ahead:
             raise found
         return found
 
-    def _loader(self, step: int, shard: int) -> DataLoader[Any]:
-        """Return a loader of all microbatches from (step, shard) on."""
-        start = step * len(self.shards) + self.shards.index(shard)
-        return DataLoader(
-            _Turns(self.pick, self.shards),
-            batch_size=None,
-            sampler=_From(start),
-            num_workers=self.workers,
-            prefetch_factor=2,
-            multiprocessing_context="fork",
-            timeout=WORKER_TIMEOUT,
-        )
 
-
-class _From(Sampler[int]):
-    """All whole numbers from a first one on."""
-
-    def __init__(self, first: int) -> None:
-        self.first = first
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.first)
+def loader(items: TorchDataset[Any], order: Iterable[int], workers: int) -> DataLoader[Any]:
+    """Return what gives single items in an order, made ahead by worker processes."""
+    return DataLoader(
+        items, batch_size=None, sampler=order, num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        multiprocessing_context="fork" if workers else None,
+        timeout=WORKER_TIMEOUT if workers else 0,
+    )  # fmt: skip
 
 
 class _Turns(TorchDataset[Any]):

@@ -1,4 +1,5 @@
 import json
+import time
 import zipfile
 
 import torch
@@ -60,6 +61,25 @@ def test_prepare_writes_what_edms_tool_writes_and_training_reads(cmtool, tmp_pat
     assert cmtool("data", "prepare", root, "out/x.zip").code == 2
     assert cmtool("data", "prepare", root, "x.tar").code == 2
     assert cmtool("data", "prepare", root, "y.zip", "--fit", "adm").code == 2
+
+
+def test_the_same_set_makes_the_same_zip(cmtool, tmp_path, monkeypatch):
+    root = folder(tmp_path / "x")
+    assert cmtool("data", "prepare", root, "a.zip").code == 0
+    with monkeypatch.context() as later:
+        later.setattr("time.localtime", lambda *_: time.gmtime(2e9))
+        assert cmtool("data", "prepare", root, "b.zip").code == 0
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def test_nothing_readable_is_no_archive(cmtool, tmp_path):
+    root = folder(tmp_path / "x", count=2)
+    for path in root.rglob("*.png"):
+        path.write_bytes(b"not a picture")
+    result = cmtool("data", "prepare", root, "y.zip", "--skip-bad", "9")
+    assert result.code == 3
+    assert "error: none of the images of" in result.err
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 def test_prepare_fits_and_leaves_out_only_what_it_may(cmtool, tmp_path):

@@ -52,6 +52,28 @@ def test_batches_may_cross_the_end_of_an_epoch():
     assert sorted(labels[:10].tolist()) == sorted(labels[10:].tolist()) == list(range(10))
 
 
+def test_a_batch_may_hold_several_epochs():
+    labels = batches(tiny(), batch=25, shards=1, seed=0, device="cpu")(0, 0)[1]
+    assert sorted(labels[:20].tolist()) == sorted([*range(10), *range(10)])
+    ones = epoch(batches(tiny(), batch=1, shards=1, seed=0, device="cpu"), 25)
+    assert torch.equal(ones, labels)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flip", [False, True])
+def test_images_kept_on_a_gpu_are_those_kept_in_memory(flip):
+    here, there = (
+        batches(digits(), batch=64, shards=2, seed=0, device=device, flip=flip)
+        for device in ("cpu", "cuda")
+    )
+    for step in (0, 1, 400):
+        for shard in range(2):
+            for a, b in zip(here(step, shard), there(step, shard), strict=True):
+                assert b.is_cuda
+                assert torch.equal(a, b.cpu())
+
+
 def test_shards_are_the_parts_of_the_same_batch():
     whole = batches(tiny(), batch=6, shards=1, seed=3, device="cpu")
     parts = batches(tiny(), batch=6, shards=3, seed=3, device="cpu")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from cmtool.core import data as data_module
 from cmtool.core.data import batches, load_dataset
 from cmtool.core.images import fitted, png_bytes
+from cmtool.core.sources import Names
 from cmtool.errors import InputError
 
 N, SIDE = 12, 6
@@ -104,6 +106,75 @@ def test_every_source_gives_the_same_images_and_classes(name, limit, tmp_path, m
         assert found.labels.tolist() == [labels[i] for i in order]
         assert found.num_classes == 3
     assert len(found.fingerprint()) == 16
+
+
+def test_imagenet_as_downloaded(tmp_path):
+    """Folders of wordnet ids, .JPEG whatever they are: one is a PNG, some are CMYK."""
+    for kind in ("n01440764", "n01443537"):
+        for i in range(3):
+            path = tmp_path / "train" / kind / f"{kind}_{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(np.full((7, 9, 3), 60 * i, np.uint8))
+            format_ = ("JPEG", "JPEG", "PNG")[i]
+            (image.convert("CMYK") if i == 1 else image).save(path, format=format_)
+    for name in ("._n01440764_0.JPEG", ".DS_Store"):
+        (tmp_path / "train" / "n01440764" / name).write_bytes(b"macOS")
+    for path in (tmp_path, tmp_path / "train"):
+        found = load_dataset(str(path), size=(4, 4), fit="adm")
+        assert (len(found), found.labels.tolist(), found.num_classes) == (6, [0, 0, 0, 1, 1, 1], 2)
+        assert (found.images[2] == 120).all()
+        assert (found.images[4].float() - 60).abs().max() <= 2
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(png_bytes(PICTURES[0]))
+    with pytest.raises(InputError, match="holds train, val") as caught:
+        load_dataset(str(tmp_path))
+    assert str(tmp_path / "train") in caught.value.hint
+
+
+def test_macos_puts_no_images_into_a_zip(tmp_path):
+    path = zipped(tmp_path / "x.zip", more={"__MACOSX/._000.png": b"x", "a/.b.png": b"x"})
+    assert len(load_dataset(str(path))) == N
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 0], ids=["in memory", "streamed"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_arrays_become_grey_or_coloured_and_fit_as_files_do(
+    tmp_path, monkeypatch, limit, compressed
+):
+    monkeypatch.setattr(data_module, "MAX_IN_MEMORY", limit)
+    save = np.savez_compressed if compressed else np.savez
+    save(tmp_path / "x.npz", PICTURES.permute(0, 2, 3, 1).numpy())
+    folder = write(tmp_path / "x")
+    whole = torch.arange(N)
+    for options in ({"channels": 1}, {"size": (3, 3), "fit": "edm"}):
+        a = load_dataset(str(tmp_path / "x.npz"), **options).images[whole]
+        assert torch.equal(a, load_dataset(str(folder), **options).images[whole])
+    save(tmp_path / "x.npz", PICTURES[:, :1].permute(0, 2, 3, 1).numpy())
+    coloured = load_dataset(str(tmp_path / "x.npz")).images[whole]
+    assert torch.equal(coloured, PICTURES[:, :1].expand(-1, 3, -1, -1))
+
+
+def test_an_uncompressed_npz_stays_in_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "MAX_IN_MEMORY", 0)
+    fortran = np.asfortranarray(PICTURES.permute(0, 2, 3, 1).numpy())
+    np.savez(tmp_path / "x.npz", fortran, np.array(LABELS))
+    found = load_dataset(str(tmp_path / "x.npz"))
+    assert str(tmp_path / "x.npz") in Path("/proc/self/maps").read_text()
+    assert torch.equal(found.images[torch.arange(N)], PICTURES)
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    folder = write(tmp_path / "x")
+    (folder / "003.png").unlink()
+    (folder / "003.png").symlink_to("gone.png")
+    with pytest.raises(InputError, match=r"003\.png cannot be read: No such file"):
+        load_dataset(str(folder))
+
+
+def test_packed_names_are_the_names():
+    names = ["", "a.png", "deep/é/\udcff.png", "a.png"]
+    packed = Names(names)
+    assert [packed[i] for i in range(len(packed))] == names
 
 
 def test_folders_of_five_digits_are_no_classes(tmp_path):
