@@ -164,6 +164,10 @@ class RunSection(Section):
     checkpoint_every: Positive = 1000
     keep: Annotated[int, Field(ge=2)] = 2
     sample_every: Positive = 500
+    eval_every: Count = Field(0, description="0: no evaluation")
+    eval_num: Annotated[int, BeforeValidator(_count), Field(ge=2)] = 1024
+    eval_metric: Choice = Choice(name="fd-digits")
+    keep_best: Count = Field(1, description="checkpoints kept beside the newest, by their value")
 
 
 class SampleSection(Section):

@@ -7,6 +7,8 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol
 
@@ -128,9 +130,12 @@ class Clock:
         self.first = self.step = step
         self.start = self.since = time.monotonic()
 
-    def pause(self, seconds: float) -> None:
-        """Take out of the speed, but not of the time left, what was spent beside training."""
-        self.since += seconds
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Take out of the speed, but not of the time left, what the block takes."""
+        began = time.monotonic()
+        yield
+        self.since += time.monotonic() - began
 
     def seconds_left(self, step: int) -> float:
         """Return the time to the last step at the pace so far."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,6 +32,7 @@ from cmtool.core.samplers import check_levels
 from cmtool.core.survey import check_images
 from cmtool.core.trainer import Diverged, StepInfo, TrainState, fit
 from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError
+from cmtool.evaluation import Evaluation, Verdict, build_evaluation, evaluate
 from cmtool.presets import Card, Preset
 from cmtool.progress import Clock, Meter, Progress, Watcher, log_line
 from cmtool.report import picture, read_log, write_summary
@@ -51,7 +51,7 @@ from cmtool.rundir import (
     write_failure,
     write_run_files,
 )
-from cmtool.sampling import generate, plan
+from cmtool.sampling import evaluating, generate, plan
 from cmtool.stop import Stop, stop_signals, stopped
 from cmtool.utilisation import ideal_seconds
 
@@ -93,6 +93,7 @@ def train(
         chosen = plan(preset)  # what the sample grids will use
         build_sampler(chosen.sampler)
         check_levels(chosen.sigmas, preset.noise.sigma_min)
+        evaluation = build_evaluation(preset, data, device)
         objective = build_objective(preset, teacher.f if teacher else None)
         curriculum = build_curriculum(preset)
         curriculum(0, preset.train.steps)
@@ -119,7 +120,7 @@ def train(
         if world_size == 1:  # several processes must agree on a step
             microbatch = stop.interruptible(microbatch)
         steps = fit(state, objective, microbatch, curriculum, fit_settings(preset, group))
-        job = Job(preset, out, watcher, teacher, device, group)
+        job = Job(preset, out, watcher, teacher, evaluation, device, group)
         if not group.leads:
             if resume:
                 resume_state(out, state, watcher)
@@ -135,13 +136,13 @@ def train(
             else:
                 clear_run(out)
             write_run_files(out, preset, origins, data, teacher)
-            write_status(step=state.step)
+            write_status(step=state.step, steps=preset.train.steps)
             saved = state.step if resume else -1
             stop.at_once = False
             with contact(group, state, preset), Desk(job, write_status, saved) as desk:
                 work(job, state, steps, stop, desk)
                 desk.summarise(state, teacher)
-            write_status(state="done", step=state.step, exit_code=0)
+            write_status(state="done", step=state.step, seconds_left=0, exit_code=0)
     return out / "checkpoints" / f"step-{state.step:07d}"
 
 
@@ -165,6 +166,7 @@ class Job(NamedTuple):
     out: Path
     watcher: Watcher
     teacher: Model | None
+    evaluation: Evaluation | None
     device: str
     group: Group
 
@@ -174,6 +176,7 @@ class Due(NamedTuple):
 
     last: bool
     log_line: bool
+    evaluation: bool
     checkpoint: bool
     samples: bool
 
@@ -181,9 +184,11 @@ class Due(NamedTuple):
 def due(preset: Preset, step: int, end: Diverged | None) -> Due:
     """Return what happens after a step; after the last one, everything."""
     last, every = step == preset.train.steps, preset.run
+    judged = every.eval_every > 0 and (last or step % every.eval_every == 0)
     return Due(
         last,
         log_line=last or end is not None or step % every.log_every == 0,
+        evaluation=judged and end is None,
         checkpoint=last or step % every.checkpoint_every == 0,
         samples=last or step % every.sample_every == 0,
     )
@@ -203,8 +208,9 @@ class Desk:
             "cmtool": __version__,
         }
         self.saver = checkpoint.Saver(
-            job.out / "checkpoints", about, keep=preset.run.keep, note=job.watcher.note
-        )
+            job.out / "checkpoints", about, keep=preset.run.keep, keep_best=preset.run.keep_best,
+            note=job.watcher.note,
+        )  # fmt: skip
         self.saver.saved = saved
         self.log_file = LogFile(job.out / "log.jsonl")
         self.failing: set[str] = set()
@@ -228,12 +234,23 @@ class Desk:
         else:
             self.failing.discard(what)
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: dict[str, Any], seconds_left: float) -> None:
         """Write a line of log.jsonl, and what of it belongs into status.json."""
         with self.expendable("log.jsonl"):
             self.log_file.write(line)
+        facts = {key: line[key] for key in ("step", "loss", "eval") if key in line}
         with self.expendable("status.json"):
-            self.write_status(state="running", step=line["step"])
+            self.write_status(state="running", **facts, seconds_left=round(seconds_left))
+
+    def save(self, state: TrainState, now: Due, verdict: Verdict | None, *, wait: bool) -> None:
+        """Save a checkpoint if one is due, or if it is one of the best."""
+        score = verdict and checkpoint.Score(verdict.metric, verdict.num, verdict.value)
+        wanted = now.checkpoint or wait
+        if score and not wanted:
+            self.saver.finish(final=False)  # it may be about to write what best.json names
+            wanted = checkpoint.is_best(self.saver.folder, score, self.saver.keep_best)
+        if wanted:
+            self.saver.save(state, wait=wait, score=score)
 
     def samples(self, state: TrainState) -> None:
         """Write samples/step-NNNNNNN.png, the same seeds each time."""
@@ -285,27 +302,33 @@ def work(
         meter.add(info)
         if desk and info.skipped:
             job.watcher.note(f"step {info.step} skipped: {info.fault}")
-        if now.log_line:
+        reason = 0 if now.last else group.any(stop.reason())
+        verdict = None
+        if now.evaluation and job.evaluation and not reason:
+            with clock.pause():
+                f = kept_model(state)
+                verdict = evaluate(job.evaluation, f, preset, info.step, group, job.device)
+        is_line = now.log_line or verdict is not None
+        if is_line:
             line = log_line(info, meter, clock, group, job.device, ideal)
-            if desk:
-                desk.log(line)
+            line |= {"eval": verdict._asdict()} if verdict else {}
         if desk:
             desk.saver.poll()
             left = clock.seconds_left(info.step)
-            job.watcher.progress(Progress(info.step, preset.train.steps, left, line, now.log_line))
+            if is_line:
+                desk.log(line, left)
+            job.watcher.progress(Progress(info.step, preset.train.steps, left, line, is_line))
         if end is not None:
             raise dumped(end, job)
-        reason = 0 if now.last else group.any(stop.reason())
-        if desk and (now.checkpoint or reason):
-            desk.saver.save(state, wait=bool(now.last or reason))
+        if desk:
+            desk.save(state, now, verdict, wait=bool(now.last or reason))
         if reason:
             if desk:
                 desk.write_status(step=info.step)
             raise stopped(reason, info.step, desk.saver.seconds if desk else 0.0, job.out)
         if desk and now.samples:
-            began = time.monotonic()
-            desk.samples(state)
-            clock.pause(time.monotonic() - began)
+            with clock.pause():
+                desk.samples(state)
     if desk and desk.saver.saved != state.step:
         desk.saver.save(state, wait=True)
 
@@ -393,13 +416,11 @@ def grid_samples(
     labels = None
     if preset.model.num_classes:
         labels = torch.arange(len(GRID_SEEDS)) % preset.model.num_classes
-    was_training = model.training
-    model.eval()
     chosen = plan(preset, steps=steps)
-    images = torch.cat(
-        list(generate(model, preset, chosen, GRID_SEEDS, labels=labels, device=device))
-    )
-    model.train(was_training)
+    with evaluating(model):
+        images = torch.cat(
+            list(generate(model, preset, chosen, GRID_SEEDS, labels=labels, device=device))
+        )
     return images.cpu()
 
 

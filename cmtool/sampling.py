@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -91,6 +92,17 @@ def grid_size(preset: Card) -> int:
     if isinstance(preset, Preset):
         return build_curriculum(preset)(preset.train.steps, preset.train.steps).n
     return PUBLISHED_GRID
+
+
+@contextmanager
+def evaluating(f: Preconditioned) -> Iterator[None]:
+    """Put a model that is being trained into eval mode inside the block."""
+    before = f.training
+    f.eval()
+    try:
+        yield
+    finally:
+        f.train(before)
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
     "errors", "core", "presets", "toml", "components", "models", "build", "utilisation",
-    "sampling", "convert", "report", "rundir", "progress", "stop", "run", "assets", "cli",
+    "sampling", "evaluation", "convert", "report", "rundir", "progress", "stop", "run", "assets",
+    "cli",
 ]  # fmt: skip
 CORE_LAYERS = [
     {"types", "tensors", "rng", "dist", "devices"},

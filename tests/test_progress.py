@@ -93,8 +93,10 @@ def test_pauses_are_in_the_time_left_and_not_in_the_speed(monkeypatch):
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     clock = Clock(10, load_preset("digits-ct", {"train.steps": 40}))
+    now = 5.0
+    with clock.pause():
+        now = 15.0
     now = 20.0
-    clock.pause(10.0)
     assert clock.lap(20) == 1.0
     assert clock.seconds_left(20) == 40.0
     now = 30.0

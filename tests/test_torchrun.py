@@ -63,7 +63,8 @@ def tensors(out):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_are_bit_equal_to_two_rounds(method, tmp_path):
-    steps = ["--set", "train.steps=4", "--set", "run.sample_every=4"]
+    steps = ["--set", "train.steps=4", "--set", "run.sample_every=4", "--eval-every", "4",
+             "--set", "run.eval_num=9"]  # fmt: skip  # an odd number: the shares differ
     two = run(command(method, tmp_path / "two", *steps, torchrun=True))
     assert two.returncode == 0, two.stderr
     assert two.stdout == f"{tmp_path / 'two' / 'checkpoints' / 'step-0000004'}\n"
@@ -83,6 +84,7 @@ def test_two_processes_are_bit_equal_to_two_rounds(method, tmp_path):
             assert loss is None or loss == pytest.approx(theirs["loss_by_sigma"][band], rel=1e-6)
         assert mine["images_by_sigma"] == theirs["images_by_sigma"]
         assert sum(mine["images_by_sigma"].values()) == 16  # two steps of eight
+    assert one[-1]["eval"]["value"] == pytest.approx(two[-1]["eval"]["value"], rel=1e-4)
 
 
 def wait_for(path, text, seconds=90):

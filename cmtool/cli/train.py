@@ -58,6 +58,12 @@ MaxTime = Annotated[
     str | None,
     typer.Option(help="Stop in good order after so long, with exit code 75: 3600, 90m, 11h30m."),
 ]
+EvalEvery = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Measure the kept weights every so many steps (fd-digits: 8x8 RGB only)."
+    ),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", "-n", help="Print the resolved preset and stop.")
 ]
@@ -75,6 +81,7 @@ def train(
     precision: Precision = None,
     compile_: Compile = None,
     max_time: MaxTime = None,
+    eval_every: EvalEvery = None,
     device: Device = "auto",
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -95,7 +102,8 @@ def train(
              "--seed": ("train.seed", seed),
              "--accumulate": ("train.accumulate", accumulate),
              "--precision": ("train.precision", precision),
-             "--compile": ("train.compile", compile_)}  # fmt: skip
+             "--compile": ("train.compile", compile_),
+             "--eval-every": ("run.eval_every", eval_every)}  # fmt: skip
     resolved = _resolve(preset, set_, flags, out, resume)
     if resolved.preset.distills:
         raise UserError(f"preset {preset} distills a teacher", f"cmtool distill --preset {preset}")
@@ -123,6 +131,7 @@ def distill(
     precision: Precision = None,
     compile_: Compile = None,
     max_time: MaxTime = None,
+    eval_every: EvalEvery = None,
     device: Device = "auto",
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -142,7 +151,8 @@ def distill(
              "--seed": ("train.seed", seed),
              "--accumulate": ("train.accumulate", accumulate),
              "--precision": ("train.precision", precision),
-             "--compile": ("train.compile", compile_)}  # fmt: skip
+             "--compile": ("train.compile", compile_),
+             "--eval-every": ("run.eval_every", eval_every)}  # fmt: skip
     resolved = _resolve(preset, set_, flags, out, resume)
     if not resolved.preset.distills:
         raise UserError(f"preset {preset} has no teacher", f"cmtool train --preset {preset}")
@@ -280,6 +290,8 @@ def told(news: Progress) -> dict[str, str]:
     bands = "/".join(_figure(loss) for loss in line["loss_by_sigma"].values())
     skipped = {"skipped": str(line["skipped"])} if line["skipped"] else {}
     mfu = {"mfu": f"{line['mfu']:.1%}"} if "mfu" in line else {}
+    found = line.get("eval")
+    value = {found["metric"]: f"{found['value']:.4g}"} if found else {}
     return {
         "loss": _figure(line["loss"]),
         "by_sigma": bands,
@@ -289,6 +301,7 @@ def told(news: Progress) -> dict[str, str]:
         "data_wait": f"{line['data_wait']:.1%}",
         "mem": f"{line['memory_gib']:.2f}GiB",
         **mfu,
+        **value,
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from cmtool.core.trainer import TrainState, counters, set_counters
 from cmtool.errors import DivergedError, InputError, ResourceError, UserError, is_full
 
 MANIFEST = "manifest.json"
+BEST = "best.json"
 MAX_FAILURES = 3
 MARGIN = 1.05
 """Room a checkpoint needs on the disk, over the bytes of its tensors."""
@@ -150,11 +152,17 @@ class Saver:
     """
 
     def __init__(
-        self, folder: Path, about: dict[str, Any], *, keep: int, note: Callable[[str], None]
+        self,
+        folder: Path,
+        about: dict[str, Any],
+        *,
+        keep: int,
+        keep_best: int = 0,
+        note: Callable[[str], None],
     ) -> None:
         self.folder = folder
         self.about = about
-        self.keep = keep
+        self.keep, self.keep_best = keep, keep_best
         self.note = note
         self.saved = -1
         self.seconds = 0.0
@@ -169,11 +177,14 @@ class Saver:
         files = state_tensors(state)
         self._start(lambda: self._make_buffers(files))
 
-    def save(self, state: TrainState, *, wait: bool) -> None:
-        """Save a state; when `wait`, return after it is on the disk, and fail if it is not."""
+    def save(self, state: TrainState, *, wait: bool, score: Score | None = None) -> None:
+        """Save a state; when `wait`, return after it is on the disk, and fail if it is not.
+
+        With a `score` it is kept as one of the best, if it is one.
+        """
         self.finish(final=False)
         snapshot = self.snapshot = take_snapshot(state, self.snapshot)
-        self._start(lambda: self._write(snapshot))
+        self._start(lambda: self._write(snapshot, score))
         if wait:
             self.finish(final=True)
 
@@ -218,7 +229,7 @@ class Saver:
             self.error = error
         self.snapshot = Snapshot(-1, files, {})
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot, score: Score | None) -> None:
         start = time.monotonic()
         try:
             make_room(self.folder, snapshot, self.keep)
@@ -238,6 +249,9 @@ class Saver:
                 f"saving took {self.seconds:.0f} s: see that whoever stops this run waits as long"
             )
         try:
+            verify(final)
+            if score is not None:
+                record_best(self.folder, final.name, score, self.keep_best)
             prune(self.folder, self.keep, snapshot.step)
             point_to(self.folder, final)
         except (OSError, UserError) as error:  # the checkpoint is whole without them
@@ -298,23 +312,66 @@ def verify(path: Path) -> None:
             raise InputError(f"{file} is damaged", "use the checkpoint before it")
 
 
+class Score(NamedTuple):
+    """A checkpoint's value by some metric over `num` images; the lower the better."""
+
+    metric: str
+    num: int
+    value: float
+
+
+def record_best(folder: Path, name: str, score: Score, keep: int) -> None:
+    """Put a checkpoint's score into best.json, if it is one of the best `keep`."""
+    ranked = {**best(folder, score), name: score.value}
+    if not math.isfinite(score.value):
+        del ranked[name]
+    kept = dict(sorted(ranked.items(), key=lambda item: (item[1], item[0]))[:keep])
+    facts = {"metric": score.metric, "num": score.num, "checkpoint": next(iter(kept), None)}
+    write_json(folder / BEST, {**facts, "best": kept}, durable=True)
+
+
+def is_best(folder: Path, score: Score, keep: int) -> bool:
+    """Tell whether a score is better than one of the best `keep` checkpoints that are there."""
+    if not keep or not math.isfinite(score.value):
+        return False
+    values = sorted(best(folder, score).values())
+    return len(values) < keep or score.value < values[keep - 1]
+
+
+def best(folder: Path, like: Score | None = None) -> dict[str, float]:
+    """Return the checkpoints that best.json names, and their values.
+
+    Those only that are there, and by the metric and number of images of `like`, if given.
+    """
+    try:
+        facts = json.loads((folder / BEST).read_text())
+        found = {str(name): float(value) for name, value in facts["best"].items()}
+        other = like and (facts["metric"], facts["num"]) != (like.metric, like.num)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    return {} if other else {n: v for n, v in found.items() if (folder / n / MANIFEST).is_file()}
+
+
 def prune(folder: Path, keep: int, newest: int | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints.
+    """Remove all but the newest `keep` checkpoints and the best ones.
 
     Those after step `newest` do not count and stay: a resumed run passed them over as damaged.
     """
     found = checkpoints(folder)
     if newest is not None:
         found = [path for path in found if int(path.name[5:]) <= newest]
+    spared = best(folder)
     for old in found[:-keep]:
-        discard(old)
+        if old.name not in spared:
+            discard(old)
 
 
 def prune_all(folder: Path) -> None:
     """Remove every checkpoint of a run that is to be overwritten."""
     for old in checkpoints(folder):
         discard(old)
-    (folder / "latest.json").unlink(missing_ok=True)
+    for name in ("latest.json", BEST):
+        (folder / name).unlink(missing_ok=True)
 
 
 def discard(path: Path) -> None:

@@ -9,8 +9,11 @@ from torch.amp import GradScaler
 from cmtool.core import checkpoint as module
 from cmtool.core.checkpoint import (
     Saver,
+    Score,
+    best,
     checkpoints,
     clear_temporary,
+    is_best,
     load_checkpoint,
     newest_checkpoint,
     prune,
@@ -300,3 +303,64 @@ def test_a_special_file_is_never_replaced(tmp_path):
     for target in (tmp_path / "fifo", tmp_path):
         with pytest.raises(InputError, match="not a regular file"):
             write_atomic(target, b"")
+
+
+VALUES = {1: 5.0, 2: 2.0, 3: 4.0, 4: 2.0, 5: 3.0, 6: 9.0, 7: float("nan")}
+
+
+@pytest.mark.parametrize("keep_best", [0, 1, 3])
+def test_the_best_checkpoints_are_kept_beside_the_newest(tmp_path, keep_best):
+    state = trained()
+    saver = Saver(tmp_path, {}, keep=2, keep_best=keep_best, note=print)
+    seen = {}
+    for step, value in VALUES.items():
+        state.step = step
+        score = Score("m", 8, value)
+        ranked = sorted(seen, key=lambda s: (seen[s], s))[:keep_best]
+        expected = value == value and any(
+            len(ranked) <= i or value < seen[ranked[i]] for i in range(keep_best)
+        )
+        assert is_best(tmp_path, score, keep_best) == expected
+        saver.save(state, wait=True, score=score)
+        seen[step] = value
+        ranked = sorted((s for s in seen if seen[s] == seen[s]), key=lambda s: (seen[s], s))
+        kept = {*list(seen)[-2:], *ranked[:keep_best]}
+        assert [int(path.name[5:]) for path in checkpoints(tmp_path)] == sorted(kept)
+        for path in checkpoints(tmp_path):
+            verify(path)
+    facts = json.loads((tmp_path / "best.json").read_text())
+    assert facts["checkpoint"] == ("step-0000002" if keep_best else None)
+    assert newest_checkpoint(tmp_path)[0].name == "step-0000007"
+
+
+def test_values_of_another_metric_or_number_of_images_are_not_compared(tmp_path):
+    state = trained()
+    saver = Saver(tmp_path, {}, keep=2, keep_best=1, note=print)
+    saver.save(state, wait=True, score=Score("m", 8, 1.0))
+    assert not is_best(tmp_path, Score("m", 8, 2.0), 1)
+    assert is_best(tmp_path, Score("m", 16, 2.0), 1)
+    assert is_best(tmp_path, Score("other", 8, 2.0), 1)
+    (tmp_path / "best.json").write_text('{"best": 3')
+    assert best(tmp_path) == {}
+    assert is_best(tmp_path, Score("m", 8, 2.0), 1)
+
+
+def test_nothing_is_pruned_for_a_checkpoint_that_was_written_wrong(tmp_path, monkeypatch):
+    state, remarks = trained(), []
+    saver = Saver(tmp_path, {}, keep=2, note=remarks.append)
+    for step in (1, 2):
+        state.step = step
+        saver.save(state, wait=True)
+    write = module.write_checkpoint
+
+    def damaging(folder, snapshot, about):
+        final = write(folder, snapshot, about)
+        (final / "model.safetensors").write_bytes(b"")
+        return final
+
+    monkeypatch.setattr(module, "write_checkpoint", damaging)
+    state.step = 3
+    saver.save(state, wait=True)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"step-000000{n}" for n in (1, 2, 3)]
+    assert "model.safetensors is damaged" in remarks[0]
+    assert newest_checkpoint(tmp_path)[0].name == "step-0000002"

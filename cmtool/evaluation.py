@@ -1,0 +1,103 @@
+"""Evaluation during training: from the images that a run's kept weights draw to one number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmtool.components import pick
+from cmtool.core.data import Dataset
+from cmtool.core.dist import Group
+from cmtool.core.images import from_uint8, to_uint8
+from cmtool.core.metrics import Gaussian, frechet_distance, statistics
+from cmtool.core.precond import Preconditioned
+from cmtool.errors import UserError
+from cmtool.models import load_digits_features
+from cmtool.presets import Preset
+from cmtool.sampling import evaluating, generate, plan
+
+BATCH = 256
+
+Metric = Callable[[Tensor], float]
+"""From images (N, C, H, W) uint8 to a number; the lower the better."""
+
+
+class Verdict(NamedTuple):
+    """What an evaluation found: the value of a metric over `num` images, at a step."""
+
+    metric: str
+    value: float
+    num: int
+    step: int
+
+
+class Evaluation(NamedTuple):
+    """How a run is evaluated: the metric, its name, and the images it takes."""
+
+    name: str
+    metric: Metric
+    num: int
+
+
+def build_evaluation(preset: Preset, data: Dataset, device: str) -> Evaluation | None:
+    """Return how a run is evaluated, None if it is not. Raises UserError for data it cannot be."""
+    if not preset.run.eval_every:
+        return None
+    choice = preset.run.eval_metric
+    metric = pick(EVALUATORS, choice, "run.eval_metric")(data, device)
+    return Evaluation(choice.name, metric, preset.run.eval_num)
+
+
+def evaluate(
+    evaluation: Evaluation,
+    f: Preconditioned,
+    preset: Preset,
+    step: int,
+    group: Group,
+    device: str,
+) -> Verdict:
+    """Return the verdict over the images of seeds 0 to num - 1, sampled as the preset says.
+
+    Every process calls this, and draws its share; the value is the one of `cmtool eval`.
+    """
+    share = -(-evaluation.num // group.world_size)  # of one size, so that all draw in step
+    seeds = range(group.rank, share * group.world_size, group.world_size)
+    with evaluating(f):
+        drawn = generate(f, preset, plan(preset), seeds, batch=BATCH, device=device)
+        mine = torch.cat([to_uint8(part).cpu() for part in drawn])
+    parts = torch.stack(group.gather(mine), 1)  # (share, processes, C, H, W)
+    value = None
+    if group.leads:
+        value = evaluation.metric(parts.flatten(0, 1)[: evaluation.num])
+    return Verdict(evaluation.name, group.tell(value), evaluation.num, step)
+
+
+def fd_digits(data: Dataset, device: str) -> Metric:
+    """Return the Frechet distance to the training images, in the features of the bundled digits.
+
+    Raises UserError for images other than 8x8 RGB.
+    """
+    channels, height, width = data.images.shape[1:]
+    if (channels, height, width) != (3, 8, 8):
+        raise UserError(
+            f"fd-digits measures RGB images of 8x8; {data.name} has {width}x{height} with"
+            f" {channels} channels",
+            "leave --eval-every out, and measure the finished model with cmtool eval",
+        )
+    features = load_digits_features()[0].to(device)
+
+    def gaussian(images: Any) -> Gaussian:
+        return statistics(features, (from_uint8(part).to(device) for part in images))
+
+    @cache
+    def expected() -> Gaussian:
+        return gaussian(data.chunks(BATCH))
+
+    return lambda images: frechet_distance(gaussian(images.split(BATCH)), expected())
+
+
+EVALUATORS: dict[str, Callable[..., Metric]] = {"fd-digits": fd_digits}
