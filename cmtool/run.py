@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,10 +85,7 @@ def train(
         raise UserError("--resume and --overwrite", "give one of them")
     with stop_signals(max_seconds) as stop, ExitStack() as stack:
         refuse_busy(out)
-        data = load_dataset(
-            preset.data.path, size=preset.model.image_size, channels=preset.model.channels,
-            fit=preset.data.fit,
-        )  # fmt: skip
+        data = load_images(preset, watcher)
         rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
         check_fit(preset, data, teacher)
         chosen = plan(preset)  # what the sample grids will use
@@ -384,6 +382,20 @@ def out_of_memory(error: Exception, preset: Preset, group: Group, step: int) -> 
         f" images at a time: {reason[:200]}",
         f"{', or '.join(remedies)}; the last checkpoint is intact",
     )
+
+
+def load_images(preset: Preset, watcher: Watcher) -> Dataset:
+    """Return the preset's data set; for a model that knows no classes without its labels."""
+    data = load_dataset(
+        preset.data.path, size=preset.model.image_size, channels=preset.model.channels,
+        fit=preset.data.fit,
+    )  # fmt: skip
+    if data.labels is None or preset.model.num_classes:
+        return data
+    watcher.note(
+        f"the {data.num_classes} classes of {data.name} are left aside: the model has none"
+    )
+    return replace(data, labels=None, num_classes=0)
 
 
 def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:

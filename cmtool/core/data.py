@@ -147,7 +147,8 @@ def load_dataset(
         return DATASETS[known](split or "train")
     path = Path(name)
     if not path.exists():
-        raise InputError(f"no data set or folder {name!r}", nearest(name, DATASETS))
+        hint = f"{nearest(name, DATASETS)}, or give the path of a folder, zip, npz or tarball"
+        raise InputError(f"no data set or folder {name!r}", hint)
     entries = open_images(path)
     if entries is None:
         raise InputError(

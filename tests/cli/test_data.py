@@ -6,6 +6,7 @@ import torch
 
 from cmtool.core.data import load_dataset
 from cmtool.core.images import png_bytes
+from tests.cli.conftest import TINY
 
 
 def folder(root, count=6, side=6):
@@ -98,3 +99,11 @@ def test_prepare_fits_and_leaves_out_only_what_it_may(cmtool, tmp_path):
     assert "left out: " in skipped.err
     assert len(load_dataset(str(tmp_path / "z.zip"))) == 5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y.zip", "z.zip"]
+
+
+def test_a_model_without_classes_trains_on_a_set_that_has_them(cmtool, tmp_path):
+    root = folder(tmp_path / "x", side=8)
+    command = ["train", "--preset", "digits-edm", "--data", root, "--set", "train.steps=1", *TINY]
+    result = cmtool(*command, "--set", "model.num_classes=0", "--set", "train.batch=2")
+    assert result.code == 0, result.err
+    assert "the 2 classes of" in result.err
