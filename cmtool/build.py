@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from cmtool import presets
-from cmtool.components import OPTIMIZERS, build_denoiser, build_network, noise_range, pick
+from cmtool.components import build_denoiser, build_network, noise_range, pick
 from cmtool.core.augment import LABELS, Augment, augmented
 from cmtool.core.devices import placed
 from cmtool.core.dist import Group
@@ -28,6 +28,7 @@ from cmtool.core.losses import (
 )
 from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import CURRICULA, LEVELS, Curriculum
+from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.rng import keyed_generator, seeded
 from cmtool.core.samplers import SAMPLERS
 from cmtool.core.solvers import SOLVERS

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
-from torch.optim import Optimizer
 
 from cmtool.core.networks import NETWORKS
 from cmtool.core.networks.layers import MAX_BLOCKS
@@ -104,30 +102,3 @@ def build_denoiser(preset: Card, kind: Kind, network: nn.Module) -> Precondition
         sigma_data=preset.model.sigma_data,
         sigma_min=preset.noise.sigma_min,
     )
-
-
-def radam(
-    parameters: Iterable[nn.Parameter],
-    lr: float,
-    *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> Optimizer:
-    """Return RAdam, the optimizer of the paper."""
-    return torch.optim.RAdam(parameters, lr, betas, eps, weight_decay)
-
-
-def adam(
-    parameters: Iterable[nn.Parameter],
-    lr: float,
-    *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> Optimizer:
-    """Return Adam, the optimizer of EDM."""
-    return torch.optim.Adam(parameters, lr, betas, eps, weight_decay)
-
-
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"radam": radam, "adam": adam}

@@ -26,7 +26,7 @@ CORE_LAYERS = [
         "metrics",
         "augment",
     },
-    {"ema", "losses", "samplers", "formats", "sources", "data", "survey"},
+    {"ema", "optimizers", "losses", "samplers", "formats", "sources", "data", "survey"},
     {"trainer"},
     {"checkpoint"},
 ]
