@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol
@@ -62,8 +62,6 @@ class Means(NamedTuple):
     loss_by_sigma: dict[str, float | None]
     images_by_sigma: dict[str, int]
     grad_norm: float | None
-    waited: float
-    """Seconds a step waited for images, in this process."""
     skipped: int
 
 
@@ -82,11 +80,9 @@ class Meter:
         self.images = torch.zeros_like(self.loss)
         self.norm = torch.zeros((), dtype=torch.float64, device=device)
         self.steps = self.skipped = 0
-        self.waited = 0.0
 
     def add(self, info: StepInfo) -> None:
         """Take one step in."""
-        self.waited += info.waited
         if info.skipped:
             self.skipped += 1
             return
@@ -97,23 +93,37 @@ class Meter:
         self.norm += info.grad_norm
         self.steps += 1
 
+    def held(self, group: Group) -> dict[str, Any]:
+        """Return the sums over all processes, each of which calls this, as JSON takes them."""
+        loss, images = group.sum(torch.stack([self.loss, self.images])).tolist()
+        norm = float(self.norm)
+        sums = {"loss": loss, "images": images, "grad_norm": norm}
+        return {**sums, "steps": self.steps, "skipped": self.skipped}
+
+    def go_on(self, held: Mapping[str, Any] | None, *, leads: bool) -> None:
+        """Start from what an interrupted run held; of its sums one process takes them all."""
+        if held is None or len(held["loss"]) != len(self.names):
+            return
+        if leads:
+            self.loss += self.loss.new_tensor(held["loss"])
+            self.images += self.images.new_tensor(held["images"])
+        self.norm += held["grad_norm"]
+        self.steps, self.skipped = held["steps"], held["skipped"]
+
     def take(self, group: Group) -> Means:
         """Return the means over all processes, each of which calls this, and start anew."""
-        loss, images = group.sum(torch.stack([self.loss, self.images])).tolist()
-        norm, steps, skipped = float(self.norm), self.steps, self.skipped
-        waited = self.waited / (steps + skipped)
+        held = self.held(group)
+        loss, images = held["loss"], held["images"]
         for total in (self.loss, self.images, self.norm):
             total.zero_()
         self.steps = self.skipped = 0
-        self.waited = 0.0
         by_sigma = [mean(total, count) for total, count in zip(loss, images, strict=True)]
         return Means(
             loss=mean(sum(loss), sum(images)),
             loss_by_sigma=dict(zip(self.names, by_sigma, strict=True)),
             images_by_sigma={n: int(c) for n, c in zip(self.names, images, strict=True)},
-            grad_norm=mean(norm, steps),
-            waited=waited,
-            skipped=skipped,
+            grad_norm=mean(held["grad_norm"], held["steps"]),
+            skipped=held["skipped"],
         )
 
 
@@ -129,6 +139,7 @@ class Clock:
         self.steps, self.batch = preset.train.steps, preset.train.batch
         self.first = self.step = step
         self.start = self.since = time.monotonic()
+        self.waited = 0.0
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -142,12 +153,12 @@ class Clock:
         pace = (time.monotonic() - self.start) / (step - self.first)
         return (self.steps - step) * pace
 
-    def lap(self, step: int) -> float:
-        """Return the seconds of training a step took since the last lap, and start the next."""
-        now = time.monotonic()
-        seconds = max(now - self.since, 1e-9) / (step - self.step)
-        self.step, self.since = step, now
-        return seconds
+    def lap(self, step: int) -> tuple[float, float]:
+        """Return the seconds a step took and waited for images since the last lap; start anew."""
+        now, steps = time.monotonic(), step - self.step
+        seconds, waited = max(now - self.since, 1e-9) / steps, self.waited / steps
+        self.step, self.since, self.waited = step, now, 0.0
+        return seconds, waited
 
 
 def log_line(
@@ -163,7 +174,7 @@ def log_line(
     It has an `mfu` if the `ideal_seconds` of a step are known.
     """
     means = meter.take(group)  # waits for the device, so before the clock is read
-    seconds = clock.lap(info.step)
+    seconds, waited = clock.lap(info.step)
     line = {
         "step": info.step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -177,7 +188,7 @@ def log_line(
         "mu": info.mu,
         "skipped": means.skipped,
         "images_per_second": round(clock.batch / seconds, 1),
-        "data_wait": round(means.waited / seconds, 4),
+        "data_wait": round(waited / seconds, 4),
         "memory_gib": round(peak_memory(device) / 2**30, 3),
     }
     if ideal_seconds is not None:

@@ -26,7 +26,7 @@ from cmtool.build import (
 from cmtool.core import checkpoint, dist
 from cmtool.core.data import Dataset, batches, load_dataset
 from cmtool.core.devices import best_precision, is_out_of_memory
-from cmtool.core.dist import Group
+from cmtool.core.dist import ALONE, Group
 from cmtool.core.images import png_bytes
 from cmtool.core.precond import Preconditioned
 from cmtool.core.samplers import check_levels
@@ -263,7 +263,9 @@ class Desk:
             summarise(self.job.out, self.job.preset, state, teacher, self.job.device)
 
 
-def saved_first(steps: Iterator[StepInfo], state: TrainState, desk: Desk) -> Iterator[StepInfo]:
+def saved_first(
+    steps: Iterator[StepInfo], state: TrainState, meter: Meter, desk: Desk
+) -> Iterator[StepInfo]:
     """Yield the steps; when images fail to come, or a signal ends the wait, save before the end."""
     first = state.step
     try:
@@ -273,6 +275,7 @@ def saved_first(steps: Iterator[StepInfo], state: TrainState, desk: Desk) -> Ite
     except UserError as error:
         desk.saver.close()
         if state.step > max(first, desk.saver.saved):
+            state.unlogged = meter.held(ALONE)
             desk.saver.save(state, wait=True)
         desk.write_status(step=state.step)
         if isinstance(error, Stopped) and state.step:
@@ -288,16 +291,18 @@ def work(
     preset, group = job.preset, job.group
     ideal = ideal_seconds(preset, job.teacher, job.device, group.world_size) if desk else None
     clock, meter = Clock(state.step, preset), Meter(noise_range(preset), job.device)
+    meter.go_on(state.unlogged, leads=group.leads)
     line: dict[str, Any] = {}
     is_first = True
     if desk and group.world_size == 1:
-        steps = saved_first(steps, state, desk)
+        steps = saved_first(steps, state, meter, desk)
     for info, end in until_divergence(steps):
         if desk and is_first:  # now the optimizer has its moments
             desk.saver.prepare(state)
             is_first = False
         now = due(preset, info.step, end)
         meter.add(info)
+        clock.waited += info.waited
         if desk and info.skipped:
             job.watcher.note(f"step {info.step} skipped: {info.fault}")
         reason = 0 if now.last else group.any(stop.reason())
@@ -318,6 +323,8 @@ def work(
             job.watcher.progress(Progress(info.step, preset.train.steps, left, line, is_line))
         if end is not None:
             raise dumped(end, job)
+        if now.checkpoint or reason or verdict:
+            state.unlogged = meter.held(group)
         if desk:
             desk.save(state, now, verdict, wait=bool(now.last or reason))
         if reason:

@@ -15,10 +15,10 @@ from cmtool.report import read_log
 from cmtool.rundir import trim_log
 
 
-def info(step, loss, sigma, *, norm=1.0, skipped=False, waited=0.0):
+def info(step, loss, sigma, *, norm=1.0, skipped=False):
     return StepInfo(
         step=step, loss=torch.tensor(loss), sigma=torch.tensor(sigma, dtype=torch.float64),
-        grad_norm=torch.tensor(norm), lr=0.1, n=18, mu=0.9, skipped=skipped, waited=waited,
+        grad_norm=torch.tensor(norm), lr=0.1, n=18, mu=0.9, skipped=skipped, waited=0.0,
     )  # fmt: skip
 
 
@@ -69,6 +69,21 @@ def test_a_skipped_step_counts_in_no_mean():
     assert (means.loss, means.grad_norm, means.skipped) == (None, None, 1)
 
 
+def test_an_interrupted_line_goes_on_where_it_was_whatever_the_number_of_processes():
+    whole, first, resumed, beside = (Meter(NoiseRange(0.1, 50), "cpu") for _ in range(4))
+    before = [info(1, [1.0, 0.1], [0.5, 2.0]), info(2, [0.3, 0.7], [0.5, 20.0], skipped=True)]
+    after = info(3, [0.3, 0.2], [0.5, 20.0], norm=0.1)
+    for each in before:
+        whole.add(each)
+        first.add(each)
+    resumed.go_on(json.loads(json.dumps(first.held(ALONE))), leads=True)
+    beside.go_on(first.held(ALONE), leads=False)
+    whole.add(after)
+    resumed.add(after)
+    assert beside.held(ALONE)["images"] == [0, 0, 0]
+    assert whole.take(ALONE) == resumed.take(ALONE)
+
+
 def test_a_log_line_is_strict_json_whatever_the_loss():
     preset = load_preset("digits-ct")
     meter, clock = Meter(NoiseRange(), "cpu"), Clock(0, preset)
@@ -83,8 +98,8 @@ def test_the_share_of_time_spent_waiting_for_images(monkeypatch):
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     meter, clock = Meter(NoiseRange(), "cpu"), Clock(0, load_preset("digits-ct"))
-    for step in (1, 2):
-        meter.add(info(step, [1.0], [1.0], skipped=step == 1, waited=0.25 * step))
+    meter.add(info(2, [1.0], [1.0]))
+    clock.waited = 0.75
     now = 3.0
     assert log_line(info(2, [1.0], [1.0]), meter, clock, ALONE, "cpu")["data_wait"] == 0.25
 
@@ -97,10 +112,10 @@ def test_pauses_are_in_the_time_left_and_not_in_the_speed(monkeypatch):
     with clock.pause():
         now = 15.0
     now = 20.0
-    assert clock.lap(20) == 1.0
+    assert clock.lap(20)[0] == 1.0
     assert clock.seconds_left(20) == 40.0
     now = 30.0
-    assert clock.lap(25) == 2.0
+    assert clock.lap(25)[0] == 2.0
 
 
 def test_peak_memory_is_what_the_process_once_held():

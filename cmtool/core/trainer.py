@@ -45,6 +45,8 @@ class TrainState:
     step: int = 0
     bad_steps: int = 0
     """Steps in a row, up to this one, that were skipped for what is not finite."""
+    unlogged: dict[str, Any] | None = None
+    """What the next log line has summed up so far, as JSON; for whoever writes it."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,19 @@ class Diverged(DivergedError):
 def counters(state: TrainState) -> dict[str, Any]:
     """Return what a state holds beside tensors, as JSON takes it."""
     scaler = state.scaler.state_dict() if state.scaler is not None else None
-    return {"step": state.step, "bad_steps": state.bad_steps, "scaler": scaler}
+    return {
+        "step": state.step,
+        "bad_steps": state.bad_steps,
+        "scaler": scaler,
+        "unlogged": state.unlogged,
+    }
 
 
 def set_counters(state: TrainState, facts: Mapping[str, Any]) -> None:
     """Set what `counters` returned; what an older version did not know is as at the start."""
     state.step = facts["step"]
     state.bad_steps = facts.get("bad_steps", 0)
+    state.unlogged = facts.get("unlogged")
     if state.scaler is not None and facts.get("scaler") is not None:
         state.scaler.load_state_dict(facts["scaler"])
 

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cmtool.core.images import read_image
+from cmtool.stop import Stop
 from tests.cli.conftest import TINY
 
 
@@ -113,6 +114,26 @@ def test_a_signal_saves_and_ends(tmp_path, number, code):
     status = json.loads((tmp_path / "r/status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("stopped", code)
     assert (tmp_path / f"r/checkpoints/step-{status['step']:07d}/manifest.json").exists()
+
+
+def test_the_log_of_an_interrupted_run_is_that_of_a_straight_one(cmtool, tmp_path, monkeypatch):
+    """Stopped between two log lines; but for what takes time."""
+    arguments = ["train", *TINY, "--set", "train.steps=10", "--set", "run.log_every=5", "--out"]
+    assert cmtool(*arguments, "straight").code == 0
+    asked = iter(range(1, 100))
+    monkeypatch.setattr(Stop, "reason", lambda self: signal.SIGTERM if next(asked) == 7 else 0)
+    assert cmtool(*arguments, "stopped").code == 143
+    assert cmtool("train", "--resume", "--device", "cpu", "--out", "stopped").code == 0
+    timed = {"time", "images_per_second", "data_wait", "memory_gib", "mfu"}
+    straight, stopped = (
+        [
+            {key: value for key, value in json.loads(line).items() if key not in timed}
+            for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        ]
+        for name in ("straight", "stopped")
+    )
+    assert [line["step"] for line in straight] == [5, 10]
+    assert straight == stopped
 
 
 def test_a_run_folder_in_use_is_refused(cmtool, tmp_path):
