@@ -80,8 +80,9 @@ def _opened(source: Path | bytes, name: str, use: Callable[[Image.Image], T]) ->
 
 
 def _tensor(image: Image.Image) -> Tensor:
-    array = np.array(image)
-    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+    array = np.asarray(image)
+    planes = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    return torch.from_numpy(np.array(planes, order="C"))
 
 
 def _orientation(image: Image.Image) -> int:

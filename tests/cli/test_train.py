@@ -252,3 +252,20 @@ def test_dry_run_prints_the_preset_and_writes_nothing(cmtool, tmp_path):
     assert preset["train"]["seed"] == 5
     assert "# --metric" in result.text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_student_of_a_teacher_that_saw_warped_images_keeps_its_network_and_sees_none(
+    cmtool, tmp_path
+):
+    warped = ["--set", "data.augment=0.5", "--set", "model.network.augment_dim=9"]
+    steps = ["--set", "train.steps=2", *TINY]
+    teacher = cmtool("train", "--preset", "digits-edm", "--out", "t", *warped, *steps)
+    assert teacher.code == 0, teacher.err
+    student = cmtool("distill", "--teacher", "t", "--preset", "digits-cd", "--out", "s", *steps)
+    assert student.code == 0, student.err
+    preset = tomllib.loads((tmp_path / "s" / "preset.toml").read_text())
+    assert preset["model"]["network"]["augment_dim"] == 9
+    assert preset["data"]["augment"] == 0
+    refused = cmtool("distill", "--teacher", "t", "--preset", "digits-cd", *warped, *steps)
+    assert refused.code == 2
+    assert "data.augment = 0.5 for a model that is not an EDM teacher" in refused.err

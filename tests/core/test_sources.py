@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 from cmtool.core import data as data_module
 from cmtool.core.data import batches, load_dataset
 from cmtool.core.images import fitted, png_bytes
-from cmtool.core.sources import Names
+from cmtool.core.sources import LazyImages, Names
 from cmtool.errors import InputError
 
 N, SIDE = 12, 6
@@ -247,6 +248,26 @@ def test_workers_and_streaming_change_nothing(tmp_path, monkeypatch, workers, sh
             x, y = ahead(step, shard)
             assert torch.equal(x, wanted(step, shard)[0])
             assert torch.equal(y, wanted(step, shard)[1])
+
+
+def test_a_step_waits_for_no_image_that_a_worker_has_time_to_decode(tmp_path, monkeypatch):
+    """12 images take 0.12 s, a step 0.3 s: beside it, not before it."""
+    monkeypatch.setattr(data_module, "MAX_IN_MEMORY", 0)
+    decode = LazyImages.image
+    monkeypatch.setattr(LazyImages, "image", lambda *a: (time.sleep(0.01), decode(*a))[1])
+    waited = {}
+    for workers in (0, 1):
+        data = load_dataset(str(write(tmp_path / "x")))
+        fetch = batches(data, batch=N, shards=1, seed=0, device="cpu", workers=workers)
+        fetch(0, 0)
+        waited[workers] = 0.0
+        for step in range(1, 5):
+            time.sleep(0.3)
+            asked = time.perf_counter()
+            fetch(step, 0)
+            waited[workers] += time.perf_counter() - asked
+    assert waited[0] > 4 * 0.12
+    assert waited[1] < 0.25 * waited[0]
 
 
 def test_a_bad_image_met_by_a_worker_is_named(tmp_path, monkeypatch):
