@@ -98,6 +98,9 @@ class DataSection(Section):
     flip: bool = Field(False, description="mirror half of the images at random")
     augment: float = Field(0.0, ge=0, le=1, description="probability of each of EDM's warps")
     workers: Count = Field(2, description="processes that decode what is too large for memory")
+    timeout: float = Field(
+        300.0, gt=0, description="seconds after which workers that give nothing are given up"
+    )
 
 
 class LossSection(Section):

@@ -102,7 +102,8 @@ def train(
         shards = preset.train.accumulate * world_size
         microbatch = batches(
             data, batch=preset.train.batch, shards=shards, seed=preset.train.seed, device=device,
-            flip=preset.data.flip, workers=preset.data.workers, rank=rank, world_size=world_size,
+            flip=preset.data.flip, workers=preset.data.workers, timeout=preset.data.timeout,
+            rank=rank, world_size=world_size,
         )  # fmt: skip
         group = dist.join(rank, world_size, device, TIMEOUT)
         stack.callback(dist.leave)
@@ -407,24 +408,28 @@ def load_images(preset: Preset, watcher: Watcher) -> Dataset:
 
 def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:
     """Raise InputError unless data, preset and teacher agree on size, channels and classes."""
-    h, w = preset.model.image_size
-    wanted = (preset.model.channels, h, w)
-    if tuple(data.images.shape[1:]) != wanted:
-        c, dh, dw = data.images.shape[1:]
-        raise InputError(
-            f"{data.name} has images of {dw}x{dh} with {c} channels, the model wants {w}x{h} with"
-            f" {preset.model.channels}",
-            f"resize the images, or --set model.image_size=[{dh},{dw}] --set model.channels={c}",
-        )
-    if preset.model.num_classes != data.num_classes:
-        raise InputError(
-            f"{data.name} has {data.num_classes} classes, the model {preset.model.num_classes}",
-            f"--set model.num_classes={data.num_classes}, and a teacher that knows them",
-        )
     if teacher is not None and teacher.kind != "teacher":
         raise InputError(
             f"{teacher.source} is a consistency model, not a teacher",
             "give a model trained with an edm preset",
+        )
+    who = "the model" if teacher is None else f"the teacher {teacher.source}"
+    channels, h, w = preset.model.channels, *preset.model.image_size
+    c, dh, dw = data.images.shape[1:]
+    if (c, dh, dw) != (channels, h, w):
+        raise InputError(
+            f"{data.name} has images of {dw}x{dh} with {c} channels, {who} wants {w}x{h} with"
+            f" {channels}",
+            f"resize the images, or --set model.image_size=[{dh},{dw}] --set model.channels={c}"
+            if teacher is None
+            else "bring the images to the teacher's size and channels, or give another teacher",
+        )
+    if preset.model.num_classes != data.num_classes:
+        raise InputError(
+            f"{data.name} has {data.num_classes} classes, {who} {preset.model.num_classes}",
+            f"--set model.num_classes={data.num_classes}"
+            if teacher is None
+            else "give the classes the teacher was trained with, or another teacher",
         )
 
 

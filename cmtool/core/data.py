@@ -8,9 +8,13 @@ import gc
 import hashlib
 import itertools
 import math
+import multiprocessing
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -181,6 +185,7 @@ def batches(
     device: str,
     flip: bool = False,
     workers: int = 0,
+    timeout: float = WORKER_TIMEOUT,
     rank: int = 0,
     world_size: int = 1,
 ) -> BatchFn:
@@ -189,7 +194,8 @@ def batches(
     The order is a permutation of each epoch, a function of (seed, epoch), and so are the mirrored
     images of `flip`: a resumed or differently split run sees the same images at the same steps.
     `workers` processes decode ahead, for the shards of this `rank`, when asked in order. Raises
-    InputError for a batch the shards do not divide.
+    InputError for a batch the shards do not divide, and later ResourceError for a worker that died
+    or gives nothing for `timeout` seconds.
     """
     if batch % shards:
         raise InputError(
@@ -199,7 +205,7 @@ def batches(
     pick = Picker(resident(data, device), batch, batch // shards, seed, flip)
     fetch: BatchFn = pick
     if workers and not isinstance(data.images, Tensor):
-        fetch = Ahead(pick, workers, range(rank, shards, world_size))
+        fetch = Ahead(pick, workers, range(rank, shards, world_size), timeout)
 
     def microbatch(step: int, shard: int) -> tuple[Tensor, Tensor | None]:
         images, labels = fetch(step, shard)
@@ -268,10 +274,11 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
 class Ahead:
     """A Picker whose microbatches are decoded ahead, by worker processes, in training's order."""
 
-    def __init__(self, pick: Picker, workers: int, shards: range) -> None:
+    def __init__(self, pick: Picker, workers: int, shards: range, timeout: float) -> None:
         self.pick = pick
         self.workers = workers
         self.shards = shards
+        self.timeout = timeout
         self.waiting: Iterator[Any] | None = None
         self.next: tuple[int, int] | None = None
 
@@ -281,19 +288,14 @@ class Ahead:
             gc.freeze()  # or collections, here and there, copy all that workers share with us
             atexit.register(gc.unfreeze)
             start = step * len(self.shards) + self.shards.index(shard)
-            self.waiting = iter(
-                loader(_Turns(self.pick, self.shards), itertools.count(start), self.workers)
-            )
+            turns = _Turns(self.pick, self.shards)
+            order = itertools.count(start)
+            self.waiting = made_ahead(turns, order, self.workers, self.timeout)
         assert self.waiting is not None
         try:
             found = next(self.waiting)
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
-            raise ResourceError(
-                f"a data worker died or hangs at step {step}: {str(error).splitlines()[0]}",
-                "out of memory? lower data.workers",
-            ) from None
+        except ResourceError as error:
+            raise ResourceError(f"{error.what} at step {step}", error.hint) from None
         later = self.shards.index(shard) + 1
         self.next = (
             (step, self.shards[later]) if later < len(self.shards) else (step + 1, self.shards[0])
@@ -303,14 +305,66 @@ class Ahead:
         return found
 
 
-def loader(items: TorchDataset[Any], order: Iterable[int], workers: int) -> DataLoader[Any]:
-    """Return what gives single items in an order, made ahead by worker processes."""
-    return DataLoader(
+def made_ahead(
+    items: TorchDataset[Any], order: Iterable[int], workers: int, timeout: float = WORKER_TIMEOUT
+) -> Iterator[Any]:
+    """Yield single items in an order, made ahead by worker processes, or here without any.
+
+    Raises ResourceError, in a wait and never in the midst of other work, when a worker died or
+    all together gave nothing for `timeout` seconds; then there is no worker left.
+    """
+    before, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
+    given = iter(DataLoader(
         items, batch_size=None, sampler=order, num_workers=workers,
         prefetch_factor=2 if workers else None,
         multiprocessing_context="fork" if workers else None,
-        timeout=WORKER_TIMEOUT if workers else 0,
-    )  # fmt: skip
+    ))  # fmt: skip
+    crew = [child for child in multiprocessing.active_children() if child not in others]
+    _handle_children(before)  # torch's handler raises wherever the main thread is
+    late = threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        for worker in crew:
+            worker.kill()
+
+    try:
+        while True:
+            timer = threading.Timer(timeout, give_up)
+            timer.daemon = True
+            try:
+                if crew:
+                    timer.start()
+                    _handle_children(lambda *_: _check_crew(crew))
+                    _check_crew(crew)
+                item = next(given)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError):  # what torch says of a worker that is gone
+                if not any(worker.exitcode for worker in crew):
+                    raise
+                what = "a data worker died (out of memory?)"
+                if late.is_set():
+                    what = f"the data workers hang: they gave nothing for {timeout:g} s,"
+                raise ResourceError(what, "lower data.workers, or look at the machine") from None
+            finally:
+                timer.cancel()
+                _handle_children(before)
+            yield item
+    finally:
+        for worker in crew:  # one that hangs would be waited for
+            worker.kill()
+
+
+def _handle_children(handler: Any) -> None:
+    """Set the handler of a child's end, where Python allows it."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def _check_crew(crew: Sequence[BaseProcess]) -> None:
+    if any(worker.exitcode for worker in crew):
+        raise RuntimeError("a worker is gone")
 
 
 class _Turns(TorchDataset[Any]):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from cmtool.core.data import Dataset, loader
+from cmtool.core.data import Dataset, made_ahead
 from cmtool.core.images import from_uint8, png_bytes
 from cmtool.core.sources import LazyImages
 from cmtool.errors import InputError
@@ -115,7 +115,7 @@ def _through(
 ) -> Iterator[T]:
     """Yield what `use` makes of each part of the order."""
     parts = [order[i : i + PART] for i in range(0, len(order), PART)]
-    yield from loader(_Parts(data, parts, use), range(len(parts)), workers)
+    yield from made_ahead(_Parts(data, parts, use), range(len(parts)), workers)
 
 
 class _Parts(TorchDataset[Any], Generic[T]):
