@@ -6,12 +6,14 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmtool.errors import InputError, UserError, nearest
+from cmtool.errors import InputError, ResourceError, UserError, is_full, nearest
 
 if TYPE_CHECKING:
     from cmtool.build import Model
@@ -85,26 +87,31 @@ def emit(text: str) -> None:
     """Write one line to stdout; when nobody reads any more, end quietly as a pipe does (141)."""
     if not leads():
         return
-    try:
+    with _stdout():
         print(text, flush=True)
-    except BrokenPipeError:
-        _end_of_pipe()
 
 
 def emit_bytes(content: bytes) -> None:
     """Write bytes to stdout. Raises UserError on a terminal."""
     if sys.stdout.isatty():
         raise UserError("a picture would go to the terminal", "use --out FILE, or a pipe")
-    try:
+    with _stdout():
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        _end_of_pipe()
 
 
-def _end_of_pipe() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    raise typer.Exit(141)
+@contextmanager
+def _stdout() -> Iterator[None]:
+    """End as is right when stdout takes no more; Python would try again when it ends."""
+    try:
+        yield
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise typer.Exit(141) from None
+        if is_full(error):
+            raise ResourceError("no room on the disk for stdout", "free some") from None
+        raise
 
 
 def emit_json(content: dict[str, Any], *, compact: bool = True) -> None:

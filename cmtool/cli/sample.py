@@ -32,7 +32,7 @@ from cmtool.cli._options import (
     pick_model,
     say,
 )
-from cmtool.errors import UserError
+from cmtool.errors import ResourceError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,13 +117,19 @@ def sample(
             emit(out)
         return
     records = []
-    for path, index in _write_folder(
-        target, model, chosen, numbers, labels, overwrite, batch, where
-    ):
-        label = None if labels is None else int(labels[index])
-        records.append({"path": str(path), "seed": numbers[index], "class": label})
-        if not as_json:
-            emit(str(path))
+    try:
+        for path, index in _write_folder(
+            target, model, chosen, numbers, labels, overwrite, batch, where
+        ):
+            label = None if labels is None else int(labels[index])
+            records.append({"path": str(path), "seed": numbers[index], "class": label})
+            if not as_json:
+                emit(str(path))
+    except ResourceError as error:
+        raise ResourceError(
+            f"{error.what}: {len(records)} of {len(numbers)} images are there",
+            f"{error.hint}; the same command again makes the rest",
+        ) from None
     if as_json:
         emit_json({"images": records, "sigmas": chosen.sigmas, "model": model.sha256})
 

@@ -1,4 +1,10 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 from cmtool.core.images import png_info, read_image
 
@@ -89,3 +95,17 @@ def test_weights_that_are_not_there_name_those_that_are(cmtool, tiny_run):
     result = cmtool("sample", "-c", tiny_run, "--weights", "ema-9", "--seeds", "0", "--out", "a")
     assert result.code == 3
     assert "it holds ema, model, target" in result.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("out", ["-", "folder"])
+def test_a_stdout_without_room_is_told(tmp_path, out):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "cmtool", *SMALL, "--seeds", "0-1", "--out", out],
+            stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ,
+        )  # fmt: skip
+    assert done.returncode == 5, done.stderr
+    assert "error: no room on the disk for stdout" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
