@@ -18,13 +18,13 @@ import torch
 from filelock import FileLock, Timeout
 
 from cmtool import __version__
-from cmtool.build import Model
+from cmtool.build import Model, build_curriculum, fit_settings
 from cmtool.core import checkpoint
 from cmtool.core.data import Dataset
 from cmtool.core.dist import Group
 from cmtool.core.formats.native import write_weights
 from cmtool.core.images import png_bytes
-from cmtool.core.trainer import Diverged, TrainState
+from cmtool.core.trainer import Diverged, TrainState, learning_rate
 from cmtool.errors import (
     BusyError,
     InputError,
@@ -34,11 +34,23 @@ from cmtool.errors import (
     UserError,
     is_full,
 )
-from cmtool.presets import Preset, load_preset
+from cmtool.presets import Preset, flat, load_preset, origin_of
 from cmtool.report import picture, read_log
-from cmtool.toml import to_toml
+from cmtool.toml import to_toml, with_values
 
-FREE_TO_CHANGE = ("description", "run")
+FREE_TO_CHANGE = {
+    "description", "run", "data.path", "data.workers", "data.timeout", "train.accumulate",
+    "train.max_bad_steps", "train.checkpoint_activations", "train.compile",
+}  # fmt: skip
+"""What a resumed run may have otherwise: it has no part in the result, or no more than rounding.
+
+The data may have moved but are known by their fingerprint. Another number of parts draws other
+noise, as another number of processes does.
+"""
+WHERE = ("name", "source")
+"""What run.json says of data and teacher that is no part of what they are."""
+PROBES = 1000
+"""Steps at which two lengths of a run are compared."""
 TEMPORARY = r"\..+\.[0-9]+\.tmp"
 """The names that a file has while it is written."""
 
@@ -196,23 +208,67 @@ class LogFile:
 
 
 def check_same(out: Path, preset: Preset, data: Dataset, teacher: Model | None) -> None:
-    """Raise UserError unless the run in `out` was started with this preset, data and teacher."""
+    """Raise UserError unless the run in `out` was started with this preset, data and teacher.
+
+    What is FREE_TO_CHANGE may differ, and train.steps where the steps both have are the same.
+    """
     made = _read_json(out / "run.json")
     for name, now in run_inputs(data, teacher).items():
-        if made.get(name) is not None and made[name] != now:
-            before, after = _difference(made[name], now)
+        before = made.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):  # where they lie is no matter
+            before, now = ({k: v for k, v in d.items() if k not in WHERE} for d in (before, now))
+        if before is not None and before != now:
+            was, is_now = _difference(before, now)
             raise UserError(
-                f"the run in {out} was started with another {name}: {before}, now {after}",
+                f"the run in {out} was started with another {name}: {was}, now {is_now}",
                 "resume with the same, or start a run of its own",
             )
-    stored = load_preset(str(out / "preset.toml")).model_dump()
-    for key, value in preset.model_dump().items():
-        if key not in FREE_TO_CHANGE and stored[key] != value:
-            before, now = _difference(stored[key], value)
-            raise UserError(
-                f"the run in {out} was started with another preset: {key} had {before}, now {now}",
-                "resume without changing it, or start a run of its own",
-            )
+    stored = load_preset(str(out / "preset.toml"))
+    for key in sorted(changes(stored, preset)):
+        section = key.partition(".")[0]
+        if key in FREE_TO_CHANGE or section in FREE_TO_CHANGE:
+            continue
+        if key == "train.steps":
+            check_steps(out, stored, preset)
+            continue
+        was, is_now = _difference(stored.model_dump()[section], preset.model_dump()[section])
+        raise UserError(
+            f"the run in {out} was started with another preset: {section} had {was}, now {is_now}",
+            "resume without changing it, or start a run of its own",
+        )
+
+
+def check_steps(out: Path, stored: Preset, preset: Preset) -> None:
+    """Raise UserError unless the run in `out` may have another number of steps."""
+    before, now = stored.train.steps, preset.train.steps
+    found = checkpoint.checkpoints(out / "checkpoints")
+    done = int(found[-1].name[5:]) if found else 0
+    if now < done:
+        raise UserError(f"train.steps = {now}: {out} is at step {done}", "give more steps")
+    if not same_so_far(stored, preset):
+        raise UserError(
+            f"the run in {out} was started with train.steps = {before}, now {now}: N(k), mu(k) or"
+            " the learning rate of the steps it has done would have been others",
+            "resume without changing it, or start a run of its own",
+        )
+
+
+def same_so_far(a: Preset, b: Preset) -> bool:
+    """Tell whether two presets, alike but for train.steps, are one run as far as both go."""
+    curriculum, common = build_curriculum(a), min(a.train.steps, b.train.steps)
+    probes = {*range(0, common, max(common // PROBES, 1)), common - 1}
+    sides = []
+    for settings in (fit_settings(a), fit_settings(b)):
+        stages = {step: curriculum(step, settings.steps) for step in probes}
+        rates = [learning_rate(settings, step, stage.progress) for step, stage in stages.items()]
+        sides.append(([stage._replace(progress=0.0) for stage in stages.values()], rates))
+    return sides[0] == sides[1]
+
+
+def changes(before: Preset, now: Preset) -> dict[str, Any]:
+    """Return the dotted keys whose values differ, with those of `now`; None where it has none."""
+    old, new = (dict(flat(preset.model_dump())) for preset in (before, now))
+    return {key: new.get(key) for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
 
 
 def resume_state(out: Path, state: TrainState, watcher: Notes) -> None:
@@ -262,10 +318,15 @@ def clear_run(out: Path) -> None:
 def write_run_files(
     out: Path, preset: Preset, origins: Mapping[str, str], data: Dataset, teacher: Model | None
 ) -> None:
-    """Write preset.toml and run.json."""
-    if not (out / "preset.toml").is_file():  # a resumed run keeps its own, with its origins
-        content = to_toml(preset, origins).encode()
-        checkpoint.write_atomic(out / "preset.toml", content, durable=True)
+    """Write preset.toml and run.json; a resumed run's preset keeps the origins of what it keeps."""
+    path = out / "preset.toml"
+    if path.is_file():
+        changed = changes(load_preset(str(path)), preset)
+        told = {key: (value, origin_of(key, origins)) for key, value in changed.items()}
+        text = with_values(path.read_text(), told)
+    else:
+        text = to_toml(preset, origins)
+    checkpoint.write_atomic(path, text.encode(), durable=True)
     facts = {
         "arguments": sys.argv[1:],
         "versions": {

@@ -17,6 +17,20 @@ def to_toml(preset: Preset, origins: Mapping[str, str] | None = None) -> str:
     return tomlkit.dumps(document)
 
 
+def with_values(text: str, values: Mapping[str, tuple[Any, str]]) -> str:
+    """Return TOML with the values of some dotted keys, and their origins; the rest untouched."""
+    document = tomlkit.parse(text)
+    for dotted, (value, origin) in values.items():
+        *names, key = dotted.split(".")
+        table: Any = document
+        for name in names:
+            table = table[name]
+        item = tomlkit.item(_plain(value))
+        item.comment(origin)
+        table[key] = item
+    return tomlkit.dumps(document)
+
+
 def _fill(table: Any, tree: Mapping[str, Any], origins: Mapping[str, str], prefix: str) -> None:
     """Fill a TOML table: values first, then tables; a component without options is its name."""
     short = {k: v["name"] if _is_bare(v) else v for k, v in tree.items()}

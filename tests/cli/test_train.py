@@ -7,9 +7,12 @@ import time
 import tomllib
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from cmtool.core.images import read_image
+from cmtool.core.images import png_bytes, read_image
+from cmtool.presets import load_preset
+from cmtool.rundir import same_so_far
 from cmtool.stop import Stop
 from tests.cli.conftest import TINY
 
@@ -206,6 +209,67 @@ def test_resume_with_another_preset_shows_the_difference(cmtool):
     assert "train had {'lr': 0.002}, now {'lr': 0.5}" in result.err
     result = cmtool("train", "--out", "r", "--resume", "--set", "run.log_every=9")
     assert result.code == 0, result.err
+
+
+def resumed(cmtool, *arguments):
+    return cmtool("train", "--out", "r", "--resume", *arguments)
+
+
+def test_a_resumed_run_may_change_what_has_no_part_in_the_result(cmtool, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(8):
+        picture = torch.full((3, 8, 8), 10 * i, dtype=torch.uint8)
+        (images / f"{i}.png").write_bytes(png_bytes(picture))
+    free = ["--set", "model.num_classes=0", "--set", "sample.steps=1"]
+    arguments = ["train", *TINY, *free, "--set", "train.steps=2", "--out", "r"]
+    assert cmtool(*arguments, "--data", "images").code == 0
+    images.rename(tmp_path / "moved")
+    moved = resumed(
+        cmtool, "--data", "moved", "--accumulate", "2", "--set", "run.checkpoint_every=9",
+        "--set", "data.timeout=5", "--set", "description=mine",
+    )  # fmt: skip
+    assert moved.code == 0, moved.err
+    text = (tmp_path / "r/preset.toml").read_text()
+    preset = tomllib.loads(text)
+    assert (preset["data"]["path"], preset["train"]["accumulate"]) == ("moved", 2)
+    assert 'path = "moved" # --data' in text
+    assert "batch = 8 # --set" in text  # what is kept keeps its origin
+    assert resumed(cmtool).code == 0  # with what was changed
+    (tmp_path / "moved/0.png").write_bytes(png_bytes(torch.ones(3, 8, 8, dtype=torch.uint8)))
+    other = resumed(cmtool)
+    assert other.code == 2
+    assert "was started with another data: {'fingerprint': " in other.err
+
+
+def test_a_run_gets_more_steps_only_where_those_it_has_done_stay_the_same(cmtool, tmp_path):
+    constant = ["--set", "train.decay_to=1", "--set", "sample.steps=1"]
+    arguments = ["train", *TINY, *constant, "--out", "r"]
+    assert cmtool(*arguments, "--set", "train.steps=2").code == 0
+    assert resumed(cmtool, "--set", "train.steps=5").code == 0
+    assert resumed(cmtool).text == "r/checkpoints/step-0000005\n"  # preset.toml says so now
+    straight = cmtool(*arguments[:-1], "s", "--set", "train.steps=5")
+    assert straight.code == 0
+    assert_equal(tmp_path / "r/checkpoints/step-0000005", tmp_path / "s/checkpoints/step-0000005")
+    fewer = resumed(cmtool, "--set", "train.steps=3")
+    assert (fewer.code, fewer.out) == (2, b"")
+    assert "train.steps = 3: r is at step 5" in fewer.err
+
+
+@pytest.mark.parametrize(
+    ("preset", "may"),
+    [
+        ("cifar10-cd-lpips", True),  # one grid, one rate
+        ("digits-pd", True),  # stages of a fixed length
+        ("digits-edm", False),  # a cosine to the last step
+        ("digits-ct", False),  # N(k) grows with k/K
+        ("cifar10-ct", False),
+    ],
+)
+def test_which_schedules_know_the_last_step(preset, may):
+    a, b = (load_preset(preset, {"train.steps": steps}) for steps in (700, 1000))
+    assert same_so_far(a, b) == same_so_far(b, a) == may
+    assert same_so_far(a, a)
 
 
 def test_distill_trains_a_consistency_model_from_the_teacher(cmtool):
