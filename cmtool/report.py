@@ -1,18 +1,23 @@
-"""Pictures and pages for people: a run's summary.png, the demo's report.html."""
+"""Pages for people, each one file that needs nothing else: the demo's and a run's report.html."""
 
 from __future__ import annotations
 
 import base64
-import json
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from cmtool import __version__
-from cmtool.core.checkpoint import write_atomic
-from cmtool.core.images import display_scale, grid, to_uint8
+from cmtool.core.checkpoint import best, write_atomic
+from cmtool.plots import run_plots, svgs
+from cmtool.rundir import read_json, read_log
+
+MAX_FRAMES = 12
+"""Sample grids of a run's report, evenly over time."""
+MAX_BYTES = 16 << 20
+"""Of all of them; of large pictures there are fewer."""
 
 
 class Row(NamedTuple):
@@ -30,16 +35,22 @@ class Figure(NamedTuple):
     path: Path
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>cmtool demo</title>
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 1rem auto; padding: 0 1rem; }
 img { max-width: 100%; image-rendering: pixelated; }
 table { border-collapse: collapse; } td, th { padding: .3rem 1rem; border-bottom: 1px solid #ccc; }
 td + td, th + th { text-align: right; }
-pre { background: #f4f4f4; padding: 1rem; overflow-x: auto; }
+pre { background: #f4f4f4; padding: 1rem; overflow-x: auto; font-size: .8rem; }
+.many { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); }
+.many img { width: 100%; } figure { margin: 0; }
+.smooth { image-rendering: auto; } .bad { color: #b00020; }
 </style></head><body>
-<h1>From noise to digits in one network call</h1>
+"""
+
+DEMO = """<h1>From noise to digits in one network call</h1>
 <p>A diffusion teacher was distilled into a consistency model (Song et al. 2023) and both were
 measured against the training digits. Lower is nearer; real digits that no model has seen are
 the yardstick. fd-digits compares features of a small bundled classifier: it is not the FID of
@@ -50,13 +61,52 @@ papers.</p>
 <td>{{ "%.2f"|format(row.value) }}</td></tr>
 {% endfor %}</table>
 {% for figure in figures %}<h2>{{ figure.caption }}</h2>
-<img alt="{{ figure.caption }}" src="data:image/png;base64,{{ encoded(figure.path) }}">
+<img alt="{{ figure.caption }}" src="{{ png(figure.path) }}">
 {% endfor %}<h2>What was run</h2>
 <pre>{% for command in commands %}$ {{ command }}
 {% endfor %}</pre>
 <p>{{ "%.0f"|format(seconds) }} seconds, cmtool {{ version }}.</p>
 </body></html>
 """
+
+
+RUN = """<h1>{{ title }}</h1>
+<p>{{ description }}</p>
+<p{% if state.state == "failed" %} class="bad"{% endif %}><b>{{ state.state or "not started" }}</b>,
+step {{ state.step or 0 }} of {{ state.steps or "?" }}{% if left %}, {{ left }} left{% endif %}
+{%- if state.exit_code %}, exit code {{ state.exit_code }}{% endif %}
+{%- if state.error %}: {{ state.error }}{% endif %}</p>
+<table>
+{% for name, value in facts %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
+{% endfor %}</table>
+<h2>Curves</h2>
+<div class="many">{% for title, svg in curves %}<img alt="{{ title }}" src="{{ svg }}">
+{% else %}<p>Nothing was logged yet.</p>{% endfor %}</div>
+<h2>Samples, from the same noise</h2>
+<div class="many">{% for step, path in frames %}<figure><figcaption>step {{ step }}</figcaption>
+<img alt="samples at step {{ step }}" src="{{ png(path) }}"></figure>
+{% else %}<p>Nothing was sampled yet.</p>{% endfor %}</div>
+{% if summary %}<h2>At the end</h2>
+<img class="smooth" alt="loss, and images at the end" src="{{ png(summary) }}">{% endif %}
+<h2>How it was made</h2>
+<details><summary>Preset</summary><pre>{{ preset }}</pre></details>
+<details><summary>Arguments, versions, data</summary><pre>{{ provenance }}</pre></details>
+<p>Written {{ now }} by cmtool {{ version }}.</p>
+</body></html>
+"""
+
+
+def rendered(template: str, **facts: object) -> bytes:
+    """Return a page of the head and a template."""
+    from jinja2 import Environment
+
+    page = Environment(autoescape=True).from_string(HEAD + template)
+    return page.render(png=png, version=__version__, **facts).encode()
+
+
+def png(path: Path) -> str:
+    """Return a PNG file as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def write_report(
@@ -67,61 +117,80 @@ def write_report(
     commands: Sequence[str],
     seconds: float,
 ) -> None:
-    """Write one self-contained HTML page with the table, the figures and the commands."""
-    from jinja2 import Environment
-
-    def encoded(picture: Path) -> str:
-        return base64.b64encode(picture.read_bytes()).decode()
-
-    page = Environment(autoescape=True).from_string(PAGE)
-    html = page.render(
-        rows=rows,
-        figures=figures,
-        commands=commands,
-        seconds=seconds,
-        encoded=encoded,
-        version=__version__,
+    """Write the demo's page: the table, the figures and the commands."""
+    page = rendered(
+        DEMO, title="cmtool demo", rows=rows, figures=figures, commands=commands, seconds=seconds
     )
-    write_atomic(path, html.encode())
+    write_atomic(path, page)
 
 
-def picture(images: Tensor, columns: int) -> Tensor:
-    """Return images (B, C, H, W) in [-1, 1] as one uint8 picture, enlarged for people."""
-    return grid(to_uint8(images), columns, scale=display_scale(images.shape[-1]))
+def write_run_report(out: Path) -> None:
+    """Write report.html of a run, from what its folder holds: curves, samples, provenance."""
+    log = read_log(out / "log.jsonl")
+    state = read_json(out / "status.json")
+    preset = _text(out / "preset.toml")
+    plots = run_plots(log)
+    encoded = (base64.b64encode(svg.encode()).decode() for svg in svgs(plots))
+    summary = out / "summary.png"
+    page = rendered(
+        RUN,
+        title=f"Run {out.resolve().name}",
+        description=tomllib.loads(preset).get("description", ""),
+        state=state,
+        left=_duration(state) if state.get("state") == "running" else None,
+        facts=run_facts(log[-1] if log else {}, best(out / "checkpoints")),
+        curves=[
+            (plot.title, f"data:image/svg+xml;base64,{svg}")
+            for plot, svg in zip(plots, encoded, strict=True)
+        ],
+        frames=frames(out / "samples"),
+        summary=summary if summary.is_file() else None,
+        preset=preset,
+        provenance=_text(out / "run.json"),
+        now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    write_atomic(out / "report.html", page)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of log.jsonl by step, which no clock can turn back, each step's last.
+def run_facts(line: Mapping[str, Any], kept: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Return the rows of a run's table, from its last log line and its best checkpoints."""
+    if not line:
+        return []
+    shown = {
+        "loss": ("loss", "{:.4g}"),
+        "images": ("images seen", "{:,}"),
+        "images_per_second": ("images a second", "{:,}"),
+        "mfu": ("share of the peak (MFU)", "{:.1%}"),
+        "data_wait": ("waiting for images", "{:.1%}"),
+        "memory_gib": ("memory, at most", "{} GiB"),
+    }
+    rows = [
+        (name, form.format(line[key]))
+        for key, (name, form) in shown.items()
+        if line.get(key) is not None
+    ]
+    return rows + [(f"best: {name}", f"{v:.4g}") for name, v in kept.items()]
 
-    A line that was cut short or holds rubbish is left out.
+
+def frames(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of sample grids evenly over time, the last among them.
+
+    At most MAX_FRAMES, and at most MAX_BYTES together but for the last one.
     """
-    lines: dict[int, dict[str, Any]] = {}
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-            lines[int(line["step"])] = line
-        except (ValueError, TypeError, LookupError, RecursionError):
-            continue
-    return [lines[step] for step in sorted(lines)]
+    paths = sorted(folder.glob("step-*.png"))
+    sizes = {path: path.stat().st_size for path in paths}
+    for count in range(min(MAX_FRAMES, len(paths)), 0, -1):
+        stride = (len(paths) - 1) / max(count - 1, 1)
+        chosen = [paths[len(paths) - 1 - round(i * stride)] for i in reversed(range(count))]
+        if count == 1 or sum(sizes[path] for path in chosen) <= MAX_BYTES:
+            return [(int(path.stem[5:]), path) for path in chosen]
+    return []
 
 
-def write_summary(
-    path: Path, log: list[dict[str, Any]], panels: dict[str, Tensor], title: str
-) -> None:
-    """Write summary.png: the training curve, and each panel's images (B, C, H, W) beside it."""
-    from matplotlib.figure import Figure as Plot
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
-    plot = Plot(figsize=(4.6 + 4.2 * len(panels), 3.4), layout="constrained")
-    ratios = [4.2, *[4.2] * len(panels)]
-    axes = plot.subplots(1, 1 + len(panels), width_ratios=ratios, squeeze=False)
-    curve, *rest = axes[0]
-    curve.plot([line["step"] for line in log], [line["loss"] for line in log])
-    curve.set(xlabel="step", ylabel="loss", title=title, yscale="log")
-    curve.grid(alpha=0.3)
-    for axis, (name, images) in zip(rest, panels.items(), strict=True):
-        axis.imshow(picture(images, 10).permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set(title=name)
-        axis.set_axis_off()
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    plot.savefig(temporary, dpi=110)
-    temporary.replace(path)
+
+def _duration(state: Mapping[str, Any]) -> str | None:
+    seconds = state.get("seconds_left")
+    return None if seconds is None else str(timedelta(seconds=seconds))

@@ -34,9 +34,11 @@ from cmtool.core.survey import check_images
 from cmtool.core.trainer import Diverged, StepInfo, TrainState, fit
 from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError
 from cmtool.evaluation import Evaluation, Verdict, build_evaluation, evaluate
+from cmtool.events import Events, event_writer
+from cmtool.plots import picture, write_summary
 from cmtool.presets import Card, Preset
 from cmtool.progress import Clock, Meter, Progress, Watcher, log_line
-from cmtool.report import picture, read_log, write_summary
+from cmtool.report import write_run_report
 from cmtool.rundir import (
     LogFile,
     StatusWriter,
@@ -45,6 +47,7 @@ from cmtool.rundir import (
     clear_temporary,
     locked,
     prepare_folder,
+    read_log,
     refuse_busy,
     resume_state,
     status,
@@ -92,6 +95,8 @@ def train(
         build_sampler(chosen.sampler)
         check_levels(chosen.sigmas, preset.noise.sigma_min)
         evaluation = build_evaluation(preset, data, device)
+        if preset.run.tensorboard:
+            event_writer()  # or it says now that it is missing
         objective = build_objective(preset, teacher.f if teacher else None)
         curriculum = build_curriculum(preset)
         curriculum(0, preset.train.steps)
@@ -127,7 +132,7 @@ def train(
             with contact(group, state, preset):
                 work(job, state, steps, stop, None)
             return out / "checkpoints" / f"step-{state.step:07d}"
-        with status(out) as write_status:
+        with reported(out, watcher), status(out) as write_status:
             clear_temporary(out)
             if resume:
                 resume_state(out, state, watcher)
@@ -138,11 +143,30 @@ def train(
             write_status(step=state.step, steps=preset.train.steps)
             saved = state.step if resume else -1
             stop.at_once = False
-            with contact(group, state, preset), Desk(job, write_status, saved) as desk:
+            desk = Desk(job, write_status, state.step, saved)
+            with contact(group, state, preset), desk:
                 work(job, state, steps, stop, desk)
                 desk.summarise(state, teacher)
             write_status(state="done", step=state.step, seconds_left=0, exit_code=0)
     return out / "checkpoints" / f"step-{state.step:07d}"
+
+
+@contextmanager
+def reported(out: Path, watcher: Watcher) -> Iterator[None]:
+    """Write report.html after the block, however it ends; a second Ctrl-C waits for nothing."""
+
+    def report() -> None:
+        try:
+            write_run_report(out)
+        except (OSError, UserError) as error:  # what ended the run is told all the same
+            watcher.note(f"report.html cannot be written: {error}")
+
+    try:
+        yield
+    except Exception:
+        report()
+        raise
+    report()
 
 
 def agreed(group: Group, action: Callable[[], None]) -> None:
@@ -199,7 +223,7 @@ class Desk:
     A run goes on without all but the last checkpoint, and says so.
     """
 
-    def __init__(self, job: Job, write_status: StatusWriter, saved: int) -> None:
+    def __init__(self, job: Job, write_status: StatusWriter, step: int, saved: int) -> None:
         preset, self.job, self.write_status = job.preset, job, write_status
         about = {
             "kind": preset.kind,
@@ -212,6 +236,7 @@ class Desk:
         )  # fmt: skip
         self.saver.saved = saved
         self.log_file = LogFile(job.out / "log.jsonl")
+        self.events = Events(job.out / "tensorboard", step) if preset.run.tensorboard else None
         self.failing: set[str] = set()
 
     def __enter__(self) -> Desk:
@@ -220,6 +245,9 @@ class Desk:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or issubclass(kind, Exception):  # a second Ctrl-C waits for nothing
             self.saver.close()
+            if self.events:
+                with self.expendable("tensorboard/"):
+                    self.events.close()
 
     @contextmanager
     def expendable(self, what: str) -> Iterator[None]:
@@ -237,6 +265,9 @@ class Desk:
         """Write a line of log.jsonl, and what of it belongs into status.json."""
         with self.expendable("log.jsonl"):
             self.log_file.write(line)
+        if self.events:
+            with self.expendable("tensorboard/"):
+                self.events.log(line)
         facts = {key: line[key] for key in ("step", "loss", "eval") if key in line}
         with self.expendable("status.json"):
             self.write_status(state="running", **facts, seconds_left=round(seconds_left))
@@ -254,9 +285,18 @@ class Desk:
     def samples(self, state: TrainState) -> None:
         """Write samples/step-NNNNNNN.png, the same seeds each time."""
         images = grid_samples(kept_model(state), self.job.preset, self.job.device)
+        shown = picture(images, GRID_COLUMNS)
         path = self.job.out / "samples" / f"step-{state.step:07d}.png"
         with self.expendable("the sample grid"):
-            checkpoint.write_atomic(path, png_bytes(picture(images, GRID_COLUMNS)))
+            checkpoint.write_atomic(path, png_bytes(shown))
+        if self.events:
+            with self.expendable("tensorboard/"):
+                self.events.picture("samples", shown, state.step)
+
+    def report(self) -> None:
+        """Write report.html, as the run stands."""
+        with self.expendable("report.html"):
+            write_run_report(self.job.out)
 
     def summarise(self, state: TrainState, teacher: Model | None) -> None:
         """Write summary.png."""
@@ -335,6 +375,8 @@ def work(
         if desk and now.samples:
             with clock.pause():
                 desk.samples(state)
+                if not now.last:
+                    desk.report()
     if desk and desk.saver.saved != state.step:
         desk.saver.save(state, wait=True)
 

@@ -34,8 +34,8 @@ from cmtool.errors import (
     UserError,
     is_full,
 )
+from cmtool.plots import picture
 from cmtool.presets import Preset, flat, load_preset, origin_of
-from cmtool.report import picture, read_log
 from cmtool.toml import to_toml, with_values
 
 FREE_TO_CHANGE = {
@@ -57,7 +57,7 @@ TEMPORARY = r"\..+\.[0-9]+\.tmp"
 
 def is_run(out: Path) -> bool:
     """Tell whether a folder holds a run of ours."""
-    versions = _read_json(out / "run.json").get("versions")
+    versions = read_json(out / "run.json").get("versions")
     return isinstance(versions, dict) and "cmtool" in versions
 
 
@@ -83,7 +83,7 @@ def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model |
 def _only_begun(out: Path) -> bool:
     """Tell whether a folder is empty but for what a run makes before it is one."""
     ours = {".lock", "checkpoints", "samples"}
-    if "pid" in _read_json(out / "status.json"):
+    if "pid" in read_json(out / "status.json"):
         ours |= {"status.json", "preset.toml"}
     made = [p for p in out.iterdir() if not re.fullmatch(TEMPORARY, p.name)]
     inside = [p for name in ("checkpoints", "samples") for p in (out / name).glob("*")]
@@ -110,7 +110,7 @@ def locked(out: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = _read_json(out / "status.json")
+        holder = read_json(out / "status.json")
         who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
         raise BusyError(
             f"{out} is in use by {who} since {holder.get('since', '?')}",
@@ -182,6 +182,23 @@ def _overwrite(path: Path, text: str) -> None:
         file.truncate()
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of log.jsonl by step, which no clock can turn back, each step's last.
+
+    A line that was cut short or holds rubbish is left out.
+    """
+    if not path.is_file():
+        return []
+    lines: dict[int, dict[str, Any]] = {}
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            lines[int(line["step"])] = line
+        except (ValueError, TypeError, LookupError, RecursionError):
+            continue
+    return [lines[step] for step in sorted(lines)]
+
+
 class LogFile:
     """log.jsonl; lines that find no room wait for the next one."""
 
@@ -212,7 +229,7 @@ def check_same(out: Path, preset: Preset, data: Dataset, teacher: Model | None) 
 
     What is FREE_TO_CHANGE may differ, and train.steps where the steps both have are the same.
     """
-    made = _read_json(out / "run.json")
+    made = read_json(out / "run.json")
     for name, now in run_inputs(data, teacher).items():
         before = made.get(name)
         if isinstance(before, dict) and isinstance(now, dict):  # where they lie is no matter
@@ -309,8 +326,15 @@ def clear_temporary(out: Path) -> None:
 def clear_run(out: Path) -> None:
     """Remove an earlier run's own files, and no others; called under the lock."""
     checkpoint.prune_all(out / "checkpoints")
-    shutil.rmtree(out / "failed", ignore_errors=True)
-    for pattern in ("samples/step-*.png", "log*.jsonl", "preset.toml", "summary.png"):
+    for folder in ("failed", "tensorboard"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    for pattern in (
+        "samples/step-*.png",
+        "log*.jsonl",
+        "preset.toml",
+        "summary.png",
+        "report.html",
+    ):
         for file in out.glob(pattern):
             file.unlink()
 
@@ -387,7 +411,8 @@ def _difference(before: object, now: object) -> tuple[object, object]:
     return before, now
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, an empty one for a file that holds none."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

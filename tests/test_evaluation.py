@@ -1,19 +1,7 @@
-import json
-
 import pytest
-import torch
 
 from cmtool import evaluation
 from cmtool.core.data import load_dataset
-from cmtool.core.images import png_bytes, read_image
-from tests.cli.conftest import TINY, cmtool  # noqa: F401  # a fixture
-from tests.cli.test_train import assert_equal
-
-EVERY_STEP = ["--eval-every", "1", "--set", "run.eval_num=4", "--set", "run.sample_every=100"]
-
-
-def log(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def test_the_training_images_are_at_distance_zero_from_themselves():
@@ -21,83 +9,3 @@ def test_the_training_images_are_at_distance_zero_from_themselves():
     score = evaluation.fd_digits(data, "cpu")
     assert score(data.images) == pytest.approx(0, abs=1e-6)
     assert score(data.images[:500] // 2) > 10
-
-
-def script(monkeypatch, values):
-    """Have the metric `scripted` give these values in turn."""
-    monkeypatch.setitem(
-        evaluation.EVALUATORS, "scripted", lambda data, device: lambda images: next(values)
-    )
-
-
-@pytest.mark.parametrize(
-    "preset", ["digits-ct", pytest.param("digits-edm", marks=pytest.mark.slow)]
-)
-def test_evaluation_leaves_training_bit_equal(cmtool, tmp_path, preset):  # noqa: F811
-    """With dropout, and without a weights EMA, so that the student itself is sampled."""
-    arguments = ["train", "--preset", preset, *TINY, "--set", "train.steps=3",
-                 "--set", "train.ema=[]", "--set", "model.network.dropout=0.3"]  # fmt: skip
-    assert cmtool(*arguments, "--out", "plain").code == 0
-    assert cmtool(*arguments, "--out", "judged", *EVERY_STEP).code == 0
-    final = "checkpoints/step-0000003"
-    assert_equal(tmp_path / "plain" / final, tmp_path / "judged" / final)
-
-
-def test_the_value_is_that_of_the_eval_command(cmtool, tmp_path):  # noqa: F811
-    result = cmtool("train", *TINY, "--preset", "digits-ct", "--out", "r", "--eval-every", "2",
-                    "--set", "train.steps=3", "--set", "run.eval_num=300")  # fmt: skip
-    assert result.code == 0, result.err
-    assert "fd-digits=" in result.err
-    later = json.loads(cmtool("eval", "fid", "-c", "r", "--num", "300", "--device", "cpu").text)
-    lines = log(tmp_path / "r")
-    assert [line["step"] for line in lines if "eval" in line] == [2, 3]
-    found = lines[-1]["eval"]
-    assert found == {"metric": "fd-digits", "value": later["value"], "num": 300, "step": 3}
-    assert json.loads((tmp_path / "r/status.json").read_text())["eval"] == found
-
-
-def test_data_that_the_metric_does_not_know_is_refused_before_training(cmtool, tmp_path):  # noqa: F811
-    larger = ["--set", "model.image_size=[16,16]", "--set", "data.fit=box"]
-    picture = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images/a.png").write_bytes(png_bytes(picture))
-    result = cmtool("train", *TINY, *larger, "--set", "model.num_classes=0", "--data", "images",
-                    "--out", "r", *EVERY_STEP)  # fmt: skip
-    assert result.code == 2, result.err
-    assert "fd-digits measures RGB images of 8x8; images has 16x16 with 3 channels" in result.err
-    assert not (tmp_path / "r").exists()
-    unknown = cmtool("train", *TINY, *EVERY_STEP, "--set", "run.eval_metric=fd-digit")
-    assert unknown.code == 2
-    assert "did you mean 'fd-digits'?" in unknown.err
-
-
-def test_the_best_checkpoint_is_kept_and_minus_c_means_the_newest(cmtool, tmp_path, monkeypatch):  # noqa: F811
-    values = iter([5.0, 2.0, 4.0, 3.0, 6.0, 7.0])
-    script(monkeypatch, values)
-    run = ["train", *TINY, "--preset", "digits-ct", "--out", "r", *EVERY_STEP,
-           "--set", "run.eval_metric=scripted", "--set", "run.checkpoint_every=1"]  # fmt: skip
-    result = cmtool(*run, "--set", "train.steps=6")
-    assert result.code == 0, result.err
-    names = sorted(p.name for p in (tmp_path / "r/checkpoints").glob("step-*"))
-    assert names == ["step-0000002", "step-0000005", "step-0000006"]
-    assert json.loads((tmp_path / "r/checkpoints/best.json").read_text()) == {
-        "metric": "scripted", "num": 4, "checkpoint": "step-0000002", "best": {"step-0000002": 2.0}
-    }  # fmt: skip
-    pictures = {}
-    for model in ("r", "r/checkpoints/step-0000002", "r/checkpoints/step-0000006"):
-        sampled = cmtool("sample", "-c", model, "--seeds", "0-3", "--out", f"{len(pictures)}.png")
-        assert sampled.code == 0, sampled.err
-        pictures[model] = read_image(tmp_path / f"{len(pictures)}.png")
-    newest, best, last = pictures.values()
-    assert torch.equal(newest, last)
-    assert not torch.equal(newest, best)
-
-
-def test_a_best_value_is_worth_a_checkpoint_of_its_own(cmtool, tmp_path, monkeypatch):  # noqa: F811
-    values = iter([5.0, 6.0, 4.0, 9.0, 9.0])
-    script(monkeypatch, values)
-    run = ["train", *TINY, "--preset", "digits-ct", "--out", "r", *EVERY_STEP,
-           "--set", "run.eval_metric=scripted"]  # fmt: skip
-    assert cmtool(*run, "--set", "train.steps=5").code == 0
-    names = sorted(p.name for p in (tmp_path / "r/checkpoints").glob("step-*"))
-    assert names == ["step-0000003", "step-0000005"]

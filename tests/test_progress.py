@@ -11,8 +11,7 @@ from cmtool.core.noise import NoiseRange
 from cmtool.core.trainer import StepInfo
 from cmtool.presets import load_preset
 from cmtool.progress import Clock, Meter, band_edges, band_names, log_line, peak_memory
-from cmtool.report import read_log
-from cmtool.rundir import trim_log
+from cmtool.rundir import read_log, trim_log
 
 
 def info(step, loss, sigma, *, norm=1.0, skipped=False):

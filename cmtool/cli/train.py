@@ -250,7 +250,7 @@ def _run(
             overwrite=overwrite,
             max_seconds=max_seconds,
         )
-    say(f"pictures: {out / 'summary.png'}")
+    say(f"report: {out / 'report.html'}")
     if as_json:
         seconds = round(time.monotonic() - start, 1)
         emit_json(
