@@ -70,10 +70,9 @@ def evaluate(
         drawn = generate(f, preset, plan(preset), seeds, batch=BATCH, device=device)
         mine = torch.cat([to_uint8(part).cpu() for part in drawn])
     parts = torch.stack(group.gather(mine), 1)  # (share, processes, C, H, W)
-    value = None
-    if group.leads:
-        value = evaluation.metric(parts.flatten(0, 1)[: evaluation.num])
-    return Verdict(evaluation.name, group.tell(value), evaluation.num, step)
+    images = parts.flatten(0, 1)[: evaluation.num]
+    value = group.agreed(lambda: evaluation.metric(images), f"evaluated {step}")
+    return Verdict(evaluation.name, value, evaluation.num, step)
 
 
 def fd_digits(data: Dataset, device: str) -> Metric:

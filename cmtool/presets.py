@@ -161,7 +161,7 @@ class TrainSection(Section):
 
 
 class RunSection(Section):
-    """How often a run logs, saves and draws."""
+    """How a run is run: nothing here changes its result, and a resumed run may change it."""
 
     log_every: Positive = 50
     checkpoint_every: Positive = 1000
@@ -172,6 +172,7 @@ class RunSection(Section):
     eval_num: Annotated[int, BeforeValidator(_count), Field(ge=2)] = 1024
     eval_metric: Choice = Choice(name="fd-digits")
     keep_best: Count = Field(1, description="checkpoints kept beside the newest, by their value")
+    timeout: float = Field(120, gt=0, le=86_400, description="of silent other processes")
 
 
 class SampleSection(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,15 +24,17 @@ from cmtool.build import (
     with_precision,
 )
 from cmtool.core import checkpoint, dist
-from cmtool.core.data import Dataset, batches, load_dataset
+from cmtool.core.data import BatchFn, Dataset, batches, load_dataset
 from cmtool.core.devices import best_precision, is_out_of_memory
 from cmtool.core.dist import ALONE, Group
 from cmtool.core.images import png_bytes
+from cmtool.core.losses import Objective
+from cmtool.core.noise import Curriculum
 from cmtool.core.precond import Preconditioned
 from cmtool.core.samplers import check_levels
 from cmtool.core.survey import check_images
 from cmtool.core.trainer import Diverged, StepInfo, TrainState, fit
-from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError
+from cmtool.errors import InputError, ResourceError, Stopped, UserError
 from cmtool.evaluation import Evaluation, Verdict, build_evaluation, evaluate
 from cmtool.events import Events, event_writer
 from cmtool.plots import picture, write_summary
@@ -45,6 +47,9 @@ from cmtool.rundir import (
     check_same,
     clear_run,
     clear_temporary,
+    is_resumable,
+    launched_by,
+    launcher,
     locked,
     prepare_folder,
     read_log,
@@ -61,8 +66,6 @@ from cmtool.utilisation import ideal_seconds
 
 GRID_SEEDS = range(40)
 GRID_COLUMNS = 10
-TIMEOUT = 120.0
-"""Seconds without an answer from another process."""
 
 
 def train(
@@ -87,64 +90,56 @@ def train(
     if resume and overwrite:
         raise UserError("--resume and --overwrite", "give one of them")
     with stop_signals(max_seconds) as stop, ExitStack() as stack:
-        refuse_busy(out)
-        data = load_images(preset, watcher)
         rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-        check_fit(preset, data, teacher)
-        chosen = plan(preset)  # what the sample grids will use
-        build_sampler(chosen.sampler)
-        check_levels(chosen.sigmas, preset.noise.sigma_min)
-        evaluation = build_evaluation(preset, data, device)
-        if preset.run.tensorboard:
-            event_writer()  # or it says now that it is missing
-        objective = build_objective(preset, teacher.f if teacher else None)
-        curriculum = build_curriculum(preset)
-        curriculum(0, preset.train.steps)
-        if data.is_checked_first and not resume:
-            watcher.note(f"decoding all {len(data):,} images once, to name bad ones before a step")
-            check_images(data, preset.data.workers, rank, world_size)
-        state = build_state(preset, teacher, device)
-        shards = preset.train.accumulate * world_size
-        microbatch = batches(
-            data, batch=preset.train.batch, shards=shards, seed=preset.train.seed, device=device,
-            flip=preset.data.flip, workers=preset.data.workers, timeout=preset.data.timeout,
-            rank=rank, world_size=world_size,
-        )  # fmt: skip
-        group = dist.join(rank, world_size, device, TIMEOUT)
+        group = dist.join(rank, world_size, device, preset.run.timeout)
         stack.callback(dist.leave)
+        out, launchers = group.tell(out), group.gather(launcher())
         preset, origins = with_precision(preset, origins or {}, group.tell(best_precision(device)))
+        group.agreed(lambda: refuse_busy(out), "not busy")
+        # torchrun starts workers anew when one failed; they go on with what the first ones began
+        again = group.tell(launched_by(out, launchers) and is_resumable(out))
+        resume, overwrite = resume or again, overwrite and not again
+        parts = group.together(
+            lambda: build_parts(preset, watcher, teacher, device, group, resume), "built"
+        )
+        state = parts.state
 
         def claim() -> None:
             prepare_folder(out, resume=resume, overwrite=overwrite, teacher=teacher)
             stack.enter_context(locked(out))
             if resume:
-                check_same(out, preset, data, teacher)
+                check_same(out, preset, parts.data, teacher)
 
-        agreed(group, claim)
+        group.agreed(claim, "claimed")
+        microbatch = parts.microbatch
         if world_size == 1:  # several processes must agree on a step
             microbatch = stop.interruptible(microbatch)
-        steps = fit(state, objective, microbatch, curriculum, fit_settings(preset, group))
-        job = Job(preset, out, watcher, teacher, evaluation, device, group)
+        settings = fit_settings(preset, group)
+        steps = fit(state, parts.objective, microbatch, parts.curriculum, settings)
+        job = Job(preset, out, watcher, teacher, parts.evaluation, device, group)
         if not group.leads:
-            if resume:
-                resume_state(out, state, watcher)
-            stop.at_once = False
             with contact(group, state, preset):
+                if resume:
+                    resume_state(out, state, watcher, group)
+                stop.at_once = False
                 work(job, state, steps, stop, None)
             return out / "checkpoints" / f"step-{state.step:07d}"
-        with reported(out, watcher), status(out) as write_status:
+        with (
+            reported(out, watcher),
+            status(out, launchers) as write_status,
+            contact(group, state, preset),
+        ):
             clear_temporary(out)
             if resume:
-                resume_state(out, state, watcher)
+                resume_state(out, state, watcher, group)
                 trim_log(out, state.step)
             else:
                 clear_run(out)
-            write_run_files(out, preset, origins, data, teacher)
+            write_run_files(out, preset, origins, parts.data, teacher)
             write_status(step=state.step, steps=preset.train.steps)
             saved = state.step if resume else -1
             stop.at_once = False
-            desk = Desk(job, write_status, state.step, saved)
-            with contact(group, state, preset), desk:
+            with Desk(job, write_status, state.step, saved) as desk:
                 work(job, state, steps, stop, desk)
                 desk.summarise(state, teacher)
             write_status(state="done", step=state.step, seconds_left=0, exit_code=0)
@@ -169,17 +164,47 @@ def reported(out: Path, watcher: Watcher) -> Iterator[None]:
     report()
 
 
-def agreed(group: Group, action: Callable[[], None]) -> None:
-    """Let the leading process do something; what it raises is raised in all of them."""
-    error: UserError | None = None
-    if group.leads:
-        try:
-            action()
-        except UserError as raised:
-            error = raised
-    error = group.tell(error)
-    if error is not None:
-        raise error
+class Parts(NamedTuple):
+    """What a run is made of."""
+
+    data: Dataset
+    evaluation: Evaluation | None
+    objective: Objective
+    curriculum: Curriculum
+    state: TrainState
+    microbatch: BatchFn
+
+
+def build_parts(
+    preset: Preset,
+    watcher: Watcher,
+    teacher: Model | None,
+    device: str,
+    group: Group,
+    resume: bool,
+) -> Parts:
+    """Return the parts of a run. Raises UserError or InputError for any that does not fit."""
+    data = load_images(preset, watcher)
+    check_fit(preset, data, teacher)
+    chosen = plan(preset)  # what the sample grids will use
+    build_sampler(chosen.sampler)
+    check_levels(chosen.sigmas, preset.noise.sigma_min)
+    evaluation = build_evaluation(preset, data, device)
+    if preset.run.tensorboard:
+        event_writer()  # or it says now that it is missing
+    objective = build_objective(preset, teacher.f if teacher else None)
+    curriculum = build_curriculum(preset)
+    curriculum(0, preset.train.steps)
+    if data.is_checked_first and not resume:
+        watcher.note(f"decoding all {len(data):,} images once, to name bad ones before a step")
+        check_images(data, preset.data.workers, group.rank, group.world_size)
+    state = build_state(preset, teacher, device)
+    microbatch = batches(
+        data, batch=preset.train.batch, shards=preset.train.accumulate * group.world_size,
+        seed=preset.train.seed, device=device, flip=preset.data.flip, workers=preset.data.workers,
+        timeout=preset.data.timeout, rank=group.rank, world_size=group.world_size,
+    )  # fmt: skip
+    return Parts(data, evaluation, objective, curriculum, state, microbatch)
 
 
 class Job(NamedTuple):
@@ -368,15 +393,17 @@ def work(
             state.unlogged = meter.held(group)
         if desk:
             desk.save(state, now, verdict, wait=bool(now.last or reason))
-        if reason:
-            if desk:
-                desk.write_status(step=info.step)
-            raise stopped(reason, info.step, desk.saver.seconds if desk else 0.0, job.out)
-        if desk and now.samples:
+        if desk and now.samples and not reason:
             with clock.pause():
                 desk.samples(state)
                 if not now.last:
                     desk.report()
+        if now.checkpoint or now.samples or reason or verdict:
+            group.meet(f"step {info.step}")
+        if reason:
+            if desk:
+                desk.write_status(step=info.step)
+            raise stopped(reason, info.step, desk.saver.seconds if desk else 0.0, job.out)
     if desk and desk.saver.saved != state.step:
         desk.saver.save(state, wait=True)
 
@@ -399,22 +426,14 @@ def dumped(error: Diverged, job: Job) -> Diverged:
 
 @contextmanager
 def contact(group: Group, state: TrainState, preset: Preset) -> Iterator[None]:
-    """When another process is gone, or memory is, say so instead of what torch says."""
-    try:
-        yield
-    except (Stopped, Paused, Diverged):  # every process says so
-        raise
-    except UserError as error:
-        error.rank = group.rank
-        raise
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            full = out_of_memory(error, preset, group, state.step)
-            full.rank = group.rank
-            raise full from None
-        if isinstance(error, MemoryError):
-            raise
-        raise dist.lost_contact(error, group, state.step) or error from None
+    """When memory or another process is gone, say so instead of what torch says."""
+    with dist.contact(group, lambda: state.step):
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(error, preset, group, state.step) from None
 
 
 def out_of_memory(error: Exception, preset: Preset, group: Group, step: int) -> ResourceError:

@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,11 +61,16 @@ def is_run(out: Path) -> bool:
     return isinstance(versions, dict) and "cmtool" in versions
 
 
+def is_resumable(out: Path) -> bool:
+    """Tell whether a folder holds a run that got as far as to say what it is."""
+    return is_run(out) and (out / "preset.toml").is_file()
+
+
 def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model | None) -> None:
     """Make the run folder. Raises UserError or InputError for one that must be left alone."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file", "give a folder with --out")
-    if resume and not (is_run(out) and (out / "preset.toml").is_file()):
+    if resume and not is_resumable(out):
         raise InputError(f"no run to resume in {out}", "leave --resume out to start one")
     if is_run(out) and not resume and not overwrite:
         raise UserError(f"{out} holds a run already", "go on with --resume, or --overwrite it")
@@ -136,8 +141,23 @@ class StatusWriter(Protocol):
         """Write."""
 
 
+def launcher() -> str:
+    """Return the name of the torchrun that started this process; none without one."""
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
+    return f"{platform.node()}:{os.getppid()}" if elastic else ""
+
+
+def launched_by(out: Path, launchers: Sequence[str]) -> bool:
+    """Tell whether one of these torchruns has begun, or resumed, the run in `out`.
+
+    Then its workers are not the first: it starts new ones when one fails (`--max-restarts`).
+    """
+    before = _read_json(out / "status.json").get("launchers")
+    return isinstance(before, list) and not {*before}.isdisjoint(filter(None, launchers))
+
+
 @contextmanager
-def status(out: Path) -> Iterator[StatusWriter]:
+def status(out: Path, launchers: Sequence[str] = ()) -> Iterator[StatusWriter]:
     """Keep status.json true: running, done, stopped or failed, with step, exit code and error."""
     facts: dict[str, object] = {
         "state": "running",
@@ -145,6 +165,7 @@ def status(out: Path) -> Iterator[StatusWriter]:
         "pid": os.getpid(),
         "host": platform.node(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "launchers": sorted(filter(None, set(launchers))),
     }
 
     def write(**fields: object) -> None:
@@ -288,9 +309,11 @@ def changes(before: Preset, now: Preset) -> dict[str, Any]:
     return {key: new.get(key) for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
 
 
-def resume_state(out: Path, state: TrainState, watcher: Notes) -> None:
-    """Set `state` to the run's newest good checkpoint."""
-    newest, complaints = checkpoint.newest_checkpoint(out / "checkpoints")
+def resume_state(out: Path, state: TrainState, watcher: Notes, group: Group) -> None:
+    """Set `state` to the run's newest good checkpoint, which the leading process finds."""
+    newest, complaints = group.agreed(
+        lambda: checkpoint.newest_checkpoint(out / "checkpoints"), "resume"
+    )
     for complaint in complaints:
         watcher.note(f"passed over: {complaint}")
     if newest is None:

@@ -140,24 +140,30 @@ def test_a_killed_process_ends_the_other_which_says_so_and_resume_goes_on(endles
     assert steps > 0
 
 
-def test_sigterm_to_torchrun_saves_at_one_step_and_status_tells_the_truth(endless):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_saves_at_one_step_and_status_tells_the_truth(endless, number):
     out, process, stderr = endless
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, number)  # as Ctrl-C on a terminal does
     assert process.wait(60) == 1
     status = json.loads((out / "status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("stopped", 143)
+    assert (status["state"], status["exit_code"]) == ("stopped", 128 + number)
     newest = json.loads((out / "checkpoints" / "latest.json").read_text())["checkpoint"]
     assert newest == f"step-{status['step']:07d}"
-    assert stderr.read_text().count("error: stopped by signal 15") == 1
+    assert stderr.read_text().count(f"error: stopped by signal {number}") == 1
 
 
-def test_workers_whose_torchrun_was_killed_save_and_leave(endless):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])  # it dies of either
+def test_workers_whose_torchrun_is_gone_save_and_leave(endless, number):
     out, process, _ = endless
     pids = workers(out)
-    os.kill(process.pid, signal.SIGKILL)
+    process.send_signal(number)
+    assert process.wait(60) == -number
+    step = json.loads((out / "status.json").read_text())["step"]
     wait_for(out / "status.json", '"stopped"')
     status = json.loads((out / "status.json").read_text())
     assert status["exit_code"] == 143
+    assert (out / "checkpoints" / f"step-{status['step']:07d}").is_dir()
+    assert status["step"] <= step + 2 * 2  # within one log interval of what the log had reached
     for pid in pids:
         for _ in range(100):
             if not os.path.exists(f"/proc/{pid}"):

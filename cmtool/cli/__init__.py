@@ -13,7 +13,7 @@ import typer
 from cmtool import __version__
 from cmtool.cli import checkpoint, data, demo, edit, evaluate, preset, sample, train
 from cmtool.cli._options import say
-from cmtool.errors import InputError, ResourceError, Stopped, UserError, is_full
+from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError, is_full
 
 app = typer.Typer(
     name="cmtool",
@@ -85,10 +85,11 @@ def main(argv: list[str] | None = None) -> None:
         say("hint: check the path and its rights")
         sys.exit(InputError.exit_code)
     except UserError as error:
-        if error.rank is not None and "WORLD_SIZE" in os.environ:
-            print(f"error: rank {error.rank}: {error.what}", file=sys.stderr, flush=True)
-        else:
-            say(f"error: {error.what}")
+        mine = error.rank is not None and "WORLD_SIZE" in os.environ
+        say(f"error: rank {error.rank}: {error.what}" if mine else f"error: {error.what}", mine)
         if error.hint:
-            say(f"hint: {error.hint}")
+            say(f"hint: {error.hint}", mine)
+        on_purpose = isinstance(error, Stopped | Paused)
+        if on_purpose and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            sys.exit(0)  # torchrun would start it again
         sys.exit(error.exit_code)

@@ -66,9 +66,12 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text: str) -> None:
-    """Write one line to stderr; a closed stderr is no reason to stop."""
-    if not leads():
+def say(text: str, any_rank: bool = False) -> None:
+    """Write one line to stderr; a closed stderr is no reason to stop.
+
+    Of torchrun's processes the first one speaks, or `any_rank`, of what it alone knows.
+    """
+    if not (any_rank or leads()):
         return
     try:
         print(printable(text), file=sys.stderr, flush=True)

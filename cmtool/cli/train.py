@@ -204,14 +204,19 @@ def _resolve(
 
 
 def _out(out: Path | None, preset: str, resume: bool) -> Path:
-    """Return the run folder: the one named, else the first free of runs/NAME, runs/NAME-2, ..."""
+    """Return the run folder: the one named, else the first free of runs/NAME, runs/NAME-2, ...
+
+    One that this process's torchrun began before it started new workers is as good as free.
+    """
     if out is not None:
         return out
+    from cmtool.rundir import launched_by, launcher
+
     name = Path(preset).stem
     base = Path("runs") / name
     number = 2
     chosen = base
-    while chosen.exists():
+    while chosen.exists() and not launched_by(chosen, [launcher()]):
         chosen = base.with_name(f"{name}-{number}")
         number += 1
     return chosen

@@ -6,19 +6,35 @@ gradients are summed, not averaged: two processes and two accumulation rounds ar
 
 from __future__ import annotations
 
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from cmtool.errors import ResourceError
+from cmtool.errors import DivergedError, Paused, ResourceError, Stopped, UserError
 
-LOST = ("timed out", "connection closed", "connection reset", "broken pipe", "heartbeat", "nccl",
-        "gloo", "socket")  # fmt: skip
+JOIN_TIMEOUT = 300.0
+"""Seconds until processes that have not started are given up."""
+PATIENCE = 3600.0
+"""Seconds the leading process may draw, evaluate or write while the others wait."""
+MARGIN = 60.0
+"""Seconds by which NCCL waits longer: where it gives up, it ends the process without a word."""
+POLL = 0.02
+LOST = ("timed out", "connection closed", "connection reset", "connection refused", "broken pipe",
+        "read error", "heartbeat", "nccl", "gloo", "socket")  # fmt: skip
 """What torch says when another process is gone; it has no exception of its own for it."""
+RESUME = "see which process ended first, and why; then run the same command with --resume"
+
+T = TypeVar("T")
 
 
 class Group(NamedTuple):
@@ -26,6 +42,10 @@ class Group(NamedTuple):
 
     rank: int = 0
     world_size: int = 1
+    store: Store | None = None
+    """Where processes leave word for each other; it outlives each of them."""
+    talk: dist.ProcessGroup | None = None
+    """What numbers on the CPU travel over; None is the default."""
 
     @property
     def leads(self) -> bool:
@@ -37,45 +57,181 @@ class Group(NamedTuple):
         if self.world_size == 1:
             return number
         flag = torch.tensor(number)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self.talk)
         return int(flag)
 
     def sum(self, values: Tensor) -> Tensor:
         """Return, on the CPU, the sum of the values that the processes give."""
         total = values.cpu()
         if self.world_size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.talk)
         return total
 
-    def tell(self, what: Any) -> Any:
+    def tell(self, what: T) -> T:
         """Return what the leading process gives."""
         if self.world_size == 1:
             return what
         box = [what]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.talk)
         return box[0]
 
-    def gather(self, what: Any) -> list[Any]:
+    def gather(self, what: T) -> list[T]:
         """Return what each process gives, by rank."""
         if self.world_size == 1:
             return [what]
-        box = [None] * self.world_size
-        dist.all_gather_object(box, what)
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, what, group=self.talk)
         return box
+
+    def agreed(self, action: Callable[[], T], name: str) -> T:
+        """Return what an action of the leading process returns; what it raises, all raise."""
+        done: T | UserError | None = None
+        if self.leads:
+            done = _outcome(action)
+        self.meet(name)
+        return _returned(self.tell(done))  # type: ignore[return-value]  # never None: the leading process has one
+
+    def together(self, action: Callable[[], T], name: str) -> T:
+        """Return what an action returns that all do; what the first raises that fails, all raise.
+
+        The leading process, which tells it, gives it the rank, unless all raised the same.
+        """
+        done = _outcome(action)
+        if self.store is not None:
+            self.store.set(f"{name}/{self.rank}", "")
+            self._await([f"{name}/{rank}" for rank in range(self.world_size)])
+        errors = self.gather(done if isinstance(done, UserError) else None)
+        for rank, error in enumerate(errors):
+            if error is not None:
+                alike = all(other is not None and other.what == error.what for other in errors)
+                error.rank = None if alike or not self.leads else rank
+                raise error
+        return _returned(done)
+
+    def meet(self, name: str) -> None:
+        """Wait until the leading process is here too; each meeting has a name of its own.
+
+        In a collective it would be taken for lost while it draws or writes.
+        """
+        if self.store is None:
+            return
+        if self.leads:
+            self.store.set(name, "")
+        else:
+            self._await([name])
+
+    def _await(self, keys: list[str]) -> None:
+        """Wait until others have set keys. Raises ResourceError if one fails, or after an hour."""
+        assert self.store is not None
+        end = time.monotonic() + PATIENCE
+        while not self.store.check(keys):
+            if (failure := self.failure()) is not None or time.monotonic() > end:
+                raise ResourceError(failure or "another process does not go on", RESUME)
+            time.sleep(POLL)
+
+    def confess(self, failure: str) -> None:
+        """Leave word of what ends this process, unless another one has."""
+        store = self.store
+        if store is not None:
+            _soon(lambda: store.compare_set("failure", "", failure))
+
+    def failure(self) -> str | None:
+        """Return what ended the first process that failed, if one said so."""
+        store = self.store
+        if store is None or not _soon(lambda: store.check(["failure"])):
+            return None
+        return _soon(lambda: store.get("failure").decode())
 
 
 ALONE = Group()
 
 
-def join(rank: int, world_size: int, device: str, timeout: float) -> Group:
-    """Join the processes that torchrun started. `timeout` seconds without an answer is a failure.
+def _outcome(action: Callable[[], T]) -> T | UserError:
+    """Return what an action returns, or the UserError it raises."""
+    try:
+        return action()
+    except UserError as error:
+        return error
 
-    Numbers travel over gloo on CPUs, gradients of a GPU over NCCL.
+
+def _returned(outcome: T | UserError) -> T:
+    """Return an outcome, or raise it."""
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
+
+
+def _soon(action: Callable[[], T], seconds: float = 2.0) -> T | None:
+    """Return what an action on the store returns; None if it fails or takes longer."""
+    box: list[T] = []
+
+    def act() -> None:
+        with suppress(RuntimeError):  # the store is gone, too
+            box.append(action())
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return box[0] if box else None
+
+
+def join(rank: int, world_size: int, device: str, timeout: float) -> Group:
+    """Join the processes that torchrun started.
+
+    `timeout` seconds without an answer is a failure. Numbers travel over gloo on CPUs, gradients
+    of a GPU over NCCL. Raises ResourceError when not all processes are there after five minutes.
     """
-    if world_size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    return Group(rank, world_size)
+    if world_size == 1:
+        return Group(rank, world_size)
+    found, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT))))
+    try:
+        store = _assemble(found, rank, world_size)
+    except dist.DistStoreError:
+        raise ResourceError(
+            f"not all of {world_size} processes are there after {JOIN_TIMEOUT:.0f} s",
+            "see what the others say",
+        ) from None
+    on_gpu = device.startswith("cuda")
+    patience = timedelta(seconds=timeout)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=patience + timedelta(seconds=MARGIN) if on_gpu else patience,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+    )
+    talk = dist.new_group(backend="gloo", timeout=patience) if on_gpu else None
+    assert not isinstance(talk, int)  # what processes outside a group get
+    return Group(rank, world_size, store, talk)
+
+
+def _assemble(store: Store, rank: int, world_size: int) -> Store:
+    """Return a part of the store that is this start's own, when all processes are there.
+
+    torchrun keeps one store over restarts, and in it the addresses of processes that are gone.
+    So each process leaves a name never used before, and the leading one answers to that name.
+    """
+    name = uuid.uuid4().hex
+    patience = timedelta(seconds=JOIN_TIMEOUT)
+    store.set(f"cmtool/arrived/{rank}", name)
+    if rank:
+        store.wait([f"cmtool/answer/{name}"], patience)
+        own = PrefixStore(store.get(f"cmtool/answer/{name}").decode(), store)
+        own.set(f"here/{rank}", "")
+        own.wait(["all here"], patience)
+        return own
+    own = PrefixStore(name, store)
+    end = time.monotonic() + JOIN_TIMEOUT
+    while missing := [r for r in range(1, world_size) if not own.check([f"here/{r}"])]:
+        if time.monotonic() > end:
+            raise dist.DistStoreError
+        for other in missing:
+            if store.check([f"cmtool/arrived/{other}"]):
+                arrived = store.get(f"cmtool/arrived/{other}").decode()
+                store.set(f"cmtool/answer/{arrived}", name)
+        time.sleep(POLL)
+    own.set("all here", "")
+    return own
 
 
 def leave() -> None:
@@ -101,14 +257,36 @@ def summed(gradients: Tensor) -> torch.futures.Future[Tensor]:
     return work.get_future().then(lambda done: done.value()[0])
 
 
+@contextmanager
+def contact(group: Group, step: Callable[[], int]) -> Iterator[None]:
+    """Tell the other processes what ends this one; and when another is gone, say what ended it.
+
+    Raises ResourceError then; an error of this process alone gets its rank.
+    """
+    try:
+        yield
+    except (Stopped, Paused):  # agreed on
+        raise
+    except UserError as error:
+        if not isinstance(error, DivergedError):  # which all of them meet
+            error.rank = group.rank
+        group.confess(f"rank {group.rank} failed after step {step()}: {error.what}")
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and (lost := lost_contact(error, group, step())):
+            raise lost from error
+        if group.world_size > 1:
+            error.add_note(f"in rank {group.rank}, after step {step()}")
+        group.confess(f"rank {group.rank} failed after step {step()}: {error!r}")
+        raise
+
+
 def lost_contact(error: RuntimeError, group: Group, step: int) -> ResourceError | None:
     """Return the error to show when torch's means that another process is gone, else None."""
-    text = str(error).lower()
-    if group.world_size == 1 or not any(sign in text for sign in LOST):
+    sign = next((sign for sign in LOST if sign in str(error).lower()), None)
+    if group.world_size == 1 or sign is None:
         return None
-    lost = ResourceError(
-        f"no contact with another process after step {step}: {str(error).splitlines()[0][:200]}",
-        "see the first rank that failed; then run the same command with --resume",
-    )
+    silent = f"no contact with another process after step {step}: {sign}"
+    lost = ResourceError(group.failure() or silent, RESUME)
     lost.rank = group.rank
     return lost

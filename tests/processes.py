@@ -1,0 +1,121 @@
+"""Processes of one run, as torchrun starts them, forked from one that has torch in memory already.
+
+`python -m tests.processes JOBS`, where JOBS is a JSON list of {"processes", "arguments", "fault",
+"patience"}: the jobs run one after the other, and the last line on stdout says for each its exit
+codes by rank, and the seconds between the first end and the last. A fault is [name, rank, step]: it
+befalls that rank before that step. When a process ends and the others do not within `patience`
+seconds, they are killed, as torchrun does after 30.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+
+import torch
+
+from cmtool import run
+from cmtool.cli import main
+from cmtool.core import data
+
+
+def boom():
+    raise ValueError("boom")
+
+
+FAULTS = {
+    "boom": boom,
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "hangs": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+}
+
+
+def befall(name, step):
+    """Let a fault happen in this process before a step."""
+    batches = run.batches
+
+    def faulty(*arguments, **options):
+        microbatch = batches(*arguments, **options)
+
+        def fetch(now, shard):
+            if now == step:
+                FAULTS[name]()
+            return microbatch(now, shard)
+
+        return fetch
+
+    run.batches = faulty
+
+
+def forbid_writing(folder):
+    """Make every attempt of this process to change something in a folder an error."""
+
+    def audit(event, arguments):
+        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+        if event == "open" and isinstance(arguments[1], str):
+            changes = arguments[1][:1] in "wax" or "+" in arguments[1]
+        if changes and str(arguments[0]).startswith(folder):
+            raise PermissionError(f"{event} {arguments[0]} in rank {os.environ['RANK']}")
+
+    sys.addaudithook(audit)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(job, rank, port):
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        if job["processes"] > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
+            os.environ |= {"WORLD_SIZE": str(job["processes"]), "MASTER_ADDR": "127.0.0.1"}
+        if rank:
+            forbid_writing(job["arguments"][job["arguments"].index("--out") + 1])
+        if job.get("stream"):
+            data.MAX_IN_MEMORY = data.MAX_CHECKED = 0
+        name, where, step = job.get("fault") or (None, None, None)
+        if where == rank:
+            befall(name, step)
+        main(job["arguments"])
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def ends(job):
+    port = free_port()
+    running = {start(job, rank, port): rank for rank in range(job["processes"])}
+    ended = {}
+    first = deadline = float("inf")
+    while running:
+        pid, state = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            ended[running.pop(pid)] = os.waitstatus_to_exitcode(state)
+            first = min(first, time.monotonic())
+            deadline = first + job.get("patience", 30)
+        if time.monotonic() > deadline:
+            for pid in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    return [ended[rank] for rank in range(job["processes"])], time.monotonic() - first
+
+
+if __name__ == "__main__":
+    print(json.dumps([ends(job) for job in json.loads(sys.argv[1])]))
