@@ -152,7 +152,7 @@ def launched_by(out: Path, launchers: Sequence[str]) -> bool:
 
     Then its workers are not the first: it starts new ones when one fails (`--max-restarts`).
     """
-    before = _read_json(out / "status.json").get("launchers")
+    before = read_json(out / "status.json").get("launchers")
     return isinstance(before, list) and not {*before}.isdisjoint(filter(None, launchers))
 
 
