@@ -67,7 +67,13 @@ EvalEvery = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", "-n", help="Print the resolved preset and stop.")
 ]
-Metric = Annotated[str | None, typer.Option(help="Distance of the loss: l1, l2, pseudo_huber.")]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        help="Distance d(x, y) of the loss, loss.distance in a preset:"
+        " l1, l2, l2_32, linf, lpips, pseudo_huber."
+    ),
+]
 
 
 def train(

@@ -29,6 +29,16 @@ def l2(x: Tensor, y: Tensor) -> Tensor:
     return (x - y).square().flatten(1).mean(1)
 
 
+def l2_32(x: Tensor, y: Tensor) -> Tensor:
+    """Return the mean squared difference of both images resized to 32x32 (bilinear)."""
+    return l2(*(F.interpolate(i, (32, 32), mode="bilinear", align_corners=False) for i in (x, y)))
+
+
+def linf(x: Tensor, y: Tensor) -> Tensor:
+    """Return the largest absolute difference."""
+    return (x - y).abs().flatten(1).amax(1)
+
+
 def pseudo_huber(x: Tensor, y: Tensor, *, c: float | None = None) -> Tensor:
     """Return sqrt(|x - y|^2 + c^2) - c with the norm over the whole image.
 
@@ -114,6 +124,8 @@ def _lpips_network(net: str, pooling: str, device: torch.device) -> nn.Module:
 DISTANCES: dict[str, Callable[..., Tensor]] = {
     "l1": l1,
     "l2": l2,
+    "l2_32": l2_32,
+    "linf": linf,
     "lpips": lpips,
     "pseudo_huber": pseudo_huber,
 }

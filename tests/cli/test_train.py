@@ -5,11 +5,14 @@ import subprocess
 import sys
 import time
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from cmtool.cli.train import Metric
+from cmtool.core.distances import DISTANCES
 from cmtool.core.images import png_bytes, read_image
 from cmtool.presets import load_preset
 from cmtool.rundir import same_so_far
@@ -333,3 +336,10 @@ def test_a_student_of_a_teacher_that_saw_warped_images_keeps_its_network_and_see
     refused = cmtool("distill", "--teacher", "t", "--preset", "digits-cd", *warped, *steps)
     assert refused.code == 2
     assert "data.augment = 0.5 for a model that is not an EDM teacher" in refused.err
+
+
+def test_help_and_readme_name_every_distance():
+    (option,) = Metric.__metadata__
+    assert option.help.split(": ")[1].rstrip(".").split(", ") == sorted(DISTANCES)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert all(f"`{name}`" in readme for name in DISTANCES)

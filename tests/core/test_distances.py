@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cmtool.core.distances import DISTANCES, TRUNKS, l1, l2, lpips, pseudo_huber
+from cmtool.core.distances import DISTANCES, TRUNKS, l1, l2, l2_32, linf, lpips, pseudo_huber
 from cmtool.errors import MissingError
 
 
@@ -48,8 +48,21 @@ def test_values_by_hand():
     y = torch.full_like(x, 0.5)
     assert float(l1(x, y)) == 0.5
     assert float(l2(x, y)) == 0.25
+    y[0, 1, 0, 1] = -2.0
+    assert float(linf(x, y)) == 2.0
+    y[0, 1, 0, 1] = 0.5
     expected = math.sqrt(12 * 0.25 + 0.3**2) - 0.3
     assert float(pseudo_huber(x, y, c=0.3)) == pytest.approx(expected)
+
+
+def test_l2_32_compares_small_pictures():
+    """Bilinear by two keeps each output pixel's mean of four, so a checkerboard is invisible."""
+    x = torch.zeros(1, 3, 64, 64)
+    sign = 1 - 2 * ((torch.arange(64)[:, None] + torch.arange(64)) % 2)
+    torch.testing.assert_close(l2_32(x, x + sign), torch.zeros(1))
+    torch.testing.assert_close(l2_32(x, x + 0.5), torch.full((1,), 0.25))
+    small, other = images()[:, :, :, :32]
+    torch.testing.assert_close(l2_32(small, other), l2(small, other))
 
 
 def test_pseudo_huber_takes_its_norm_over_the_image_with_the_published_constant():

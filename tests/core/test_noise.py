@@ -68,36 +68,61 @@ def test_lognormal_has_the_asked_moments():
     assert float(logs.std()) == pytest.approx(1.2, abs=0.01)
 
 
-# k, N and mu for s1=150, mu0=0.9, then for s1=200, mu0=0.95,
-# the released code's mu first, the paper's second
+CT = {
+    "cifar10": {"s1": 150, "mu0": 0.9},
+    "imagenet64": {"s1": 200, "mu0": 0.95},
+    "lsun256": {"s1": 150, "mu0": 0.95},
+}
+TOTAL = {"cifar10": 800_000, "imagenet64": 800_000, "lsun256": 1_000_000}
+# N(k), the released code's mu(k), the paper's (Song et al. 2023, App. C)
 TABLE = [
-    (0, 2, 0.810000, 0.900000, 2, 0.902500, 0.950000),
-    (1, 3, 0.900000, 0.932170, 3, 0.950000, 0.966383),
-    (100, 3, 0.900000, 0.932170, 4, 0.966383, 0.974679),
-    (1_000, 6, 0.958732, 0.965489, 8, 0.985452, 0.987259),
-    (10_000, 17, 0.986916, 0.987681, 23, 0.995348, 0.995550),
-    (100_000, 54, 0.996032, 0.996105, 72, 0.998556, 0.998576),
-    (400_000, 107, 0.998014, 0.998033, 143, 0.999278, 0.999283),
-    (800_000, 151, 0.998596, 0.998605, 201, 0.999487, 0.999490),
-]
+    ("cifar10", 0, 2, 0.810000, 0.900000), ("imagenet64", 0, 2, 0.902500, 0.950000),
+    ("cifar10", 1, 3, 0.900000, 0.932170), ("imagenet64", 1, 3, 0.950000, 0.966383),
+    ("cifar10", 100, 3, 0.900000, 0.932170), ("imagenet64", 100, 4, 0.966383, 0.974679),
+    ("cifar10", 1_000, 6, 0.958732, 0.965489), ("imagenet64", 1_000, 8, 0.985452, 0.987259),
+    ("cifar10", 5_000, 13, 0.982593, 0.983921), ("imagenet64", 5_000, 17, 0.993609, 0.993984),
+    ("cifar10", 10_000, 17, 0.986916, 0.987681), ("imagenet64", 10_000, 23, 0.995348, 0.995550),
+    ("cifar10", 50_000, 38, 0.994321, 0.994470), ("imagenet64", 50_000, 51, 0.997950, 0.997991),
+    ("cifar10", 100_000, 54, 0.996032, 0.996105), ("imagenet64", 100_000, 72, 0.998556, 0.998576),
+    ("cifar10", 200_000, 76, 0.997194, 0.997231), ("imagenet64", 200_000, 101, 0.998975, 0.998985),
+    ("cifar10", 400_000, 107, 0.998014, 0.998033), ("imagenet64", 400_000, 143, 0.999278, 0.999283),
+    ("cifar10", 600_000, 131, 0.998380, 0.998393), ("imagenet64", 600_000, 175, 0.999411, 0.999414),
+    ("cifar10", 790_000, 151, 0.998596, 0.998605), ("imagenet64", 790_000, 200, 0.999485, 0.999487),
+    ("cifar10", 800_000, 151, 0.998596, 0.998605), ("imagenet64", 800_000, 201, 0.999487, 0.999490),
+]  # fmt: skip
+LSUN = [(0, 2, 0.902500), (100_000, 48, 0.997820), (500_000, 107, None), (1_000_000, 151, 0.999316)]
 
 
-@pytest.mark.parametrize(("k", "n150", "code150", "paper150", "n200", "code200", "paper200"), TABLE)
-def test_consistency_training_schedule(k, n150, code150, paper150, n200, code200, paper200):
-    for s1, mu0, n, code, paper in [
-        (150, 0.9, n150, code150, paper150),
-        (200, 0.95, n200, code200, paper200),
-    ]:
-        ours = consistency_training(k, 800_000, s0=2, s1=s1, mu0=mu0)
-        released = consistency_training(k, 800_000, s0=2, s1=s1, mu0=mu0, as_released=True)
-        assert ours.n == released.n == n
-        assert ours.mu == pytest.approx(paper, abs=6e-7)
-        assert released.mu == pytest.approx(code, abs=6e-7)
+def ct(data, k, **more):
+    return consistency_training(k, TOTAL[data], **CT[data], **more)
 
 
-@pytest.mark.parametrize(("k", "n"), [(175, 3), (176, 4), (421, 4), (422, 5), (1123, 7)])
-def test_schedule_grows_at_the_published_steps(k, n):
-    assert consistency_training(k, 800_000).n == n
+@pytest.mark.parametrize(("data", "k", "n", "released", "paper"), TABLE)
+def test_consistency_training_schedule(data, k, n, released, paper):
+    assert ct(data, k).n == ct(data, k, as_released=True).n == n
+    assert ct(data, k).mu == pytest.approx(paper, abs=6e-7)
+    assert ct(data, k, as_released=True).mu == pytest.approx(released, abs=6e-7)
+
+
+@pytest.mark.parametrize(("k", "n", "released"), LSUN)
+def test_consistency_training_schedule_of_lsun(k, n, released):
+    stage = ct("lsun256", k, as_released=True)
+    assert stage.n == ct("lsun256", k).n == n
+    assert released is None or stage.mu == pytest.approx(released, abs=6e-7)
+    assert ct("lsun256", k).mu == pytest.approx(0.95 ** (2 / n))  # the paper's, of its own N
+
+
+@pytest.mark.parametrize(
+    ("data", "first", "n"),
+    [
+        ("cifar10", 1, 3), ("cifar10", 176, 4), ("cifar10", 422, 5), ("cifar10", 737, 6),
+        ("cifar10", 1_123, 7), ("cifar10", 789_438, 151), ("imagenet64", 100, 4),
+        ("imagenet64", 238, 5), ("imagenet64", 416, 6), ("imagenet64", 634, 7),
+        ("imagenet64", 792_059, 201), ("lsun256", 220, 4), ("lsun256", 527, 5),
+    ],
+)  # fmt: skip
+def test_schedule_grows_by_one_at_the_published_steps(data, first, n):
+    assert [ct(data, k).n for k in (first - 1, first)] == [n - 1, n]
 
 
 @pytest.mark.parametrize("name", CURRICULA)
@@ -110,8 +135,11 @@ def test_every_curriculum_stays_put_past_its_end_and_moves_one_way(name):
 
 
 def test_progressive_stages_halve_and_hand_over_at_their_last_step():
+    starts = [*range(0, 550_001, 50_000), 650_000]
+    assert [halving(k, 10**6).n - 1 for k in starts] == [4096 >> i for i in range(13)]
+    assert [halving(k - 1, 10**6).n - 1 for k in starts[1:]] == [4096 >> i for i in range(12)]
+    assert halving(749_999, 10**6).n - 1 == halving(10**6, 10**6).n - 1 == 1
     stages = [halving(k, 10**6) for k in (0, 49_999, 50_000, 549_999, 550_000, 649_999, 650_000)]
-    assert [stage.n - 1 for stage in stages] == [4096, 4096, 2048, 4, 2, 2, 1]  # fact sheet 4.3
     assert [stage.mu for stage in stages] == [1, 0, 1, 0, 1, 0, 1]
     assert [stage.fresh for stage in stages] == [False, False, True, False, True, False, True]
     assert stages[1].progress == pytest.approx(1, abs=1e-4)
