@@ -14,26 +14,32 @@ from cmtool.components import build_denoiser, build_network, noise_range, pick
 from cmtool.core.augment import LABELS, Augment, augmented
 from cmtool.core.devices import placed
 from cmtool.core.dist import Group
-from cmtool.core.distances import DISTANCES
+from cmtool.core.distances import DISTANCES, NORMS
 from cmtool.core.ema import Ema, frozen_copy
 from cmtool.core.losses import (
     WEIGHTINGS,
     Objective,
     Pair,
+    Point,
     consistency_objective,
+    continuous_loss,
+    continuous_objective,
     denoising_objective,
+    live_loss,
     noise_pair,
+    noise_point,
     progressive_objective,
     teacher_pair,
+    teacher_point,
 )
 from cmtool.core.networks import NETWORKS
-from cmtool.core.noise import CURRICULA, LEVELS, Curriculum
+from cmtool.core.noise import CURRICULA, LEVELS, Curriculum, LevelPicker
 from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.rng import keyed_generator, seeded
 from cmtool.core.samplers import SAMPLERS
 from cmtool.core.solvers import SOLVERS
 from cmtool.core.trainer import FitSettings, TrainState
-from cmtool.core.types import Denoiser
+from cmtool.core.types import Denoiser, Distance, Weighting
 from cmtool.errors import InputError, UserError
 from cmtool.models import Model, find_weights, load_digits_features, load_model
 from cmtool.presets import Choice, Preset, Resolved
@@ -65,6 +71,8 @@ def build_objective(preset: Preset, teacher: Denoiser | None, device: str = "cpu
         sigma_data=preset.model.sigma_data,
     )
     augment = build_augment(preset)
+    if loss.continuous and loss.pair not in ("noise", "teacher"):
+        raise UserError(f"loss.pair = {loss.pair!r} in continuous time", "use noise or teacher")
     if loss.pair == "none":
         return denoising_objective(levels, weight, noise_range(preset), augment)
     distance = pick(DISTANCES, loss.distance, "loss.distance")
@@ -77,18 +85,65 @@ def build_objective(preset: Preset, teacher: Denoiser | None, device: str = "cpu
         return progressive_objective(levels, distance, weight, noise_range(preset))
     blank = torch.zeros(1, preset.model.channels, *preset.model.image_size, device=device)
     distance(blank, blank)  # what it lacks, such as a weight file, it says now
-    if loss.pair == "noise":
+    if loss.pair == "teacher" and teacher is None:
+        raise UserError("this preset distills a teacher", "run it with cmtool distill")
+    if loss.continuous:
+        return _continuous_objective(preset, levels, distance, weight, teacher)
+    if loss.target == "live":
+        raise UserError("loss.target = 'live' with two levels", "set loss.continuous = true")
+    if teacher is None or loss.pair == "noise":
 
         def make_pair(x0: Tensor, hi: Tensor, lo: Tensor, noise: Tensor, _: Tensor | None) -> Pair:
             return noise_pair(x0, hi, lo, noise)
 
     else:
-        if teacher is None:
-            raise UserError("this preset distills a teacher", "run it with cmtool distill")
         make_pair = partial(
             teacher_pair, teacher=teacher, solver=pick(SOLVERS, loss.solver, "loss.solver")
         )
     return consistency_objective(levels, make_pair, distance, weight, noise_range(preset))
+
+
+def _continuous_objective(
+    preset: Preset,
+    levels: LevelPicker,
+    distance: Distance,
+    weight: Weighting,
+    teacher: Denoiser | None,
+) -> Objective:
+    """Return the objective of continuous time, where pairs and targets of two levels differ."""
+    loss, norm = preset.loss, preset.loss.distance.name in NORMS
+    if loss.target not in ("student", "live"):
+        raise UserError(
+            f"loss.target = {loss.target!r} in continuous time",
+            "use student (its output held fixed) or live (differentiated too)",
+        )
+    if loss.target == "live" and loss.pair == "noise":
+        raise UserError(
+            "loss.target = 'live' without a teacher: the noise's own variance would be minimised",
+            "set loss.target = 'student'",
+        )
+    if loss.target == "live" and preset.train.checkpoint_activations:
+        raise UserError(
+            "loss.target = 'live' with train.checkpoint_activations: what is computed again cannot"
+            " be differentiated forwards",
+            "leave train.checkpoint_activations out, and split the batch with --accumulate",
+        )
+    if loss.target == "student" and norm:
+        raise UserError(
+            f"loss.distance = {loss.distance.name!r} has no curvature, which a target held fixed"
+            " needs in continuous time",
+            "use another, such as l2, or distill with loss.target = 'live'",
+        )
+    if teacher is None or loss.pair == "noise":
+
+        def make_point(x0: Tensor, sigma: Tensor, noise: Tensor, _: Tensor | None) -> Point:
+            return noise_point(x0, sigma, noise)
+
+    else:
+        make_point = partial(teacher_point, teacher=teacher)
+    which = partial(live_loss, norm=norm) if loss.target == "live" else continuous_loss
+    near = partial(which, distance=distance, weight=weight)
+    return continuous_objective(levels, make_point, near, noise_range(preset))
 
 
 def build_augment(preset: Preset) -> Augment | None:

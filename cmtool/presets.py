@@ -109,7 +109,10 @@ class LossSection(Section):
     pair: Literal["none", "noise", "teacher", "progressive"]
     levels: Choice
     solver: Choice = Choice(name="heun")
-    target: Literal["none", "student", "ema", "previous"] = "none"
+    continuous: bool = Field(False, description="the two points of a pair are infinitely near")
+    target: Literal["none", "student", "live", "ema", "previous"] = Field(
+        "none", description="live: the student, differentiated on both sides (continuous time)"
+    )
     distance: Choice = Choice(name="l2")
     weight: Choice = Choice(name="uniform")
     curriculum: Choice = Choice(name="fixed")
@@ -140,6 +143,7 @@ class TrainSection(Section):
     decay_to: float = Field(1.0, ge=0, le=1)
     optimizer: Choice = Choice(name="radam")
     accumulate: Positive = 1
+    from_teacher: bool = Field(False, description="start from a teacher where no loss needs one")
     max_grad_norm: float | None = Field(None, gt=0)
     max_bad_steps: Positive = 5
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -214,7 +218,7 @@ class Preset(Card):
     @property
     def distills(self) -> bool:
         """Whether training needs a teacher."""
-        return self.loss.pair in ("teacher", "progressive")
+        return self.loss.pair in ("teacher", "progressive") or self.train.from_teacher
 
 
 class Resolved(NamedTuple):

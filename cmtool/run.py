@@ -192,7 +192,7 @@ def build_parts(
     evaluation = build_evaluation(preset, data, device)
     if preset.run.tensorboard:
         event_writer()  # or it says now that it is missing
-    objective = build_objective(preset, teacher.f if teacher else None)
+    objective = build_objective(preset, teacher.f if teacher else None, device)
     curriculum = build_curriculum(preset)
     curriculum(0, preset.train.steps)
     if data.is_checked_first and not resume:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from cmtool.build import build_denoiser, find_weights, load_model
+from cmtool.build import build_denoiser, build_objective, find_weights, load_model
 from cmtool.components import build_network
 from cmtool.core.formats.native import read_weights, write_weights
 from cmtool.core.noise import karras_sigmas
@@ -105,3 +105,24 @@ def test_levels_of_a_model_from_elsewhere_lie_on_the_published_grid(tmp_path):
     model = load_model(golden("diffusers_cm", tmp_path))
     grid = karras_sigmas(40).flip(0)
     assert plan(model.preset, steps=2).sigmas == pytest.approx([80.0, float(grid[20])])
+
+
+CONTINUOUS = {"loss.continuous": True, "loss.levels": "ramp"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "hint"),
+    [
+        ({"loss.target": "live"}, "'live' with two levels", "continuous"),
+        (CONTINUOUS | {"loss.target": "ema"}, "'ema' in continuous time", "student"),
+        (CONTINUOUS | {"loss.target": "live", "loss.pair": "noise"}, "variance", "'student'"),
+        (CONTINUOUS | {"loss.distance": "l1"}, "'l1' has no curvature", "live"),
+        (CONTINUOUS | {"loss.target": "live", "train.checkpoint_activations": True},
+         "checkpoint_activations", "leave"),
+        (CONTINUOUS | {"loss.pair": "none"}, "loss.pair = 'none' in continuous time", "teacher"),
+    ],
+)  # fmt: skip
+def test_what_continuous_time_does_not_have_is_refused(overrides, message, hint):
+    with pytest.raises(UserError, match=message) as caught:
+        build_objective(load_preset("digits-cd", overrides), lambda x, *_: x)
+    assert hint in caught.value.hint

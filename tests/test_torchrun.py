@@ -17,6 +17,7 @@ from tests.cli.conftest import TINY
 
 pytestmark = pytest.mark.slow
 
+NEAR = ["--set", "loss.continuous=true", "--set", "loss.levels=ramp"]
 METHODS = {
     "edm": ["train", "--preset", "digits-edm"],
     "edm, warped": [
@@ -32,6 +33,11 @@ METHODS = {
     ],
     "ct": ["train", "--preset", "digits-ct"],
     "cd": ["distill", "--preset", "digits-cd", "--teacher", "digits-edm"],
+    "ct, continuous": ["train", "--preset", "digits-ct", "--set", "loss.target=student", *NEAR],
+    "cd, continuous and live": [
+        *["distill", "--preset", "digits-cd", "--teacher", "digits-edm"],
+        *["--set", "loss.target=live", "--set", "model.network.dropout=0.1", *NEAR],
+    ],
 }
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
@@ -40,7 +46,7 @@ def command(method, out, *more, torchrun=False):
     launcher = [sys.executable, "-m"]
     if torchrun:
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    network = [] if method == "cd" else TINY
+    network = [] if METHODS[method][0] == "distill" else TINY
     return [*launcher, "cmtool", *METHODS[method], "--out", str(out), "--device", "cpu",
             "--set", "train.batch=8", "--set", "run.log_every=2", *network, *more]  # fmt: skip
 

@@ -112,7 +112,10 @@ def train(
              "--eval-every": ("run.eval_every", eval_every)}  # fmt: skip
     resolved = _resolve(preset, set_, flags, out, resume)
     if resolved.preset.distills:
-        raise UserError(f"preset {preset} distills a teacher", f"cmtool distill --preset {preset}")
+        raise UserError(
+            f"preset {preset} distills a teacher, or starts from one",
+            f"cmtool distill --preset {preset}",
+        )
     if dry_run:
         _show(resolved)
         return

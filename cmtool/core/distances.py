@@ -76,6 +76,7 @@ def lpips(
     The PyTorch release has average pooling, and resizes to 224 (bilinear) what is below 256; the
     JAX release of the CIFAR-10 models has max pooling, and always resizes. Raises MissingError,
     naming the file and where it comes from, when the weights of the feature network are missing.
+    The first call on a device loads them, which no transform of torch.func allows inside.
     """
     network = _lpips_network(net, pooling, x.device)
     if resize == "always" or (resize == "below_256" and x.shape[-1] < 256):
@@ -129,3 +130,6 @@ DISTANCES: dict[str, Callable[..., Tensor]] = {
     "lpips": lpips,
     "pseudo_huber": pseudo_huber,
 }
+
+NORMS = frozenset({"l1", "linf"})
+"""Those that are a norm of x - y: they have a kink at x = y, where the others have a curvature."""

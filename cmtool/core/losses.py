@@ -6,16 +6,19 @@ loss per image. A method is a choice of functions, not a class.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmtool.core.augment import Augment
 from cmtool.core.noise import LevelPicker, NoiseRange, Stage
 from cmtool.core.rng import same_dropout
-from cmtool.core.solvers import euler
+from cmtool.core.solvers import euler, slope
 from cmtool.core.tensors import expand
 from cmtool.core.types import Denoiser, Distance, Solver, Weighting
 
@@ -27,6 +30,17 @@ class Pair(NamedTuple):
     sigma_hi: Tensor
     x_lo: Tensor
     sigma_lo: Tensor
+
+
+class Point(NamedTuple):
+    """A point of a path of the ODE, x (B, C, H, W) at sigma (B,), and dx/dsigma there.
+
+    It is a pair whose two points are infinitely near: what continuous time has.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    slope: Tensor
 
 
 class LossBatch(NamedTuple):
@@ -68,6 +82,20 @@ def teacher_pair(
     return Pair(x_hi, sigma_hi, x_lo, sigma_lo)
 
 
+def noise_point(x0: Tensor, sigma: Tensor, noise: Tensor) -> Point:
+    """Return x0 at sigma; its slope (x - x0) / sigma is the noise (Song et al. 2023, eq. 30)."""
+    return Point(x0 + expand(sigma, x0) * noise, sigma, noise)
+
+
+def teacher_point(
+    x0: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None, teacher: Denoiser
+) -> Point:
+    """Return x0 at sigma with the slope of the teacher's ODE, -sigma s(x) in the paper's eq. 25."""
+    x = x0 + expand(sigma, x0) * noise
+    with torch.no_grad():
+        return Point(x, sigma, slope(teacher, x, sigma, labels))
+
+
 def consistency_loss(
     student: Denoiser,
     target: Denoiser,
@@ -90,6 +118,98 @@ def consistency_loss(
     return weight(pair.sigma_hi).to(x0_student) * distance(x0_student, x0_target)
 
 
+def continuous_loss(
+    student: Denoiser,
+    target: Denoiser,
+    point: Point,
+    labels: Tensor | None,
+    distance: Distance,
+    weight: Weighting,
+) -> Tensor:
+    """Return lambda f^T H g, g = df/dsigma along the path, (B,) (Song et al. 2023, Th. 5 and 6).
+
+    H is the curvature of d(., f) at f; g and H are of the target, not differentiated. By eq. 25
+    and 30 this has the gradient of the consistency loss of a pair of levels, divided by their
+    difference, as that vanishes. Its value says nothing; here it is shifted to the one of
+    `live_loss`, which does. The paper's l2 is a sum over pixels, ours a mean.
+    """
+    with same_dropout() as replay:
+        x0 = student(point.x, point.sigma, labels)
+        replay()
+        with torch.no_grad():
+            x0_target, g = tangent(target, point, labels)
+    h_g = curvature(distance, x0_target, g)
+    return weight(point.sigma).to(x0) * ((x0 - x0.detach() + g / 2) * h_g).flatten(1).sum(1)
+
+
+def live_loss(
+    student: Denoiser,
+    target: Denoiser,
+    point: Point,
+    labels: Tensor | None,
+    distance: Distance,
+    weight: Weighting,
+    *,
+    norm: bool,
+) -> Tensor:
+    """Return lambda g^T H g / 2, or lambda d(g, 0) of a norm, (B,) (Song et al. 2023, Th. 3 and 4).
+
+    `target` is the module of the student, whose g is differentiated too (theta- = theta). For l2
+    this is the mean of g^2 (eq. 21; the released code takes the root of the sum), for l1 the mean
+    of |g|. The student's own pass is there for what wraps it: DDP hooks its parameters in it, and
+    cannot itself be differentiated forwards.
+    """
+    with same_dropout() as replay:
+        x0 = student(point.x, point.sigma, labels)
+        replay()
+        _, g = tangent(target, point, labels)
+    near = distance(g, torch.zeros_like(g)) if norm else half_square(distance, x0, g)
+    return weight(point.sigma).to(x0) * near
+
+
+def tangent(f: Denoiser, point: Point, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return f(x, sigma) and df/dsigma + (df/dx) slope, (B, C, H, W) each.
+
+    In float32, under autocast too. Fused attention has no forward mode: inside, PyTorch takes the
+    plain one.
+    """
+
+    def along(x: Tensor, sigma: Tensor) -> Tensor:
+        return f(x, sigma, labels)
+
+    direction = (point.slope, torch.ones_like(point.sigma))
+    with torch.autocast(point.x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+        return derivative(along, (point.x, point.sigma), direction)
+
+
+def curvature(distance: Distance, x0: Tensor, v: Tensor) -> Tensor:
+    """Return H v (B, C, H, W), H the second derivative of d(x, x0) by x at x = x0."""
+    gradient = torch.func.grad(lambda x: distance(x, x0).sum())
+    return derivative(gradient, (x0,), (v,))[1]
+
+
+def derivative(
+    f: Callable[..., Tensor], at: tuple[Tensor, ...], direction: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return f(*at) and its derivative in a direction, by forward-mode differentiation."""
+    _load_forward_mode()
+    both = torch.func.jvp(f, at, direction)
+    return both[0], both[1]
+
+
+@lru_cache
+def _load_forward_mode() -> None:
+    """Have PyTorch load its forward mode, once, without its warning about its own future."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+        torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.zeros(1),))
+
+
+def half_square(distance: Distance, x0: Tensor, v: Tensor) -> Tensor:
+    """Return v^T H v / 2, (B,): the limit of d(x0 + h v, x0) / h^2 as h vanishes."""
+    return (v * curvature(distance, x0, v)).flatten(1).sum(1) / 2
+
+
 def progressive_loss(
     student: Denoiser,
     previous: Denoiser,
@@ -108,8 +228,8 @@ def progressive_loss(
     with torch.no_grad():
         x_mid = euler(previous, x, sigma_hi, sigma_mid, labels)
         x_lo = euler(previous, x_mid, sigma_mid, sigma_lo, labels)
-        slope = (x_lo - x) / expand(sigma_lo - sigma_hi, x)
-        x0 = x - expand(sigma_hi, x) * slope
+        chord = (x_lo - x) / expand(sigma_lo - sigma_hi, x)
+        x0 = x - expand(sigma_hi, x) * chord
     return weight(sigma_hi).to(x) * distance(student(x, sigma_hi, labels), x0)
 
 
@@ -215,6 +335,30 @@ def consistency_objective(
         pair = make_pair(x0, sigma_hi.to(x0.device), sigma_lo.to(x0.device), noise, labels)
         loss = consistency_loss(student, target or student, pair, labels, distance, weight)
         return LossBatch(loss, pair.sigma_hi)
+
+    return objective
+
+
+def continuous_objective(
+    levels: LevelPicker,
+    make_point: Callable[[Tensor, Tensor, Tensor, Tensor | None], Point],
+    loss: Callable[[Denoiser, Denoiser, Point, Tensor | None], Tensor],
+    noise_range: NoiseRange,
+) -> Objective:
+    """Return the objective of continuous-time CD or CT: `make_point(x0, sigma, noise, labels)`."""
+
+    def objective(
+        student: Denoiser,
+        target: Denoiser | None,
+        x0: Tensor,
+        labels: Tensor | None,
+        stage: Stage,
+        generator: Generator,
+    ) -> LossBatch:
+        sigma = levels(x0.shape[0], stage.n, noise_range, generator).sigma_hi.to(x0.device)
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        point = make_point(x0, sigma, noise, labels)
+        return LossBatch(loss(student, target or student, point, labels), sigma)
 
     return objective
 

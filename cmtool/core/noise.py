@@ -1,7 +1,7 @@
 """Noise levels: the Karras grid, how training picks levels from it, and how the grid grows.
 
 A level picker returns the two levels of a training pair, sigma_lo < sigma_hi; where a loss needs
-one level only (a teacher's denoising loss), sigma_lo is 0, the clean image.
+one level only (a teacher's denoising loss, continuous time), sigma_lo is 0, the clean image.
 """
 
 from __future__ import annotations
@@ -94,6 +94,18 @@ def uniform(batch: int, n: int, noise_range: NoiseRange, generator: Generator) -
     return Levels(sigmas[index + 1], sigmas[index])
 
 
+def ramp(batch: int, n: int, noise_range: NoiseRange, generator: Generator) -> Levels:
+    """Return u^rho, u uniform between the roots of both ends: the grid of n -> infinity points.
+
+    For continuous time (Song et al. 2023, App. B; the released code's law). The other level of a
+    pair is infinitely near, and not needed.
+    """
+    sigma_min, sigma_max, rho = noise_range
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    u = low + (high - low) * torch.rand(batch, dtype=torch.float64, generator=generator)
+    return Levels(u**rho, torch.zeros_like(u))
+
+
 def fixed(step: int, total_steps: int, *, n: int = 18, mu: float = 0.0) -> Stage:
     """Return the same grid and target decay at every step (Song et al. 2023, Table 3, CD)."""
     if n < 2 or not 0 <= mu < 1:
@@ -146,7 +158,11 @@ def halving(step: int, total_steps: int, *, start: int = 4096, stage_steps: int 
     return Stage(intervals + 1, 0.0 if last else 1.0, into / length, fresh)
 
 
-LEVELS: dict[str, Callable[..., Levels]] = {"lognormal": lognormal, "uniform": uniform}
+LEVELS: dict[str, Callable[..., Levels]] = {
+    "lognormal": lognormal,
+    "ramp": ramp,
+    "uniform": uniform,
+}
 
 CURRICULA: dict[str, Callable[..., Stage]] = {
     "fixed": fixed,

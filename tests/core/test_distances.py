@@ -1,11 +1,13 @@
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from cmtool.core.distances import DISTANCES, TRUNKS, l1, l2, l2_32, linf, lpips, pseudo_huber
+from cmtool.core.losses import curvature, half_square
 from cmtool.errors import MissingError
 
 
@@ -126,3 +128,20 @@ def test_lpips_names_a_file_that_is_damaged(hub, content):
     with pytest.raises(MissingError, match="damaged") as caught:
         lpips(*images())
     assert "delete it" in caught.value.hint
+
+
+@pytest.mark.usefixtures("squeeze")
+@pytest.mark.parametrize(("pooling", "bound"), [("avg", 0.02), ("max", 0.1)])  # max has kinks
+def test_lpips_has_the_curvature_that_its_gradient_says(pooling, bound):
+    """Which is what continuous time trains with: a Hessian-vector product through the network."""
+    distance = partial(lpips, net="squeeze", pooling=pooling)
+    x0, v = images()
+    distance(x0, x0)
+    h_v = curvature(distance, x0, v)
+    gradient = torch.func.grad(lambda x: distance(x, x0).sum())
+    h = 1e-3
+    difference = (gradient(x0 + h * v) - gradient(x0 - h * v)) / (2 * h)
+    assert float((h_v - difference).norm() / h_v.norm()) < bound
+    near = distance(x0 + h * v, x0) / h**2
+    torch.testing.assert_close(half_square(distance, x0, v), near, rtol=bound, atol=0)
+    assert torch.isfinite(curvature(distance, torch.zeros_like(x0), v)).all()
