@@ -245,14 +245,26 @@ def resolve(name_or_path: str, layers: Mapping[str, Mapping[str, Any]]) -> Resol
     """Return the preset with layers of dotted overrides {origin: {key: value}}, and all origins."""
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for origin, table in _chain(name_or_path, ()):
-        _merge(tree, table, origin, origins, "")
+    for path, table in _chain(name_or_path, ()):
+        _merge(tree, table, path.name, origins, "")
     for origin, overrides in layers.items():
         for key, value in overrides.items():
             _merge(tree, _nested(key, value), origin, origins, "")
     preset = _validated(tree, name_or_path)
     found = {key: origin_of(key, origins) for key, _ in flat(preset.model_dump())}
     return Resolved(preset, found)
+
+
+def packaged_value(name_or_path: str, key: str) -> Any:
+    """Return a dotted key's value in the nearest of cmtool's own presets this one is or extends.
+
+    None where there is no such preset, or none that has the key.
+    """
+    value = None
+    for path, table in _chain(name_or_path, ()):
+        if path.parent == FOLDER:
+            value = dict(flat(table)).get(key, value)
+    return value
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -276,8 +288,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _chain(name_or_path: str, seen: tuple[str, ...]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yield (origin, table) from the furthest ancestor down to the preset itself."""
+def _chain(name_or_path: str, seen: tuple[str, ...]) -> Iterable[tuple[Path, dict[str, Any]]]:
+    """Yield (file, table) from the furthest ancestor down to the preset itself."""
     path = _find(name_or_path)
     if str(path) in seen:
         raise UserError(f"preset {path.name} extends itself", "break the circle of `extends`")
@@ -289,7 +301,7 @@ def _chain(name_or_path: str, seen: tuple[str, ...]) -> Iterable[tuple[str, dict
     if parent is not None:
         beside = path.parent / f"{parent}.toml"
         yield from _chain(str(beside) if beside.is_file() else str(parent), (*seen, str(path)))
-    yield path.name, table
+    yield path, table
 
 
 def _find(name_or_path: str) -> Path:

@@ -120,6 +120,8 @@ def train(
         _show(resolved)
         return
     seconds = parse_time(max_time)
+    if not resume:
+        tell_batch(resolved, preset)
     _run(resolved, None, _out(out, preset, resume), device, resume, overwrite, seconds, as_json)
 
 
@@ -178,6 +180,8 @@ def distill(
         _show(resolved)
         return
     seconds = parse_time(max_time)
+    if not resume:
+        tell_batch(resolved, preset)
     _run(resolved, model, _out(out, preset, resume), device, resume, overwrite, seconds, as_json)
 
 
@@ -251,7 +255,6 @@ def _run(
 
     start = time.monotonic()
     say(f"run folder: {out}")
-    _tell_batch(resolved)
     with make_watcher(resolved.preset.train.steps) as watcher:
         final = run.train(
             resolved.preset,
@@ -275,13 +278,17 @@ def _run(
         emit(str(final))
 
 
-def _tell_batch(resolved: Resolved) -> None:
-    """Say so when the global batch is not the one the preset was tuned for."""
+def tell_batch(resolved: Resolved, preset: str) -> None:
+    """Say so when the global batch is not the one that cmtool's preset was tuned for."""
+    from cmtool.presets import packaged_value
+
     train = resolved.preset.train
-    if resolved.origins.get("train.batch") in ("--set", "override"):
+    batch, lr = (packaged_value(preset, f"train.{key}") for key in ("batch", "lr"))
+    if batch is not None and train.batch != batch and train.lr == lr:
         say(
-            f"note: a global batch of {train.batch} is not the preset's own; its train.lr may want"
-            " to change with it, or keep its batch and split it with --accumulate"
+            f"note: a global batch of {train.batch}, where the preset has {batch}, and a train.lr"
+            f" of {lr:g} tuned for that; if memory is short, keep {batch} and split it:"
+            " --accumulate 2, or more"
         )
 
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmtool.cli.train import Metric
+from cmtool.build import find_weights
+from cmtool.cli.train import Metric, tell_batch
 from cmtool.core.distances import DISTANCES
 from cmtool.core.images import png_bytes, read_image
-from cmtool.presets import load_preset
+from cmtool.presets import load_preset, resolve
 from cmtool.rundir import same_so_far
 from cmtool.stop import Stop
+from cmtool.toml import to_toml
 from tests.cli.conftest import TINY
 
 
@@ -343,3 +345,58 @@ def test_help_and_readme_name_every_distance():
     assert option.help.split(": ")[1].rstrip(".").split(", ") == sorted(DISTANCES)
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in DISTANCES)
+
+
+MINE = 'extends = "digits-ct"\n[train]\nbatch = 16\n'
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "told"),
+    [
+        ("digits-ct", {"train.batch": 32}, "batch of 32, where the preset has 64"),
+        ("digits-ct", {"train.batch": 64}, None),
+        ("digits-ct", {"train.batch": 32, "train.lr": 5e-4}, None),
+        ("mine.toml", {}, "batch of 16, where the preset has 64, and a train.lr of 0.001 tuned"),
+        ("mine.toml", {"train.batch": 64}, None),
+        ("whole.toml", {}, None),
+    ],
+)
+def test_another_batch_than_the_presets_is_told_of(
+    preset, overrides, told, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(MINE)
+    Path("whole.toml").write_text(to_toml(load_preset("digits-ct", {"train.batch": 16})))
+    tell_batch(resolve(preset, {"--set": overrides}), preset)
+    notes = capsys.readouterr().err
+    if told is None:
+        assert notes == ""
+    else:
+        assert told in notes
+        assert "--accumulate" in notes
+
+
+def test_another_batch_is_told_of_before_training_and_not_on_resuming(cmtool):
+    Path("mine.toml").write_text(MINE)
+    arguments = ["train", "--preset", "mine.toml", *TINY[2:], "--set", "train.steps=1"]
+    result = cmtool(*arguments, "--out", "r")
+    before, after = result.err.split("note: a global batch of 16")
+    assert "step=1" in after
+    assert "step=1" not in before
+    again = cmtool(*arguments, "--out", "r", "--resume")
+    assert "note: a global batch" not in again.err
+
+
+def test_consistency_training_can_start_from_a_teacher(cmtool):
+    """As the released script of ImageNet does, and continuous time must."""
+    tiny = ["--set", "train.steps=1", "--set", "train.batch=4", "--set", "train.lr=1e-9"]
+    start = ["--preset", "digits-ct", "--set", "train.from_teacher=true", "--device", "cpu", *tiny]
+    refused = cmtool("train", *start, "--out", "t")
+    assert refused.code == 2
+    assert "starts from one" in refused.err
+    assert cmtool("distill", *start, "--out", "r").code == 0
+    assert json.loads(Path("r/run.json").read_text())["teacher"]["source"] == "digits-edm"
+    student = load_file("r/checkpoints/step-0000001/model.safetensors")
+    teacher = load_file(find_weights("digits-edm"))
+    for name, tensor in student.items():
+        torch.testing.assert_close(tensor, teacher[name].float(), atol=1e-6, rtol=0)
