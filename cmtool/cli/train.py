@@ -308,7 +308,7 @@ def told(news: Progress) -> dict[str, str]:
     line = news.line
     if not line:
         return {}
-    bands = "/".join(_figure(loss) for loss in line["loss_by_sigma"].values())
+    bands = "/".join(_figure(loss, 2) for loss in line["loss_by_sigma"].values())
     skipped = {"skipped": str(line["skipped"])} if line["skipped"] else {}
     mfu = {"mfu": f"{line['mfu']:.1%}"} if "mfu" in line else {}
     found = line.get("eval")
@@ -351,39 +351,38 @@ class LineWatcher:
 
 
 class BarWatcher:
-    """News as a progress bar, for terminals."""
+    """News as a progress bar with the last log line under it, for terminals."""
 
     def __init__(self, steps: int) -> None:
-        from rich.console import Console
+        from rich.console import Console, Group
+        from rich.live import Live
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.text import Text
 
         self.bar = Progress(
             TextColumn("{task.completed}/{task.total}"),
             BarColumn(),
-            TextColumn("{task.fields[left]} left  {task.fields[figures]}", markup=False),
-            console=Console(stderr=True),
+            TextColumn("{task.fields[left]} left"),
         )
-        self.task = self.bar.add_task("", total=steps, figures="", left="-")
+        self.task = self.bar.add_task("", total=steps, left="-")
+        self.figures = Text()
+        self.live = Live(Group(self.bar, self.figures), console=Console(stderr=True))
 
     def __enter__(self) -> BarWatcher:
-        self.bar.start()
+        self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        self.live.stop()
 
     def progress(self, news: Progress) -> None:
         """Move the bar."""
-        self.bar.update(
-            self.task,
-            completed=news.step,
-            figures="  ".join(f"{key} {value}" for key, value in told(news).items()),
-            left=_clock(news.seconds_left),
-        )
+        self.bar.update(self.task, completed=news.step, left=_clock(news.seconds_left))
+        self.figures.plain = "  ".join(f"{key} {value}" for key, value in told(news).items())
 
     def note(self, text: str) -> None:
         """Write a remark above the bar."""
-        self.bar.console.print(text, markup=False)
+        self.live.console.print(text, markup=False)
 
 
 def make_watcher(steps: int) -> LineWatcher | BarWatcher:
@@ -391,8 +390,8 @@ def make_watcher(steps: int) -> LineWatcher | BarWatcher:
     return BarWatcher(steps) if sys.stderr.isatty() and leads() else LineWatcher()
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"
 
 
 def _clock(seconds: float) -> str:
