@@ -6,6 +6,7 @@ from cmtool import utilisation
 from cmtool.build import build_objective, load_model
 from cmtool.components import build_denoiser, build_network
 from cmtool.core.distances import lpips
+from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import Stage
 from cmtool.core.rng import step_generator
 from cmtool.presets import load_preset
@@ -42,6 +43,13 @@ def test_shapes_alone_count_as_much_as_a_step_with_numbers():
         loss, _ = objective(student, None, x0, labels, Stage(2, 0.9), step_generator(0, 0, 0))
         loss.sum().backward()
     assert step_flops(preset, None) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_step_of_every_network_is_counted(network):
+    options = {"name": network} | ({} if network == "mlp" else {"model_channels": 32})
+    preset = load_preset("digits-ct", {"model.network": options, "model.num_classes": 0})
+    assert step_flops(preset, None) > 0
 
 
 @pytest.mark.usefixtures("squeeze")
