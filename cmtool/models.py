@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -137,7 +138,10 @@ def load_model(
     f = placed(f, device).eval().requires_grad_(False)
     choices = foreign.held if foreign else _siblings(file, held)
     is_said = (kind or said) is not None
-    return Model(f, card, chosen, str(path), digest(file), held, name, choices, notes, is_said)
+    sha256 = digest(file)
+    levels = card.sample.levels | searched_levels(path, weights, sha256)
+    card = card.model_copy(update={"sample": card.sample.model_copy(update={"levels": levels})})
+    return Model(f, card, chosen, str(path), sha256, held, name, choices, notes, is_said)
 
 
 def _siblings(file: Path, held: str) -> tuple[str, ...]:
@@ -229,6 +233,31 @@ def digest(path: Path) -> str:
     for file in diffusers_dir.files(path):
         whole.update(f"{file.relative_to(path)} {digest(file)}\n".encode())
     return whole.hexdigest()
+
+
+def levels_file(path: str | Path, weights: str = "ema") -> Path | None:
+    """Return the file beside a model's weights that holds its searched levels.
+
+    None for the models that come with cmtool, which nobody changes.
+    """
+    file = find_weights(path, weights)
+    if file.parent == ASSETS:
+        return None
+    return file / "levels.json" if file.is_dir() else file.with_name(f"{file.name}.levels.json")
+
+
+def searched_levels(path: str | Path, weights: str, sha256: str) -> dict[str, list[float]]:
+    """Return the levels by number of steps that `cmtool search` found for this very model."""
+    file = levels_file(path, weights)
+    if file is None or not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+        same = found["model"] == sha256
+        levels = {str(n): [float(s) for s in sigmas] for n, sigmas in found["levels"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{file} holds no searched levels", "remove it") from None
+    return levels if same else {}
 
 
 def find_weights(path: str | Path, weights: str = "ema") -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -10,14 +11,27 @@ import torch
 from torch import Tensor
 
 from cmtool.build import Model, build_curriculum, build_sampler, noise_range
-from cmtool.core.edits import Edit
+from cmtool.core.edits import Edit, none_at_first
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import SeededNoise
-from cmtool.core.samplers import clipped, multistep, sampling_levels
+from cmtool.core.samplers import (
+    SAMPLERS,
+    check_levels,
+    clipped,
+    count_calls,
+    in_chunks,
+    multistep,
+    sampling_levels,
+    tiled,
+)
+from cmtool.core.tensors import identity
+from cmtool.core.types import Denoiser, RandnLike
 from cmtool.errors import UserError, nearest
 from cmtool.presets import Card, Choice, Preset
 
 PUBLISHED_GRID = 40
+CHUNK_PIXELS, MAX_CHUNK = 4096, 16
+"""On a CPU the network sees as many images at once as make so many pixels: the quickest too."""
 
 
 class Plan(NamedTuple):
@@ -29,23 +43,25 @@ class Plan(NamedTuple):
     @property
     def evaluations(self) -> int:
         """Network calls an image."""
-        heun = self.sampler.name == "heun"
-        return 2 * len(self.sigmas) - 1 if heun else len(self.sigmas)
+        return count_calls(build_sampler(self.sampler), self.sigmas)
 
 
 def plan(
     preset: Card,
     *,
-    sampler: str | None = None,
+    sampler: Choice | None = None,
     steps: int | None = None,
     sigmas: Sequence[float] | None = None,
 ) -> Plan:
     """Return how to sample a model: what is given, else what its preset says.
 
     Levels for n steps are the preset's tuned ones if it has them, else a Karras grid for a
-    teacher and levels of the training grid for a consistency model.
+    teacher and levels of the training grid for a consistency model. Raises UserError for a
+    sampler that is not of this kind of model, and for levels it never saw.
     """
-    chosen = Choice(name=sampler) if sampler else preset.sample.sampler
+    chosen = sampler or preset.sample.sampler
+    if chosen.name not in SAMPLERS:
+        raise UserError(f"no sampler {chosen.name!r}", nearest(chosen.name, SAMPLERS))
     if chosen.name != "multistep" and preset.kind == "consistency":
         raise UserError(
             f"sampler {chosen.name!r} walks a teacher's ODE; this is a consistency model",
@@ -54,16 +70,12 @@ def plan(
     if chosen.name == "multistep" and preset.kind == "teacher":
         raise UserError(
             "multistep needs a consistency model; this is a teacher",
-            nearest("multistep", ["heun", "euler"]),
+            nearest("multistep", [name for name in SAMPLERS if name != "multistep"]),
         )
     if sigmas is not None and steps is not None:
         raise UserError(f"both --steps {steps} and --sigmas", "give one of them")
-    if sigmas is not None and max(sigmas, default=0) > preset.noise.sigma_max:
-        raise UserError(
-            f"noise level {max(sigmas):g} is above the model's {preset.noise.sigma_max:g}",
-            "the model never saw so much noise: lower it",
-        )
     if sigmas is not None:
+        check_known(preset, sigmas)
         return Plan(chosen, tuple(sigmas))
     n = steps or preset.sample.steps
     tuned = preset.sample.levels.get(str(n))
@@ -72,6 +84,55 @@ def plan(
     if preset.kind == "consistency":
         return Plan(chosen, tuple(trained_levels(preset, n)))
     return Plan(chosen, tuple(sampling_levels(n, noise_range(preset))))
+
+
+def edit_plan(
+    preset: Card,
+    *,
+    steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    default: Sequence[float] | None = None,
+) -> Plan:
+    """Return how to edit with a consistency model: `sigmas`, `steps`, or the edit's `default`.
+
+    Without any of them the levels are the whole training grid, at most 40 of it: edits agree with
+    what they keep step by step (Song et al. 2023, App. D).
+    """
+    if sigmas is None and steps is None and default is not None:
+        sigmas = default
+    if sigmas is None and steps is None:
+        steps = min(grid_size(preset) - 1, PUBLISHED_GRID)
+    return plan(preset, steps=steps, sigmas=sigmas)
+
+
+def check_known(preset: Card, sigmas: Sequence[float]) -> None:
+    """Raise UserError for levels that do not descend, or that the model never saw."""
+    if max(sigmas, default=0) > preset.noise.sigma_max:
+        raise UserError(
+            f"noise level {max(sigmas):g} is above the model's {preset.noise.sigma_max:g}",
+            "the model never saw so much noise: lower it",
+        )
+    check_levels(sigmas, preset.noise.sigma_min)
+
+
+def indexed_levels(preset: Card, indices: Sequence[int], grid: int | None) -> list[float]:
+    """Return the levels that the paper's indices mean: 0,22,39 of 40 are 80 and 1.382.
+
+    Index 0 is sigma_max; the last index, grid - 1, is where sampling ends and costs no call.
+    `grid` is the model's own if None. Raises UserError.
+    """
+    points = grid or grid_size(preset)
+    shown = ",".join(map(str, indices))
+    if points < 2:
+        raise UserError(f"--grid {points}", "a grid has 2 points or more")
+    ascend = all(a < b for a, b in itertools.pairwise(indices))
+    if not ascend or len(indices) < 2 or indices[0] < 0 or indices[-1] != points - 1:
+        raise UserError(
+            f"--ts {shown} on a grid of {points}",
+            f"indices ascend from 0 (most noise) and end with {points - 1}, the clean image",
+        )
+    levels = sampling_levels(points, noise_range(preset))
+    return [levels[i] for i in indices[:-1]]
 
 
 def trained_levels(preset: Card, n: int) -> list[float]:
@@ -105,6 +166,16 @@ def evaluating(f: Preconditioned) -> Iterator[None]:
         f.train(before)
 
 
+def steady(f: Denoiser, size: tuple[int, int], device: torch.device | str) -> Denoiser:
+    """Return a model whose answer for an image does not depend on the batch it is in, on a CPU.
+
+    On a GPU it depends on the size of the batch, in the last bits of a float.
+    """
+    if torch.device(device).type != "cpu":
+        return f
+    return in_chunks(f, max(1, min(CHUNK_PIXELS // (size[0] * size[1]), MAX_CHUNK)))
+
+
 @torch.no_grad()
 def generate(
     f: Preconditioned,
@@ -116,67 +187,86 @@ def generate(
     batch: int = 256,
     device: str = "cpu",
     clip: bool = True,
+    noise: RandnLike | None = None,
 ) -> Iterator[Tensor]:
     """Yield images (B, C, H, W) in [-1, 1] for consecutive batches of seeds.
 
     An image is a function of its seed, its label and the plan. Without `labels` a conditional
-    model draws each image's class from its seed.
+    model draws each image's class from its seed. `noise` stands in for the seeds' own.
     """
-    denoiser = clipped(f) if clip else f
+    denoiser = steady(f, preset.model.image_size, device)
+    denoiser = clipped(denoiser) if clip else denoiser
     draw = build_sampler(chosen.sampler)
     shape = (preset.model.channels, *preset.model.image_size)
     for start in range(0, len(seeds), batch):
         part = seeds[start : start + batch]
-        noise = SeededNoise(part)
+        seeded = SeededNoise(part)
         given = None if labels is None else labels[start : start + batch].to(device)
         if given is None and preset.model.num_classes:
-            given = noise.labels(preset.model.num_classes).to(device)
+            given = seeded.labels(preset.model.num_classes).to(device)
         yield draw(
             denoiser,
             torch.zeros(len(part), *shape, device=device),
             chosen.sigmas,
-            noise,
+            noise or seeded,
             sigma_min=preset.noise.sigma_min,
             labels=given,
         )
 
 
 @torch.no_grad()
-def run_edit(model: Model, edit: Edit, chosen: Plan, seed: int, label: int | None) -> Tensor:
-    """Return the edited image (1, C, H, W); what the edit keeps is kept after clamping."""
-    init = edit.init
-    labels = None if label is None else torch.full((1,), label, device=init.device)
-    return multistep(
-        clipped(model.f),
-        init,
+def run_edit(
+    model: Model, edit: Edit, chosen: Plan, seeds: Sequence[int], labels: Tensor | None
+) -> Tensor:
+    """Return the edited images (B, C, H, W) in [-1, 1], one seed and label each.
+
+    What the edit keeps is kept. Images larger than the model's are made of overlapping tiles.
+    """
+    noise: RandnLike = SeededNoise(seeds)
+    x0 = multistep(
+        _for_edits(model, edit),
+        edit.init,
         chosen.sigmas,
-        SeededNoise([seed]),
+        none_at_first(noise) if edit.is_noisy else noise,
         sigma_min=model.preset.noise.sigma_min,
         labels=labels,
         project=edit.project,
     )
+    return edit.finish(x0)
+
+
+def _for_edits(model: Model, edit: Edit) -> Denoiser:
+    """Return the model for the pictures of an edit, of any size."""
+    size = model.preset.model.image_size
+    return clipped(tiled(steady(model.f, size, edit.init.device), size))
 
 
 @torch.no_grad()
 def best_class(model: Model, edit: Edit, chosen: Plan, seed: int) -> int:
-    """Return the class under which an edit's free answer is nearest to what it must keep.
+    """Return the class under which an edit's answer (of one image) fits best what was given.
 
-    The edit is run once per class, and the last x0 before projection compared with the one after.
+    The edit is run once per class. What is given is what `project` puts back, by how much it has
+    to change x0; where it puts back nothing, the image the edit started from.
     """
     num_classes = model.preset.model.num_classes
     gaps: list[Tensor] = []
 
     def project(x0: Tensor) -> Tensor:
         kept = edit.project(x0)
-        gaps.append((kept - x0).square().flatten(1).sum(1))
+        wanted = edit.init if edit.project is identity else kept
+        gaps.append((wanted - x0).square().flatten(1).sum(1))
         return kept
 
     noise = SeededNoise([seed])
+
+    def same_for_all(like: Tensor) -> Tensor:
+        return noise(like[:1]).expand_as(like)
+
     multistep(
-        clipped(model.f),
-        edit.init.expand(num_classes, *edit.init.shape[1:]),
+        _for_edits(model, edit),
+        edit.init[:1].expand(num_classes, *edit.init.shape[1:]),
         chosen.sigmas,
-        lambda like: noise(like[:1]).expand_as(like),
+        none_at_first(same_for_all) if edit.is_noisy else same_for_all,
         sigma_min=model.preset.noise.sigma_min,
         labels=torch.arange(num_classes, device=edit.init.device),
         project=project,

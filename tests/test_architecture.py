@@ -10,8 +10,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
     "errors", "core", "presets", "toml", "components", "models", "build", "utilisation",
-    "sampling", "evaluation", "convert", "events", "plots", "rundir", "report", "progress", "stop",
-    "run", "assets", "cli",
+    "sampling", "editing", "evaluation", "convert", "events", "plots", "rundir", "report",
+    "progress", "stop", "run", "assets", "cli",
 ]  # fmt: skip
 CORE_LAYERS = [
     {"types", "tensors", "rng", "dist", "devices"},
@@ -26,8 +26,8 @@ CORE_LAYERS = [
         "metrics",
         "augment",
     },
-    {"ema", "optimizers", "losses", "samplers", "formats", "sources", "data", "survey"},
-    {"trainer"},
+    {"ema", "optimizers", "losses", "samplers", "search", "formats", "sources", "data", "survey"},
+    {"trainer", "archives"},
     {"checkpoint"},
 ]
 ONE_IMPORTER = {

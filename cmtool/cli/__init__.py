@@ -11,7 +11,7 @@ from types import FrameType
 import typer
 
 from cmtool import __version__
-from cmtool.cli import checkpoint, data, demo, edit, evaluate, preset, sample, train
+from cmtool.cli import checkpoint, data, demo, edit, evaluate, preset, sample, search, train
 from cmtool.cli._options import say
 from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError, is_full
 
@@ -36,6 +36,7 @@ Results go to stdout, everything else to stderr; `-` is stdin or stdout.""",
 app.command("train")(train.train)
 app.command("distill")(train.distill)
 app.command("sample")(sample.sample)
+app.command("search")(search.search)
 app.add_typer(edit.app, name="edit")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(preset.app, name="preset")

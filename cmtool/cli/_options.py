@@ -18,6 +18,7 @@ from cmtool.errors import InputError, ResourceError, UserError, is_full, nearest
 if TYPE_CHECKING:
     from cmtool.build import Model
     from cmtool.presets import Kind
+    from cmtool.sampling import Plan
 
 Checkpoint = Annotated[
     str | None,
@@ -41,7 +42,23 @@ Sigmas = Annotated[
 Steps = Annotated[
     int | None, typer.Option(min=1, help="Number of steps; levels come from the model's preset.")
 ]
-Sampler = Annotated[str | None, typer.Option(help="multistep; for a teacher heun or euler.")]
+Indices = Annotated[
+    str | None,
+    typer.Option("--ts", help="The paper's indices instead of levels: 0,22,39 ends at the last."),
+]
+Grid = Annotated[
+    int | None, typer.Option("--grid", help="Points of the grid --ts counts on; the model's own.")
+]
+Sampler = Annotated[
+    str | None,
+    typer.Option(
+        help="multistep; for a teacher heun, euler, dpm2, dpmpp_2m, ancestral, stochastic_heun."
+    ),
+]
+SamplerOptions = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="An option of the sampler, such as s_churn=40; repeatable."),
+]
 ClassIndex = Annotated[int | None, typer.Option("--class", help="Class index for every image.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images per network call; changes no result.")]
 ModelPreset = Annotated[
@@ -54,6 +71,9 @@ ModelPreset = Annotated[
 KindOption = Annotated[
     str | None, typer.Option("--kind", help="teacher or consistency, if the file does not say.")
 ]
+NoMetadata = Annotated[
+    bool, typer.Option("--no-metadata", help="Do not write into a PNG how it was made.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -64,6 +84,11 @@ MAX_LINE = 700
 def leads() -> bool:
     """Tell whether this is the process that speaks: the first of torchrun's, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def processes() -> tuple[int, int]:
+    """Return this process's rank and the number of torchrun's processes; 0 and 1 alone."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def say(text: str, any_rank: bool = False) -> None:
@@ -96,8 +121,7 @@ def emit(text: str) -> None:
 
 def emit_bytes(content: bytes) -> None:
     """Write bytes to stdout. Raises UserError on a terminal."""
-    if sys.stdout.isatty():
-        raise UserError("a picture would go to the terminal", "use --out FILE, or a pipe")
+    refuse_terminal()
     with _stdout():
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
@@ -115,6 +139,23 @@ def _stdout() -> Iterator[None]:
         if is_full(error):
             raise ResourceError("no room on the disk for stdout", "free some") from None
         raise
+
+
+def refuse_terminal() -> None:
+    """Raise UserError when a picture would go to a terminal."""
+    if sys.stdout.isatty():
+        raise UserError("a picture would go to the terminal", "use --out FILE, or a pipe")
+
+
+def is_one_file(out: str) -> bool:
+    """Tell whether --out is one picture: a file with a picture's ending, or stdout."""
+    return out == "-" or Path(out).suffix.lower() in (".png", ".gif", ".webp")
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raise UserError for a file that exists, unless it may be overwritten."""
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists", "give another --out, or --overwrite it")
 
 
 def emit_json(content: dict[str, Any], *, compact: bool = True) -> None:
@@ -211,6 +252,42 @@ def pick_model(
         wanted = "a consistency model" if kind == "consistency" else "a teacher"
         raise InputError(f"{checkpoint} is not {wanted}", "give another with --checkpoint")
     return model
+
+
+def pick_plan(
+    model: Model,
+    sampler: str | None,
+    options: list[str] | None,
+    steps: int | None,
+    sigmas: str | None,
+    ts: str | None = None,
+    grid: int | None = None,
+) -> Plan:
+    """Return how to sample a model by what the command line says. Raises UserError."""
+    from cmtool.presets import Choice, parse_override
+    from cmtool.sampling import indexed_levels, plan
+
+    levels = parse_sigmas(sigmas)
+    if ts is not None:
+        if levels is not None or steps is not None:
+            raise UserError(f"--ts {ts} and another choice of levels", "give one of them")
+        levels = indexed_levels(model.preset, _parse_indices(ts), grid)
+    elif grid is not None:
+        raise UserError(f"--grid {grid} without --ts", "indices count on a grid: give --ts too")
+    given = dict(map(parse_override, options or []))
+    own = model.preset.sample.sampler
+    name = sampler or own.name
+    kept = own.options if name == own.name else {}
+    return plan(
+        model.preset, sampler=Choice(name=name, **{**kept, **given}), steps=steps, sigmas=levels
+    )
+
+
+def _parse_indices(ts: str) -> list[int]:
+    try:
+        return [int(part) for part in ts.split(",")]
+    except ValueError:
+        raise UserError(f"--ts {ts!r} is not a list of indices", "for example 0,22,39") from None
 
 
 def newest_run(kind: Kind | None = None) -> str | None:

@@ -1,57 +1,128 @@
-"""cmtool edit: zero-shot edits of a picture with a consistency model."""
+"""cmtool edit: zero-shot edits of pictures with a consistency model."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from cmtool.cli._options import (
     Checkpoint,
-    ClassIndex,
     Device,
     ModelPreset,
+    NoMetadata,
     Sigmas,
     Steps,
     Weights,
     check_class,
+    check_free,
     emit,
     emit_bytes,
+    is_one_file,
     make_folder,
+    parse_seeds,
     parse_sigmas,
     pick_device,
     pick_model,
+    refuse_terminal,
     say,
 )
 from cmtool.errors import InputError, UserError
 
-app = typer.Typer(no_args_is_help=True, help="Edit a picture; the model was never trained to.")
+if TYPE_CHECKING:
+    from torch import Tensor
 
-STEPS = 10
+    from cmtool.build import Model
+    from cmtool.editing import Job
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""Edit pictures; the model was never trained to.
+
+    cmtool edit inpaint face.png --mask m.png > fixed.png
+
+    cmtool edit superres small.png --factor 4 --compare --out both.png
+
+    cat grey.png | cmtool edit colorize --variations 5 > five.png""",
+)
+
+Images = Annotated[
+    list[str] | None, typer.Argument(help="Pictures; - or nothing in a pipe is stdin.")
+]
+ClassIndex = Annotated[
+    int | None, typer.Option("--class", help="Class of a conditional model. Default: fits best.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Another seed, another answer.")]
+Variations = Annotated[
+    int, typer.Option(min=1, help="Answers a picture, from seeds --seed, --seed + 1, ...")
+]
+Fit = Annotated[
+    str,
+    typer.Option(
+        help="A picture of another size: exact refuses it, crop takes its centre, pad fills it up,"
+        " tile works in overlapping tiles."
+    ),
+]
+Compare = Annotated[
+    bool, typer.Option("--compare", help="What was given, what the model saw, and the answer.")
+]
+Out = Annotated[
+    str, typer.Option("--out", "-o", help="A .png, a folder (one file an answer), - for stdout.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 
 
-@app.callback()
-def _group() -> None:
-    pass
+class Common(NamedTuple):
+    """What every edit of pictures is told."""
+
+    images: list[str] | None
+    checkpoint: str | None
+    steps: int | None
+    sigmas: str | None
+    class_: int | None
+    seed: int
+    variations: int
+    fit: str
+    compare: bool
+    out: str
+    overwrite: bool
+    no_metadata: bool
+    weights: str
+    preset: str | None
+    device: str
+
+
+MakeJob = Callable[["Tensor", "Model", str], "Job"]
+"""`(picture, model, name) -> Job`."""
 
 
 @app.command("inpaint")
 def inpaint(
-    mask: Annotated[Path, typer.Option(help="Mask of the image's size: white is regenerated.")],
-    image: Annotated[
-        str, typer.Argument(help="The picture; - or nothing in a pipe is stdin.")
-    ] = "-",
+    images: Images = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Mask of the picture's size: white is regenerated.")
+    ] = None,
+    box: Annotated[
+        str | None, typer.Option(help="Instead of a mask: LEFT,TOP,WIDTH,HEIGHT in pixels.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Instead of a mask: letters, as large as fits.")
+    ] = None,
     checkpoint: Checkpoint = None,
     steps: Steps = None,
     sigmas: Sigmas = None,
     class_: ClassIndex = None,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, another answer.")] = 0,
-    out: Annotated[str, typer.Option("--out", "-o", help="A file, or - for stdout.")] = "-",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing file.")
-    ] = False,
+    seed: Seed = 0,
+    variations: Variations = 1,
+    fit: Fit = "exact",
+    compare: Compare = False,
+    out: Out = "-",
+    overwrite: Overwrite = False,
+    no_metadata: NoMetadata = False,
     weights: Weights = "ema",
     preset: ModelPreset = None,
     device: Device = "auto",
@@ -60,49 +131,333 @@ def inpaint(
 
     `cmtool edit inpaint digit.png --mask mask.png --out mended.png`
 
-    `cat digit.png | cmtool edit inpaint --mask mask.png --seed 3 > mended.png`
+    `cat digit.png | cmtool edit inpaint --box 4,0,4,8 --seed 3 > mended.png`
+
+    `cmtool edit inpaint digit.png --text S --variations 4 --compare > all.png`
 
     A class-conditional model takes --class; without it, the class that explains the known pixels
     best is used.
     """
+    if sum(given is not None for given in (mask, box, text)) != 1:
+        raise UserError("which part to regenerate", "give one of --mask, --box and --text")
+
+    def make_job(picture: Tensor, model: Model, name: str) -> Job:
+        from cmtool.core.images import read_image, text_mask
+        from cmtool.editing import inpaint_job
+
+        h, w = picture.shape[1:]
+        if mask is not None:
+            painted = read_image(mask, mode="L")
+        elif text is not None:
+            painted = text_mask(text, h, w)
+        else:
+            painted = box_mask(box or "", h, w)
+        return inpaint_job(picture, painted, model, fit, name)
+
+    _edit("inpaint", make_job, Common(
+        images, checkpoint, steps, sigmas, class_, seed, variations, fit, compare, out, overwrite,
+        no_metadata, weights, preset, device,
+    ))  # fmt: skip
+
+
+@app.command("superres")
+def superres(
+    images: Images = None,
+    factor: Annotated[
+        int, typer.Option(help="How many times larger; divides the model's size.")
+    ] = 2,
+    checkpoint: Checkpoint = None,
+    steps: Steps = None,
+    sigmas: Sigmas = None,
+    class_: ClassIndex = None,
+    seed: Seed = 0,
+    variations: Variations = 1,
+    fit: Fit = "exact",
+    compare: Compare = False,
+    out: Out = "-",
+    overwrite: Overwrite = False,
+    no_metadata: NoMetadata = False,
+    weights: Weights = "ema",
+    preset: ModelPreset = None,
+    device: Device = "auto",
+) -> None:
+    """Enlarge a picture; the means of the answer's blocks are its pixels.
+
+    `cmtool edit superres small.png --factor 2 --out large.png`
+
+    `cmtool edit superres photo.png --factor 4 --fit tile -c cd_bedroom256_lpips.pt > large.png`
+
+    A picture of the model's own size is taken as one that was enlarged by repeating pixels: the
+    means of its blocks are kept, and it is sharpened.
+    """
+
+    def make_job(picture: Tensor, model: Model, name: str) -> Job:
+        from cmtool.editing import superres_job
+
+        return superres_job(picture, factor, model, fit, name)
+
+    _edit("superres", make_job, Common(
+        images, checkpoint, steps, sigmas, class_, seed, variations, fit, compare, out, overwrite,
+        no_metadata, weights, preset, device,
+    ))  # fmt: skip
+
+
+@app.command("colorize")
+def colorize(
+    images: Images = None,
+    checkpoint: Checkpoint = None,
+    steps: Steps = None,
+    sigmas: Sigmas = None,
+    class_: ClassIndex = None,
+    seed: Seed = 0,
+    variations: Variations = 1,
+    fit: Fit = "exact",
+    compare: Compare = False,
+    out: Out = "-",
+    overwrite: Overwrite = False,
+    no_metadata: NoMetadata = False,
+    weights: Weights = "ema",
+    preset: ModelPreset = None,
+    device: Device = "auto",
+) -> None:
+    """Give a picture new colours; its luma stays.
+
+    `cmtool edit colorize grey.png --variations 4 --compare --out colours.png`
+
+    A picture in colour loses its colours first.
+    """
+
+    def make_job(picture: Tensor, model: Model, name: str) -> Job:
+        from cmtool.editing import colorize_job
+
+        return colorize_job(picture, model, fit, name)
+
+    _edit("colorize", make_job, Common(
+        images, checkpoint, steps, sigmas, class_, seed, variations, fit, compare, out, overwrite,
+        no_metadata, weights, preset, device,
+    ))  # fmt: skip
+
+
+@app.command("stroke")
+def stroke(
+    images: Images = None,
+    checkpoint: Checkpoint = None,
+    steps: Steps = None,
+    sigmas: Sigmas = None,
+    class_: ClassIndex = None,
+    seed: Seed = 0,
+    variations: Variations = 1,
+    fit: Fit = "exact",
+    compare: Compare = False,
+    out: Out = "-",
+    overwrite: Overwrite = False,
+    no_metadata: NoMetadata = False,
+    weights: Weights = "ema",
+    preset: ModelPreset = None,
+    device: Device = "auto",
+) -> None:
+    """Make a picture of a rough painting.
+
+    `cmtool edit stroke painting.png --out picture.png`
+
+    `cmtool edit stroke painting.png --sigmas 9.7,2.5 --variations 4 > four.png`
+
+    It starts from the painting under noise of the first level: a higher one leaves less of it.
+    """
+
+    def make_job(picture: Tensor, model: Model, name: str) -> Job:
+        from cmtool.editing import stroke_job
+
+        return stroke_job(picture, model, fit, name)
+
+    _edit("stroke", make_job, Common(
+        images, checkpoint, steps, sigmas, class_, seed, variations, fit, compare, out, overwrite,
+        no_metadata, weights, preset, device,
+    ))  # fmt: skip
+
+
+@app.command("denoise")
+def denoise(
+    images: Images = None,
+    sigma: Annotated[
+        float | None,
+        typer.Option(
+            help="Deviation of the noise, 1 being half of the range: 0.2 is 25 grey"
+            " levels. Default: estimated."
+        ),
+    ] = None,
+    checkpoint: Checkpoint = None,
+    class_: ClassIndex = None,
+    seed: Seed = 0,
+    fit: Fit = "exact",
+    compare: Compare = False,
+    out: Out = "-",
+    overwrite: Overwrite = False,
+    no_metadata: NoMetadata = False,
+    weights: Weights = "ema",
+    preset: ModelPreset = None,
+    device: Device = "auto",
+) -> None:
+    """Take white noise out of a picture, in one network call.
+
+    `cmtool edit denoise noisy.png --sigma 0.25 --out clean.png`
+
+    `cmtool edit denoise scans/*.png --out clean/`
+    """  # fmt: skip
+
+    def make_job(picture: Tensor, model: Model, name: str) -> Job:
+        from cmtool.editing import denoise_job
+
+        job = denoise_job(picture, sigma, model, fit, name)
+        if sigma is None and job.levels:
+            level = job.levels[0]
+            say(f"{name}: sigma {level:.3g} ({127.5 * level:.0f} grey levels) by estimate")
+        return job
+
+    _edit("denoise", make_job, Common(
+        images, checkpoint, None, None, class_, seed, 1, fit, compare, out, overwrite,
+        no_metadata, weights, preset, device,
+    ))  # fmt: skip
+
+
+@app.command("interpolate")
+def interpolate(
+    images: Annotated[
+        list[str] | None, typer.Argument(help="Two pictures; or none, and --seeds.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Two seeds: 3,7.")] = None,
+    frames: Annotated[
+        int, typer.Option(min=2, help="Pictures on the way, both ends included.")
+    ] = 8,
+    checkpoint: Checkpoint = None,
+    steps: Steps = None,
+    sigmas: Sigmas = None,
+    class_: ClassIndex = None,
+    seed: Annotated[int, typer.Option(min=0, help="Noise that pictures are mixed under.")] = 0,
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            "-o",
+            help="A .png strip, an animated .gif or .webp, a folder, or - for the strip on stdout.",
+        ),
+    ] = "-",
+    overwrite: Overwrite = False,
+    no_metadata: NoMetadata = False,
+    weights: Weights = "ema",
+    preset: ModelPreset = None,
+    device: Device = "auto",
+) -> None:
+    """Go from one picture to another, or from one seed to another.
+
+    `cmtool edit interpolate --seeds 3,7 --frames 12 --out strip.png`
+
+    `cmtool edit interpolate --seeds 3,7 --frames 48 --out morph.gif`
+
+    `cmtool edit interpolate a.png b.png --sigmas 5.1,2.5 > strip.png`
+
+    Between seeds the noise travels a great circle. Pictures are mixed under noise of the first
+    level: a high one mixes what they show, a low one their pixels.
+    """  # fmt: skip
+    ends = parse_seeds(seeds) if seeds is not None else []
+    if (len(images or []), len(ends)) not in ((2, 0), (0, 2)):
+        raise UserError(
+            f"{len(images or [])} pictures and {len(ends)} seeds", "give two of one of them"
+        )
     levels = parse_sigmas(sigmas)
-    content = _read_input(image)
-    if out == "-" and sys.stdout.isatty():
-        raise UserError("a picture would go to the terminal", "use --out FILE, or a pipe")
-    if out != "-":
-        if Path(out).exists() and not overwrite:
-            raise UserError(f"{out} exists", "give another --out, or --overwrite it")
-        make_folder(Path(out).parent)
+    target = _target(out, overwrite, (".png", ".gif", ".webp"))
 
-    from cmtool.core import edits
     from cmtool.core.checkpoint import write_atomic
-    from cmtool.core.images import from_uint8, png_bytes, read_image, to_uint8
-    from cmtool.sampling import best_class, plan, run_edit
+    from cmtool.core.images import ANIMATIONS, animation_bytes, canvas, read_image
+    from cmtool.editing import between_pictures, between_seeds, stroke_levels
+    from cmtool.sampling import edit_plan, plan
 
-    picture = read_image(content, "the image on stdin" if image == "-" else image)
-    known = read_image(mask, mode="L")[None] < 128
     where = pick_device(device)
-    edit = edits.inpaint(from_uint8(picture)[None].to(where), known.to(where))
+    pictures = [read_image(_read_input(image), image) for image in images or []]
     model = pick_model(checkpoint, weights, where, kind="consistency", preset=preset)
     check_class(class_, model.preset.model.num_classes)
-    if picture.shape[-2:] != model.preset.model.image_size:
-        h, w = model.preset.model.image_size
-        raise InputError(
-            f"the image is {picture.shape[-1]}x{picture.shape[-2]}, the model makes {w}x{h}",
-            f"resize the image and the mask to {w}x{h}",
-        )
-    chosen = plan(
-        model.preset, steps=steps or (None if levels is not None else STEPS), sigmas=levels
-    )
-    if class_ is None and model.preset.model.num_classes:
-        class_ = best_class(model, edit, chosen, seed)
-        say(f"class {class_}: fits the known pixels best; choose with --class")
-    result = to_uint8(run_edit(model, edit, chosen, seed, class_))[0].cpu()
-    if out == "-":
-        emit_bytes(png_bytes(result))
+    if pictures:
+        for picture, name in zip(pictures, images or [], strict=True):
+            h, w = picture.shape[1:]
+            canvas(h, w, model.preset.model.image_size, "exact", name)
+        chosen = edit_plan(model.preset, steps=steps, sigmas=levels, default=stroke_levels(model))
+        answers = between_pictures(model, chosen, (pictures[0], pictures[1]), frames, seed, class_)
     else:
-        write_atomic(Path(out), png_bytes(result))
-        emit(out)
+        chosen = plan(model.preset, steps=steps, sigmas=levels)
+        answers = between_seeds(model, chosen, (ends[0], ends[1]), frames, class_)
+    about = {"cmtool:edit": "interpolate", "cmtool:model": model.sha256,
+             "cmtool:ends": ",".join(images or map(str, ends)),
+             "cmtool:sigmas": ",".join(map(repr, chosen.sigmas))}  # fmt: skip
+    if target is not None and target.suffix.lower() in ANIMATIONS:
+        write_atomic(target, animation_bytes(answers, target.suffix.lower()))
+        emit(str(target))
+        return
+    names = [f"frame{index:04d}.png" for index in range(frames)]
+    _write(out, target, names, list(answers), {} if no_metadata else about, overwrite)
+
+
+def _edit(name: str, make_job: MakeJob, common: Common) -> None:
+    """Run one edit on every picture; everything is checked before the first is made."""
+    levels = parse_sigmas(common.sigmas)
+    sources = common.images or ["-"]
+    contents = {source: _read_input(source) for source in sources}
+    target = _target(common.out, common.overwrite, (".png",))
+    if len(sources) > 1 and is_one_file(common.out):
+        raise UserError(f"{len(sources)} pictures and --out {common.out}", "give a folder")
+    seeds = [common.seed + i for i in range(common.variations)]
+    names = {source: _names(source, len(seeds)) for source in sources}
+    every = [n for group in names.values() for n in group]
+    if len(set(every)) < len(every):
+        raise UserError("two pictures of one name", "their answers would be one file: rename one")
+
+    from cmtool.core.images import read_image
+    from cmtool.editing import do
+    from cmtool.sampling import edit_plan
+
+    where = pick_device(common.device)
+    pictures = {s: read_image(c, _shown(s)) for s, c in contents.items()}
+    model = pick_model(
+        common.checkpoint, common.weights, where, kind="consistency", preset=common.preset
+    )
+    check_class(common.class_, model.preset.model.num_classes)
+    if model.preset.model.channels == 1:
+        pictures = {s: read_image(c, _shown(s), mode="L") for s, c in contents.items()}
+    jobs = {
+        source: make_job(picture, model, _shown(source)) for source, picture in pictures.items()
+    }
+    if target is not None and not is_one_file(common.out):
+        for group in names.values():
+            for file in group:
+                check_free(target / file, common.overwrite)
+    for source, job in jobs.items():
+        chosen = edit_plan(model.preset, steps=common.steps, sigmas=levels, default=job.levels)
+        answers, label = do(job, model, chosen, seeds, common.class_)
+        if label is not None and common.class_ is None:
+            say(f"{_shown(source)}: class {label} fits best; choose with --class")
+        about = {} if common.no_metadata else {
+            "cmtool:edit": name, "cmtool:model": model.sha256, "cmtool:weights": model.weights,
+            "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)), "cmtool:seed": str(common.seed),
+        }  # fmt: skip
+        if label is not None and about:
+            about["cmtool:class"] = str(label)
+        before = [panel[0] for panel in job.panels] if common.compare else []
+        _write(common.out, target, names[source], list(answers), about, common.overwrite, before)
+
+
+def box_mask(box: str, h: int, w: int) -> Tensor:
+    """Return the mask (1, h, w) uint8 of "LEFT,TOP,WIDTH,HEIGHT". Raises UserError."""
+    import torch
+
+    try:
+        left, top, width, height = map(int, box.split(","))
+    except ValueError:
+        raise UserError(f"--box {box!r}", "LEFT,TOP,WIDTH,HEIGHT, for example 4,0,4,8") from None
+    inside = 0 <= left < left + width <= w and 0 <= top < top + height <= h
+    if not inside:
+        raise UserError(f"--box {box} is not within {w}x{h}", "LEFT,TOP,WIDTH,HEIGHT in pixels")
+    mask = torch.zeros(1, h, w, dtype=torch.uint8)
+    mask[:, top : top + height, left : left + width] = 255
+    return mask
 
 
 def _read_input(image: str) -> bytes:
@@ -118,3 +473,61 @@ def _read_input(image: str) -> bytes:
     if not content:
         raise InputError("nothing on stdin", "pipe an image in, or name a file")
     return content
+
+
+def _shown(source: str) -> str:
+    return "the image on stdin" if source == "-" else source
+
+
+def _names(source: str, answers: int) -> list[str]:
+    """Return the file names of a picture's answers in a folder."""
+    stem = "edited" if source == "-" else Path(source).stem
+    return [f"{stem}.png"] if answers == 1 else [f"{stem}-{i}.png" for i in range(answers)]
+
+
+def _target(out: str, overwrite: bool, endings: tuple[str, ...]) -> Path | None:
+    """Return where answers go, None for stdout; it is there, and may be written to."""
+    if out == "-":
+        refuse_terminal()
+        return None
+    target = Path(out)
+    suffix = target.suffix.lower()
+    if suffix in endings:
+        check_free(target, overwrite)
+        make_folder(target.parent)
+    elif suffix in (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff"):
+        raise UserError(f"--out {out}", f"give a folder, or a file ending in {', '.join(endings)}")
+    else:
+        make_folder(target)
+    return target
+
+
+def _write(
+    out: str,
+    target: Path | None,
+    names: list[str],
+    answers: list[Tensor],
+    about: dict[str, str],
+    overwrite: bool,
+    before: list[Tensor] | None = None,
+) -> None:
+    """Write answers (C, H, W) uint8 beside each other, or into a folder a file each.
+
+    The pictures `before` stand to the left of the answers. Prints what was written.
+    """
+    from cmtool.core.checkpoint import write_atomic
+    from cmtool.core.images import png_bytes, row
+
+    if is_one_file(out):
+        content = png_bytes(row([*(before or []), *answers]), about)
+        if target is None:
+            emit_bytes(content)
+        else:
+            write_atomic(target, content)
+            emit(out)
+        return
+    assert target is not None
+    for name, answer in zip(names, answers, strict=True):
+        check_free(target / name, overwrite)
+        write_atomic(target / name, png_bytes(row([*(before or []), answer]), about))
+        emit(str(target / name))

@@ -21,9 +21,9 @@ from cmtool.cli._options import (
     Steps,
     Weights,
     emit_json,
-    parse_sigmas,
     pick_device,
     pick_model,
+    pick_plan,
     say,
 )
 from cmtool.errors import InputError, ThresholdError, UserError
@@ -77,7 +77,6 @@ def fid(
     The features are those of the bundled digits classifier: the number is `fd-digits`, not the
     FID of papers. It falls with the number of images: compare equal numbers only.
     """
-    levels = parse_sigmas(sigmas)
     if images and checkpoint is not None:
         raise UserError("both images and --checkpoint", "give one of them")
     if images == ["-"] or (images is None and checkpoint is None and not sys.stdin.isatty()):
@@ -91,7 +90,7 @@ def fid(
     from cmtool.core.data import load_dataset
     from cmtool.core.images import from_uint8, to_uint8
     from cmtool.core.metrics import frechet_distance, statistics
-    from cmtool.sampling import generate, plan
+    from cmtool.sampling import generate
 
     where = pick_device(device)
     features, features_hash = load_digits_features()
@@ -109,7 +108,7 @@ def fid(
     else:
         model = pick_model(checkpoint, weights, where, said=kind, preset=preset)
         count = num or 2048
-        chosen = plan(model.preset, sampler=sampler, steps=steps, sigmas=levels)
+        chosen = pick_plan(model, sampler, None, steps, sigmas)
         drawn = generate(
             model.f, model.preset, chosen, range(first_seed, first_seed + count),
             batch=batch, device=where,

@@ -1,28 +1,42 @@
 """Zero-shot edits (Song et al. 2023, App. D): where sampling starts, and what each x0 must keep.
 
 An edit is sampling with `init = edit.init` and `project = edit.project`; see samplers.multistep.
+The linear maps of the paper, orthogonal matrices that put what is kept into one coordinate, are
+written here as what they amount to: put back the mean of a block, or the luma of a pixel.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from cmtool.core.types import Projection
-from cmtool.errors import InputError
+from cmtool.core.tensors import clip, identity
+from cmtool.core.types import Projection, RandnLike
+from cmtool.errors import InputError, UserError
+
+LUMA = (0.2989, 0.5870, 0.1140)
+"""Weights of red, green and blue (ITU-R BT.601), as the paper rounds them."""
 
 
 @dataclass(frozen=True)
 class Edit:
     """`init` (B, C, H, W) is noised to start from; `project` puts back what the user gave.
 
-    `project` is an idempotent affine map and does not clamp.
+    `project` is an idempotent affine map and does not clamp. `finish` brings the last x0 into
+    [-1, 1] and keeps what the user gave there too. `is_noisy` says that `init` holds the noise of
+    the first level already.
     """
 
     init: Tensor
     project: Projection
+    finish: Projection = clip
+    is_noisy: bool = False
 
 
 def inpaint(reference: Tensor, known: Tensor) -> Edit:
@@ -42,3 +56,145 @@ def inpaint(reference: Tensor, known: Tensor) -> Edit:
         return torch.where(known, kept, x0)
 
     return Edit(kept, project)
+
+
+def superres(low: Tensor, factor: int) -> Edit:
+    """Return the edit that enlarges `low` (B, C, h, w) `factor` times and keeps its block means.
+
+    The answer is (B, C, factor h, factor w). Raises UserError for a factor below 1.
+    """
+    if factor < 1:
+        raise UserError(f"a factor of {factor}", "give 2 or more")
+
+    def project(x0: Tensor) -> Tensor:
+        return x0 + enlarged(low - block_means(x0, factor), factor)
+
+    def finish(x0: Tensor) -> Tensor:
+        blocks = F.pixel_unshuffle(x0, factor)  # (B, C factor^2, h, w)
+        b, _, h, w = blocks.shape
+        blocks = blocks.reshape(b, -1, factor**2, h, w)
+        kept = within(blocks, blocks.new_ones(factor**2, 1, 1) / factor**2, low, dim=2)
+        return F.pixel_shuffle(kept.reshape(b, -1, h, w), factor)
+
+    return Edit(enlarged(low, factor), project, finish)
+
+
+def colorize(gray: Tensor) -> Edit:
+    """Return the edit that colours `gray` (B, 1, H, W) and keeps it as the luma of the answer.
+
+    The answer is (B, 3, H, W), its luma 0.2989 R + 0.5870 G + 0.1140 B. The component along the
+    luma's weights is put back; the two that are orthogonal to it are generated.
+    """
+    weights = gray.new_tensor(LUMA).reshape(3, 1, 1)
+    along = weights / weights.square().sum()
+
+    def project(x0: Tensor) -> Tensor:
+        return x0 + along * (gray - luma(x0))
+
+    def finish(x0: Tensor) -> Tensor:
+        return within(x0, weights, gray[:, 0], dim=1)
+
+    return Edit(along * gray, project, finish)
+
+
+def stroke(painting: Tensor) -> Edit:
+    """Return the edit that starts from a rough painting (B, C, H, W) and pins nothing.
+
+    The levels decide how much of it stays: they start low (SDEdit, Meng et al. 2022).
+    """
+    return Edit(painting, identity)
+
+
+def denoise(noisy: Tensor) -> Edit:
+    """Return the edit of an image (B, C, H, W) with noise of the first level's sigma in it."""
+    return Edit(noisy, identity, is_noisy=True)
+
+
+def none_at_first(randn_like: RandnLike) -> RandnLike:
+    """Return `randn_like` but for its first draw, which is zero, for an image that is noisy."""
+    draws = itertools.count()
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.zeros_like(like) if next(draws) == 0 else randn_like(like)
+
+    return draw
+
+
+def estimate_sigma(image: Tensor) -> Tensor:
+    """Return the noise level of each image (B, C, H, W), (B,): the median of its finest details.
+
+    Donoho & Johnstone (1994): the diagonal Haar coefficients of a clean picture are mostly near
+    zero, so the median of their size, over 0.6745, is the deviation of white noise.
+    """
+    b, _, h, w = image.shape
+    even = image[..., : h // 2 * 2, : w // 2 * 2]
+    tl, tr = even[..., ::2, ::2], even[..., ::2, 1::2]
+    bl, br = even[..., 1::2, ::2], even[..., 1::2, 1::2]
+    return ((tl - tr - bl + br) / 2).abs().reshape(b, -1).median(1).values / 0.6745
+
+
+def interpolate(noise_a: Tensor, noise_b: Tensor, weights: Tensor) -> Tensor:
+    """Return the great-circle path from noise_a to noise_b, (n, C, H, W), at `weights` (n,).
+
+    Both are unit noise (1, C, H, W); the angle is that between the flattened tensors (Song et al.
+    2023, App. D). Nearly parallel ones are mixed along the straight line.
+    """
+    cosine = F.cosine_similarity(noise_a.flatten().double(), noise_b.flatten().double(), dim=0)
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    w = weights.double().reshape(-1, 1, 1, 1)
+    a, b = 1 - w, w
+    if math.sin(angle) > 1e-6:
+        a, b = torch.sin(a * angle) / torch.sin(angle), torch.sin(b * angle) / torch.sin(angle)
+    return a.to(noise_a) * noise_a + b.to(noise_a) * noise_b
+
+
+def luma(image: Tensor) -> Tensor:
+    """Return 0.2989 R + 0.5870 G + 0.1140 B of (B, 3, H, W) as (B, 1, H, W)."""
+    return (image * image.new_tensor(LUMA).reshape(3, 1, 1)).sum(1, keepdim=True)
+
+
+def block_means(image: Tensor, factor: int) -> Tensor:
+    """Return the means of the factor x factor blocks of (B, C, H, W). Raises UserError.
+
+    The factor must divide both sides.
+    """
+    h, w = image.shape[-2:]
+    if h % factor or w % factor:
+        good = [str(f) for f in range(2, math.gcd(h, w) + 1) if math.gcd(h, w) % f == 0]
+        raise UserError(
+            f"a factor of {factor} does not divide {w}x{h}",
+            f"use {', '.join(good)}" if good else "crop the picture",
+        )
+    return F.avg_pool2d(image, factor)
+
+
+def enlarged(image: Tensor, factor: int) -> Tensor:
+    """Return (B, C, H, W) with every pixel repeated factor x factor times."""
+    return image.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+
+
+def within(x: Tensor, weights: Tensor, total: Tensor, dim: int) -> Tensor:
+    """Return the point of [-1, 1]^n nearest to x whose weighted sum along `dim` is `total`.
+
+    `weights` are positive, sum to about 1 and broadcast against x; `total` in [-1, 1] lacks
+    `dim`. The nearest point is clip(x + lambda weights); lambda is found by bisection, since the
+    sum rises with it.
+    """
+    x, goal = x.double(), total.double().unsqueeze(dim)
+    w = weights.double()
+    reach = (1 + x.abs().amax(dim, keepdim=True)) / w.min()
+    low, high = -reach, reach
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = ((x + middle * w).clamp(-1, 1) * w).sum(dim, keepdim=True) < goal
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (x + (low + high) / 2 * w).clamp(-1, 1).to(total.dtype)
+
+
+EDITS: dict[str, Callable[..., Edit]] = {
+    "inpaint": inpaint,
+    "superres": superres,
+    "colorize": colorize,
+    "stroke": stroke,
+    "denoise": denoise,
+}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from cmtool.errors import InputError, UserError, nearest
@@ -28,6 +28,17 @@ def to_uint8(images: Tensor) -> Tensor:
     Level v is v / 127.5 - 1, so that uint8 -> float -> uint8 is the identity.
     """
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def floored(images: Tensor) -> Tensor:
+    """Return images (..., C, H, W) in [-1, 1] as uint8 the way the PyTorch release cuts them off.
+
+    On average half a level darker than `to_uint8`; uint8 -> float -> uint8 is not the identity.
+    """
+    return ((images.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+
+
+ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"nearest": to_uint8, "floor": floored}
 
 
 def from_uint8(images: Tensor) -> Tensor:
@@ -103,6 +114,9 @@ TURNS = {
 
 def _upright(image: Image.Image) -> Image.Image:
     """Return the image turned as its EXIF data say."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise ValueError(f"it has {frames} frames, and one is wanted")
     image.load()
     turn = TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
@@ -193,6 +207,93 @@ FITS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 }
 
 
+class Canvas(NamedTuple):
+    """A picture brought to a size that a model can edit: `crop` and `pad` say how.
+
+    crop is (top, left, height, width) of the picture that is used, pad is (bottom, right) added.
+    """
+
+    crop: tuple[int, int, int, int]
+    pad: tuple[int, int]
+
+    def laid(self, image: Tensor) -> Tensor:
+        """Return the image (B, C, H, W) on the canvas; its edge is repeated where it is padded."""
+        top, left, h, w = self.crop
+        part = image[..., top : top + h, left : left + w]
+        rows = torch.arange(h + self.pad[0]).clamp(max=h - 1)
+        columns = torch.arange(w + self.pad[1]).clamp(max=w - 1)
+        return part[..., rows, :][..., columns]
+
+    def taken(self, result: Tensor) -> Tensor:
+        """Return the part (B, C, h, w) of a result that is not padding."""
+        return result[..., : self.crop[2], : self.crop[3]]
+
+    def scaled(self, factor: int) -> Canvas:
+        """Return the canvas of the picture `factor` times as large."""
+        top, left, h, w = (factor * side for side in self.crop)
+        return Canvas((top, left, h, w), (factor * self.pad[0], factor * self.pad[1]))
+
+
+def canvas(h: int, w: int, size: tuple[int, int], how: str, name: str = "the image") -> Canvas:
+    """Return how a picture of h x w becomes one a model of `size` (H, W) can edit, by name.
+
+    "exact" it is that size already; "crop" its centre is used; "pad" it is smaller, and filled up;
+    "tile" it is made of overlapping tiles, and filled up if need be. Raises InputError for a
+    picture the rule does not fit, UserError for an unknown rule.
+    """
+    if how not in CANVASES:
+        raise UserError(f"--fit {how!r}", nearest(how, CANVASES))
+    big_h, big_w = h >= size[0], w >= size[1]
+    whole = (0, 0, h, w)
+    pad = (max(size[0] - h, 0), max(size[1] - w, 0))
+    if (h, w) == size or how == "tile":
+        return Canvas(whole, pad)
+    if how == "crop" and big_h and big_w:
+        return Canvas(((h - size[0]) // 2, (w - size[1]) // 2, *size), (0, 0))
+    if how == "pad" and h <= size[0] and w <= size[1]:
+        return Canvas(whole, pad)
+    good = ["tile", *(["crop"] if big_h and big_w else [])]
+    good += ["pad"] if h <= size[0] and w <= size[1] else []
+    raise InputError(
+        f"{name} is {w}x{h}, the model makes {size[1]}x{size[0]}",
+        f"resize it to {size[1]}x{size[0]}, or choose --fit {' or '.join(good)}",
+    )
+
+
+CANVASES = ("exact", "crop", "pad", "tile")
+
+
+def text_mask(text: str, h: int, w: int) -> Tensor:
+    """Return a mask (1, h, w) uint8 with `text` in white, as large as fits. Raises UserError."""
+    if not text.strip():
+        raise UserError("--text is empty", "give a letter or a word")
+    mask = Image.new("L", (w, h))
+    draw = ImageDraw.Draw(mask)
+    for size in range(2 * h, 3, -1):
+        font = ImageFont.load_default(size)
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        if right - left <= w and bottom - top <= h:
+            at = ((w - right - left) / 2, (h - bottom - top) / 2)
+            draw.text(at, text, fill=255, font=font)
+            return torch.from_numpy(np.array(mask)[None])
+    raise UserError(f"--text {text!r} does not fit into {w}x{h}", "give fewer letters")
+
+
+def animation_bytes(frames: Tensor, suffix: str, *, frames_per_second: float = 12.0) -> bytes:
+    """Return frames (n, C, H, W) uint8 as an endless animated .gif or .webp."""
+    pictures = [_picture(frame) for frame in frames]
+    buffer = io.BytesIO()
+    exact = {"lossless": True} if suffix == ".webp" else {}
+    pictures[0].save(
+        buffer, ANIMATIONS[suffix], save_all=True, append_images=pictures[1:], loop=0,
+        duration=round(1000 / frames_per_second), **exact,
+    )  # fmt: skip
+    return buffer.getvalue()
+
+
+ANIMATIONS = {".gif": "GIF", ".webp": "WEBP"}
+
+
 def png_bytes(image: Tensor, info: dict[str, str] | None = None) -> bytes:
     """Return one image (C, H, W) uint8, C = 1 or 3, as PNG bytes with `info` as text chunks."""
     chunks = PngImagePlugin.PngInfo()
@@ -227,6 +328,11 @@ def grid(images: Tensor, columns: int, *, scale: int = 1, gap: int = 1) -> Tenso
         top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
         canvas[:, top : top + h, left : left + w] = image
     return canvas.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+
+
+def row(images: Sequence[Tensor]) -> Tensor:
+    """Return images (C, H, W) uint8 of one size beside each other; one alone as it is."""
+    return images[0] if len(images) == 1 else torch.cat(list(images), dim=2)
 
 
 def display_scale(size: int) -> int:

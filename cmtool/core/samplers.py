@@ -15,15 +15,10 @@ import torch
 from torch import Tensor
 
 from cmtool.core.noise import NoiseRange, karras_sigmas
-from cmtool.core.solvers import euler, heun, integrate
-from cmtool.core.tensors import level
+from cmtool.core.solvers import denoised, dpm2, euler, heun, integrate
+from cmtool.core.tensors import clip, identity, level
 from cmtool.core.types import Denoiser, Projection, RandnLike, Solver
 from cmtool.errors import UserError
-
-
-def identity(x0: Tensor) -> Tensor:
-    """Return x0 (B, C, H, W) unchanged."""
-    return x0
 
 
 def multistep(
@@ -58,6 +53,7 @@ def ode(
     randn_like: RandnLike,
     *,
     solver: Solver,
+    to_zero: Solver = denoised,
     sigma_min: float,
     labels: Tensor | None = None,
     project: Projection = identity,
@@ -65,12 +61,110 @@ def ode(
     """Return images (B, C, H, W) by walking the teacher's ODE down `sigmas` and on to 0.
 
     The deterministic sampler of Karras et al. (2022), Algorithm 1; `project` is applied at the
-    end. n levels cost n evaluations with Euler and 2n - 1 with Heun.
+    end. The last step, to 0, is `to_zero`'s.
     """
     check_levels(sigmas, sigma_min)
     x = init + sigmas[0] * randn_like(init)
     walk = torch.as_tensor([*sigmas, 0.0], dtype=torch.float64)
-    return project(integrate(solver, denoiser, x, walk, labels))
+    return project(integrate(solver, denoiser, x, walk, labels, to_zero=to_zero))
+
+
+def dpmpp_2m(
+    denoiser: Denoiser,
+    init: Tensor,
+    sigmas: Sequence[float] | Tensor,
+    randn_like: RandnLike,
+    *,
+    sigma_min: float,
+    labels: Tensor | None = None,
+    project: Projection = identity,
+) -> Tensor:
+    """Return images (B, C, H, W) by DPM-Solver++(2M) (Lu et al. 2022b, Alg. 2): order 2.
+
+    One evaluation a level: the slope of D in lambda = -ln sigma is taken from the level before.
+    The step to 0 returns the denoised image.
+    """
+    check_levels(sigmas, sigma_min)
+    x = init + sigmas[0] * randn_like(init)
+    before: tuple[Tensor, float] | None = None  # D and the step in lambda that led away from it
+    for sigma, sigma_next in itertools.pairwise(map(float, sigmas)):
+        d = denoiser(x, level(sigma, x), labels)
+        h = math.log(sigma / sigma_next)
+        ahead = d if before is None else d + (d - before[0]) * h / (2 * before[1])
+        x = (sigma_next / sigma) * x - math.expm1(-h) * ahead
+        before = (d, h)
+    return project(denoiser(x, level(sigmas[-1], x), labels))
+
+
+def ancestral(
+    denoiser: Denoiser,
+    init: Tensor,
+    sigmas: Sequence[float] | Tensor,
+    randn_like: RandnLike,
+    *,
+    sigma_min: float,
+    labels: Tensor | None = None,
+    project: Projection = identity,
+) -> Tensor:
+    """Return images (B, C, H, W) by ancestral sampling: Euler down too far, then fresh noise.
+
+    The generative process of DDPM (Ho et al. 2020) in the levels of Karras et al.; the variance of
+    each level is kept: sigma_down^2 + sigma_up^2 = sigma_next^2.
+    """
+    check_levels(sigmas, sigma_min)
+    x = init + sigmas[0] * randn_like(init)
+    for sigma, sigma_next in itertools.pairwise([*map(float, sigmas), 0.0]):
+        sigma_up = sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
+        sigma_down = math.sqrt(sigma_next**2 - sigma_up**2)
+        x = euler(denoiser, x, level(sigma, x), level(sigma_down, x), labels)
+        x = x + sigma_up * randn_like(x)
+    return project(x)
+
+
+def stochastic_heun(
+    denoiser: Denoiser,
+    init: Tensor,
+    sigmas: Sequence[float] | Tensor,
+    randn_like: RandnLike,
+    *,
+    s_churn: float = 40.0,
+    s_tmin: float = 0.05,
+    s_tmax: float = 50.0,
+    s_noise: float = 1.003,
+    sigma_min: float,
+    labels: Tensor | None = None,
+    project: Projection = identity,
+) -> Tensor:
+    """Return images (B, C, H, W) by Heun with churn (Karras et al. 2022, Algorithm 2).
+
+    Before each step between s_tmin and s_tmax the level is raised by the factor 1 + gamma with
+    fresh noise, gamma = min(s_churn / n, sqrt(2) - 1). The defaults are those of EDM for
+    ImageNet-64. A noise is drawn at every step, as in the sources, so that changing the range
+    leaves the later draws alone.
+    """
+    check_levels(sigmas, sigma_min)
+    x = init + sigmas[0] * randn_like(init)
+    n = len(sigmas)
+    for sigma, sigma_next in itertools.pairwise([*map(float, sigmas), 0.0]):
+        gamma = min(s_churn / n, math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
+        raised = sigma * (1 + gamma)
+        x = x + math.sqrt(raised**2 - sigma**2) * s_noise * randn_like(x)
+        step = heun if sigma_next else denoised
+        x = step(denoiser, x, level(raised, x), level(sigma_next, x), labels)
+    return project(x)
+
+
+def count_calls(sampler: Callable[..., Tensor], sigmas: Sequence[float]) -> int:
+    """Return how often a sampler calls the network for an image, by running it on one pixel."""
+    calls = 0
+
+    def counting(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x
+
+    sampler(counting, torch.zeros(1, 1, 1, 1), sigmas, torch.zeros_like, sigma_min=0.0)
+    return calls
 
 
 def sampling_levels(n: int, noise_range: NoiseRange) -> list[float]:
@@ -94,11 +188,6 @@ def check_levels(sigmas: Sequence[float] | Tensor, sigma_min: float) -> None:
         raise UserError(f"noise level {values[-1]:g} is below sigma_min {sigma_min:g}", "raise it")
 
 
-def clip(x0: Tensor) -> Tensor:
-    """Return x0 clamped to [-1, 1], as the released sampler does at every evaluation."""
-    return x0.clamp(-1, 1)
-
-
 def clipped(denoiser: Denoiser) -> Denoiser:
     """Return the denoiser with every answer clamped to [-1, 1]."""
 
@@ -108,8 +197,57 @@ def clipped(denoiser: Denoiser) -> Denoiser:
     return clipped_denoiser
 
 
+def tiled(denoiser: Denoiser, size: tuple[int, int]) -> Denoiser:
+    """Return a denoiser of images larger than `size` (H, W), which it makes tile by tile.
+
+    Tiles overlap by about half and their answers are averaged (MultiDiffusion, Bar-Tal et al.
+    2023). An image of the size itself is passed on.
+    """
+
+    def tiled_denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+        if tuple(x.shape[-2:]) == size:
+            return denoiser(x, sigma, labels)
+        total, count = torch.zeros_like(x), torch.zeros_like(x)
+        for top in _offsets(x.shape[-2], size[0]):
+            for left in _offsets(x.shape[-1], size[1]):
+                part = (..., slice(top, top + size[0]), slice(left, left + size[1]))
+                total[part] += denoiser(x[part], sigma, labels)
+                count[part] += 1
+        return total / count
+
+    return tiled_denoiser
+
+
+def in_chunks(denoiser: Denoiser, size: int) -> Denoiser:
+    """Return a denoiser that always sees `size` images at once, the last one repeated to fill up.
+
+    How many images a product or a convolution is for decides how it is summed: only in equal
+    batches is the answer for an image, to the last bit, a function of that image.
+    """
+
+    def chunked_denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+        answers = []
+        for first in range(0, len(x), size):
+            index = torch.arange(first, first + size, device=x.device).clamp(max=len(x) - 1)
+            some = None if labels is None else labels[index]
+            answers.append(denoiser(x[index], sigma[index], some)[: len(x) - first])
+        return torch.cat(answers)
+
+    return chunked_denoiser
+
+
+def _offsets(side: int, tile: int) -> list[int]:
+    """Return where tiles begin on a side: evenly spread, no further apart than half a tile."""
+    steps = math.ceil((side - tile) / (tile / 2))
+    return [round(i * (side - tile) / steps) for i in range(steps + 1)] if steps else [0]
+
+
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "multistep": multistep,
     "euler": partial(ode, solver=euler),
     "heun": partial(ode, solver=heun),
+    "dpm2": partial(ode, solver=dpm2, to_zero=dpm2),
+    "dpmpp_2m": dpmpp_2m,
+    "ancestral": ancestral,
+    "stochastic_heun": stochastic_heun,
 }

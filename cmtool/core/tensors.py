@@ -1,4 +1,4 @@
-"""Two helpers that put a noise level beside an image."""
+"""Small helpers: a noise level beside an image, and the two plainest maps of an x0."""
 
 from __future__ import annotations
 
@@ -15,3 +15,13 @@ def level(sigma: float | Tensor, like: Tensor) -> Tensor:
     """Return one noise level for a whole batch: (B,) float64 on the device of `like`."""
     value = torch.as_tensor(sigma, dtype=torch.float64, device=like.device)
     return value.expand(like.shape[0])
+
+
+def identity(x0: Tensor) -> Tensor:
+    """Return x0 (B, C, H, W) unchanged."""
+    return x0
+
+
+def clip(x0: Tensor) -> Tensor:
+    """Return x0 clamped to [-1, 1], as the released sampler does at every evaluation."""
+    return x0.clamp(-1, 1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cmtool.core.images import png_bytes
+from cmtool.core.images import animation_bytes, png_bytes
 from cmtool.models import ASSETS
 from tests.cli.conftest import TINY
 
@@ -23,6 +23,9 @@ def files(tmp_path):
     (tmp_path / "big.png").write_bytes(png_bytes(torch.zeros(3, 16, 16, dtype=torch.uint8)))
     (tmp_path / "mask.png").write_bytes(png_bytes(torch.zeros(1, 8, 8, dtype=torch.uint8)))
     (tmp_path / "mask9.png").write_bytes(png_bytes(torch.zeros(1, 9, 9, dtype=torch.uint8)))
+    moving = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    (tmp_path / "moving.webp").write_bytes(animation_bytes(moving, ".webp"))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "big.png").read_bytes()[:50])
     (tmp_path / "bad.toml").write_text("this is = = not toml")
     (tmp_path / "loop.toml").write_text('extends = "loop"')
     (tmp_path / "folder").mkdir()
@@ -90,6 +93,33 @@ CASES = [
     (["edit", "inpaint", "big.png", "--mask", "big.png"], 3, "16x16, the model makes 8x8", "8x8"),
     (["edit", "inpaint", "d.png", "--mask", "mask.png", "-c", "digits-edm"], 3, "digits-edm is not",
      "--checkpoint"),
+    (["edit", "inpaint", "d.png"], 2, "which part", "--mask"),
+    (["edit", "inpaint", "d.png", "--box", "7,0,2,8"], 2, "7,0,2,8 is not within 8x8", "pixels"),
+    (["edit", "inpaint", "d.png", "--box", "1,2"], 2, "'1,2'", "LEFT,TOP"),
+    (["edit", "inpaint", "d.png", "--text", "word"], 2, "does not fit", "fewer letters"),
+    (["edit", "superres", "d.png", "--factor", "3"], 2, "factor of 3 does not divide 8x8", "2, 4"),
+    (["edit", "superres", "big.png"], 3, "big.png, to be enlarged 2 times,", "tile"),
+    (["edit", "colorize", "d.png", "--sigmas", "1,2"], 2, "1,2 do not descend", "high to low"),
+    (["edit", "colorize", "d.png", "--sigmas", "99"], 2, "above the model's 80", "lower"),
+    (["edit", "colorize", "d.png", "--class", "11"], 2, "no class 11", "0 to 9"),
+    (["edit", "colorize", "text.png"], 3, "text.png is not an image", "PNG"),
+    (["edit", "colorize", "moving.webp"], 3, "3 frames", "single"),
+    (["edit", "colorize", "cut.png"], 3, "cut.png cannot be decoded", "replace"),
+    (["edit", "colorize", "d.png", "--fit", "stretch"], 2, "'stretch'", "tile"),
+    (["edit", "colorize", "d.png", "d.png"], 2, "2 pictures and --out -", "folder"),
+    (["edit", "colorize", "d.png", "folder/d.png", "--out", "o"], 3, "no such image", "path"),
+    (["edit", "colorize", "d.png", "--out", "mask.png/x.png"], 3, "mask.png", "--out"),
+    (["edit", "denoise", "d.png", "--sigma", "0.0001"], 2, "--sigma 0.0001", "0.002"),
+    (["edit", "interpolate", "d.png"], 2, "1 pictures and 0 seeds", "two"),
+    (["edit", "interpolate", "--seeds", "1,2", "--out", "x.jpg"], 2, "x.jpg", ".gif"),
+    (["sample", "-c", "digits-cd", "--ts", "0,9", "--grid", "40"], 2, "--ts 0,9", "end with 39"),
+    (["sample", "-c", "digits-cd", "--ts", "a"], 2, "'a'", "0,22,39"),
+    (["sample", "-c", "digits-cd", "--grid", "40"], 2, "without --ts", "--ts"),
+    (["sample", "-c", "digits-cd", "--seeds", "1,1"], 2, "a seed twice", "once"),
+    (["sample", "-c", "digits-cd", "--rounding", "up"], 2, "'up'", "nearest"),
+    (["sample", "-c", "digits-edm", "--sampler", "huen"], 2, "'huen'", "'heun'"),
+    (["search", "-c", "digits-cd", "--steps", "90", "--out", "l.json"], 2, "grid of 13", "12"),
+    (["search", "-c", "digits-edm"], 3, "not a consistency model", "--checkpoint"),
     (["eval", "fid", "folder"], 3, "no images in folder", ".png"),
     (["eval", "fid", "d.png"], 3, "1 image to evaluate", "2 or more"),
     (["eval", "fid", "d.png", "big.png"], 3, "big.png is 16x16", "one size"),

@@ -1,12 +1,20 @@
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from cmtool.core.data import load_dataset
 from cmtool.core.images import png_info, read_image
+from cmtool.core.samplers import SAMPLERS
+from cmtool.models import ASSETS, load_model
+from cmtool.sampling import generate, plan
 
 SMALL = ["sample", "-c", "digits-cd", "--device", "cpu"]
 
@@ -23,6 +31,19 @@ def test_paths_go_to_stdout_and_images_are_functions_of_their_seeds(cmtool, tmp_
     assert cmtool(*SMALL, "--seeds", "0-7", "--batch", "8", "--out", "b").code == 0
     assert cmtool(*SMALL, "--seeds", "7,5-6,0-4", "--out", "c").code == 0
     assert files(tmp_path / "a") == files(tmp_path / "b") == files(tmp_path / "c")
+
+
+def test_an_image_is_the_same_to_the_last_bit_in_any_batch():
+    model = load_model("digits-cd")
+    chosen = plan(model.preset, steps=2)
+
+    def draw(seeds, batch):
+        return torch.cat(list(generate(model.f, model.preset, chosen, seeds, batch=batch)))
+
+    together = draw(range(100), 100)
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0)).tolist()
+    assert torch.equal(draw(order, 7), together[order])
+    assert torch.equal(draw([17], 1), together[17:18])
 
 
 def test_existing_images_are_skipped_and_others_protected(cmtool, tmp_path):
@@ -109,3 +130,137 @@ def test_a_stdout_without_room_is_told(tmp_path, out):
     assert "error: no room on the disk for stdout" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+def test_archives_hold_the_same_images_as_the_folder(cmtool, tmp_path):
+    seeds = ["--seeds", "0-4", "--batch", "2"]
+    for out in ("a", "a.zip", "a.npz"):
+        assert cmtool(*SMALL, *seeds, "--out", out).code == 0
+    folder = torch.stack([read_image(p) for p in sorted((tmp_path / "a").glob("*.png"))])
+    zipped, stored = load_dataset(str(tmp_path / "a.zip")), load_dataset(str(tmp_path / "a.npz"))
+    assert torch.equal(zipped.images, folder)
+    assert torch.equal(stored.images, folder)
+    classes = [int(png_info(p)["cmtool:class"]) for p in sorted((tmp_path / "a").glob("*.png"))]
+    assert zipped.labels.tolist() == stored.labels.tolist() == classes
+    with np.load(tmp_path / "a.npz") as content:
+        assert content["arr_0"].shape == (5, 8, 8, 3)
+        assert content["arr_0"].dtype == np.uint8
+    result = cmtool(*SMALL, *seeds, "--out", "a.npz")
+    assert result.code == 2
+    assert "a.npz exists" in result.err
+
+
+def test_the_releases_rounding_is_half_a_level_darker(cmtool, tmp_path):
+    for name in ("nearest", "floor"):
+        result = cmtool(*SMALL, "--seeds", "0-7", "--rounding", name, "--out", f"{name}.npz")
+        assert result.code == 0, result.err
+    near, floor = (
+        load_dataset(str(tmp_path / f"{n}.npz")).images.int() for n in ("nearest", "floor")
+    )
+    gap = near - floor
+    assert set(gap.unique().tolist()) == {0, 1}
+    assert float(gap.float().mean()) == pytest.approx(0.5, abs=0.1)
+
+
+def test_indices_mean_levels_and_the_last_costs_no_call(cmtool):
+    result = cmtool(*SMALL, "--ts", "0,22,39", "--grid", "40", "--seeds", "0", "--out", "a")
+    assert result.code == 0, result.err
+    assert "multistep at sigma 80,1.382: 2 network calls each" in result.err
+    result = cmtool(*SMALL, "--ts", "0,6,12", "--seeds", "0", "--out", "b")
+    assert "at sigma 80,2.515" in result.err
+    result = cmtool(*SMALL, "--ts", "0,22", "--grid", "40", "--seeds", "0", "--out", "c")
+    assert result.code == 2
+    assert "end with 39" in result.err
+
+
+def test_classes_are_given_one_per_seed_or_drawn(cmtool, tmp_path):
+    result = cmtool(*SMALL, "--seeds", "5-7", "--class", "1,2,3", "--out", "a")
+    assert result.code == 0, result.err
+    infos = [png_info(tmp_path / f"a/seed00000{seed}.png") for seed in (5, 6, 7)]
+    assert [info["cmtool:class"] for info in infos] == ["1", "2", "3"]
+    assert cmtool(*SMALL, "--seeds", "6", "--class", "2", "--out", "b").code == 0
+    assert files(tmp_path / "b")["seed000006.png"] == files(tmp_path / "a")["seed000006.png"]
+    result = cmtool(*SMALL, "--seeds", "5-7", "--class", "1,2", "--out", "c")
+    assert "names 2 classes for 3 seeds" in result.err
+
+
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "multistep"])
+def test_every_sampler_of_a_teacher_is_a_command_away(cmtool, name):
+    result = cmtool("sample", "-c", "digits-edm", "--sampler", name, "--steps", "3",
+                    "--seeds", "0", "--out", "a")  # fmt: skip
+    assert result.code == 0, result.err
+    assert f"{name} at sigma" in result.err
+
+
+def test_options_of_a_sampler_are_set_and_recorded(cmtool, tmp_path):
+    churn = ["sample", "-c", "digits-edm", "--sampler", "stochastic_heun", "--steps", "4"]
+    assert cmtool(*churn, "--set", "s_churn=0", "--seeds", "0-1", "--out", "still").code == 0
+    assert cmtool(*churn, "--set", "s_churn=2", "--seeds", "0-1", "--out", "churned").code == 0
+    heun = ["sample", "-c", "digits-edm", "--sampler", "heun", "--steps", "4"]
+    assert cmtool(*heun, "--seeds", "0-1", "--out", "heun").code == 0
+    pictures = {
+        n: read_image(tmp_path / n / "seed000001.png") for n in ("still", "churned", "heun")
+    }
+    assert torch.equal(pictures["still"], pictures["heun"])
+    assert not torch.equal(pictures["churned"], pictures["heun"])
+    info = png_info(tmp_path / "churned/seed000001.png")
+    assert info["cmtool:sampler"] == "stochastic_heun(s_churn=2)"
+    result = cmtool(*churn, "--set", "s_chrun=2", "--out", "x")
+    assert result.code == 2
+    assert "'s_churn'" in result.err
+
+
+def test_nothing_is_told_without_metadata(cmtool, tmp_path):
+    assert cmtool(*SMALL, "--seeds", "0", "--no-metadata", "--out", "a").code == 0
+    assert png_info(tmp_path / "a/seed000000.png") == {}
+
+
+def test_a_search_finds_levels_is_remembered_and_used(cmtool, tmp_path):
+    shutil.copy(ASSETS / "digits-cd.safetensors", tmp_path / "m.safetensors")
+    arguments = ["search", "-c", "m.safetensors", "--num", "64", "--device", "cpu"]
+    first = cmtool(*arguments)
+    assert first.code == 0, first.err
+    scores = dict(re.findall(r"sigma (\S+): fd-digits (\S+)", first.err))
+    assert first.text.strip() == min(scores, key=lambda key: float(scores[key]))
+    again = cmtool(*arguments)
+    assert again.out == first.out
+    assert again.err.count("(known)") == len(scores)
+    drawn = cmtool("sample", "-c", "m.safetensors", "--steps", "2", "--seeds", "0", "--out", "a")
+    sigmas = [float(sigma) for sigma in first.text.split(",")]
+    assert f"at sigma {sigmas[0]:.4g},{sigmas[1]:.4g}:" in drawn.err
+    shutil.copy(ASSETS / "digits-edm.safetensors", tmp_path / "m.safetensors")
+    other = cmtool("sample", "-c", "m.safetensors", "--steps", "2", "--seeds", "0", "--out", "b")
+    assert "heun at sigma 80,0.002" in other.err  # levels of another file are not used
+
+
+def test_the_bundled_model_is_not_changed(cmtool):
+    result = cmtool("search", "-c", "digits-cd")
+    assert result.code == 2
+    assert "give an --out" in result.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("out", ["a", "a.zip", "a.npz"])
+def test_two_processes_write_what_one_writes(tmp_path, out):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    sample = ["-m", "cmtool", *SMALL, "--seeds", "0-7", "--batch", "3", "--out", out]
+    launchers = {
+        "one": [sys.executable],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", "2"],
+    }  # fmt: skip
+    said = {}
+    for name, launcher in launchers.items():
+        (tmp_path / name).mkdir()
+        done = subprocess.run([*launcher, *sample], cwd=tmp_path / name, env=environment,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said[name] = done.stdout
+    assert said["one"] == said["two"]
+    if out == "a":
+        assert files(tmp_path / "one/a") == files(tmp_path / "two/a")
+        assert len(files(tmp_path / "two/a")) == 8
+    else:
+        one, two = (load_dataset(str(tmp_path / name / out)) for name in launchers)
+        assert torch.equal(one.images, two.images)
+        assert torch.equal(one.labels, two.labels)

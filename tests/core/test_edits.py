@@ -3,25 +3,155 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmtool.core.edits import inpaint
+from cmtool.core.edits import (
+    EDITS,
+    block_means,
+    colorize,
+    denoise,
+    estimate_sigma,
+    inpaint,
+    interpolate,
+    luma,
+    none_at_first,
+    stroke,
+    superres,
+)
+from cmtool.core.images import from_uint8, to_uint8
 from cmtool.core.samplers import multistep
-from cmtool.errors import InputError
+from cmtool.errors import InputError, UserError
 from tests.problems import Gaussian, randn_like_from
 
 
+def of_inpaint(reference, factor, known):
+    edit = inpaint(reference, known)
+    return edit, lambda x: x[known.expand_as(x)], reference[known.expand_as(reference)]
+
+
+def of_superres(reference, factor, known):
+    low = block_means(reference, factor)
+    return superres(low, factor), lambda x: block_means(x, factor), low
+
+
+def of_colorize(reference, factor, known):
+    return colorize(luma(reference)), luma, luma(reference)
+
+
+def of_nothing(reference, factor, known):
+    return stroke(reference), lambda x: x[:0], reference[:0]
+
+
+KEEPS = {"inpaint": of_inpaint, "superres": of_superres, "colorize": of_colorize,
+         "stroke": of_nothing, "denoise": of_nothing}  # fmt: skip
+
+
+def test_every_edit_is_tested():
+    assert KEEPS.keys() == EDITS.keys()
+
+
+@pytest.mark.parametrize("name", KEEPS)
 @settings(max_examples=40, deadline=None)
-@given(h=st.integers(1, 9), w=st.integers(1, 9), b=st.integers(1, 3), seed=st.integers(0, 99))
-def test_projection_is_idempotent_affine_and_keeps_what_was_given(h, w, b, seed):
+@given(h=st.integers(1, 9), w=st.integers(1, 9), b=st.integers(1, 3), f=st.integers(1, 3),
+       seed=st.integers(0, 99))  # fmt: skip
+def test_projection_is_idempotent_affine_and_keeps_what_was_given(name, h, w, b, f, seed):
     g = torch.Generator().manual_seed(seed)
+    if name == "superres":
+        h, w = h * f, w * f
     reference, x, y = torch.randn(3, b, 3, h, w, generator=g)
     known = torch.rand(1, 1, h, w, generator=g) < 0.5
-    project = inpaint(reference, known).project
+    edit, kept, given_ = KEEPS[name](reference, f, known)
+    project = edit.project
     torch.testing.assert_close(project(project(x)), project(x))
     middle = project(0.3 * x + 0.7 * y)
     torch.testing.assert_close(middle, 0.3 * project(x) + 0.7 * project(y))
-    where = known.expand_as(x)
-    assert torch.equal(project(x)[where], reference[where])
-    assert torch.equal(project(x)[~where], x[~where])
+    torch.testing.assert_close(kept(project(x)), given_)
+    torch.testing.assert_close(kept(edit.init), given_)
+
+
+@pytest.mark.parametrize("name", KEEPS)
+@settings(max_examples=40, deadline=None)
+@given(h=st.integers(1, 5), w=st.integers(1, 5), f=st.integers(1, 4), seed=st.integers(0, 99))
+def test_the_answer_lies_in_range_and_keeps_what_was_given_to_half_a_level(name, h, w, f, seed):
+    g = torch.Generator().manual_seed(seed)
+    picture = torch.randint(256, (2, 3, h * f, w * f), generator=g, dtype=torch.uint8)
+    reference = from_uint8(picture)
+    known = torch.rand(1, 1, h * f, w * f, generator=g) < 0.5
+    edit, kept, given_ = KEEPS[name](reference, f, known)
+    wild = edit.project(3 * torch.randn(reference.shape, generator=g))
+    answer = edit.finish(wild)
+    assert float(answer.abs().max()) <= 1
+    torch.testing.assert_close(kept(answer), given_.clamp(-0.9999, 0.9999), atol=2e-4, rtol=0)
+    rounded = from_uint8(to_uint8(answer))
+    assert float((kept(rounded) - given_).abs().max() if len(given_) else 0) <= 1 / 127.5
+
+
+def test_the_answer_is_the_nearest_that_keeps_what_was_given():
+    g = torch.Generator().manual_seed(0)
+    x, low = 2 * torch.randn(1, 1, 2, 2, generator=g).double(), torch.tensor([[[[0.3]]]]).double()
+    answer = superres(low, 2).finish(x)
+    ways = torch.rand(400_000, 1, 2, 2, generator=g).double() * 2 - 1
+    ways = ways + (low - block_means(ways, 2))
+    ways = ways[(ways.abs() <= 1).flatten(1).all(1)]
+    gaps = (ways - x).square().sum((1, 2, 3))
+    best = float((answer - x).square().sum())
+    assert best <= float(gaps.min()) + 1e-9
+    assert best == pytest.approx(float(gaps.min()), rel=0.02)
+
+
+def test_colours_orthogonal_to_the_luma_are_free():
+    g = torch.Generator().manual_seed(0)
+    gray, x = torch.randn(1, 1, 3, 3, generator=g), torch.randn(1, 3, 3, 3, generator=g)
+    moved = colorize(gray).project(x) - x
+    along = torch.tensor([0.2989, 0.5870, 0.1140]).reshape(3, 1, 1)
+    torch.testing.assert_close(torch.linalg.cross(moved[0], along.expand_as(moved[0]), dim=0),
+                               torch.zeros(3, 3, 3), atol=1e-6, rtol=0)  # fmt: skip
+
+
+def test_a_factor_that_does_not_divide_names_those_that_do():
+    with pytest.raises(UserError, match="factor of 5 does not divide 8x12") as error:
+        block_means(torch.zeros(1, 3, 12, 8), 5)
+    assert error.value.hint == "use 2, 4"
+
+
+def test_interpolation_keeps_the_norm_and_reaches_both_ends():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 1, 3, 8, 8, generator=g)
+    b = b / b.norm() * a.norm()
+    path = interpolate(a, b, torch.linspace(0, 1, 9))
+    torch.testing.assert_close(path[:1], a)
+    torch.testing.assert_close(path[-1:], b)
+    norms = path.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, a.norm().expand(9), rtol=1e-5, atol=0)
+    angles = torch.nn.functional.cosine_similarity(path[:-1].flatten(1), path[1:].flatten(1)).acos()
+    torch.testing.assert_close(angles, angles[:1].expand(8), rtol=1e-3, atol=0)
+
+
+def test_equal_ends_stay_where_they_are():
+    a = torch.randn(1, 3, 4, 4)
+    torch.testing.assert_close(interpolate(a, a, torch.tensor([0.3])), a)
+
+
+def test_the_first_draw_for_a_noisy_image_is_none():
+    draw = none_at_first(torch.ones_like)
+    x = torch.zeros(1, 1, 2, 2)
+    assert [float(draw(x).sum()) for _ in range(3)] == [0.0, 4.0, 4.0]
+
+
+def test_denoising_one_level_is_the_exact_map():
+    problem, noisy = Gaussian(), torch.randn(2, 1, 3, 3, dtype=torch.float64)
+    edit = denoise(noisy)
+    x0 = multistep(
+        problem.consistency, edit.init, [2.0], none_at_first(randn_like_from(0)),
+        sigma_min=problem.eps, project=edit.project,
+    )  # fmt: skip
+    torch.testing.assert_close(x0, problem.at(noisy, 2.0, problem.eps))
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.2, 1.0])
+def test_the_noise_level_of_a_smooth_picture_is_found(sigma):
+    ramp = torch.linspace(-1, 1, 64).expand(2, 3, 64, 64)
+    noise = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = estimate_sigma(ramp + sigma * noise)
+    torch.testing.assert_close(found, torch.full((2,), sigma), rtol=0.05, atol=0)
 
 
 def test_the_start_does_not_see_the_hole():

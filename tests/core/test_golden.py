@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cmtool.core.distances import l1, l2
+from cmtool.core.edits import block_means, colorize, luma, superres
 from cmtool.core.losses import (
     consistency_loss,
     denoising_loss,
@@ -30,6 +31,7 @@ from cmtool.core.precond import (
 )
 from cmtool.core.samplers import SAMPLERS, clipped, multistep
 from cmtool.core.solvers import heun
+from cmtool.core.tensors import clip
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = ["openai_unet_cond", "openai_unet_uncond"]
@@ -145,11 +147,33 @@ def test_multistep(case, key, indices):
     close(x0, case.n[f"sample_{key}"], 1e-4)
 
 
-@pytest.mark.parametrize("name", ["euler", "heun"])
-def test_ode_samplers(case, name):
+@pytest.mark.parametrize(
+    ("name", "key", "n", "options"),
+    [
+        ("euler", "euler_8", 8, {}),
+        ("heun", "heun_8", 8, {}),
+        ("dpm2", "dpm_6", 6, {}),
+        ("ancestral", "ancestral_6", 6, {}),
+        ("stochastic_heun", "heun_churn_6", 6, {"s_churn": 5.0}),
+    ],
+)
+def test_samplers_of_teachers(case, name, key, n, options):
     with torch.no_grad():
         x0 = SAMPLERS[name](
-            clipped(case.teacher), torch.zeros_like(case.n["x0"]), karras_sigmas(8).flip(0),
-            case.noises(), sigma_min=0.002, labels=case.labels,
+            clipped(case.teacher), torch.zeros_like(case.n["x0"]), karras_sigmas(n).flip(0),
+            case.noises(), sigma_min=0.002, labels=case.labels, project=clip, **options,
         )  # fmt: skip
-    close(x0, case.n[f"sample_{name}_8"], 1e-4)
+    close(x0, case.n[f"sample_{key}"], 1e-4)
+
+
+@pytest.mark.parametrize("name", ["colorize", "superres8"])
+def test_edits(case, name):
+    x0 = case.n["x0"]
+    edit = colorize(luma(x0)) if name == "colorize" else superres(block_means(x0, 8), 8)
+    close(edit.init, case.n[f"{name}_input"], 1e-5)
+    with torch.no_grad():  # the recorded runs start from noise alone
+        result = multistep(
+            clipped(case.f), torch.zeros_like(x0), karras_sigmas(40).flip(0)[[0, 6, 15, 30]],
+            case.noises(), sigma_min=0.002, labels=case.labels, project=edit.project,
+        )  # fmt: skip
+    close(result, case.n[f"{name}_out"], 1e-4)

@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from cmtool.core.noise import karras_sigmas
-from cmtool.core.solvers import SOLVERS, euler, heun, integrate
+from cmtool.core.solvers import SOLVERS, denoised, dpm2, euler, heun, integrate
 from cmtool.core.tensors import level
 from tests.problems import Gaussian, slope
 
-ORDER = {"euler": 1, "heun": 2}
+ORDER = {"euler": 1, "heun": 2, "dpm2": 2}
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -34,11 +34,15 @@ def test_one_step_matches_the_published_numbers(index, by_heun, by_euler):
     assert float(euler(toy.denoiser, x, now, then, None)) == pytest.approx(by_euler, abs=5e-9)
 
 
-@pytest.mark.parametrize(("name", "end"), [("heun", 0.52762464), ("euler", 0.42303144)])
-def test_a_walk_to_zero_matches_the_published_numbers(name, end):
+@pytest.mark.parametrize(
+    ("name", "to_zero", "end"),
+    [("heun", denoised, 0.52762464), ("euler", denoised, 0.42303144), ("dpm2", dpm2, 0.50959353)],
+)
+def test_a_walk_to_zero_matches_the_published_numbers(name, to_zero, end):
     sigmas = torch.cat([karras_sigmas(18).flip(0), torch.zeros(1, dtype=torch.float64)])
     x = torch.full((1, 1, 1, 1), 80.0, dtype=torch.float64)
-    result = integrate(SOLVERS[name], Gaussian(m=0.0, s=0.5).denoiser, x, sigmas)
+    toy = Gaussian(m=0.0, s=0.5)
+    result = integrate(SOLVERS[name], toy.denoiser, x, sigmas, to_zero=to_zero)
     assert float(result) == pytest.approx(end, abs=5e-9)
 
 

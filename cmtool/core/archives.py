@@ -1,0 +1,68 @@
+"""Many images in one file: zips of PNG as EDM's tools read them, npz as ADM's do."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from cmtool.errors import ResourceError, is_full
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` to write to; it becomes `path` when the block ends well.
+
+    Raises ResourceError when the disk is full; then nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        if is_full(error):
+            raise ResourceError(f"no room on the disk for {path}", "free some") from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_zip(
+    path: Path, pictures: Iterable[tuple[str, bytes]], labels: Sequence[int] | None
+) -> list[str]:
+    """Write (name, PNG) pairs uncompressed, and their classes as dataset.json; return the names."""
+    names = []
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, content in pictures:
+            archive.writestr(name, content)
+            names.append(name)
+        table = None if labels is None else list(zip(names, labels, strict=True))
+        archive.writestr("dataset.json", json.dumps({"labels": table}))
+    return names
+
+
+def write_npz(
+    path: Path, images: Iterable[Tensor], count: int, labels: Sequence[int] | None
+) -> None:
+    """Write `count` images (C, H, W) uint8 as arr_0 (N, H, W, C), and their classes as arr_1.
+
+    An image is written when it comes, so that memory does not grow with their number.
+    """
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        rows = (image.numpy().transpose(1, 2, 0) for image in images)
+        first = next(rows)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *first.shape)}
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for row in itertools.chain([first], rows):
+                member.write(row.tobytes())
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, np.array(labels, np.int64))
