@@ -116,7 +116,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """Return the image turned as its EXIF data say."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
-        raise ValueError(f"it has {frames} frames, and one is wanted")
+        raise ValueError(f"it has {frames} frames: give a single picture")
     image.load()
     turn = TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)

@@ -103,7 +103,7 @@ CASES = [
     (["edit", "colorize", "d.png", "--sigmas", "99"], 2, "above the model's 80", "lower"),
     (["edit", "colorize", "d.png", "--class", "11"], 2, "no class 11", "0 to 9"),
     (["edit", "colorize", "text.png"], 3, "text.png is not an image", "PNG"),
-    (["edit", "colorize", "moving.webp"], 3, "3 frames", "single"),
+    (["edit", "colorize", "moving.webp"], 3, "3 frames: give a single picture", "replace"),
     (["edit", "colorize", "cut.png"], 3, "cut.png cannot be decoded", "replace"),
     (["edit", "colorize", "d.png", "--fit", "stretch"], 2, "'stretch'", "tile"),
     (["edit", "colorize", "d.png", "d.png"], 2, "2 pictures and --out -", "folder"),
