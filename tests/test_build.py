@@ -1,17 +1,29 @@
 """Loading: what it costs, and that a model is what its file says."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from cmtool.build import build_denoiser, build_objective, find_weights, load_model
+from cmtool.build import (
+    build_curriculum,
+    build_denoiser,
+    build_objective,
+    build_state,
+    find_weights,
+    fit_settings,
+    load_model,
+)
 from cmtool.components import build_network
+from cmtool.core.checkpoint import state_tensors
 from cmtool.core.formats.native import read_weights, write_weights
 from cmtool.core.noise import karras_sigmas
 from cmtool.core.precond import consistency_scalings, edm_scalings, vp_label
+from cmtool.core.trainer import fit
 from cmtool.errors import InputError, UserError
 from cmtool.presets import load_preset
 from cmtool.sampling import plan
@@ -126,3 +138,28 @@ def test_what_continuous_time_does_not_have_is_refused(overrides, message, hint)
     with pytest.raises(UserError, match=message) as caught:
         build_objective(load_preset("digits-cd", overrides), lambda x, *_: x)
     assert hint in caught.value.hint
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile wants a C++ compiler")
+def test_a_compiled_network_is_the_same_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def run(**changes):
+        preset = load_preset("digits-ct", {
+            "model.network": {"name": "mlp", "width": 8, "depth": 1}, "model.channels": 2,
+            "model.num_classes": 0, "train.precision": "fp32", **changes,
+        })  # fmt: skip
+        state = build_state(preset, None, "cpu")
+        x0 = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+        curriculum = build_curriculum(preset)
+        steps = fit(
+            state, build_objective(preset, None), lambda *_: (x0, None), curriculum,
+            dataclasses.replace(fit_settings(preset), steps=3),
+        )  # fmt: skip
+        return [info.loss for info in steps], state_tensors(state)
+
+    (losses, eager), (compiled_losses, compiled) = run(), run(**{"train.compile": True})
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # student and target
+    torch.testing.assert_close(compiled_losses, losses, rtol=1e-5, atol=1e-8)
+    assert {f: t.keys() for f, t in compiled.items()} == {f: t.keys() for f, t in eager.items()}

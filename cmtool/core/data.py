@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from cmtool.core.devices import sent
 from cmtool.core.images import from_uint8
 from cmtool.core.rng import keyed_generator
 from cmtool.core.sources import LazyImages, open_images
@@ -220,13 +221,6 @@ def resident(data: Dataset, device: str) -> Dataset:
         return data
     labels = None if data.labels is None else data.labels.to(device)
     return replace(data, images=data.images.to(device), labels=labels)
-
-
-def sent(tensor: Tensor, device: str) -> Tensor:
-    """Return the tensor on the device; nobody waits for it on the way to a GPU."""
-    if device.startswith("cuda") and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -33,14 +33,27 @@ def autocast(device_type: str, precision: str) -> torch.autocast:
     return torch.autocast(device_type, HALF.get(precision), enabled=precision in HALF)
 
 
-def placed(module: ModuleT, device: str) -> ModuleT:
-    """Return the module on a device, its weights in the layout that convolutions there are best in.
+def layout(device: str) -> torch.memory_format:
+    """Return the order of weights in memory: channels last on a GPU, where convolutions want it.
 
-    channels_last on a GPU; on a CPU the group norms lose by it more than the convolutions win.
+    On a CPU the group norms lose more by it than the convolutions win.
     """
-    last = device.startswith("cuda")
-    layout = torch.channels_last if last else torch.contiguous_format
-    return module.to(device).to(memory_format=layout)
+    return torch.channels_last if device.startswith("cuda") else torch.contiguous_format
+
+
+def placed(module: ModuleT, device: str) -> ModuleT:
+    """Return the module on a device, its weights in the layout for it; what it computes follows."""
+    return module.to(device).to(memory_format=layout(device))
+
+
+def sent(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """Return the tensor on a device; on its way to a GPU nobody waits for it, or for what is there.
+
+    A copy out of memory that is not page-locked waits for all that the GPU has to do before it.
+    """
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

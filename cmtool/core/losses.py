@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmtool.core.augment import Augment
+from cmtool.core.devices import sent
 from cmtool.core.noise import LevelPicker, NoiseRange, Stage
 from cmtool.core.rng import same_dropout
 from cmtool.core.solvers import euler, slope
@@ -280,6 +281,11 @@ def told(network: Callable[..., Tensor], warps: Tensor) -> Denoiser:
     return denoiser
 
 
+def noise_like(x0: Tensor, generator: Generator) -> Tensor:
+    """Return unit noise of x0's shape, dtype and device, drawn on the CPU."""
+    return sent(torch.randn(x0.shape, generator=generator), x0.device).to(x0.dtype)
+
+
 def denoising_objective(
     levels: LevelPicker,
     weight: Weighting,
@@ -299,8 +305,8 @@ def denoising_objective(
         stage: Stage,
         generator: Generator,
     ) -> LossBatch:
-        sigma = levels(x0.shape[0], stage.n, noise_range, generator).sigma_hi.to(x0.device)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        sigma = sent(levels(x0.shape[0], stage.n, noise_range, generator).sigma_hi, x0.device)
+        noise = noise_like(x0, generator)
         denoiser = student
         if augment is not None:
             x0, warps = augment(x0, generator)
@@ -331,8 +337,9 @@ def consistency_objective(
         generator: Generator,
     ) -> LossBatch:
         sigma_hi, sigma_lo = levels(x0.shape[0], stage.n, noise_range, generator)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
-        pair = make_pair(x0, sigma_hi.to(x0.device), sigma_lo.to(x0.device), noise, labels)
+        noise = noise_like(x0, generator)
+        sigma_hi, sigma_lo = (sent(sigma, x0.device) for sigma in (sigma_hi, sigma_lo))
+        pair = make_pair(x0, sigma_hi, sigma_lo, noise, labels)
         loss = consistency_loss(student, target or student, pair, labels, distance, weight)
         return LossBatch(loss, pair.sigma_hi)
 
@@ -379,8 +386,8 @@ def progressive_objective(
         assert target is not None
         hi, lo = levels(x0.shape[0], stage.n, noise_range, generator)
         root = (hi ** (1 / noise_range.rho) + lo ** (1 / noise_range.rho)) / 2
-        hi, mid, lo = (s.to(x0.device) for s in (hi, root**noise_range.rho, lo))
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        hi, mid, lo = (sent(s, x0.device) for s in (hi, root**noise_range.rho, lo))
+        noise = noise_like(x0, generator)
         x = x0 + expand(hi, x0) * noise
         loss = progressive_loss(student, target, x, hi, mid, lo, labels, distance, weight)
         return LossBatch(loss, hi)

@@ -152,8 +152,11 @@ def upsampled(x: Tensor, taps: Sequence[float] = (1, 1)) -> Tensor:
 
 
 def _kernel(taps: Sequence[float], x: Tensor) -> Tensor:
-    """Return the outer square of the taps, of sum 1, once per channel: (C, 1, n, n)."""
-    line = x.new_tensor(taps) / sum(taps)
+    """Return the outer square of the taps, of sum 1, once per channel: (C, 1, n, n).
+
+    It is made on the device of x: a list of numbers would have to be sent there, and waited for.
+    """
+    line = torch.stack([x.new_full((), tap) for tap in taps]) / sum(taps)
     return torch.outer(line, line).expand(x.shape[1], 1, -1, -1)
 
 
