@@ -66,11 +66,14 @@ def evaluate(
     """
     share = -(-evaluation.num // group.world_size)  # of one size, so that all draw in step
     seeds = range(group.rank, share * group.world_size, group.world_size)
-    with evaluating(f):
+
+    def draw() -> Tensor:
         drawn = generate(f, preset, plan(preset), seeds, batch=BATCH, device=device)
-        mine = torch.cat([to_uint8(part).cpu() for part in drawn])
-    parts = torch.stack(group.gather(mine), 1)  # (share, processes, C, H, W)
-    images = parts.flatten(0, 1)[: evaluation.num]
+        return torch.cat([to_uint8(part).cpu() for part in drawn])
+
+    with evaluating(f):
+        mine = group.together(draw, f"drawn {step}")
+    images = torch.stack(group.gather(mine), 1).flatten(0, 1)[: evaluation.num]
     value = group.agreed(lambda: evaluation.metric(images), f"evaluated {step}")
     return Verdict(evaluation.name, value, evaluation.num, step)
 
