@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from cmtool.components import build_network
+from cmtool.core.formats.native import write_weights
 from cmtool.core.images import animation_bytes, png_bytes
 from cmtool.models import ASSETS
+from cmtool.presets import load_preset
 from tests.cli.conftest import TINY
 
 FEATURES = str(ASSETS / "digits-features.safetensors")
@@ -28,6 +31,12 @@ def files(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "big.png").read_bytes()[:50])
     (tmp_path / "bad.toml").write_text("this is = = not toml")
     (tmp_path / "loop.toml").write_text('extends = "loop"')
+    grey = load_preset("digits-ct", {
+        "model.channels": 1, "model.num_classes": 0, "model.network.model_channels": 16,
+        "model.network.norm_groups": 4, "model.network.head_channels": 16,
+    })  # fmt: skip
+    about = {"kind": "consistency", "weights": "ema", "preset": grey.model_dump(mode="json")}
+    write_weights(tmp_path / "grey.safetensors", build_network(grey.model).state_dict(), about)
     (tmp_path / "folder").mkdir()
 
 
@@ -109,6 +118,10 @@ CASES = [
     (["edit", "colorize", "d.png", "d.png"], 2, "2 pictures and --out -", "folder"),
     (["edit", "colorize", "d.png", "folder/d.png", "--out", "o"], 3, "no such image", "path"),
     (["edit", "colorize", "d.png", "--out", "mask.png/x.png"], 3, "mask.png", "--out"),
+    (["edit", "colorize", "d.png", "-c", "grey.safetensors"], 3, "makes grey pictures", "colour"),
+    (["sample", "-c", "grey.safetensors", "--class", "3"], 2, "to an unconditional model", "leave"),
+    (["edit", "colorize", "d.png", "-c", "grey.safetensors", "--class", "3"], 2, "unconditional",
+     "leave"),
     (["edit", "denoise", "d.png", "--sigma", "0.0001"], 2, "--sigma 0.0001", "0.002"),
     (["edit", "interpolate", "d.png"], 2, "1 pictures and 0 seeds", "two"),
     (["edit", "interpolate", "--seeds", "1,2", "--out", "x.jpg"], 2, "x.jpg", ".gif"),

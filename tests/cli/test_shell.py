@@ -48,6 +48,15 @@ def test_a_closed_pipe_is_not_an_error(tmp_path, command):
     assert "Broken" not in done.stderr
 
 
+@pytest.mark.parametrize("take", ["head -c 10", "true"])
+def test_a_closed_pipe_of_bytes_is_not_an_error(tmp_path, take):
+    command = f"{CMTOOL} sample -c digits-cd --seeds 0-399 --out - | {take} | wc -c"
+    done = shell(f"{command}; echo ${{PIPESTATUS[0]}} >&2", tmp_path)
+    assert done.stderr.splitlines()[-1] in ("0", "141")
+    assert "Traceback" not in done.stderr
+    assert "Broken" not in done.stderr
+
+
 def test_commands_make_a_pipeline(tmp_path):
     done = shell(
         f"{CMTOOL} sample -c digits-cd --seeds 0-3 --out s | xargs -n1 head -c4 | grep -c PNG",
