@@ -226,12 +226,15 @@ def in_chunks(denoiser: Denoiser, size: int) -> Denoiser:
     """
 
     def chunked_denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
-        answers = []
-        for first in range(0, len(x), size):
-            index = torch.arange(first, first + size, device=x.device).clamp(max=len(x) - 1)
-            some = None if labels is None else labels[index]
-            answers.append(denoiser(x[index], sigma[index], some)[: len(x) - first])
-        return torch.cat(answers)
+        short = -len(x) % size
+
+        def chunks(t: Tensor) -> tuple[Tensor, ...]:
+            filled = torch.cat([t, t[-1:].expand(short, *t.shape[1:])]) if short else t
+            return filled.split(size)
+
+        classes = itertools.repeat(None) if labels is None else chunks(labels)
+        parts = zip(chunks(x), chunks(sigma), classes, strict=False)
+        return torch.cat([denoiser(*part) for part in parts])[: len(x)]
 
     return chunked_denoiser
 
