@@ -295,6 +295,7 @@ class Ahead:
             (step, self.shards[later]) if later < len(self.shards) else (step + 1, self.shards[0])
         )
         if isinstance(found, InputError):
+            self.waiting = self.next = None  # and with it go the workers
             raise found
         return found
 
