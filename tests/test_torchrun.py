@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cmtool.rundir import read_log
 from tests.cli.conftest import TINY
 
 pytestmark = pytest.mark.slow
@@ -42,10 +43,11 @@ METHODS = {
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def command(method, out, *more, torchrun=False):
+def command(method, out, *more, torchrun=False, restarts=0):
     launcher = [sys.executable, "-m"]
     if torchrun:
-        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launcher += ["--max-restarts", str(restarts), "-m"]
     network = [] if METHODS[method][0] == "distill" else TINY
     return [*launcher, "cmtool", *METHODS[method], "--out", str(out), "--device", "cpu",
             "--set", "train.batch=8", "--set", "run.log_every=2", *network, *more]  # fmt: skip
@@ -110,11 +112,12 @@ def workers(out):
     return [leading, *(int(child) for child in children if int(child) != leading)]
 
 
-@pytest.fixture
-def endless(tmp_path):
+@contextlib.contextmanager
+def running(tmp_path, *more, restarts=0):
     """A run of two processes that goes on for ever, in its own session; killed at the end."""
     out = tmp_path / "run"
-    arguments = command("ct", out, "--set", "train.steps=100000", torchrun=True)
+    steps = ["--set", "train.steps=100000", *more]
+    arguments = command("ct", out, *steps, torchrun=True, restarts=restarts)
     with (tmp_path / "stderr").open("w") as stderr:
         process = subprocess.Popen(
             arguments, env=ENVIRONMENT, stderr=stderr, stdout=stderr, start_new_session=True
@@ -126,6 +129,12 @@ def endless(tmp_path):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@pytest.fixture
+def endless(tmp_path):
+    with running(tmp_path) as run:
+        yield run
 
 
 def test_a_killed_process_ends_the_other_which_says_so_and_resume_goes_on(endless):
@@ -176,6 +185,22 @@ def test_workers_whose_torchrun_is_gone_save_and_leave(endless, number):
                 break
             time.sleep(0.1)
         assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_workers_that_torchrun_starts_anew_go_on_by_themselves(tmp_path):
+    more = ["--set", "run.checkpoint_every=2"]
+    with running(tmp_path, *more, restarts=3) as (out, process, stderr):
+        os.kill(workers(out)[1], signal.SIGKILL)
+        wait_for(stderr, "resumed from")
+        step = read_log(out / "log.jsonl")[-1]["step"]
+        wait_for(out / "log.jsonl", f'"step": {step + 4},')
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        status = json.loads((out / "status.json").read_text())
+        assert (status["state"], status["exit_code"]) == ("stopped", 143)
+        steps = [line["step"] for line in read_log(out / "log.jsonl")]
+        assert steps == list(range(2, steps[-1] + 1, 2))
+        assert stderr.read_text().count("resumed from") == 1
 
 
 def test_a_mistake_is_told_once(tmp_path):

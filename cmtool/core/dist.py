@@ -179,13 +179,14 @@ def join(rank: int, world_size: int, device: str, timeout: float) -> Group:
     """Join the processes that torchrun started.
 
     `timeout` seconds without an answer is a failure. Numbers travel over gloo on CPUs, gradients
-    of a GPU over NCCL. Raises ResourceError when not all processes are there after five minutes.
+    of a GPU over NCCL. Raises ResourceError when not all processes are there after five minutes,
+    or when they cannot reach each other.
     """
     if world_size == 1:
         return Group(rank, world_size)
     found, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT))))
     try:
-        store = _assemble(found, rank, world_size)
+        store = assemble(found, rank, world_size)
     except dist.DistStoreError:
         raise ResourceError(
             f"not all of {world_size} processes are there after {JOIN_TIMEOUT:.0f} s",
@@ -193,19 +194,25 @@ def join(rank: int, world_size: int, device: str, timeout: float) -> Group:
         ) from None
     on_gpu = device.startswith("cuda")
     patience = timedelta(seconds=timeout)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        timeout=patience + timedelta(seconds=MARGIN) if on_gpu else patience,
-        store=store,
-        rank=rank,
-        world_size=world_size,
-    )
-    talk = dist.new_group(backend="gloo", timeout=patience) if on_gpu else None
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=patience + timedelta(seconds=MARGIN) if on_gpu else patience,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+        )
+        talk = dist.new_group(backend="gloo", timeout=patience) if on_gpu else None
+    except RuntimeError as error:
+        raise ResourceError(
+            f"the processes cannot reach each other: {str(error).splitlines()[0][:200]}",
+            "on several nodes, name the network interface that joins them: GLOO_SOCKET_IFNAME",
+        ) from error
     assert not isinstance(talk, int)  # what processes outside a group get
     return Group(rank, world_size, store, talk)
 
 
-def _assemble(store: Store, rank: int, world_size: int) -> Store:
+def assemble(store: Store, rank: int, world_size: int) -> Store:
     """Return a part of the store that is this start's own, when all processes are there.
 
     torchrun keeps one store over restarts, and in it the addresses of processes that are gone.

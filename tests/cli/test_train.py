@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from cmtool.build import find_weights
-from cmtool.cli.train import Metric, tell_batch
+from cmtool.cli.train import Metric, _out, tell_batch
 from cmtool.core.distances import DISTANCES
 from cmtool.core.images import png_bytes, read_image
 from cmtool.presets import load_preset, resolve
@@ -400,3 +401,16 @@ def test_consistency_training_can_start_from_a_teacher(cmtool):
     teacher = load_file(find_weights("digits-edm"))
     for name, tensor in student.items():
         torch.testing.assert_close(tensor, teacher[name].float(), atol=1e-6, rtol=0)
+
+
+def test_new_workers_of_one_torchrun_find_the_folder_that_the_first_ones_began(
+    monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    for name, begun_by in (("x", "elsewhere:1"), ("x-2", f"{platform.node()}:{os.getppid()}")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        content = json.dumps({"launchers": [begun_by]})
+        (tmp_path / "runs" / name / "status.json").write_text(content)
+    assert _out(None, "x.toml", resume=False) == Path("runs/x-3")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert _out(None, "x.toml", resume=False) == Path("runs/x-2")
