@@ -8,7 +8,15 @@ import torch
 from cmtool import events
 from cmtool.core.images import png_bytes
 from cmtool.plots import MAX_POINTS, curve, run_plots
-from cmtool.report import MAX_BYTES, MAX_FRAMES, frames, write_run_report
+from cmtool.report import (
+    MAX_BYTES,
+    MAX_FRAMES,
+    Figure,
+    Row,
+    frames,
+    write_report,
+    write_run_report,
+)
 
 
 def line(step, **more):
@@ -72,6 +80,17 @@ def test_a_failed_run_is_reported_from_its_folder_alone(tmp_path):
     assert [source[:15] for source in sources(page)] == ["data:image/svg+"] * 2 + [
         "data:image/png;"
     ]
+
+
+def test_the_page_of_the_tour_needs_nothing_else(tmp_path):
+    (tmp_path / "a.png").write_bytes(png_bytes(torch.zeros(3, 8, 8, dtype=torch.uint8)))
+    rows = [Row("teacher", 35, 1.434), Row("held out", None, 3.6)]
+    figures = [Figure("a & b", tmp_path / "a.png")]
+    write_report(tmp_path / "p.html", rows=rows, figures=figures, commands=["cmtool x"], seconds=7)
+    page = (tmp_path / "p.html").read_text()
+    assert [source[:15] for source in sources(page)] == ["data:image/png;"]
+    for part in ("<title>cmtool demo", "<td>35</td>", "<td>1.43</td>", "<td>-</td>", "a &amp; b"):
+        assert part in page
 
 
 def test_an_empty_folder_has_a_report(tmp_path):

@@ -33,11 +33,11 @@ def script(monkeypatch, values):
 )
 def test_evaluation_leaves_training_bit_equal(cmtool, tmp_path, preset):
     """With dropout, and without a weights EMA, so that the student itself is sampled."""
-    arguments = ["train", "--preset", preset, *TINY, "--set", "train.steps=3",
+    arguments = ["train", "--preset", preset, *TINY, "--set", "train.steps=2",
                  "--set", "train.ema=[]", "--set", "model.network.dropout=0.3"]  # fmt: skip
     assert cmtool(*arguments, "--out", "plain").code == 0
     assert cmtool(*arguments, "--out", "judged", *EVERY_STEP).code == 0
-    final = "checkpoints/step-0000003"
+    final = "checkpoints/step-0000002"
     assert_equal(tmp_path / "plain" / final, tmp_path / "judged" / final)
 
 
@@ -111,9 +111,9 @@ def test_a_stopped_run_is_reported_and_tensorboard_has_each_step_once(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = [
-        "train", *TINY, "--out", "r", "--set", "train.steps=8", "--set", "run.sample_every=2",
-        "--set", "run.checkpoint_every=4", "--set", "run.tensorboard=true",
-        "--eval-every", "8", "--set", "run.eval_num=4",
+        "train", "--preset", "digits-ct", *TINY, "--out", "r", "--set", "train.steps=8",
+        "--set", "run.sample_every=4", "--set", "run.checkpoint_every=4",
+        "--set", "run.tensorboard=true", "--eval-every", "8", "--set", "run.eval_num=4",
     ]  # fmt: skip
     asked = iter(range(1, 100))
     with monkeypatch.context() as patch:
@@ -127,15 +127,16 @@ def test_a_stopped_run_is_reported_and_tensorboard_has_each_step_once(
     assert resumed.code == 0, resumed.err
     page = (tmp_path / "r/report.html").read_text()
     assert "<b>done</b>" in page
-    assert page.count("<figcaption>") == 4
+    assert page.count("<figcaption>") == 2
     found = EventAccumulator(str(tmp_path / "r/tensorboard"))
     found.Reload()
     lines = log(tmp_path / "r")
     assert [event.step for event in found.Scalars("loss")] == [2, 4, 6, 8]
     told = [event.value for event in found.Scalars("loss_by_sigma/0.2-2")]
-    assert told == pytest.approx([line["loss_by_sigma"]["0.2-2"] for line in lines])
+    logged = [line["loss_by_sigma"]["0.2-2"] for line in lines]
+    assert told == pytest.approx([loss for loss in logged if loss is not None])
     assert [event.step for event in found.Scalars("eval/fd-digits")] == [8]
-    assert [event.step for event in found.Images("samples")] == [2, 4, 6, 8]
+    assert [event.step for event in found.Images("samples")] == [4, 8]
 
 
 def test_without_tensorboard_nothing_is_trained(cmtool, tmp_path, monkeypatch):
