@@ -282,6 +282,8 @@ def _build(target: Any, state: Any) -> None:
         target.state = expect(state, tuple)
     elif isinstance(target, Dtype) and type(state) is tuple and state[1:2] in (("<",), ("|",)):
         return  # the byte order, which is ours
+    elif type(target) is dict and type(state) is dict and list(state) == ["_metadata"]:
+        return  # an attribute of every state dict: the versions of its layers
     else:
         raise Refused(f"the pickle sets the state of {shown(target)}")
 

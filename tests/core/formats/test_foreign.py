@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from cmtool.build import load_model
 from cmtool.core.formats import FORMATS, identify, read_foreign
@@ -200,6 +201,47 @@ def test_guided_diffusion_order_of_attention_rows(weights, tmp_path):
     model = load_model(path, kind="teacher", preset=str(GOLDEN / "openai_unet_uncond.toml"))
     for name, tensor in model.f.network.state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[name]), name
+
+
+def of_module(network):
+    """What torch.save is given by most code: a dict with an attribute of its own."""
+    return network.state_dict()
+
+
+def of_master_weights(network):
+    """What training in half precision saves: views of two flat parameters, one of matrices."""
+    state = network.state_dict()
+    for names in ([n for n, t in state.items() if t.ndim < 2],
+                  [n for n, t in state.items() if t.ndim > 1]):  # fmt: skip
+        flat = nn.Parameter(torch.cat([state[name].flatten() for name in names]))
+        at = 0
+        for name in names:
+            end = at + state[name].numel()
+            state[name] = flat[at:end].view(state[name].shape)
+            at = end
+    return state
+
+
+def of_parameters(network):
+    """What training in single precision saves."""
+    state = network.state_dict()
+    state.update(network.named_parameters())
+    return state
+
+
+@pytest.mark.parametrize("make", [of_module, of_master_weights, of_parameters])
+@pytest.mark.parametrize("legacy", [False, True], ids=["archive", "legacy"])
+def test_state_dicts_load_as_the_release_saves_them(make, legacy, tmp_path):
+    network = Adm(AdmOptions(model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
+                             attention_levels=(1,), head_channels=64), 3, 5)  # fmt: skip
+    for p in network.parameters():
+        nn.init.normal_(p)
+    path = tmp_path / "cd.pt"
+    torch.save(make(network), path, _use_new_zipfile_serialization=not legacy)
+    loaded = load_model(path).f.network.state_dict()
+    assert list(loaded) == list(network.state_dict())
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
 
 
 def test_half_precision_files_compute_in_float32(weights, tmp_path):

@@ -909,13 +909,17 @@ OPENAI = AdmOptions(model_channels=32, channel_mult=(1,), num_res_blocks=1, atte
 
 
 @cache
+def module_state():
+    return Adm(OPENAI, 3).state_dict()
+
+
 def adm_state():
-    return dict(Adm(OPENAI, 3).state_dict())
+    return dict(module_state())
 
 
 @cache
 def good_pt():
-    return saved(adm_state())
+    return saved(module_state())
 
 
 def openai(**changes):
@@ -1106,6 +1110,15 @@ ARCHIVES = {
             code(Call(ORDERED, ()))
             + code({"items": 1, "get": Name("builtins", "bytearray")}) + b"b"
         )
+    ),
+    "state dict whose versions shadow its methods": lambda: archive(
+        Raw(code(Call(ORDERED, ())) + code({"_metadata": {}, "items": TOUCH}) + b"b")
+    ),
+    "state dict whose versions run code": lambda: archive(
+        Raw(code(Call(ORDERED, ())) + code({"_metadata": TOUCH}) + b"b")
+    ),
+    "state dict whose versions are its class": lambda: archive(
+        Raw(code(Call(ORDERED, ())) + code((None, {"_metadata": {}})) + b"b")
     ),
     "tensors that shadow their methods": lambda: archived(
         {"x0": bytes(12)},
@@ -2176,7 +2189,7 @@ CONTROLS = {
     "adm.pt": good_pt,
     "archive.pt": lambda: archive(*adm_pickle()),
     "archived.pt": archived,
-    "legacy.pt": lambda: saved(adm_state(), _use_new_zipfile_serialization=False),
+    "legacy.pt": lambda: saved(module_state(), _use_new_zipfile_serialization=False),
     "ours.safetensors": native,
     "jcm": jcm,
 }
