@@ -23,7 +23,7 @@ from cmtool.core.metrics import DigitsFeatures
 from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import NoiseRange
 from cmtool.core.precond import Preconditioned
-from cmtool.errors import InputError, UserError
+from cmtool.errors import InputError, Stopped, UserError
 from cmtool.presets import (
     Card,
     Choice,
@@ -124,6 +124,8 @@ def load_model(
     with torch.device("meta"):
         try:
             network = build_network(card.model)
+        except Stopped:
+            raise
         except UserError as error:
             raise InputError(f"{file} names no network: {error.what}", error.hint) from None
     try:
@@ -133,6 +135,8 @@ def load_model(
         raise InputError(f"{file} is not the network it names: {first}", "make it again") from None
     try:
         f = build_denoiser(card, chosen, network)
+    except Stopped:
+        raise
     except UserError as error:
         raise InputError(f"{file} names no model: {error.what}", error.hint) from None
     f = placed(f, device).eval().requires_grad_(False)
@@ -171,8 +175,11 @@ def _known(preset: Preset | None) -> dict[str, Any]:
     """Return what a preset says of a model whose file says less."""
     if preset is None:
         return {}
-    known = {"image_size": preset.model.image_size, "kind": preset.kind}
-    options = preset.model.network.options
+    model = preset.model
+    known = {
+        "image_size": model.image_size, "kind": preset.kind, "sigma_data": model.sigma_data,
+    }  # fmt: skip
+    options = model.network.options
     return known | {k: v for k, v in options.items() if k == "head_channels"}
 
 

@@ -27,6 +27,8 @@ class Format(NamedTuple):
     """How a format is called, recognised and read."""
 
     title: str
+    reads: str
+    """What of the kind is read, for people whose file is not."""
     is_it: Callable[[Path, bytes], bool]
     """`(path, its first bytes; empty for a folder) -> bool`."""
     read: Callable[[Path, str, Mapping[str, Any]], Foreign]
@@ -46,17 +48,25 @@ def is_pickle(start: bytes) -> bool:
 FORMATS: dict[str, Format] = {
     "diffusers": Format(
         "diffusers pipeline",
+        "ConsistencyModelPipeline folders",
         lambda path, start: path.is_dir() and (path / diffusers_dir.INDEX).is_file(),
         diffusers_dir.read,
     ),
     "openai": Format(
         "ADM state dict",
+        "state dicts of the ADM U-Net, as in the consistency-model release",
         lambda path, start: is_zip(start) or openai_pt.is_legacy(start) or start[8:9] == b"{",
         openai_pt.read,
     ),
-    "edm": Format("EDM pickle", lambda path, start: is_pickle(start), edm_pkl.read),
+    "edm": Format(
+        "EDM pickle",
+        "snapshots of EDM and ECT; not EDM2's, and no training states",
+        lambda path, start: is_pickle(start),
+        edm_pkl.read,
+    ),
     "jcm": Format(
         "JAX checkpoint",
+        "CIFAR-10 checkpoints of the JAX release",
         lambda path, start: start[:1] in (b"\xde", b"\xdf") or b"\x80" < start[:1] < b"\x90",
         jcm_msgpack.read,
     ),
@@ -92,5 +102,6 @@ def read_foreign(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     except DAMAGE as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise InputError(
-            f"{path} is not a usable {kind.title}: {reason}", "fetch or convert it again"
+            f"{path} is not a usable {kind.title}: {reason}",
+            f"fetch or convert it again; read are {kind.reads}",
         ) from None

@@ -7,7 +7,7 @@ see safe_pickle.py. Layouts: Karras et al. (2022), `training/networks.py`, read 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,10 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     if outer.class_name not in PRECONDITIONERS:
         given = _arguments(outer)
         kwargs = ", ".join(f"{str(key)[:40]} {_short(given[key])}" for key in list(given)[:8])
-        count = sum(math.prod(t.size) for t in collect(outer).values())
+        count = sum(math.prod(t.size) for t in collect(outer, ("_parameters",)).values())
+        whose = "EDM2's" if outer.class_name == "Precond" else "a"
         raise Malformed(
-            f"its network is a {outer.class_name[:40]} of {count:,} parameters ({kwargs}),"
+            f"its network is {whose} {outer.class_name[:40]} of {count:,} parameters ({kwargs}),"
             f" not one of {', '.join(sorted(PRECONDITIONERS))}"
         )
     inner = _modules(outer).get("model")
@@ -220,8 +221,10 @@ def adm_options(given: dict[str, Any], resolution: int, learn_sigma: bool) -> Ad
     )
 
 
-def collect(record: Record) -> dict[str, StoredTensor]:
-    """Return the parameters and buffers of a module tree by dotted name.
+def collect(
+    record: Record, tables: Sequence[str] = ("_parameters", "_buffers")
+) -> dict[str, StoredTensor]:
+    """Return the parameters and buffers of a module tree, or one of both, by dotted name.
 
     Raises Malformed for a module met twice, a tree deeper than 32, or anything but tensors.
     """
@@ -235,7 +238,7 @@ def collect(record: Record) -> dict[str, StoredTensor]:
         skipped = module.state.get("_non_persistent_buffers_set", set())
         if not isinstance(skipped, set) or len(seen) > MAX_TENSORS:
             raise Malformed("its modules are too many, or badly described")
-        for table in ("_parameters", "_buffers"):
+        for table in tables:
             for name, value in _table(module, table).items():
                 if value is None or (table == "_buffers" and name in skipped):
                     continue

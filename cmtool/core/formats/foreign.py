@@ -49,10 +49,10 @@ class Foreign:
 
 
 def told(known: Mapping[str, Any], key: str, assumed: Any, note: str, notes: list[str]) -> Any:
-    """Return what the user says of `key`, else what is assumed, and note that it is."""
+    """Return what the user's preset says of `key`, else what is assumed, and note that it is."""
     if key in known:
         return known[key]
-    notes.append(note)
+    notes.append(f"{note} (checkpoint convert --preset says otherwise)")
     return assumed
 
 

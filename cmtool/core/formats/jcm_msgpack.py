@@ -58,6 +58,9 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         known, "image_size", (side, side),
         f"the file does not give the image size: {side}x{side}, as NCSN++ places attention", notes,
     )  # fmt: skip
+    sigma_data = told(
+        known, "sigma_data", 0.5, "the file does not give sigma_data: 0.5, as in the paper", notes
+    )
     kind = told_kind(known, path, notes)
     if "target" in held:
         kind = "consistency"
@@ -68,6 +71,7 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         num_classes=0,
         noise_label="log",
         image_size=size,
+        sigma_data=sigma_data,
         kind=kind,
         grid=18 if kind == "consistency" else None,
         held=tuple(held),

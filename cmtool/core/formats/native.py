@@ -111,7 +111,7 @@ def first_bytes(path: Path) -> bytes:
         raise InputError(f"{path} cannot be read: {error.strerror}", "check its rights") from None
     if not start:
         raise InputError(f"{path} is empty", "fetch or make the file again")
-    if start.lstrip().startswith(b"<"):
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
         raise InputError(f"{path} is an HTML page, not a checkpoint", "fetch the file itself")
     if start.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a Git LFS pointer, not a checkpoint", "run git lfs pull")

@@ -56,6 +56,9 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         known, "head_channels", options.head_channels,
         f"the file does not give the width of heads: {options.head_channels} channels", notes,
     )  # fmt: skip
+    sigma_data = told(
+        known, "sigma_data", 0.5, "the file does not give sigma_data: 0.5, as in the paper", notes
+    )
     options = replace(options, head_channels=heads)
     kind = told_kind(known, path, notes)
     with torch.device("meta"):
@@ -81,6 +84,7 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         noise_label="iddpm" if options.learn_sigma else "log_1000",
         scalings="iddpm" if options.learn_sigma else "edm",
         image_size=size,
+        sigma_data=sigma_data,
         kind="teacher" if options.learn_sigma else kind,
         grid=40 if kind == "consistency" else None,
         held=("model",),
