@@ -26,19 +26,12 @@ def convert(model: Model, out: Path, *, overwrite: bool = False) -> str:
     """Write the model to `out` and return the format: a .safetensors file of ours, else diffusers.
 
     It is written beside `out`, loaded again, and run beside the original on the same input; only
-    when both give equal numbers does it take its name. Raises UserError for an `out` that exists,
-    InputError for a model the format cannot hold.
+    when both give equal numbers does it take its name. What was there before stays until then.
+    Raises UserError, as check_out does, and InputError for a model the format cannot hold.
     """
+    check_out(out, overwrite=overwrite)
     to_native = out.suffix == ".safetensors"
-    if out.suffix in (".pt", ".pth", ".ckpt", ".pkl", ".bin"):
-        raise UserError(f"{out}: cmtool writes no pickles", "give a .safetensors file or a folder")
-    if os.path.lexists(out) and not overwrite:
-        raise UserError(f"{out} exists", "give another name, or --overwrite it")
-    if out.exists() and not to_native and not (out / diffusers_dir.INDEX).is_file():
-        raise InputError(f"{out} is no diffusers pipeline", "give another name")
-    if to_native and out.is_dir():
-        raise InputError(f"{out} is a folder", "give another name")
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    temporary, old = (out.parent / f".{out.name}.{os.getpid()}.{end}" for end in ("tmp", "old"))
     try:
         if to_native:
             _write_native(model, temporary)
@@ -47,17 +40,37 @@ def convert(model: Model, out: Path, *, overwrite: bool = False) -> str:
             _write_diffusers(model, temporary)
         check_equal(model, load_model(temporary, kind=model.kind))
         if not to_native and out.exists():
-            shutil.rmtree(out)
+            out.rename(old)  # a folder cannot take the place of another
         temporary.rename(out)
     except (OSError, safetensors.SafetensorError) as error:
         if is_full(error):
             raise ResourceError(f"no room on the disk for {out}", "free some") from None
+        if isinstance(error, safetensors.SafetensorError):
+            raise InputError(f"cannot write {out}: {error}", "give another place") from None
         raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        if old.exists() and not out.exists():
+            old.rename(out)
+        for left in (temporary, old):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            left.unlink(missing_ok=True)
     return "native" if to_native else "diffusers"
+
+
+def check_out(out: Path, *, overwrite: bool = False) -> None:
+    """Raise UserError or InputError for a name that no model can be written to."""
+    to_native = out.suffix == ".safetensors"
+    if out.suffix in (".pt", ".pth", ".ckpt", ".pkl", ".bin"):
+        raise UserError(f"{out}: cmtool writes no pickles", "give a .safetensors file or a folder")
+    if str(out) == "-":
+        raise UserError("a model is not written to stdout", "give a .safetensors file or a folder")
+    if os.path.lexists(out) and not overwrite:
+        raise UserError(f"{out} exists", "give another name, or --overwrite it")
+    if out.exists() and not to_native and not (out / diffusers_dir.INDEX).is_file():
+        raise InputError(f"{out} is no diffusers pipeline", "give another name")
+    if to_native and out.is_dir():
+        raise InputError(f"{out} is a folder", "give another name")
 
 
 def _write_native(model: Model, path: Path) -> None:

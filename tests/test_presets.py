@@ -38,6 +38,25 @@ def test_every_preset_builds(name, tmp_path, monkeypatch):
         assert plan(preset, steps=steps).sigmas[0] == preset.noise.sigma_max
 
 
+COUNTS = {
+    "cifar10-edm-vp": 55_733_891, "cifar10-edm-cond-vp": 55_735_299,
+    "cifar10-edm-ve": 56_397_827, "cifar10-edm-cond-ve": 56_400_643,
+    "ffhq64-edm-vp": 61_805_571, "ffhq64-edm-ve": 62_761_091,
+    "afhq64-edm-vp": 61_805_571, "afhq64-edm-ve": 62_761_091,
+    "cifar10": 56_395_523, "imagenet64": 295_899_267, "bedroom256": 526_304_771,
+    "cat256": 526_304_771,
+}  # fmt: skip
+"""Parameters of the published networks; a data set alone stands for its other presets."""
+
+
+@pytest.mark.parametrize("name", [n for n in preset_names() if not n.startswith("digits")])
+def test_presets_name_the_published_networks(name):
+    with torch.device("meta"):
+        network = build_network(load_preset(name).model)
+    count = COUNTS.get(name) or COUNTS[name.partition("-")[0]]
+    assert sum(p.numel() for p in network.parameters()) == count
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_survives_being_written_out(name, tmp_path):
     resolved = resolve(name, {})

@@ -91,8 +91,10 @@ def convert(
     same input and must agree to the last bit.
     """
     from cmtool.build import load_model
+    from cmtool.convert import check_out
     from cmtool.convert import convert as convert_model
 
+    check_out(out, overwrite=overwrite)
     make_folder(out.parent)
     model = load_model(path, weights=weights, preset=preset, kind=parse_kind(kind))
     tell_notes(model)

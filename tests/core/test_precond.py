@@ -84,6 +84,8 @@ def test_scalings_are_those_of_table_1(name):
     variance = {"edm": 0.25, "vp": 1.0, "iddpm": 1.0}
     if name in variance:
         torch.testing.assert_close(c_in**2 * (sigma**2 + variance[name]), torch.ones_like(sigma))
+    else:  # VE's network scales its input itself
+        assert torch.equal(c_in, torch.ones_like(sigma))
     x0, noise = 0.7, 1.3
     x = x0 + sigma * noise
     # what each family's network predicts: the noise, or minus it, or EDM's mixture (its eq. 8)

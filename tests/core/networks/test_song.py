@@ -15,7 +15,13 @@ from cmtool.core.networks.layers import (
     upsampled,
 )
 from cmtool.core.networks.song import Song, SongBlock, SongOptions
-from cmtool.core.precond import Preconditioned, edm_scalings, log_label
+from cmtool.core.precond import (
+    NOISE_LABELS,
+    SCALINGS,
+    Preconditioned,
+    edm_scalings,
+    log_label,
+)
 from cmtool.errors import InputError
 from tests.core.networks.test_adm import filling
 
@@ -93,6 +99,15 @@ def test_skip_encoder_and_decoder_are_those_of_edm():
 
 
 @torch.no_grad()
+def test_skip_encoder_and_decoder_filter_as_edm_does():
+    network = song({**SMALL, **SKIPS, "resample_filter": (1, 3, 3, 1)})
+    check(
+        network(X, LABEL), -0.034300, 0.473064,
+        [-0.04822, -0.05182, -0.05643, -0.07714], [-0.07133, -0.07871],
+    )  # fmt: skip
+
+
+@torch.no_grad()
 def test_dhariwal_unet_is_the_adm_network():
     options = AdmOptions(
         model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(1,),
@@ -112,6 +127,40 @@ def test_edm_preconditioning_of_ddpmpp():
     check(
         f(X, torch.tensor([0.5, 2.0])), -0.033303, 0.332729,
         [-0.03013, 0.00138, 0.04115, 0.07690], [-0.02371, -0.00328],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "mean", "std", "first", "last"),
+    [
+        ("vp", 0.231299, 0.927101, [-0.02498, -0.03618, -0.02453, 0.00572], [1.15170, 1.18007]),
+        ("ve", -0.089123, 1.111797, [-0.03434, 0.01080, 0.06352, 0.10289], [0.69903, 0.77662]),
+        ("iddpm", 0.198706, 1.097748, [0.08298, 0.14463, 0.18353, 0.21551], [0.94281, 1.02862]),
+    ],
+)
+@torch.no_grad()
+def test_baselines_of_edm_around_ddpmpp(family, mean, std, first, last):
+    network = song({**SMALL, "learn_sigma": family == "iddpm"})
+    f = Preconditioned(
+        network, SCALINGS[family], NOISE_LABELS[family], sigma_data=0.5, sigma_min=0.0
+    )
+    check(f(X, torch.tensor([0.5, 2.0])), mean, std, first, last, bound=2e-5)
+
+
+@torch.no_grad()
+def test_iddpm_around_dhariwals_unet():
+    options = AdmOptions(
+        model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(1,),
+        min_group_channels=4, learn_sigma=True,
+    )  # fmt: skip
+    network = Adm(options, 3)
+    network = filled(network, adm_rules(options, list(network.state_dict()), 16))
+    f = Preconditioned(
+        network, SCALINGS["iddpm"], NOISE_LABELS["iddpm"], sigma_data=0.5, sigma_min=0.0
+    )
+    check(
+        f(X, torch.tensor([0.5, 2.0])), 0.428399, 3.806708,
+        [0.63094, 1.17131, 1.49666, 1.59186], [-0.76132, -0.11587], bound=2e-5,
     )  # fmt: skip
 
 
