@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from cmtool import models
 from cmtool.build import (
     build_curriculum,
     build_denoiser,
@@ -24,7 +25,7 @@ from cmtool.core.formats.native import read_weights, write_weights
 from cmtool.core.noise import karras_sigmas
 from cmtool.core.precond import consistency_scalings, edm_scalings, vp_label
 from cmtool.core.trainer import fit
-from cmtool.errors import InputError, UserError
+from cmtool.errors import InputError, Stopped, UserError
 from cmtool.presets import load_preset
 from cmtool.sampling import plan
 from tests.golden import golden
@@ -101,6 +102,18 @@ def test_foreign_scalings_and_labels_are_built_from_a_preset():
     sigma = torch.tensor([1.0])
     assert f.scalings(sigma, 0.5, 0.0).c_out == -1
     assert f.noise_label(sigma) != vp_label(sigma)
+
+
+def test_a_stop_while_loading_is_a_stop(monkeypatch):
+    def stop(*_):
+        raise Stopped("stopped by signal 15", "", 15)
+
+    for name in ("build_network", "build_denoiser"):
+        monkeypatch.setattr(models, name, stop)
+        with pytest.raises(Stopped) as caught:
+            load_model("digits-cd")
+        assert caught.value.exit_code == 143
+        monkeypatch.undo()
 
 
 def test_a_file_that_is_another_network_than_it_says_is_refused(tmp_path):

@@ -1,16 +1,18 @@
 """Conversions are exact, and diffusers itself reads what we write."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+import cmtool.convert as conversion
 from cmtool.build import load_model
 from cmtool.convert import check_equal, convert
 from cmtool.core.networks.adm import Adm, AdmOptions
 from cmtool.core.rng import SeededNoise
 from cmtool.core.samplers import clipped, multistep
-from cmtool.errors import InputError, UserError
+from cmtool.errors import InputError, Stopped, UserError
 from tests.golden import GOLDEN, golden
 
 
@@ -70,6 +72,40 @@ def test_what_is_there_stays_unless_asked(tmp_path):
     with pytest.raises(InputError, match="no diffusers pipeline"):
         convert(model, folder, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "ours.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["ours.safetensors", "pipe"])
+def test_a_conversion_that_is_stopped_leaves_what_was_there(name, tmp_path, monkeypatch):
+    model, out = load_model("digits-cd"), tmp_path / name
+    convert(model, out)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def stop(*_, **__):
+        raise Stopped("stopped by signal 15", "", 15)
+
+    for target, where in [("check_equal", conversion), ("rename", Path)]:
+        if target == "rename":  # the moment between the old folder's leaving and the new's coming
+            real = Path.rename
+
+            def rename(self, to, real=real):
+                return stop() if self.suffix == ".tmp" else real(self, to)
+
+            monkeypatch.setattr(where, target, rename)
+        else:
+            monkeypatch.setattr(where, target, stop)
+        with pytest.raises(Stopped):
+            convert(model, out, overwrite=True)
+        monkeypatch.undo()
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
+    model = load_model("digits-cd")
+    with pytest.raises(InputError, match=r"cannot write .*x\.safetensors"):
+        convert(model, tmp_path / "nowhere" / "x.safetensors")
+    with pytest.raises(UserError, match="not written to stdout"):
+        convert(model, Path("-"))
 
 
 def test_a_conversion_that_changes_a_number_is_caught():
@@ -160,6 +196,9 @@ def test_we_read_what_diffusers_saves(scale_shift, resample, tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     model = load_model(tmp_path / "pipe")
     assert isinstance(model.f.network, Adm)
+    pipe.save_pretrained(tmp_path / "bin", safe_serialization=False)  # as of LSUN are published
+    assert (tmp_path / "bin/unet/diffusion_pytorch_model.bin").is_file()
+    assert same(model, load_model(tmp_path / "bin"))
     x, label = torch.randn(2, 3, 16, 16), torch.tensor([100.0, -700.0])
     labels = torch.tensor([1, 4])
     with torch.no_grad():

@@ -96,6 +96,8 @@ def test_a_foreign_teacher_is_distilled(cmtool, tmp_path):
         (["convert", "digits-edm", "pipe"], 3, "it is a teacher"),
         (["convert", "digits-cd", "x.pt"], 2, "writes no pickles"),
         (["convert", "digits-cd", "."], 2, "exists"),
+        (["convert", "digits-cd", "-"], 2, "not written to stdout"),
+        (["convert", "nowhere.pkl", "."], 2, ". exists"),  # before a large file is read
     ],
 )
 def test_bad_input(cmtool, arguments, code, what):

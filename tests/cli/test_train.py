@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import platform
@@ -299,6 +300,9 @@ def test_a_student_takes_the_architecture_of_its_teacher(cmtool, tmp_path):
     assert preset["model"]["network"]["model_channels"] == 16
     assert preset["model"]["network"]["dropout"] == 0.0
     assert "# teacher runs/t" in text
+    teacher = json.loads((tmp_path / "s/run.json").read_text())["teacher"]
+    ema = tmp_path / "runs/t/checkpoints/step-0000002/ema.safetensors"
+    assert teacher["sha256"] == hashlib.sha256(ema.read_bytes()).hexdigest()
 
 
 def test_a_resumed_distillation_keeps_its_teacher(cmtool):

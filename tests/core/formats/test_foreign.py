@@ -1,6 +1,7 @@
 """Every foreign format gives the numbers of the code that wrote it; see golden/README.md."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from torch import nn
 from cmtool.build import load_model
 from cmtool.core.formats import FORMATS, identify, read_foreign
 from cmtool.core.formats.diffusers_dir import rules as diffusers_rules
-from cmtool.core.formats.edm_pkl import adm_rules, song_rules
+from cmtool.core.formats.edm_pkl import adm_options, adm_rules, song_options, song_rules
 from cmtool.core.formats.foreign import Malformed, interleaved, translate, translate_back
 from cmtool.core.formats.jcm_msgpack import rules as jcm_rules
 from cmtool.core.networks.adm import Adm, AdmOptions
 from cmtool.core.networks.song import Song, SongOptions
+from cmtool.core.precond import SCALINGS, consistency_scalings, iddpm_sigmas
 from cmtool.errors import InputError, UserError
+from tests.core.formats import test_hostile as hostile
 from tests.golden import GOLDEN, golden
 
 WEIGHTS = {
@@ -119,11 +122,11 @@ def test_what_the_file_does_not_say_is_told_or_asked(weights, tmp_path):
     with pytest.raises(UserError, match="teacher or a consistency model"):
         load_model(path)
     model = load_model(path, kind="teacher")
-    assert any("image size: 64x64" in note for note in model.notes)
-    assert any("heads: 64" in note for note in model.notes)
+    for word in ("image size: 64x64", "heads: 64", "sigma_data: 0.5"):
+        assert any(word in note and "--preset" in note for note in model.notes)
     model = load_model(path, preset=str(GOLDEN / "openai_unet_uncond.toml"))
     assert model.preset.model.image_size == (16, 16)
-    assert not any("image size" in note or "heads" in note for note in model.notes)
+    assert model.notes == ()
     assert model.f.network.options.head_channels == 16
     other = tmp_path / "other.toml"
     text = (GOLDEN / "openai_unet_uncond.toml").read_text()
@@ -146,6 +149,131 @@ def test_released_names_tell_the_kind(name, kind, weights, tmp_path):
     other = read_foreign(path, "ema", {"kind": "teacher"})
     assert other.kind == "teacher"
     assert not any("by its name" in note for note in other.notes)
+
+
+VP = {"M": 11, "beta_d": 5.0, "beta_min": 0.3, "sigma_min": 0.01, "sigma_max": 40.0}
+VE = {"sigma_min": 0.02, "sigma_max": 100.0}
+LEVELS = iddpm_sigmas(0.01, 0.02, 9)
+IDDPM = {"M": 9, "C_1": 0.01, "C_2": 0.02, "sigma_min": LEVELS[8], "sigma_max": LEVELS[0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "family", "noise", "label"),
+    [
+        ("VPPrecond", VP, "vp", (0.01, 40.0),  # the constants of its schedule are its own
+         lambda t: ((torch.exp(5.0 * t**2 / 2 + 0.3 * t) - 1).sqrt(), 10 * t)),
+        ("VEPrecond", VE, "ve", (0.02, 80.0), lambda t: (t, (t / 2).log())),
+        ("iDDPMPrecond", IDDPM, "iddpm", (LEVELS[8], min(LEVELS[0], 80.0)),
+         lambda t: (torch.tensor([LEVELS[8], LEVELS[4], LEVELS[0]]), torch.tensor([0.0, 4, 8]))),
+        ("ECMPrecond", {"sigma_min": 0.003}, "consistency", (0.003, 80.0),
+         lambda t: (t, t.log() / 4)),
+    ],
+)  # fmt: skip
+def test_preconditioners_of_edm_are_read_with_their_constants(
+    name, state, family, noise, label, tmp_path
+):
+    levels = {"u": hostile.tensor(torch.tensor(LEVELS))} if name == "iDDPMPrecond" else {}
+    path = tmp_path / "baseline.pkl"
+    path.write_bytes(hostile.snapshot(name=name, state={**state, "_buffers": levels}))
+    model = load_model(path)
+    assert model.kind == ("consistency" if family == "consistency" else "teacher")
+    wanted = consistency_scalings if family == "consistency" else SCALINGS[family]
+    assert model.f.scalings is wanted
+    assert model.noise_range[:2] == pytest.approx(noise)
+    sigma, c_noise = label(torch.tensor([0.2, 0.5, 0.9]))
+    torch.testing.assert_close(model.f.noise_label(sigma), c_noise, rtol=1e-4, atol=1e-4)
+
+
+SONG_KWARGS = {"model_channels": 128, "channel_mult": [2, 2, 2], "augment_dim": 9, "dropout": 0.13}
+NCSNPP_KWARGS = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2,
+                 "resample_filter": [1, 3, 3, 1]}  # fmt: skip
+MULT64 = {"channel_mult": [1, 2, 2, 2]}
+
+
+@pytest.mark.parametrize(
+    ("read_options", "given", "resolution", "classes", "count"),
+    [
+        (song_options, SONG_KWARGS, 32, 0, 55_733_891),
+        (song_options, SONG_KWARGS | NCSNPP_KWARGS, 32, 10, 56_400_643),
+        (song_options, SONG_KWARGS | MULT64, 64, 0, 61_805_571),
+        (song_options, SONG_KWARGS | NCSNPP_KWARGS | MULT64, 64, 0, 62_761_091),
+        (adm_options, {"model_channels": 192, "channel_mult": [1, 2, 3, 4]}, 64, 1000, 295_899_267),
+    ],
+)
+def test_arguments_that_edm_leaves_to_their_defaults(
+    read_options, given, resolution, classes, count
+):
+    """Its files hold the arguments its training script gives, and no others."""
+    options = read_options(given, resolution, False)
+    with torch.device("meta"):
+        network = (Song if read_options is song_options else Adm)(options, 3, classes)
+    assert sum(p.numel() for p in network.parameters()) == count
+    assert read_options({}, resolution, False).dropout == 0.1
+    assert read_options({}, 64, False).channel_mult == {
+        song_options: (1, 2, 2, 2), adm_options: (1, 2, 3, 4),
+    }[read_options]  # fmt: skip
+
+
+def edm2(encoder):
+    """Return a snapshot as EDM2 writes it: half precision, buffers, an encoder beside the network.
+
+    The layout is that of its training loop; the names are those of its modules.
+    """
+    half = torch.arange(6.0).reshape(2, 3).half()
+    content = hostile.stored(half.numpy().tobytes(), kind="HalfStorage", count=6, second=6)
+    weight = hostile.view(hostile.Call(hostile.LOAD, (content,)), (2, 3), (3, 1))
+    fourier = hostile.record("MPFourier", hostile.module() | {"_buffers": {"freqs": weight}})
+    conv = hostile.record("MPConv", hostile.module({"weight": weight}))
+    unet = hostile.record("UNet", hostile.module({}, {"emb_fourier": fourier, "emb_noise": conv}))
+    arguments = {"img_resolution": 64, "img_channels": 3, "label_dim": 1000, "model_channels": 192}
+    network = hostile.record(
+        "Precond",
+        hostile.module({}, {"unet": unet, "logvar_fourier": hostile.record(
+            "MPFourier", hostile.module() | {"_buffers": {"freqs": weight}}
+        )}) | {"_init_args": (), "_init_kwargs": arguments, "sigma_data": 0.5, "use_fp16": True},
+    )  # fmt: skip
+    return hostile.pickled(hostile.Raw(
+        hostile.code(hostile.Name("dnnlib.util", "EasyDict")) + b")\x81"
+        + b"(" + hostile.code("encoder") + hostile.code(encoder)
+        + hostile.code("ema") + hostile.code(network) + b"u"
+    ))  # fmt: skip
+
+
+def test_snapshots_of_edm2_are_read_and_named(tmp_path):
+    path = tmp_path / "edm2-img64-s.pkl"
+    path.write_bytes(edm2(hostile.record("StandardRGBEncoder", {})))
+    with pytest.raises(InputError, match=r"EDM2's Precond of 6 parameters \(img_resolution 64, "
+                       "img_channels 3, label_dim 1000, model_channels 192") as caught:  # fmt: skip
+        load_model(path)
+    assert "snapshots of EDM and ECT; not EDM2's" in caught.value.hint
+
+
+def test_snapshots_of_edm2_with_an_autoencoder_are_refused_with_the_remedy(tmp_path):
+    """Its normalisation is numpy arrays, which the reader does not build."""
+    array = hostile.Call(
+        hostile.Name("numpy._core.multiarray", "_reconstruct"),
+        (hostile.Name("numpy", "ndarray"), (0,), b"b"),
+    )
+    path = tmp_path / "edm2-img512-s.pkl"
+    path.write_bytes(edm2(hostile.record("StabilityVAEEncoder", {"scale": array})))
+    with pytest.raises(InputError, match=r"numpy\._core\.multiarray\._reconstruct") as caught:
+        load_model(path)
+    assert "snapshots of EDM and ECT; not EDM2's" in caught.value.hint
+
+
+def test_levels_of_a_file_are_those_of_its_release(weights, tmp_path):
+    cd = tmp_path / "cd_cifar10_l2.pt"
+    cd.symlink_to(weights("openai_unet_cond"))
+    jax = tmp_path / "cd-l2_checkpoint_80"
+    jax.symlink_to(weights("jcm_checkpoint_80"))
+    folder = tmp_path / "pipe"
+    shutil.copytree(weights("diffusers_cm"), folder)
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    schedule.write_text(
+        json.dumps({**json.loads(schedule.read_text()), "num_train_timesteps": 201})
+    )
+    for path, grid in [(cd, 40), (jax, 18), (folder, 201)]:
+        assert load_model(path).preset.sample.grid == grid
 
 
 def test_noise_labels_are_those_of_each_family(weights):
@@ -244,6 +372,23 @@ def test_state_dicts_load_as_the_release_saves_them(make, legacy, tmp_path):
         assert torch.equal(loaded[name], tensor), name
 
 
+@torch.no_grad()
+def test_a_network_that_learns_its_variance_gives_the_mean(tmp_path):
+    options = AdmOptions(model_channels=32, channel_mult=(1,), num_res_blocks=1,
+                         attention_levels=(0,), head_channels=32, learn_sigma=True)  # fmt: skip
+    network = Adm(options, 3)
+    network.out[2].bias.copy_(torch.arange(6.0))
+    torch.save(network.state_dict(), tmp_path / "improved.pt")
+    model = load_model(tmp_path / "improved.pt")
+    assert (model.kind, model.preset.model.scalings.name) == ("teacher", "iddpm")
+    out = model.f.network(torch.randn(1, 3, 8, 8), torch.zeros(1))
+    assert torch.equal(out, torch.arange(3.0)[:, None, None].expand(1, 3, 8, 8))
+    song = Song(SongOptions(model_channels=8, channel_mult=(1,), num_blocks=1, learn_sigma=True), 3)
+    song.dec[-1].head[2].weight.zero_()
+    song.dec[-1].head[2].bias.copy_(torch.arange(6.0))
+    assert torch.equal(song(torch.randn(1, 3, 8, 8), torch.zeros(1)), out)
+
+
 def test_half_precision_files_compute_in_float32(weights, tmp_path):
     """Training runs of the release save convolutions in half precision, the rest in single."""
     whole = load("openai_unet_cond", weights, "consistency")
@@ -337,8 +482,6 @@ def test_safetensors_with_a_state_dict_load_like_a_pt_file(weights, tmp_path):
 
 
 def test_a_config_that_is_no_adm_is_refused(weights, tmp_path):
-    import shutil
-
     folder = tmp_path / "pipe"
     shutil.copytree(weights("diffusers_cm"), folder)
     config = json.loads((folder / "unet" / "config.json").read_text())

@@ -2077,6 +2077,7 @@ def run_folder(manifest, name="step-0000001"):
 PLAIN = {
     "page": b"<!DOCTYPE html><html>404</html>",
     "page after spaces": b"\n\n  <html>404</html>",
+    "page after a byte order mark": b"\xef\xbb\xbf<html>404</html>",
     "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     "empty": b"",
     "one byte": b"\x80",

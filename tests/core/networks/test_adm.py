@@ -94,6 +94,21 @@ def test_it_starts_as_zero():
     assert torch.equal(out, torch.zeros_like(out))
 
 
+def test_residual_paths_start_as_identity_and_classes_as_standard_normal():
+    torch.manual_seed(0)
+    network = Adm(AdmOptions(**TINY, augment_dim=9), 3, 1000)
+    zero = {name for name, p in network.named_parameters() if not p.any()}
+    last = (".out_layers.3.weight", ".proj_out.weight", "out.2.weight", "augment_emb.weight")
+    named = {name for name, _ in network.named_parameters() if name.endswith(last)}
+    assert len(named) > 10
+    assert named <= zero
+    weights = {name for name in zero if name.endswith("weight")}
+    assert weights == named
+    emb = network.label_emb.weight.detach()
+    assert float(emb.mean()) == pytest.approx(0, abs=0.02)
+    assert float(emb.std()) == pytest.approx(1, abs=0.02)
+
+
 def test_a_size_that_does_not_fit_names_the_nearest():
     network = Adm(AdmOptions(**TINY), 3)
     with pytest.raises(InputError, match="images of 9x8 do not fit") as caught:
