@@ -55,6 +55,7 @@ from cmtool.rundir import (
     read_log,
     refuse_busy,
     resume_state,
+    split_as_before,
     status,
     trim_log,
     write_failure,
@@ -99,6 +100,13 @@ def train(
         # torchrun starts workers anew when one failed; they go on with what the first ones began
         again = group.tell(launched_by(out, launchers) and is_resumable(out))
         resume, overwrite = resume or again, overwrite and not again
+        if resume:
+            asked = not again and origins.get("train.accumulate", "").startswith("--")
+            preset, note = group.agreed(
+                lambda: split_as_before(out, preset, world_size, asked=asked), "split"
+            )
+            if note is not None:
+                watcher.note(note)
         parts = group.together(
             lambda: build_parts(preset, watcher, teacher, device, group, resume), "built"
         )
@@ -135,7 +143,7 @@ def train(
                 trim_log(out, state.step)
             else:
                 clear_run(out)
-            write_run_files(out, preset, origins, parts.data, teacher)
+            write_run_files(out, preset, origins, parts.data, teacher, world_size)
             write_status(step=state.step, steps=preset.train.steps)
             saved = state.step if resume else -1
             stop.at_once = False

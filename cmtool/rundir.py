@@ -276,6 +276,35 @@ def check_same(out: Path, preset: Preset, data: Dataset, teacher: Model | None) 
         )
 
 
+def split_as_before(
+    out: Path, preset: Preset, processes: int, *, asked: bool
+) -> tuple[Preset, str | None]:
+    """Return the preset with a batch in as many parts as the run in `out` has had, and a note.
+
+    The parts, processes times train.accumulate, are the key of the noise. Where the processes do
+    not divide them, or an `asked` number stands against it, the noise is another from here on.
+    """
+    stored = read_json(out / "run.json").get("processes")
+    if not isinstance(stored, int) or not is_resumable(out):
+        return preset, None
+    accumulate, batch = preset.train.accumulate, preset.train.batch
+    before = load_preset(str(out / "preset.toml")).train.accumulate * stored
+    if not asked:
+        least = -(-before // processes)  # no part may be larger than before
+        fitting = (n for n in range(least, batch + 1) if batch % (n * processes) == 0)
+        accumulate = next(fitting, least)
+    train = preset.train.model_copy(update={"accumulate": accumulate})
+    parts, note = accumulate * processes, None
+    if parts != before:
+        note = (
+            f"a batch has {parts} parts now, {before} before: the images are the same, their noise"
+            " is another from here on"
+        )
+    elif processes != stored:
+        note = f"a batch has {parts} parts as before, {accumulate} a process"
+    return preset.model_copy(update={"train": train}), note
+
+
 def check_steps(out: Path, stored: Preset, preset: Preset) -> None:
     """Raise UserError unless the run in `out` may have another number of steps."""
     before, now = stored.train.steps, preset.train.steps
@@ -363,7 +392,12 @@ def clear_run(out: Path) -> None:
 
 
 def write_run_files(
-    out: Path, preset: Preset, origins: Mapping[str, str], data: Dataset, teacher: Model | None
+    out: Path,
+    preset: Preset,
+    origins: Mapping[str, str],
+    data: Dataset,
+    teacher: Model | None,
+    processes: int,
 ) -> None:
     """Write preset.toml and run.json; a resumed run's preset keeps the origins of what it keeps."""
     path = out / "preset.toml"
@@ -381,6 +415,7 @@ def write_run_files(
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "precision": preset.train.precision,
         "seed": preset.train.seed,

@@ -7,10 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cmtool.core.data import permutation
 from tests.cli.conftest import TINY
+from tests.test_torchrun import tensors
 
 pytestmark = pytest.mark.slow
 
@@ -93,3 +95,22 @@ def test_a_process_that_hangs_is_given_up_after_the_time_that_was_set(tmp_path):
     ]
     assert (status(out)["state"], status(out)["exit_code"]) == ("failed", 5)
     assert checkpoints(out) == ["latest.json", "step-0000003", "step-0000006"]
+
+
+def test_two_processes_resumed_as_one_end_bit_equal_to_one_that_accumulates(tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    steps = ["--set", "train.steps=7", "--set", "run.checkpoint_every=2"]
+    ends, stderr = run(
+        job(two, *steps, fault=["killed", 1, 5]),
+        job(two, *steps, "--resume", processes=1),
+        job(one, *steps, "--accumulate", "2", processes=1),
+    )
+    assert [codes for codes, _ in ends] == [[5, -9], [0], [0]]
+    assert "a batch has 2 parts as before, 2 a process" in stderr
+    assert f"resumed from {two}/checkpoints/step-0000004" in stderr
+    a, b = tensors(one), tensors(two)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    assert json.loads((two / "run.json").read_text())["processes"] == 1
+    assert "accumulate = 2" in (two / "preset.toml").read_text()
