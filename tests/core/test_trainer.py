@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +12,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmtool.core.distances import l2
 from cmtool.core.ema import Ema, frozen_copy
-from cmtool.core.losses import LossBatch, consistency_objective, noise_pair, uniform_weight
+from cmtool.core.losses import (
+    LossBatch,
+    consistency_objective,
+    karras,
+    noise_pair,
+    teacher_pair,
+    uniform_weight,
+)
 from cmtool.core.networks.mlp import Mlp, MlpOptions
 from cmtool.core.noise import NoiseRange, Stage, consistency_training, karras_sigmas, uniform
-from cmtool.core.precond import Preconditioned, consistency_scalings, log_label
+from cmtool.core.optimizers import OPTIMIZERS
+from cmtool.core.precond import Preconditioned, consistency_scalings, edm_scalings, log_label
 from cmtool.core.rng import step_generator
+from cmtool.core.solvers import heun
 from cmtool.core.trainer import (
     Diverged,
     FitSettings,
@@ -92,6 +102,59 @@ def test_twenty_steps_equal_algorithm_3_written_out():
                 p.data = decay * p.data + (1 - decay) * q.data
         losses.append(loss.item())
 
+    assert_same_run(state, infos, student, target, ema, losses)
+
+
+def test_twenty_steps_equal_algorithm_2_written_out():
+    """With Heun's solver, an EMA target, and RAdam (Liu et al. 2019, Alg. 2) written out too."""
+    torch.manual_seed(1)
+    teacher = Preconditioned(
+        Mlp(MlpOptions(width=16, depth=2), channels=2), edm_scalings, log_label,
+        sigma_data=0.5, sigma_min=0.002,
+    )  # fmt: skip
+    state = train_state(model())
+    state.optimizer = OPTIMIZERS["radam"](state.student.parameters(), 1e-2)
+    distilling = consistency_objective(
+        uniform, partial(teacher_pair, teacher=teacher, solver=heun), l2, karras, NoiseRange()
+    )
+    infos = list(fit(state, distilling, data, lambda k, n: Stage(18, 0.95), settings()))
+
+    student = model()
+    target, ema = copy.deepcopy(student), copy.deepcopy(student)
+    weights = list(student.parameters())
+    m, v = ([torch.zeros_like(p) for p in weights] for _ in range(2))
+    losses = []
+    for k in range(1, 21):
+        g = step_generator(7, k - 1, 0)
+        torch.randint(2**31, (), generator=g)  # the dropout seed
+        index, t = torch.randint(17, (BATCH,), generator=g), karras_sigmas(18)
+        x = data(k - 1, 0)[0]
+        hi, lo = (s.float().reshape(-1, 1, 1, 1) for s in (t[index + 1], t[index]))
+        x_hi = x + hi * torch.randn(BATCH, 2, 1, 1, generator=g)
+        with torch.no_grad():
+            d = (x_hi - teacher(x_hi, t[index + 1])) / hi
+            y = x_hi + (lo - hi) * d
+            x_lo = x_hi + (lo - hi) * (d + (y - teacher(y, t[index])) / lo) / 2
+            b = target(x_lo, t[index])
+        a = student(x_hi, t[index + 1])
+        loss = ((hi**-2 + 0.5**-2) * (a - b) ** 2).mean()
+        losses.append(loss.item())
+        rho = (rho_inf := 2 / 0.001 - 1) - 2 * k * 0.999**k / (1 - 0.999**k)
+        r = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+        for i, grad in enumerate(torch.autograd.grad(loss, weights)):
+            m[i], v[i] = 0.9 * m[i] + 0.1 * grad, 0.999 * v[i] + 0.001 * grad**2
+            step = m[i] / (1 - 0.9**k)
+            if rho > 5:
+                step = step * math.sqrt(r * (1 - 0.999**k)) / (v[i].sqrt() + 1e-8)
+            weights[i].data -= 1e-2 * step
+        for average, decay in ((target, 0.95), (ema, 0.9)):
+            for p, q in zip(average.parameters(), weights, strict=True):
+                p.data = decay * p.data + (1 - decay) * q.data
+
+    assert_same_run(state, infos, student, target, ema, losses)
+
+
+def assert_same_run(state, infos, student, target, ema, losses):
     ours = [float(info.loss.mean()) for info in infos]
     assert ours == pytest.approx(losses, rel=1e-4)
     for mine, theirs in (
