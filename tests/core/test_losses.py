@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from cmtool.core.devices import autocast
 from cmtool.core.distances import l2
 from cmtool.core.losses import (
     WEIGHTINGS,
+    Pair,
     consistency_loss,
     consistency_objective,
     denoising_loss,
@@ -21,6 +23,7 @@ from cmtool.core.noise import NoiseRange, Stage, karras_sigmas, lognormal, unifo
 from cmtool.core.rng import seeded
 from cmtool.core.solvers import SOLVERS
 from cmtool.core.tensors import expand, level
+from tests.networks import network
 from tests.problems import Gaussian, slope
 
 
@@ -93,6 +96,20 @@ def test_student_and_target_drop_the_same_units():
         other = dropout(x)
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], other)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["adm", "song"])
+def test_every_network_drops_the_same_units_in_both_passes(name, precision):
+    """So two passes over one point agree to the last bit, and without the masks they do not."""
+    f, x = network(name), drawn(2, 3, 8, 8).float()
+    labels, sigma = torch.tensor([1, 7]), torch.tensor([0.7, 4.0]).double()
+    same = Pair(x, sigma, x, sigma)
+    with autocast("cpu", precision), seeded(torch.Generator().manual_seed(0)):
+        loss = consistency_loss(f, f, same, labels, l2, uniform_weight)
+        apart = l2(f(x, sigma, labels), f(x, sigma, labels))
+    assert (loss == 0).all()
+    assert (apart > 0).all()
 
 
 def test_the_weight_is_taken_at_the_higher_level():
