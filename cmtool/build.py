@@ -20,7 +20,6 @@ from cmtool.core.losses import (
     WEIGHTINGS,
     Objective,
     Pair,
-    Point,
     consistency_objective,
     continuous_loss,
     continuous_objective,
@@ -38,6 +37,7 @@ from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.rng import keyed_generator, seeded
 from cmtool.core.samplers import SAMPLERS
 from cmtool.core.solvers import SOLVERS
+from cmtool.core.tangents import Point
 from cmtool.core.trainer import FitSettings, TrainState
 from cmtool.core.types import Denoiser, Distance, Weighting
 from cmtool.errors import InputError, UserError

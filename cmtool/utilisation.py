@@ -38,7 +38,9 @@ def step_flops(preset: Preset, teacher: Model | None) -> int | None:
         labels = torch.empty(1, dtype=torch.int64, device="meta") if classes else None
         stage = build_curriculum(preset)(0, preset.train.steps)
         with FlopCounterMode(display=False) as counter:
-            target = shape_of(preset, preset.kind)
+            target = student
+            if preset.loss.target in ("ema", "previous"):
+                target = shape_of(preset, preset.kind)
             loss, _ = objective(student, target, x0, labels, stage, step_generator(0, 0, 0))
             loss.sum().backward()
         return counter.get_total_flops() * preset.train.batch or None

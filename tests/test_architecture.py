@@ -14,7 +14,7 @@ LAYERS = [
     "progress", "stop", "run", "assets", "cli",
 ]  # fmt: skip
 CORE_LAYERS = [
-    {"types", "tensors", "rng", "dist", "devices"},
+    {"types", "tensors", "tangents", "rng", "dist", "devices"},
     {
         "noise",
         "precond",

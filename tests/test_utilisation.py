@@ -33,6 +33,25 @@ def test_a_step_costs_the_passes_of_its_method(name, teacher):
     assert counted / (7 * forward) == pytest.approx(FORWARD_UNITS[name], rel=0.01)
 
 
+def test_continuous_time_costs_a_tangent_more(teacher):
+    """PyTorch's tangent of a convolution is two more of it, one of them with a weight of zeros.
+
+    Units: teacher 1; student 1, and 2 back; tangent 3. Live: 5 back through the tangent, and none
+    through the student.
+    """
+
+    def cost(**more):
+        near = {"loss.continuous": True, "loss.levels": "ramp", "train.batch": 1}
+        named = {f"loss.{key}": value for key, value in more.items()}
+        return step_flops(load_preset("digits-cd", near | named), teacher)
+
+    unit = step_flops(load_preset("digits-cd", {"train.batch": 1}), teacher) / 6
+    assert cost() / unit == pytest.approx(7, rel=0.01)
+    assert cost(pair="noise") / unit == pytest.approx(6, rel=0.01)
+    assert cost(target="live") / unit == pytest.approx(10, rel=0.01)
+    assert cost(target="live") == cost(target="live", distance="l1")
+
+
 def test_shapes_alone_count_as_much_as_a_step_with_numbers():
     preset = load_preset("digits-ct", {"train.batch": 3, "loss.target": "student"})
     student = build_denoiser(preset, "consistency", build_network(preset.model))

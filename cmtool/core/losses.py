@@ -6,20 +6,18 @@ loss per image. A method is a choice of functions, not a class.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmtool.core.augment import Augment
 from cmtool.core.devices import sent
 from cmtool.core.noise import LevelPicker, NoiseRange, Stage
 from cmtool.core.rng import same_dropout
 from cmtool.core.solvers import euler, slope
+from cmtool.core.tangents import Point, curvature, half_square, tangent
 from cmtool.core.tensors import expand
 from cmtool.core.types import Denoiser, Distance, Solver, Weighting
 
@@ -31,17 +29,6 @@ class Pair(NamedTuple):
     sigma_hi: Tensor
     x_lo: Tensor
     sigma_lo: Tensor
-
-
-class Point(NamedTuple):
-    """A point of a path of the ODE, x (B, C, H, W) at sigma (B,), and dx/dsigma there.
-
-    It is a pair whose two points are infinitely near: what continuous time has.
-    """
-
-    x: Tensor
-    sigma: Tensor
-    slope: Tensor
 
 
 class LossBatch(NamedTuple):
@@ -157,58 +144,13 @@ def live_loss(
 
     `target` is the module of the student, whose g is differentiated too (theta- = theta). For l2
     this is the mean of g^2 (eq. 21; the released code takes the root of the sum), for l1 the mean
-    of |g|. The student's own pass is there for what wraps it: DDP hooks its parameters in it, and
-    cannot itself be differentiated forwards.
+    of |g|. The one image is for what wraps the student: DDP gets ready for a backward pass when it
+    is called, and cannot itself be differentiated forwards.
     """
-    with same_dropout() as replay:
-        x0 = student(point.x, point.sigma, labels)
-        replay()
-        _, g = tangent(target, point, labels)
+    student(point.x[:1], point.sigma[:1], None if labels is None else labels[:1])
+    x0, g = tangent(target, point, labels)
     near = distance(g, torch.zeros_like(g)) if norm else half_square(distance, x0, g)
-    return weight(point.sigma).to(x0) * near
-
-
-def tangent(f: Denoiser, point: Point, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return f(x, sigma) and df/dsigma + (df/dx) slope, (B, C, H, W) each.
-
-    In float32, under autocast too. Fused attention has no forward mode: inside, PyTorch takes the
-    plain one.
-    """
-
-    def along(x: Tensor, sigma: Tensor) -> Tensor:
-        return f(x, sigma, labels)
-
-    direction = (point.slope, torch.ones_like(point.sigma))
-    with torch.autocast(point.x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
-        return derivative(along, (point.x, point.sigma), direction)
-
-
-def curvature(distance: Distance, x0: Tensor, v: Tensor) -> Tensor:
-    """Return H v (B, C, H, W), H the second derivative of d(x, x0) by x at x = x0."""
-    gradient = torch.func.grad(lambda x: distance(x, x0).sum())
-    return derivative(gradient, (x0,), (v,))[1]
-
-
-def derivative(
-    f: Callable[..., Tensor], at: tuple[Tensor, ...], direction: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
-    """Return f(*at) and its derivative in a direction, by forward-mode differentiation."""
-    _load_forward_mode()
-    both = torch.func.jvp(f, at, direction)
-    return both[0], both[1]
-
-
-@lru_cache
-def _load_forward_mode() -> None:
-    """Have PyTorch load its forward mode, once, without its warning about its own future."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
-        torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.zeros(1),))
-
-
-def half_square(distance: Distance, x0: Tensor, v: Tensor) -> Tensor:
-    """Return v^T H v / 2, (B,): the limit of d(x0 + h v, x0) / h^2 as h vanishes."""
-    return (v * curvature(distance, x0, v)).flatten(1).sum(1) / 2
+    return weight(point.sigma).to(g) * near
 
 
 def progressive_loss(

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from cmtool.core.distances import DISTANCES, TRUNKS, l1, l2, l2_32, linf, lpips, pseudo_huber
-from cmtool.core.losses import curvature, half_square
+from cmtool.core.tangents import curvature, half_square
 from cmtool.errors import MissingError
 
 

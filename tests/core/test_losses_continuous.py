@@ -9,16 +9,12 @@ from torch.nn import functional as F
 
 from cmtool.core.distances import DISTANCES, NORMS, l1, l2, pseudo_huber
 from cmtool.core.losses import (
-    Point,
     consistency_loss,
     continuous_loss,
     continuous_objective,
-    curvature,
-    half_square,
     live_loss,
     noise_pair,
     noise_point,
-    tangent,
     teacher_pair,
     teacher_point,
     uniform_weight,
@@ -28,6 +24,7 @@ from cmtool.core.noise import NoiseRange, Stage, karras_sigmas, ramp
 from cmtool.core.precond import edm_scalings
 from cmtool.core.rng import same_dropout
 from cmtool.core.solvers import SOLVERS
+from cmtool.core.tangents import Point, curvature, half_square, tangent
 from cmtool.core.tensors import expand
 from tests.networks import network
 from tests.problems import Gaussian, slope
