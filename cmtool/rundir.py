@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -85,11 +86,36 @@ def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model |
         raise InputError(f"cannot write to {out}: {error.strerror}", "give another --out") from None
 
 
+@contextmanager
+def new_folder(name: str) -> Iterator[Path]:
+    """Yield runs/NAME, else NAME-2, ..., the first that is free, and make it, so that it is ours.
+
+    One that this process's torchrun began before it started new workers is as good as free. It is
+    removed again if nothing was put into it. Raises InputError where it cannot be made.
+    """
+    for number in itertools.count(1):
+        out = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if os.environ.get("RANK", "0") != "0" or launched_by(out, [launcher()]):
+            break
+        try:
+            out.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise InputError(f"cannot make {out}: {error.strerror}", "give another --out") from None
+        break
+    try:
+        yield out
+    finally:
+        with suppress(OSError):
+            out.rmdir()
+
+
 def _only_begun(out: Path) -> bool:
     """Tell whether a folder is empty but for what a run makes before it is one."""
     ours = {".lock", "checkpoints", "samples"}
     if "pid" in read_json(out / "status.json"):
-        ours |= {"status.json", "preset.toml"}
+        ours |= {"status.json", "preset.toml", "report.html"}
     made = [p for p in out.iterdir() if not re.fullmatch(TEMPORARY, p.name)]
     inside = [p for name in ("checkpoints", "samples") for p in (out / name).glob("*")]
     return {p.name for p in made} <= ours and not inside

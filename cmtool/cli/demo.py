@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmtool.cli._options import emit, say
+from cmtool.cli._options import emit, make_folder, say
 from cmtool.errors import InputError, UserError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def demo(
 
     start = time.monotonic()
     tour = Tour()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     student, teacher = out / "student", "digits-edm"
     replace = ["--overwrite"] if overwrite else []
     say("A teacher comes bundled: an EDM diffusion model of small coloured digits. It needs 35")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,7 +123,8 @@ def train(
     seconds = parse_time(max_time)
     if not resume:
         tell_batch(resolved, preset)
-    _run(resolved, None, _out(out, preset, resume), device, resume, overwrite, seconds, as_json)
+    with _folder(out, preset) as folder:
+        _run(resolved, None, folder, device, resume, overwrite, seconds, as_json)
 
 
 def distill(
@@ -182,7 +184,8 @@ def distill(
     seconds = parse_time(max_time)
     if not resume:
         tell_batch(resolved, preset)
-    _run(resolved, model, _out(out, preset, resume), device, resume, overwrite, seconds, as_json)
+    with _folder(out, preset) as folder:
+        _run(resolved, model, folder, device, resume, overwrite, seconds, as_json)
 
 
 def _teacher_of(out: Path | None) -> str | None:
@@ -216,23 +219,13 @@ def _resolve(
     return resolve(str(stored) if stored is not None and stored.is_file() else preset, layers)
 
 
-def _out(out: Path | None, preset: str, resume: bool) -> Path:
-    """Return the run folder: the one named, else the first free of runs/NAME, runs/NAME-2, ...
-
-    One that this process's torchrun began before it started new workers is as good as free.
-    """
+def _folder(out: Path | None, preset: str) -> AbstractContextManager[Path]:
+    """Return a block that has the run folder: the one named, else a new one."""
     if out is not None:
-        return out
-    from cmtool.rundir import launched_by, launcher
+        return nullcontext(out)
+    from cmtool.rundir import new_folder
 
-    name = Path(preset).stem
-    base = Path("runs") / name
-    number = 2
-    chosen = base
-    while chosen.exists() and not launched_by(chosen, [launcher()]):
-        chosen = base.with_name(f"{name}-{number}")
-        number += 1
-    return chosen
+    return new_folder(Path(preset).stem)
 
 
 def _show(resolved: Resolved) -> None:

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from cmtool.build import find_weights
-from cmtool.cli.train import Metric, _out, tell_batch
+from cmtool.cli.train import Metric, tell_batch
 from cmtool.core.distances import DISTANCES
 from cmtool.core.images import png_bytes, read_image
 from cmtool.presets import load_preset, resolve
-from cmtool.rundir import same_so_far
+from cmtool.rundir import new_folder, same_so_far
 from cmtool.stop import Stop
 from cmtool.toml import to_toml
 from tests.cli.conftest import TINY
@@ -207,6 +207,16 @@ def test_default_run_folders_are_numbered(cmtool):
     arguments = ["train", *TINY, "--set", "train.steps=1"]
     assert cmtool(*arguments).text == "runs/digits-edm/checkpoints/step-0000001\n"
     assert cmtool(*arguments).text == "runs/digits-edm-2/checkpoints/step-0000001\n"
+
+
+def test_a_default_folder_in_which_nothing_came_to_be_is_removed(cmtool, tmp_path):
+    assert cmtool("train", *TINY, "--set", "loss.levels=typo").code == 2
+    assert list((tmp_path / "runs").iterdir()) == []
+    (tmp_path / "runs").rmdir()
+    (tmp_path / "runs").write_text("")
+    result = cmtool("train", *TINY)
+    assert result.code == 3
+    assert "cannot make runs/digits-edm: Not a directory" in result.err
 
 
 def test_resume_with_another_preset_shows_the_difference(cmtool):
@@ -415,6 +425,9 @@ def test_new_workers_of_one_torchrun_find_the_folder_that_the_first_ones_began(
         (tmp_path / "runs" / name).mkdir(parents=True)
         content = json.dumps({"launchers": [begun_by]})
         (tmp_path / "runs" / name / "status.json").write_text(content)
-    assert _out(None, "x.toml", resume=False) == Path("runs/x-3")
+    with new_folder("x") as out:
+        assert out == Path("runs/x-3")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert _out(None, "x.toml", resume=False) == Path("runs/x-2")
+    with new_folder("x") as out:
+        assert out == Path("runs/x-2")
+    assert not Path("runs/x-3").exists()
