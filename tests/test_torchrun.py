@@ -33,6 +33,10 @@ METHODS = {
         "train.precision=bf16",
     ],
     "ct": ["train", "--preset", "digits-ct"],
+    "ct, scaled and computed again": [
+        *["train", "--preset", "digits-ct", "--set", "train.precision=fp16"],
+        *["--set", "train.checkpoint_activations=true", "--set", "model.network.dropout=0.1"],
+    ],
     "cd": ["distill", "--preset", "digits-cd", "--teacher", "digits-edm"],
     "ct, continuous": ["train", "--preset", "digits-ct", "--set", "loss.target=student", *NEAR],
     "cd, continuous and live": [
@@ -93,6 +97,48 @@ def test_two_processes_are_bit_equal_to_two_rounds(method, tmp_path):
         assert mine["images_by_sigma"] == theirs["images_by_sigma"]
         assert sum(mine["images_by_sigma"].values()) == 16  # two steps of eight
     assert one[-1]["eval"]["value"] == pytest.approx(two[-1]["eval"]["value"], rel=1e-4)
+
+
+BROKEN = """
+import torch
+from cmtool import run
+from cmtool.cli import main
+
+real = run.batches
+
+def batches(*args, **kwargs):
+    fetch = real(*args, **kwargs)
+
+    def microbatch(step, shard):
+        x0, labels = fetch(step, shard)
+        if shard == 1 and step in (1, 3, 4):
+            x0[2] = torch.nan
+        return x0, labels
+
+    return microbatch
+
+run.batches = batches
+main()
+"""
+
+
+def test_what_is_not_finite_in_one_process_is_skipped_and_ends_in_all(tmp_path):
+    out, script = tmp_path / "run", tmp_path / "broken.py"
+    script.write_text(BROKEN)
+    arguments = command("ct", out, "--set", "train.max_bad_steps=2", torchrun=True)
+    place = arguments.index("cmtool")
+    result = run([*arguments[: place - 1], str(script), *arguments[place + 1 :]])
+    assert result.returncode == 1
+    words = "the loss of image 2 of shard 1 at sigma "
+    assert result.stderr.count(f"step 2 skipped: {words}") == 1
+    ends = f"error: not finite 2 steps in a row, to step 5: {words}"
+    assert result.stderr.count(ends) == 1
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 6)
+    failed = out / "failed" / "step-0000005"
+    for folder, shard, bad in ((failed, 0, 0), (failed / "rank-1", 1, 1)):
+        assert json.loads((folder / "fault.json").read_text())["keys"] == [[0, 4, shard]]
+        assert int(load_file(folder / "batch.safetensors")["loss"].isnan().sum()) == bad
 
 
 def wait_for(path, text, seconds=90):
