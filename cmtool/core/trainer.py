@@ -86,8 +86,8 @@ class Batch(NamedTuple):
 class Fault(NamedTuple):
     """Why a step was skipped: the first parameter whose gradient is not finite, and an image.
 
-    The image is the first whose loss is not finite, else that of the largest loss; `image` is its
-    place in the microbatch `shard`.
+    The image is that of the largest loss, and NaN is larger than all; `image` is its place in the
+    microbatch `shard`.
     """
 
     parameter: str | None
@@ -303,8 +303,7 @@ def guarded_mean(loss: Tensor) -> Tensor:
 
 def find_fault(student: Preconditioned, batch: Batch, group: Group) -> Fault:
     """Return what is not finite in a step; all processes call this and get the same answer."""
-    bad = torch.isfinite(batch.loss).logical_not()
-    place = int((bad if bad.any() else batch.loss).float().argmax())
+    place = int(batch.loss.argmax())
     parameter = next(
         (
             name
