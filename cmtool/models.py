@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from cmtool.core.checkpoint import MANIFEST, newest_checkpoint, verify
 from cmtool.core.devices import placed
 from cmtool.core.formats import diffusers_dir, identify, read_foreign
 from cmtool.core.formats.foreign import Foreign
-from cmtool.core.formats.native import read_about, read_weights
+from cmtool.core.formats.native import read_about, read_table, read_weights
 from cmtool.core.metrics import DigitsFeatures
 from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import NoiseRange
@@ -168,7 +167,11 @@ def _read_native(file: Path) -> tuple[Card, Kind | None, dict[str, Tensor], str]
         raise InputError(
             f"{file} does not hold a denoiser", "give a model made by cmtool train or distill"
         ) from None
-    return card, said, {name: t.float() for name, t in read_weights(file).items()}, held
+    tensors = read_weights(file)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise InputError(f"{file} holds {name} as {tensor.dtype}", "make it again")
+    return card, said, {name: t.float() for name, t in tensors.items()}, held
 
 
 def _known(preset: Preset | None) -> dict[str, Any]:
@@ -259,7 +262,7 @@ def searched_levels(path: str | Path, weights: str, sha256: str) -> dict[str, li
     if file is None or not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text())
+        found = read_table(file, most=16 << 20)
         same = found["model"] == sha256
         levels = {str(n): [float(s) for s in sigmas] for n, sigmas in found["levels"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):

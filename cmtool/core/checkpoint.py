@@ -22,7 +22,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from cmtool.core.formats.native import read_weights, write_weights
+from cmtool.core.formats.native import read_table, read_weights, write_weights
 from cmtool.core.trainer import TrainState, counters, set_counters
 from cmtool.errors import DivergedError, InputError, ResourceError, UserError, is_full
 
@@ -303,8 +303,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 def verify(path: Path) -> None:
     """Raise InputError unless every file of the checkpoint has the size and hash it was given."""
     try:
-        manifest = dict(json.loads((path / MANIFEST).read_text())["files"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        manifest = dict(read_table(path / MANIFEST)["files"])
+    except (OSError, ValueError, LookupError, TypeError):
         raise InputError(f"{path} is not a whole checkpoint: no manifest", "use another") from None
     for name, facts in manifest.items():
         file = path / name
@@ -344,7 +344,7 @@ def best(folder: Path, like: Score | None = None) -> dict[str, float]:
     Those only that are there, and by the metric and number of images of `like`, if given.
     """
     try:
-        facts = json.loads((folder / BEST).read_text())
+        facts = read_table(folder / BEST)
         found = {str(name): float(value) for name, value in facts["best"].items()}
         other = like and (facts["metric"], facts["num"]) != (like.metric, like.num)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):

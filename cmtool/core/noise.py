@@ -15,6 +15,8 @@ from torch import Generator, Tensor
 
 from cmtool.errors import UserError
 
+MAX_POINTS = 1_000_000
+
 
 class NoiseRange(NamedTuple):
     """The levels a model knows: sigma_min (epsilon), sigma_max (T), and the grid's rho."""
@@ -57,10 +59,12 @@ def karras_sigmas(
     """Return the n-point grid of Karras et al. (2022), eq. 5: (n,) float64, ascending.
 
     Both ends are exact, so that sqrt(sigma^2 - sigma_min^2) is never the root of a negative.
-    Raises UserError for n < 2 or an empty range.
+    Raises UserError for n < 2, an absurd n, or an empty range.
     """
     if n < 2:
         raise UserError(f"a noise grid of {n} points", "it needs 2 or more: both ends")
+    if n > MAX_POINTS:
+        raise UserError(f"a noise grid of {n:,} points", f"it may have {MAX_POINTS:,}")
     if not 0 < sigma_min < sigma_max:
         raise UserError(
             f"noise levels from {sigma_min} to {sigma_max}", "they must be positive and ascend"

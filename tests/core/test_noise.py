@@ -35,7 +35,7 @@ def test_published_two_step_levels(index, n, sigma):
     assert float(karras_sigmas(n).flip(0)[index]) == pytest.approx(sigma, rel=1e-5)
 
 
-@pytest.mark.parametrize("bad", [(1,), (5, 1.0, 0.5), (5, 0.0, 1.0)])
+@pytest.mark.parametrize("bad", [(1,), (10**12,), (5, 1.0, 0.5), (5, 0.0, 1.0)])
 def test_grid_refuses_nonsense(bad):
     with pytest.raises(UserError):
         karras_sigmas(*bad)

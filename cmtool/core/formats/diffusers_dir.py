@@ -27,6 +27,7 @@ from cmtool.core.formats.foreign import (
     translate_back,
     wrong_weights,
 )
+from cmtool.core.formats.native import read_table
 from cmtool.core.formats.openai_pt import state_dict
 from cmtool.core.networks.adm import Adm, AdmOptions
 
@@ -34,7 +35,6 @@ INDEX = "model_index.json"
 CONFIG = "unet/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-MAX_JSON = 1 << 20
 LEAVES = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -64,13 +64,13 @@ FIXED = {
 def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     """Return the network of a pipeline folder, which says all there is to know.
 
-    Raises Malformed, InputError.
+    Raises ValueError (Malformed, mostly), InputError.
     """
     if weights not in ("ema", "model"):
         raise wrong_weights(weights, ["model"])
-    pipeline = _json(path / INDEX).get("_class_name")
-    config = _json(path / CONFIG)
-    scheduler = _json(path / SCHEDULER)
+    pipeline = read_table(path / INDEX).get("_class_name")
+    config = read_table(path / CONFIG)
+    scheduler = read_table(path / SCHEDULER)
     options, channels, num_classes = _options(config)
     file = next((f for name in WEIGHTS if (f := path / "unet" / name).is_file()), None)
     if file is None:
@@ -278,20 +278,6 @@ def _config(o: AdmOptions, channels: int, num_classes: int, image_size: int) -> 
         "num_class_embeds": num_classes or None,
         "resnet_time_scale_shift": "scale_shift" if o.scale_shift else "default",
     }
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise Malformed(f"{path.name} is missing")
-    if path.stat().st_size > MAX_JSON:
-        raise Malformed(f"{path.name} is too large")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise Malformed(f"{path.name} is not JSON") from None
-    if not isinstance(content, dict):
-        raise Malformed(f"{path.name} is no table")
-    return content
 
 
 def _positive(table: dict[str, Any], key: str, default: float) -> float:

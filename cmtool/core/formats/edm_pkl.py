@@ -226,7 +226,7 @@ def collect(
 ) -> dict[str, StoredTensor]:
     """Return the parameters and buffers of a module tree, or one of both, by dotted name.
 
-    Raises Malformed for a module met twice, a tree deeper than 32, or anything but tensors.
+    Raises Malformed for a module or name met twice, a tree deeper than 32, or anything but tensors.
     """
     found: dict[str, StoredTensor] = {}
     seen: set[int] = set()
@@ -244,6 +244,8 @@ def collect(
                     continue
                 if not isinstance(value, StoredTensor):
                     raise Malformed(f"its {prefix}{name} is no tensor")
+                if f"{prefix}{name}" in found:
+                    raise Malformed(f"its {prefix}{name} comes twice")
                 found[f"{prefix}{name}"] = value
                 if len(found) > MAX_TENSORS:
                     raise Malformed(f"it has more than {MAX_TENSORS:,} tensors")

@@ -160,6 +160,9 @@ def translate(rules: Mapping[str, Rule], foreign: Mapping[str, Tensor]) -> dict[
         raise Malformed(f"{len(left)} tensors have no place in it, the first is {left[0]}")
     out = {}
     for name, rule in rules.items():
+        for n in rule.names:
+            if not foreign[n].is_floating_point():
+                raise Malformed(f"tensor {n} is of {foreign[n].dtype}")
         out[name] = rule.read([foreign[n] for n in rule.names]).float().contiguous()
         if not torch.isfinite(out[name]).all():
             raise Malformed(f"tensor {rule.names[0]} holds values that are not finite")

@@ -262,6 +262,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict[
     """Return {"a/b/c": tensor} of a nested tree. Raises Malformed for anything else in it."""
     out = {}
     for name, value in tree.items():
+        if "/" in name:
+            raise Malformed(f"its {prefix}{name} may be two paths")
         if isinstance(value, Tensor):
             out[f"{prefix}{name}"] = value
         elif isinstance(value, dict) and depth < MAX_DEPTH:

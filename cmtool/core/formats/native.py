@@ -97,6 +97,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def read_table(path: Path, *, most: int = 1 << 20) -> dict[str, Any]:
+    """Return the object in a JSON file of at most so many bytes.
+
+    Raises ValueError for any other file, which is not read if it is larger, or no regular file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    if path.stat().st_size > most:
+        raise ValueError(f"{path.name} is too large")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path.name} is not JSON") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is no table")
+    return content
+
+
 def first_bytes(path: Path) -> bytes:
     """Return the first 64 bytes of a file.
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -173,9 +174,14 @@ def test_preconditioners_of_edm_are_read_with_their_constants(
     name, state, family, noise, label, tmp_path
 ):
     levels = {"u": hostile.tensor(torch.tensor(LEVELS))} if name == "iDDPMPrecond" else {}
+    learns = name == "iDDPMPrecond"  # and gives twice the channels
     path = tmp_path / "baseline.pkl"
-    path.write_bytes(hostile.snapshot(name=name, state={**state, "_buffers": levels}))
+    path.write_bytes(hostile.snapshot(
+        name=name, state={**state, "_buffers": levels}, given={"out_channels": 6 if learns else 3},
+        tensors=hostile.song_code(replace(hostile.SONG, learn_sigma=learns)),
+    ))  # fmt: skip
     model = load_model(path)
+    assert model.f.network.options.learn_sigma == learns
     assert model.kind == ("consistency" if family == "consistency" else "teacher")
     wanted = consistency_scalings if family == "consistency" else SCALINGS[family]
     assert model.f.scalings is wanted
@@ -208,6 +214,10 @@ def test_arguments_that_edm_leaves_to_their_defaults(
     with torch.device("meta"):
         network = (Song if read_options is song_options else Adm)(options, 3, classes)
     assert sum(p.numel() for p in network.parameters()) == count
+    assert options.attention_levels == tuple(
+        level for level in range(len(options.channel_mult))
+        if resolution >> level in (16, *((32, 8) if classes == 1000 else ()))
+    )  # fmt: skip
     assert read_options({}, resolution, False).dropout == 0.1
     assert read_options({}, 64, False).channel_mult == {
         song_options: (1, 2, 2, 2), adm_options: (1, 2, 3, 4),

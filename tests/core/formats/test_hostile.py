@@ -863,6 +863,9 @@ ARCHITECTURES = {
     "parameter of two lines": lambda: snapshot(
         tensors={**song_code(), "!\nhint: run this": next(iter(song_code().values()))}
     ),
+    "parameter by two paths": lambda: snapshot(
+        inner_state={"_parameters": dict([next(iter(song_code().items()))])}
+    ),
     "parameter too many": lambda: snapshot(
         tensors={**song_code(), "more": next(iter(song_code().values()))}
     ),
@@ -1112,7 +1115,7 @@ ARCHIVES = {
         )
     ),
     "state dict whose versions shadow its methods": lambda: archive(
-        Raw(code(Call(ORDERED, ())) + code({"_metadata": {}, "items": TOUCH}) + b"b")
+        Raw(code(Call(ORDERED, ())) + code({"_metadata": {}, "items": 1}) + b"b")
     ),
     "state dict whose versions run code": lambda: archive(
         Raw(code(Call(ORDERED, ())) + code({"_metadata": TOUCH}) + b"b")
@@ -1287,6 +1290,7 @@ ARCHIVES = {
     "one storage twice": lambda: quiet(
         lambda: archive(EMPTY, {"0": b"x"}, more=[("archive/data/0", b"y")])
     ),
+    "5,000 storages in one place": lambda: overlapping(5000, 4 << 20),
     "two pickles": lambda: archive(EMPTY, more=[("other/data.pkl", pickled(TOUCH))]),
     "pickle in capitals": lambda: archive(EMPTY, more=[("archive/DATA.PKL", pickled(TOUCH))]),
     "no pickle": lambda: zipped({"archive/version": b"3\n"}),
@@ -1340,6 +1344,23 @@ ARCHIVES = {
     ),
     "legacy keys that lie": lambda: legacy_pt({}, [["x"], 7], bytes(8)),
 }  # fmt: skip
+
+
+def overlapping(count, size):
+    """Return an archive in which so many members are the same bytes."""
+    entries = {f"w{n}": strided(kept(f"{n}", size // 4), (size // 4,), (1,)) for n in range(count)}
+    whole = archive(entries, {"0": bytes(size)})
+    end = whole.rindex(b"PK\x05\x06")
+    (start,) = struct.unpack_from("<I", whole, end + 16)
+    directory = whole[start:end]
+    at = directory.index(b"archive/data/0") - 46
+    one = directory[at : at + 46]
+    rest = directory[:at] + directory[at + 46 + len(b"archive/data/0") :]
+    for n in range(count):
+        name = f"archive/data/{n}".encode()
+        rest += one[:28] + struct.pack("<H", len(name)) + one[30:] + name
+    facts = struct.pack("<HHHHIIH", 0, 0, count + 3, count + 3, len(rest), start, 0)
+    return whole[:start] + rest + b"PK\x05\x06" + facts
 
 
 def quiet(make):
@@ -1457,6 +1478,24 @@ def one(**changes):
     return tensors_file({"a": facts}, bytes(8))
 
 
+def typed(dtype, width):
+    """Return a model of ours in which every number is of another type."""
+    header, at = {}, 0
+    for name, array in mlp_state().items():
+        end = at + width * array.size
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [at, end]}
+        at = end
+    said = json.dumps({"kind": "teacher", "weights": "model", "step": 1, "preset": CARD})
+    return tensors_file({"__metadata__": {"cmtool": said}, **header}, bytes(at))
+
+
+def both_kinds(length):
+    """Return a safetensors file whose first bytes, its header's length, are another's magic."""
+    inner = archive(TOUCH) if length > 1 << 20 else pickled(TOUCH)
+    facts = {"dtype": "U8", "shape": [len(inner)], "data_offsets": [0, len(inner)]}
+    return tensors_file(json.dumps({"a": facts}).encode().ljust(min(length, 2000)), inner, length)
+
+
 def nested(levels, opening="[", closing="]"):
     return opening * levels + closing * levels
 
@@ -1522,6 +1561,12 @@ SAFETENSORS = {
         **{f"{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(100_000)},
     }),
     "state dict without a network": lambda: one(),
+    "pickle in a tensor of a file that starts as a pickle": lambda: both_kinds(0x0480),
+    "archive in a tensor of a file that starts as an archive": lambda: both_kinds(0x04034B50),
+    **{
+        f"tensors of type {dtype}": partial(lambda dtype, width: typed(dtype, width), dtype, width)
+        for dtype, width in [("C64", 8), ("I64", 8), ("U8", 1), ("BOOL", 1)]
+    },
     "state dict of hollow blocks": lambda: tensors_file({
         name: {"dtype": "F32", "shape": list(t.shape), "data_offsets": [0, 0]}
         for name, t in torch.load(io.BytesIO(hollow(1025)), weights_only=True).items()
@@ -1797,6 +1842,7 @@ MSGPACKS = {
     "name that commands the terminal": lambda: in_state(**{"\x1b]0;t\x07\x1b[2J": 1}),
     "array that commands the terminal": lambda: jcm(**{"\x1b]0;t\x07\x1b[2J": array([2])}),
     "name of a megabyte": lambda: in_state(**{"x" * 1_000_000: 1}),
+    "array by two paths": lambda: jcm(**{"Conv_0/kernel": array([3, 3, 3, 8])}),
     "array more": lambda: jcm(more=array([2])),
     "array less": lambda: jcm(Conv_0={}),
     "array of nan": lambda: jcm(Dense_0={"kernel": array([16, 32], raw=b"\xff" * 2048),
@@ -2074,6 +2120,18 @@ def run_folder(manifest, name="step-0000001"):
     return make
 
 
+def run_with(make):
+    """Return a maker of a run whose checkpoint's manifest is something else."""
+
+    def write(path):
+        run_folder("{}")(path)
+        manifest = next(path.rglob("manifest.json"))
+        manifest.unlink()
+        make(manifest)
+
+    return write
+
+
 PLAIN = {
     "page": b"<!DOCTYPE html><html>404</html>",
     "page after spaces": b"\n\n  <html>404</html>",
@@ -2123,6 +2181,9 @@ ODD = {
     "run with a manifest 10,000 deep": run_folder(nested(10_000)),
     "run with a manifest of a list": run_folder("[]"),
     "run with a manifest of a number": run_folder("7"),
+    "run with a manifest of 10 GiB": run_with(lambda path: sparse(path, 10 << 30)),
+    "run with a manifest that has no end": run_with(lambda path: path.symlink_to("/dev/zero")),
+    "run with a manifest that is a fifo": run_with(os.mkfifo),
     "run with a manifest without files": run_folder('{"files": null}'),
     "run with files in a list": run_folder('{"files": ["model.safetensors"]}'),
     "run with a file elsewhere": run_folder('{"files": {"../../../../x": {}, "/dev/zero": {}}}'),
