@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -108,11 +107,8 @@ def prepare(
 
     PNG, uncompressed, with the classes in dataset.json: what `--data` streams fastest.
     """
-    import os
-    import zipfile
-
+    from cmtool.core.archives import write_zip
     from cmtool.core.data import load_dataset
-    from cmtool.errors import ResourceError, is_full
 
     if out.suffix != ".zip":
         raise UserError(f"{out} is not a .zip", "give the archive a name that ends in .zip")
@@ -125,34 +121,15 @@ def prepare(
         source, size=None if size is None else (size, size), channels=1 if grey else 3, fit=fit,
         in_memory=False,
     )  # fmt: skip
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    kept: list[int] = []
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            for index, content in _readable(data, skip_bad):
-                member = zipfile.ZipInfo(_name(len(kept)))  # of a fixed date: the same set, one zip
-                archive.writestr(member, content)
-                kept.append(index)
-            classes = None if data.labels is None else data.labels[kept].tolist()
-            labels = classes and [(_name(i), label) for i, label in enumerate(classes)]
-            archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": labels}))
-        if not kept:
-            raise InputError(f"none of the images of {source} can be read", "give others")
-        temporary.replace(out)
-    except OSError as error:
-        if is_full(error):
-            raise ResourceError(f"no room on the disk for {out}", "free some") from None
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    classes = [None] * len(data) if data.labels is None else data.labels.tolist()
+    pictures = (
+        (f"{number // 1000:05d}/img{number:08d}.png", content, classes[index])
+        for number, (index, content) in enumerate(_readable(data, skip_bad))
+    )
+    count = write_zip(out, pictures)
     h, w = data.images.shape[2:]
-    say(f"{len(kept)} images of {w}x{h}")
+    say(f"{count} images of {w}x{h}")
     emit(str(out))
-
-
-def _name(number: int) -> str:
-    """Return the name of an image in EDM's archives."""
-    return f"{number // 1000:05d}/img{number:08d}.png"
 
 
 def _readable(data: Dataset, skip_bad: int) -> Iterator[tuple[int, bytes]]:
@@ -169,6 +146,8 @@ def _readable(data: Dataset, skip_bad: int) -> Iterator[tuple[int, bytes]]:
             say(f"left out: {content.what}")
         else:
             raise content
+    if skipped == len(data):
+        raise InputError(f"none of the images of {data.name} can be read", "give others")
 
 
 def _workers(count: int) -> int:

@@ -267,14 +267,17 @@ def _one_file(
             pass
         return {}
     infos = _infos(draw, seeds, labels)
+    classes = None if labels is None else labels.tolist()
     if suffix == ".zip":
         pictures = (
-            (f"seed{seed:06d}.png", png_bytes(image, {} if no_metadata else info))
-            for seed, image, info in zip(seeds, images(), infos, strict=True)
+            (f"seed{seed:06d}.png", png_bytes(image, {} if no_metadata else info), label)
+            for seed, image, info, label in zip(
+                seeds, images(), infos, classes or [None] * len(seeds), strict=True
+            )
         )
-        write_zip(Path(out), pictures, None if labels is None else labels.tolist())
+        write_zip(Path(out), pictures)
     elif suffix == ".npz":
-        write_npz(Path(out), images(), len(seeds), None if labels is None else labels.tolist())
+        write_npz(Path(out), images(), len(seeds), classes)
     else:
         every = torch.cat(list(parts()))
         columns = 10 if len(every) % 10 == 0 else ceil(sqrt(len(every)))

@@ -34,18 +34,19 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_zip(
-    path: Path, pictures: Iterable[tuple[str, bytes]], labels: Sequence[int] | None
-) -> list[str]:
-    """Write (name, PNG) pairs uncompressed, and their classes as dataset.json; return the names."""
-    names = []
+def write_zip(path: Path, pictures: Iterable[tuple[str, bytes, int | None]]) -> int:
+    """Write (name, PNG, class) uncompressed, the classes as dataset.json; return their number.
+
+    At least one. The same pictures make the same bytes.
+    """
+    labels = []
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for name, content in pictures:
-            archive.writestr(name, content)
-            names.append(name)
-        table = None if labels is None else list(zip(names, labels, strict=True))
-        archive.writestr("dataset.json", json.dumps({"labels": table}))
-    return names
+        for name, content, label in pictures:
+            archive.writestr(zipfile.ZipInfo(name), content)  # of a fixed date
+            labels.append((name, label))
+        table = None if labels[0][1] is None else labels
+        archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": table}))
+    return len(labels)
 
 
 def write_npz(
