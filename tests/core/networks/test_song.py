@@ -119,6 +119,11 @@ def test_dhariwal_unet_is_the_adm_network():
         network(X, LABEL, CLASSES), -0.347673, 2.435559,
         [-0.52961, -1.22587, -2.00825, -2.48915], [-0.48902, -0.31869],
     )  # fmt: skip
+    warp = torch.sin(torch.arange(18.0)).reshape(2, 9)
+    check(
+        network(X, LABEL, CLASSES, warp), -0.404260, 2.400350,
+        [-0.44864, -1.08784, -1.85460, -2.37308], [-0.49012, -0.31189],
+    )  # fmt: skip
 
 
 @torch.no_grad()
