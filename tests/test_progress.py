@@ -1,6 +1,6 @@
 import json
-import os
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from cmtool.core.dist import ALONE
 from cmtool.core.noise import NoiseRange
 from cmtool.core.trainer import StepInfo
 from cmtool.presets import load_preset
-from cmtool.progress import Clock, Meter, band_edges, band_names, log_line, peak_memory
+from cmtool.progress import Clock, Meter, band_edges, band_names, log_line
 from cmtool.rundir import read_log, trim_log
 
 
@@ -118,11 +118,17 @@ def test_pauses_are_in_the_time_left_and_not_in_the_speed(monkeypatch):
 
 
 def test_peak_memory_is_what_the_process_once_held():
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    held = bytearray(b"x") * (64 << 20)
-    assert peak_memory("cpu") > resident + len(held) - (8 << 20)
-    del held
-    assert peak_memory("cpu") > resident + (56 << 20)
+    program = (  # in a process of its own, whose memory nobody else has used before
+        "import os; from pathlib import Path; from cmtool.progress import peak_memory\n"
+        "def resident(): return int(Path('/proc/self/statm').read_text().split()[1])\n"
+        "held = bytearray(b'x') * (512 << 20)\n"
+        "del held\n"
+        "print(peak_memory('cpu'), resident() * os.sysconf('SC_PAGE_SIZE'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    peak, left = map(int, done.stdout.split())
+    assert peak > 512 << 20
+    assert peak - left > 256 << 20
 
 
 def write(path, *lines):
