@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -336,7 +337,7 @@ def made_ahead(
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError):  # what torch says of a worker that is gone
-                if not any(worker.exitcode for worker in crew):
+                if not _one_is_gone(crew):
                     raise
                 what = "a data worker died (out of memory?)"
                 if late.is_set():
@@ -355,6 +356,16 @@ def _handle_children(handler: Any) -> None:
     """Set the handler of a child's end, where Python allows it."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)
+
+
+def _one_is_gone(crew: Sequence[BaseProcess], patience: float = 2.0) -> bool:
+    """Tell whether a worker has died; its end may be known a moment after its silence."""
+    end = time.monotonic() + patience
+    while crew and not any(worker.exitcode for worker in crew):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return bool(crew)
 
 
 def _check_crew(crew: Sequence[BaseProcess]) -> None:
