@@ -58,11 +58,11 @@ def demo(
     make_folder(out)
     student, teacher = out / "student", "digits-edm"
     replace = ["--overwrite"] if overwrite else []
-    say("A teacher comes bundled: an EDM diffusion model of small coloured digits. It needs 35")
-    say("network calls an image. Distillation turns it into a model that needs one.\n")
+    tell("A teacher comes bundled: an EDM diffusion model of small coloured digits. It needs 35")
+    tell("network calls an image. Distillation turns it into a model that needs one.\n")
     tour.run("distill", "--teacher", teacher, "--out", str(student), *replace)
 
-    say("\nImages from the same noise: the teacher, then the student in one step and in two.\n")
+    tell("\nImages from the same noise: the teacher, then the student in one step and in two.\n")
     grids = {}
     for name, arguments in {
         "teacher": ["-c", teacher],
@@ -72,7 +72,7 @@ def demo(
         grids[name] = out / f"{name}.png"
         tour.run("sample", *arguments, "--seeds", "0-49", "--out", str(grids[name]), *replace)
 
-    say("\nThe same model mends a picture it has never seen: white in the mask is regenerated.\n")
+    tell("\nThe same model mends a picture it has never seen: white in the mask is regenerated.\n")
     pictures = first_of_each_class(digits("held-out"))
     mask = right_half(pictures[0])
     write_atomic(out / "mask.png", png_bytes(mask))
@@ -90,7 +90,7 @@ def demo(
     rows_of_three = torch.cat([pictures, masked, torch.stack(answers)])
     write_atomic(mended, png_bytes(grid(rows_of_three, len(pictures), scale=6)))
 
-    say(f"\nfd-digits, the Frechet distance to the training digits, on {NUM} images each.\n")
+    tell(f"\nfd-digits, the Frechet distance to the training digits, on {NUM} images each.\n")
     rows = []
     for label, arguments in {
         "teacher, Heun, 18 steps": ["-c", teacher],
@@ -115,12 +115,18 @@ def demo(
         commands=tour.commands,
         seconds=time.monotonic() - start,
     )
-    say("")
+    tell("")
     for row in rows:
         calls = "-" if row.calls is None else str(row.calls)
-        say(f"{row.label:<26} {calls:>3} calls   fd-digits {row.value:6.2f}")
-    say(f"\n{time.monotonic() - start:.0f} seconds. Open the report, then try `cmtool --help`.")
+        tell(f"{row.label:<26} {calls:>3} calls   fd-digits {row.value:6.2f}")
+    tell(f"\n{time.monotonic() - start:.0f} seconds. Open the report, then try `cmtool --help`.")
     emit(str(report))
+
+
+def tell(text: str) -> None:
+    """Say a text of several lines."""
+    for line in text.split("\n"):
+        say(line)
 
 
 def first_of_each_class(data: Dataset) -> Tensor:
@@ -153,7 +159,7 @@ class Tour:
 
         line = shlex.join(["cmtool", *arguments])
         self.commands.append(line)
-        say(f"$ {line}")
+        tell(f"$ {line}")
         captured = io.StringIO()
         with contextlib.redirect_stdout(captured):
             code: Any = app(list(arguments), standalone_mode=False)
