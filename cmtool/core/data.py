@@ -316,7 +316,6 @@ def made_ahead(
         multiprocessing_context="fork" if workers else None,
     ))  # fmt: skip
     crew = [child for child in multiprocessing.active_children() if child not in others]
-    _handle_children(before)  # torch's handler raises wherever the main thread is
     late = threading.Event()
 
     def give_up() -> None:
@@ -345,7 +344,7 @@ def made_ahead(
                 raise ResourceError(what, "lower data.workers, or look at the machine") from None
             finally:
                 timer.cancel()
-                _handle_children(before)
+                _handle_children(before)  # torch's own raises wherever the main thread is
             yield item
     finally:
         for worker in crew:  # one that hangs would be waited for

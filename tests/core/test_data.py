@@ -177,8 +177,11 @@ def test_workers_that_hang_are_told_and_killed():
     assert multiprocessing.active_children() == []
 
 
-def test_an_abandoned_wait_leaves_no_worker():
+def test_an_abandoned_wait_leaves_no_worker_though_they_hang():
     given = made_ahead(Numbers(), itertools.count(), 2)
-    next(given)
+    for pid in {next(given)[1] for _ in range(2)}:
+        os.kill(pid, signal.SIGSTOP)
+    start = time.monotonic()
     given.close()
+    assert time.monotonic() - start < 4
     assert multiprocessing.active_children() == []
