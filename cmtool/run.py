@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cmtool import __version__
@@ -427,8 +428,12 @@ def until_divergence(steps: Iterator[StepInfo]) -> Iterator[tuple[StepInfo, Dive
 
 def dumped(error: Diverged, job: Job) -> Diverged:
     """Return the error after writing down the batch it happened with, and where that is."""
-    folder = write_failure(job.out, error, job.preset, job.group)
-    error.hint += f", and what this step saw is in {folder}"
+    try:
+        folder = write_failure(job.out, error, job.preset, job.group)
+    except (OSError, ResourceError, SafetensorError) as reason:
+        error.hint += f"; what this step saw cannot be written: {reason}"
+    else:
+        error.hint += f", and what this step saw is in {folder}"
     return error
 
 

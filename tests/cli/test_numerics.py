@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from safetensors.torch import load_file
 
 from cmtool import run
 from cmtool.core.devices import best_precision
+from cmtool.core.dist import ALONE
 from cmtool.core.images import read_image
+from cmtool.core.trainer import Diverged
+from cmtool.run import dumped
 from tests.cli.conftest import TINY
 
 
@@ -91,6 +95,15 @@ def test_a_run_that_stays_bad_ends_with_6_and_shows_the_batch(cmtool, tmp_path, 
     over = cmtool(*arguments, "--set", "train.steps=1", "--out", "r", "--overwrite")
     assert over.code == 0, over.err
     assert not (tmp_path / "r/failed").exists()
+
+
+def test_a_run_that_diverged_says_so_though_the_batch_cannot_be_written(tmp_path):
+    (tmp_path / "failed").write_text("in the way")
+    error = Diverged("not finite", "lower the rate", SimpleNamespace(step=7), None)
+    job = SimpleNamespace(out=tmp_path, preset=None, group=ALONE)
+    assert dumped(error, job) is error
+    assert error.exit_code == 6
+    assert error.hint.startswith("lower the rate; what this step saw cannot be written: ")
 
 
 def test_a_rate_that_is_far_too_high_ends_with_6_and_finite_checkpoints(cmtool, tmp_path):
