@@ -1,11 +1,18 @@
+import numpy as np
 import pytest
+import scipy
 import torch
+from packaging import version
 
 from cmtool.core.metrics import (
     DigitsFeatures,
     Gaussian,
     GaussianSums,
     frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    root_of,
     statistics,
 )
 from cmtool.errors import InputError
@@ -83,3 +90,85 @@ def test_digits_features_have_their_width_and_refuse_other_sizes():
     assert statistics(network, images.split(2)).num == 5
     with pytest.raises(InputError, match="not 9x8 with 3 channels"):
         network(torch.zeros(1, 3, 8, 9))
+
+
+def test_the_quick_root_and_the_careful_one_agree():
+    a, b = of(features(d=40, seed=1)), of(features(d=40, seed=2, scale=2.0, shift=0.3))
+    values, vectors = torch.linalg.eigh(a.covariance)
+    root = (vectors * values.sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).sqrt().sum()
+    expected = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace()
+    assert frechet_distance(a, b) == pytest.approx(float(expected - 2 * cross), rel=1e-10)
+    factor = root_of(a.covariance)
+    torch.testing.assert_close(factor, factor.tril())  # it was Cholesky's
+    torch.testing.assert_close(factor @ factor.T, a.covariance)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_distances_are_those_of_clean_fid():
+    from cleanfid import fid
+
+    a, b = features(n=300, d=16, seed=1), features(n=250, d=16, seed=2, scale=1.2, shift=0.1)
+    np.random.seed(7)  # noqa: NPY002
+    theirs = fid.kernel_distance(a.numpy(), b.numpy(), num_subsets=20, max_subset_size=100)
+    ours = kernel_distance(a, b, subsets=20, size=100, seed=7)
+    assert ours.value == pytest.approx(theirs, rel=1e-9)
+    assert 0 < ours.error < 1
+    if version.parse(scipy.__version__) < version.parse("1.18"):  # it asks for what has gone
+        theirs = fid.frechet_distance(
+            a.numpy().mean(0), np.cov(a.numpy(), rowvar=False),
+            b.numpy().mean(0), np.cov(b.numpy(), rowvar=False),
+        )  # fmt: skip
+        assert frechet_distance(of(a), of(b)) == pytest.approx(theirs, rel=1e-8)
+
+
+def test_kernel_distance_of_one_law_has_mean_zero():
+    values = [
+        kernel_distance(features(seed=2 * i), features(seed=2 * i + 1), subsets=1, size=400).value
+        for i in range(40)
+    ]
+    spread = torch.tensor(values)
+    assert abs(float(spread.mean())) < 3 * float(spread.std()) / 40**0.5
+    far = kernel_distance(features(seed=1), features(seed=2, shift=1.0), subsets=5)
+    assert far.value > 10 * far.error
+
+
+def test_inception_score_of_known_predictions():
+    uniform = torch.zeros(100, 7)
+    assert inception_score(uniform).value == pytest.approx(1)
+    certain = torch.full((70, 7), -1e4)
+    certain[torch.arange(70), torch.arange(70) % 7] = 0.0
+    assert inception_score(certain).value == pytest.approx(7)
+    halves = inception_score(torch.cat([uniform[:70], certain]), split=70)
+    assert halves.value == pytest.approx(4)
+    assert halves.error == pytest.approx(3)
+
+
+def test_precision_and_recall_by_hand():
+    real = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
+    made = torch.tensor([[0.5], [30.0]])
+    # distances to the nearest other: 1, 1, 1, 8 of the real ones, 29.5 of both made ones
+    result = precision_recall(real, made, k=1)
+    assert result.precision == 0.5
+    assert result.recall == 1.0
+    assert precision_recall(real + 100, real, k=1) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 4096])
+def test_precision_and_recall_against_itself_are_one_in_any_chunks(chunk):
+    a, b = features(n=60, seed=1), features(n=50, seed=2, scale=0.7)
+    assert precision_recall(a, a, chunk=chunk) == (1.0, 1.0)
+    assert precision_recall(a, b, chunk=chunk) == precision_recall(a, b)
+
+
+def test_precision_and_recall_equal_a_reference_written_out():
+    real, made = features(n=80, seed=1), features(n=70, seed=2, scale=1.3)
+
+    def share(points, centres):
+        inside = 0
+        radius = [sorted(float((c - o).norm()) for o in centres)[3] for c in centres]
+        for p in points:
+            inside += any(float((p - c).norm()) <= r for c, r in zip(centres, radius, strict=True))
+        return inside / len(points)
+
+    assert precision_recall(real, made) == (share(made, real), share(real, made))
