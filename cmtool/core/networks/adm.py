@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cmtool.core.networks.layers import (
     AttentionBlock,
     GroupNorm32,
+    Linear32,
     check_labels,
     check_options,
     check_size,
@@ -82,7 +83,7 @@ class ResBlock(nn.Module):
             nn.SiLU(),
             nn.Conv2d(channels, out_channels, 3, padding=1),
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_width))
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear32(emb_channels, emb_width))
         self.out_layers = nn.Sequential(
             o.group_norm(out_channels),
             nn.SiLU(),
@@ -101,18 +102,17 @@ class ResBlock(nn.Module):
 
     def residual(self, x: Tensor, emb: Tensor) -> Tensor:
         """Return what `forward` does."""
-        norm, activation, conv = self.in_layers
-        h = conv(resampled(activation(norm(x)), self.resample))
+        norm, _, conv = self.in_layers
+        h = conv(resampled(norm(x, silu=True), self.resample))
         x = resampled(x, self.resample)
-        emb_out = self.emb_layers(emb)[:, :, None, None]
-        norm, *rest = self.out_layers
+        emb_out = self.emb_layers(emb)
+        norm, _, dropout, conv = self.out_layers
         if self.scale_shift:
             scale, shift = emb_out.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
+            h = norm(h, scale, shift, silu=True)
         else:
-            h = norm(h + emb_out)
-        for layer in rest:
-            h = layer(h)
+            h = norm(h + emb_out[:, :, None, None].to(h.dtype), silu=True)
+        h = conv(dropout(h))
         skip: Tensor = self.skip_connection(x)
         return skip + h
 
@@ -165,12 +165,12 @@ class Adm(nn.Module):
         self.channels = channels
         self.num_classes = num_classes
         self.time_embed = nn.Sequential(
-            nn.Linear(width, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+            Linear32(width, emb_channels), nn.SiLU(), Linear32(emb_channels, emb_channels)
         )
         if num_classes:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
         if o.augment_dim:
-            self.augment_emb = nn.Linear(o.augment_dim, width, bias=False)
+            self.augment_emb = Linear32(o.augment_dim, width, bias=False)
             nn.init.zeros_(self.augment_emb.weight)
 
         def res(c_in: int, c_out: int, resample: str = "") -> ResBlock:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from cmtool.core.networks.normalise import is_channels_last, normalised, whole
 from cmtool.errors import InputError
 
 MAX_BLOCKS = 64
@@ -26,14 +27,46 @@ def computed(inside: Callable[..., Tensor], x: Tensor, emb: Tensor | None, again
     return h
 
 
+class Linear32(nn.Linear):
+    """A linear layer that computes in float32 under autocast too: embeddings are not rounded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b, float32."""
+        device = x.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return super().forward(x)
+        with torch.autocast(device, enabled=False):
+            return super().forward(x.float())
+
+
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation computed in float32 whatever the dtype of x."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised x, in x's dtype."""
-        if x.dtype in (torch.float16, torch.bfloat16):
-            return super().forward(x.float()).to(x.dtype)
-        return super().forward(x)
+    def forward(
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        *,
+        silu: bool = False,
+    ) -> Tensor:
+        """Return silu(norm(x) (1 + scale) + shift), or that without SiLU, in x's dtype.
+
+        x is (B, C, H, W), scale and shift are (B, C) or None. PyTorch's own norm is slow on a CPU
+        for images in channels_last, the layout in which convolutions are fast.
+        """
+        if x.device.type == "cpu" and is_channels_last(x):
+            gain, offset = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
+            if scale is not None and shift is not None:
+                factor = 1 + scale
+                gain, offset = gain * factor, torch.addcmul(shift, offset, factor)
+            pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C)
+            y = normalised(pixels, gain, offset, self.num_groups, self.eps, silu)
+            return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+        y = super().forward(whole(x)).to(x.dtype)
+        if scale is not None and shift is not None:
+            y = y * (1 + scale[:, :, None, None]).to(y.dtype) + shift[:, :, None, None].to(y.dtype)
+        return F.silu(y) if silu else y
 
 
 class AttentionBlock(nn.Module):
@@ -62,26 +95,28 @@ class AttentionBlock(nn.Module):
     def residual(self, x: Tensor, emb: Tensor | None) -> Tensor:
         """Return what `forward` does."""
         b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x))
-        heads = qkv.reshape(b, 3, self.num_heads, c // self.num_heads, h * w).transpose(-1, -2)
-        q, k, v = heads.unbind(1)  # (B, heads, H W, d)
-        out = attend(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
-        projected: Tensor = self.proj_out(out)
+        pixels = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # (B, H, W, 3 C)
+        heads = pixels.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, heads, H W, d)
+        out = attend(q, k, v).transpose(1, 2).reshape(b, h, w, c)
+        projected: Tensor = self.proj_out(out.permute(0, 3, 1, 2))
         return x + projected
+
+
+MOST_TOKENS = 1024
+"""Beyond so many, the matrix of weights costs more than the fused kernel."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v for (B, heads, tokens, d).
 
-    On a CPU two batched products beat the fused kernel up to about 1,000 tokens; elsewhere the
-    fused kernel is used.
+    By the fused kernel, except in half precision on a CPU, where two batched products are two to
+    four times as fast; softmax computes in float32 all the same.
     """
-    if q.device.type != "cpu":
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if q.device.type != "cpu" or not half or q.shape[2] > MOST_TOKENS:
         return F.scaled_dot_product_attention(q, k, v)
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    half = logits.dtype in (torch.bfloat16, torch.float16)
-    weights = logits.float().softmax(-1) if half else logits.softmax(-1)
-    return weights.to(v.dtype) @ v
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
 def zero_init(module: nn.Conv2d) -> nn.Conv2d:

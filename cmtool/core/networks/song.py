@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from cmtool.core.networks.layers import (
     AttentionBlock,
     GroupNorm32,
+    Linear32,
     check_options,
     check_size,
     computed,
@@ -78,7 +79,7 @@ class SongBlock(nn.Module):
         self.taps = o.resample_filter
         self.norm0 = group_norm(channels)
         self.conv0 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.affine = nn.Linear(emb_channels, out_channels)
+        self.affine = Linear32(emb_channels, out_channels)
         self.norm1 = group_norm(out_channels)
         self.dropout = nn.Dropout(o.dropout)
         self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -99,8 +100,8 @@ class SongBlock(nn.Module):
 
     def residual(self, x: Tensor, emb: Tensor) -> Tensor:
         """Return what `forward` does."""
-        h = self.conv0(self.resampled(F.silu(self.norm0(x))))
-        h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
+        h = self.conv0(self.resampled(self.norm0(x, silu=True)))
+        h = self.norm1(h + self.affine(emb)[:, :, None, None].to(h.dtype), silu=True)
         h = self.conv1(self.dropout(h))
         x = (self.skip(self.resampled(x)) + h) * SKIP_SCALE
         if self.attention is not None:
@@ -206,11 +207,11 @@ class Song(nn.Module):
             random = torch.randn(noise_channels // 2)
             self.register_buffer("frequencies", random * o.fourier_scale)
         if num_classes:
-            self.map_label = nn.Linear(num_classes, noise_channels)
+            self.map_label = Linear32(num_classes, noise_channels)
         if o.augment_dim:
-            self.map_augment = nn.Linear(o.augment_dim, noise_channels, bias=False)
-        self.map_layer0 = nn.Linear(noise_channels, emb_channels)
-        self.map_layer1 = nn.Linear(emb_channels, emb_channels)
+            self.map_augment = Linear32(o.augment_dim, noise_channels, bias=False)
+        self.map_layer0 = Linear32(noise_channels, emb_channels)
+        self.map_layer1 = Linear32(emb_channels, emb_channels)
 
         def block(c_in: int, c_out: int, resample: str = "", attention: bool = False) -> SongBlock:
             return SongBlock(c_in, c_out, emb_channels, o, resample=resample, attention=attention)
