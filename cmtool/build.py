@@ -11,9 +11,10 @@ from torch.amp import GradScaler
 
 from cmtool import presets
 from cmtool.components import build_denoiser, build_network, noise_range, pick
+from cmtool.core import dist
 from cmtool.core.augment import LABELS, Augment, augmented
 from cmtool.core.devices import placed
-from cmtool.core.dist import Group
+from cmtool.core.dist import ALONE, Group
 from cmtool.core.distances import DISTANCES, NORMS
 from cmtool.core.ema import Ema, frozen_copy
 from cmtool.core.losses import (
@@ -34,6 +35,7 @@ from cmtool.core.losses import (
 from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import CURRICULA, LEVELS, Curriculum, LevelPicker
 from cmtool.core.optimizers import OPTIMIZERS
+from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import keyed_generator, seeded
 from cmtool.core.samplers import SAMPLERS
 from cmtool.core.solvers import SOLVERS
@@ -178,29 +180,46 @@ def build_sampler(choice: Choice) -> Callable[..., Tensor]:
     return pick(SAMPLERS, choice, "sample.sampler", given)
 
 
-def build_state(preset: Preset, teacher: Model | None, device: str) -> TrainState:
+def build_state(
+    preset: Preset, teacher: Model | None, device: str, group: Group = ALONE
+) -> TrainState:
     """Return the start of a run: the student has the teacher's weights, or random ones without.
 
-    The networks are put where and how the device and `preset.train` want them. Raises UserError for
-    a network without blocks that can be computed again.
+    The networks, the teacher's too, are put where and how the device, `preset.train` and the group
+    want them: sharded ones go to the device block by block, and in main memory is one whole copy
+    beside the student. Raises UserError for a network without blocks that can be computed again,
+    and for models that are to be sharded and compiled.
     """
+    if preset.train.compile and group.mesh is not None:
+        raise UserError(
+            "train.compile with run.sharding = 'fsdp': models are whole in parts only",
+            "leave one of them out",
+        )
+
+    def shard(model: Preconditioned) -> None:
+        kinds = NETWORKS[preset.model.network.name].blocks
+        dist.shard(model, group, blocks_of(model, kinds))
+
     with seeded(keyed_generator("init", preset.train.seed)):
         network = build_network(preset.model)
     student = build_denoiser(preset, preset.kind, network)
     if teacher is not None:
         student.network.load_state_dict(teacher.f.network.state_dict())
-    student = placed(student, device).requires_grad_(True)
+        shard(teacher.f)
+    student = placed(student, device if group.mesh is None else "cpu").requires_grad_(True)
     if preset.train.checkpoint_activations:
         compute_again(network, preset.model.network.name)
     target = None
     if preset.loss.target in ("ema", "previous"):  # an earlier student drops out no more
         target = frozen_copy(student).train(preset.loss.target == "ema")
-    emas = {
-        ema.name: Ema(
+        shard(target)
+    emas = {}
+    for ema in preset.train.ema:
+        emas[ema.name] = Ema(
             student, rate=ema.rate, halflife_images=ema.halflife_images, rampup=ema.rampup
         )
-        for ema in preset.train.ema
-    }
+        shard(emas[ema.name].model)
+    shard(student)
     optimizer = pick(OPTIMIZERS, preset.train.optimizer, "train.optimizer")
     scaler = GradScaler(torch.device(device).type) if preset.train.precision == "fp16" else None
     state = TrainState(
@@ -213,10 +232,14 @@ def build_state(preset: Preset, teacher: Model | None, device: str) -> TrainStat
     return state
 
 
+def blocks_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.Module]:
+    """Return the modules of these kinds within a module."""
+    return [part for part in module.modules() if isinstance(part, kinds)]
+
+
 def compute_again(network: nn.Module, name: str) -> None:
     """Make the residual blocks of a network keep only their inputs for the backward pass."""
-    kinds = NETWORKS[name].blocks
-    blocks = [module for module in network.modules() if isinstance(module, kinds)]
+    blocks = blocks_of(network, NETWORKS[name].blocks)
     if not blocks:
         raise UserError(
             f"network {name!r} has no residual blocks", "leave train.checkpoint_activations out"
@@ -225,7 +248,7 @@ def compute_again(network: nn.Module, name: str) -> None:
         block.again = True  # type: ignore[assignment]  # of a module, torch says: Tensor or Module
 
 
-def fit_settings(preset: Preset, group: Group = Group()) -> FitSettings:
+def fit_settings(preset: Preset, group: Group = ALONE) -> FitSettings:
     """Return the numbers of a run."""
     t = preset.train
     return FitSettings(

@@ -176,6 +176,7 @@ class RunSection(Section):
     eval_num: Annotated[int, BeforeValidator(_count), Field(ge=2)] = 1024
     eval_metric: Choice = Choice(name="fd-digits")
     keep_best: Count = Field(1, description="checkpoints kept beside the newest, by their value")
+    sharding: Literal["none", "fsdp"] = Field("none", description="of models over processes")
     timeout: float = Field(120, gt=0, le=86_400, description="of silent other processes")
 
 

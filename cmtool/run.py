@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from cmtool.core.samplers import check_levels
 from cmtool.core.survey import check_images
 from cmtool.core.trainer import Diverged, StepInfo, TrainState, fit
 from cmtool.errors import InputError, ResourceError, Stopped, UserError
-from cmtool.evaluation import Evaluation, Verdict, build_evaluation, evaluate
+from cmtool.evaluation import Evaluation, build_evaluation, evaluate
 from cmtool.events import Events, event_writer
 from cmtool.plots import picture, write_summary
 from cmtool.presets import Card, Preset
@@ -93,7 +94,8 @@ def train(
         raise UserError("--resume and --overwrite", "give one of them")
     with stop_signals(max_seconds) as stop, ExitStack() as stack:
         rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-        group = dist.join(rank, world_size, device, preset.run.timeout)
+        is_sharded = preset.run.sharding == "fsdp"
+        group = dist.join(rank, world_size, device, preset.run.timeout, sharded=is_sharded)
         stack.callback(dist.leave)
         out, launchers = group.tell(out), group.gather(launcher())
         preset, origins = with_precision(preset, origins or {}, group.tell(best_precision(device)))
@@ -150,7 +152,6 @@ def train(
             stop.at_once = False
             with Desk(job, write_status, state.step, saved) as desk:
                 work(job, state, steps, stop, desk)
-                desk.summarise(state, teacher)
             write_status(state="done", step=state.step, seconds_left=0, exit_code=0)
     return out / "checkpoints" / f"step-{state.step:07d}"
 
@@ -207,7 +208,7 @@ def build_parts(
     if data.is_checked_first and not resume:
         watcher.note(f"decoding all {len(data):,} images once, to name bad ones before a step")
         check_images(data, preset.data.workers, group.rank, group.world_size)
-    state = build_state(preset, teacher, device)
+    state = build_state(preset, teacher, device, group)
     microbatch = batches(
         data, batch=preset.train.batch, shards=preset.train.accumulate * group.world_size,
         seed=preset.train.seed, device=device, flip=preset.data.flip, workers=preset.data.workers,
@@ -306,36 +307,27 @@ class Desk:
         with self.expendable("status.json"):
             self.write_status(state="running", **facts, seconds_left=round(seconds_left))
 
-    def save(self, state: TrainState, now: Due, verdict: Verdict | None, *, wait: bool) -> None:
-        """Save a checkpoint if one is due, or if it is one of the best."""
-        score = verdict and checkpoint.Score(verdict.metric, verdict.num, verdict.value)
-        wanted = now.checkpoint or wait
-        if score and not wanted:
-            self.saver.finish(final=False)  # it may be about to write what best.json names
-            wanted = checkpoint.is_best(self.saver.folder, score, self.saver.keep_best)
-        if wanted:
-            self.saver.save(state, wait=wait, score=score)
-
-    def samples(self, state: TrainState) -> None:
+    def samples(self, images: Tensor, step: int) -> None:
         """Write samples/step-NNNNNNN.png, the same seeds each time."""
-        images = grid_samples(kept_model(state), self.job.preset, self.job.device)
         shown = picture(images, GRID_COLUMNS)
-        path = self.job.out / "samples" / f"step-{state.step:07d}.png"
+        path = self.job.out / "samples" / f"step-{step:07d}.png"
         with self.expendable("the sample grid"):
             checkpoint.write_atomic(path, png_bytes(shown))
         if self.events:
             with self.expendable("tensorboard/"):
-                self.events.picture("samples", shown, state.step)
+                self.events.picture("samples", shown, step)
 
     def report(self) -> None:
         """Write report.html, as the run stands."""
         with self.expendable("report.html"):
             write_run_report(self.job.out)
 
-    def summarise(self, state: TrainState, teacher: Model | None) -> None:
-        """Write summary.png."""
+    def summarise(self, panels: dict[str, Tensor]) -> None:
+        """Write summary.png: the curve, and images of teacher and model from the same noise."""
+        out = self.job.out
         with self.expendable("summary.png"):
-            summarise(self.job.out, self.job.preset, state, teacher, self.job.device)
+            log, title = read_log(out / "log.jsonl"), self.job.preset.description
+            write_summary(out / "summary.png", log, panels, title)
 
 
 def saved_first(
@@ -400,21 +392,61 @@ def work(
             raise dumped(end, job)
         if now.checkpoint or reason or verdict:
             state.unlogged = meter.held(group)
-        if desk:
-            desk.save(state, now, verdict, wait=bool(now.last or reason))
-        if desk and now.samples and not reason:
+        score = verdict and checkpoint.Score(verdict.metric, verdict.num, verdict.value)
+        saves = now.checkpoint or reason > 0
+        if score and not saves:
+            best = partial(is_best, desk, score)
+            saves = group.agreed(best, f"judged {info.step}")
+        if saves:
+            save(state, group, desk, score, wait=bool(now.last or reason))
+        if now.samples and group.has_models and not reason:
             with clock.pause():
-                desk.samples(state)
-                if not now.last:
+                images = grid_samples(kept_model(state), preset, job.device)
+                if desk:
+                    desk.samples(images, info.step)
+                if desk and not now.last:
                     desk.report()
-        if now.checkpoint or now.samples or reason or verdict:
-            group.meet(f"step {info.step}")
+        if now.samples:
+            group.meet(f"sampled {info.step}")
         if reason:
             if desk:
                 desk.write_status(step=info.step)
             raise stopped(reason, info.step, desk.saver.seconds if desk else 0.0, job.out)
-    if desk and desk.saver.saved != state.step:
-        desk.saver.save(state, wait=True)
+    if group.has_models:
+        drawn = panels(job, state)
+        if desk:
+            desk.summarise(drawn)
+
+
+def is_best(desk: Desk | None, score: checkpoint.Score) -> bool:
+    """Tell whether a checkpoint with a score would be kept for it; the leading process knows."""
+    if desk is None:
+        return False
+    desk.saver.finish(final=False)  # it may be about to write what best.json names
+    return checkpoint.is_best(desk.saver.folder, score, desk.saver.keep_best)
+
+
+def save(
+    state: TrainState,
+    group: Group,
+    desk: Desk | None,
+    score: checkpoint.Score | None,
+    *,
+    wait: bool,
+) -> None:
+    """Save a checkpoint; a process without a desk gives the parts of the models that it holds.
+
+    For a slow disk the others wait here: in a collective they would give the leading one up.
+    """
+    if desk:
+        desk.saver.finish(final=False)
+    if group.mesh is not None:
+        group.meet(f"saves {state.step}")
+    if desk:
+        desk.saver.save(state, wait=wait, score=score)
+    elif group.mesh is not None:
+        checkpoint.take_part(state)
+    group.meet(f"saved {state.step}")
 
 
 def until_divergence(steps: Iterator[StepInfo]) -> Iterator[tuple[StepInfo, Diverged | None]]:
@@ -457,6 +489,7 @@ def out_of_memory(error: Exception, preset: Preset, group: Group, step: int) -> 
     remedies = [
         f"split the batch: --accumulate {more}" if more is not None else "lower train.batch",
         *([] if t.checkpoint_activations else ["--set train.checkpoint_activations=true"]),
+        *(["--set run.sharding=fsdp"] if group.world_size > 1 and group.mesh is None else []),
     ]
     reason = str(error).splitlines()[0] if str(error) else "MemoryError"
     return ResourceError(
@@ -527,13 +560,9 @@ def kept_model(state: TrainState) -> Preconditioned:
     return next(iter(state.emas.values())).model if state.emas else state.student
 
 
-def summarise(
-    out: Path, preset: Preset, state: TrainState, teacher: Model | None, device: str
-) -> None:
-    """Write summary.png: the curve, and images of teacher and model from the same noise."""
-    panels = {}
-    if teacher is not None:
-        panels["teacher"] = grid_samples(teacher.f, teacher.preset, device)
+def panels(job: Job, state: TrainState) -> dict[str, Tensor]:
+    """Return the fixed images of the teacher, if there is one, and of what is kept."""
+    preset, teacher, device = job.preset, job.teacher, job.device
     name = "samples" if preset.kind == "teacher" else f"{preset.sample.steps} step"
-    panels[name] = grid_samples(kept_model(state), preset, device)
-    write_summary(out / "summary.png", read_log(out / "log.jsonl"), panels, preset.description)
+    drawn = {"teacher": grid_samples(teacher.f, teacher.preset, device)} if teacher else {}
+    return {**drawn, name: grid_samples(kept_model(state), preset, device)}

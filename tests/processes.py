@@ -20,16 +20,27 @@ import torch
 
 from cmtool import run
 from cmtool.cli import main
-from cmtool.core import data
+from cmtool.core import checkpoint, data
 
 
 def boom():
     raise ValueError("boom")
 
 
+def slow_disk():
+    write = checkpoint.write_checkpoint
+
+    def slowly(*arguments):
+        time.sleep(6)
+        return write(*arguments)
+
+    checkpoint.write_checkpoint = slowly
+
+
 FAULTS = {
     "boom": boom,
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "slow disk": slow_disk,
     "hangs": lambda: os.kill(os.getpid(), signal.SIGSTOP),
 }
 
@@ -52,13 +63,14 @@ def befall(name, step):
 
 
 def forbid_writing(folder):
-    """Make every attempt of this process to change something in a folder an error."""
+    """Make every attempt of this process to change a run's folder an error, but for failed/."""
 
     def audit(event, arguments):
         changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
         if event == "open" and isinstance(arguments[1], str):
             changes = arguments[1][:1] in "wax" or "+" in arguments[1]
-        if changes and str(arguments[0]).startswith(folder):
+        path = str(arguments[0])
+        if changes and path.startswith(folder) and not path.startswith(f"{folder}/failed"):
             raise PermissionError(f"{event} {arguments[0]} in rank {os.environ['RANK']}")
 
     sys.addaudithook(audit)

@@ -21,6 +21,7 @@ from cmtool.build import (
 )
 from cmtool.components import build_network
 from cmtool.core.checkpoint import state_tensors
+from cmtool.core.dist import Group
 from cmtool.core.formats.native import read_weights, write_weights
 from cmtool.core.noise import karras_sigmas
 from cmtool.core.precond import consistency_scalings, edm_scalings, vp_label
@@ -177,3 +178,10 @@ def test_a_compiled_network_is_the_same_network(tmp_path, monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # student and target
     torch.testing.assert_close(compiled_losses, losses, rtol=1e-5, atol=1e-8)
     assert {f: t.keys() for f, t in compiled.items()} == {f: t.keys() for f, t in eager.items()}
+
+
+def test_models_are_not_both_sharded_and_compiled():
+    preset = load_preset("digits-ct", {"train.compile": True})
+    group = Group(world_size=2, mesh=object())
+    with pytest.raises(UserError, match=r"train.compile with run.sharding"):
+        build_state(preset, None, "cpu", group)

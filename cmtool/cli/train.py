@@ -19,6 +19,7 @@ from cmtool.cli._options import (
     leads,
     newest_run,
     pick_device,
+    processes,
     say,
     tell_notes,
 )
@@ -175,7 +176,8 @@ def distill(
         teacher = _teacher_of(out) if resume else None
         teacher = teacher or newest_run("teacher") or "digits-edm"
         say(f"teacher: {teacher}")
-    model = load_model(teacher, device=pick_device(device), otherwise="teacher")
+    home = "cpu" if is_sharded(resolved) else pick_device(device)
+    model = load_model(teacher, device=home, otherwise="teacher")
     tell_notes(model)
     resolved = with_teacher(resolved, model)
     if dry_run:
@@ -186,6 +188,11 @@ def distill(
         tell_batch(resolved, preset)
     with _folder(out, preset) as folder:
         _run(resolved, model, folder, device, resume, overwrite, seconds, as_json)
+
+
+def is_sharded(resolved: Resolved) -> bool:
+    """Tell whether models are to be sharded; they start whole, in main memory."""
+    return resolved.preset.run.sharding == "fsdp" and processes()[1] > 1
 
 
 def _teacher_of(out: Path | None) -> str | None:

@@ -22,6 +22,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from cmtool.core.dist import fill, whole
 from cmtool.core.formats.native import read_table, read_weights, write_weights
 from cmtool.core.trainer import TrainState, counters, set_counters
 from cmtool.errors import DivergedError, InputError, ResourceError, UserError, is_full
@@ -49,7 +50,10 @@ class Snapshot(NamedTuple):
 
 
 def take_snapshot(state: TrainState, reuse: Snapshot | None = None) -> Snapshot:
-    """Return a copy of a state; into the memory of an earlier one, where that fits."""
+    """Return a copy of a state; into the memory of an earlier one, where that fits.
+
+    Of a sharded state it is whole; the other processes `take_part` meanwhile.
+    """
     files: dict[str, dict[str, Tensor]] = {}
     on_gpu = False
     for file, tensors in state_tensors(state).items():
@@ -59,16 +63,23 @@ def take_snapshot(state: TrainState, reuse: Snapshot | None = None) -> Snapshot:
             old = kept.get(name)
             fits = old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype
             buffer = old if fits and old is not None else _buffer(tensor)
-            files[file][name] = buffer.copy_(tensor.detach(), non_blocking=True)
+            files[file][name] = buffer.copy_(whole(tensor.detach()), non_blocking=True)
             on_gpu = on_gpu or tensor.is_cuda
     if on_gpu:
         torch.cuda.synchronize()
     return Snapshot(state.step, files, counters(state))
 
 
+def take_part(state: TrainState) -> None:
+    """Give the leading process, which takes a snapshot of a sharded state, this one's parts."""
+    for tensors in state_tensors(state).values():
+        for tensor in tensors.values():
+            whole(tensor.detach())
+
+
 def _buffer(like: Tensor) -> Tensor:
     """Return memory for a copy of a tensor; page-locked for a GPU's, which copies faster then."""
-    return torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
 
 
 def save_checkpoint(folder: Path, state: TrainState, about: dict[str, Any]) -> Path:
@@ -275,7 +286,7 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
             )
         with torch.no_grad():
             for key, tensor in tensors.items():
-                tensor.copy_(stored[key])
+                fill(tensor, stored[key])
     set_counters(state, json.loads((path / "state.json").read_text()))
 
 

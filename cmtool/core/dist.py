@@ -2,6 +2,8 @@
 
 The loss of each microbatch is already divided by the number of microbatches of the step, so
 gradients are summed, not averaged: two processes and two accumulation rounds are the same run.
+Models are replicated, or sharded: then each process holds a part of every parameter, and what
+calls a model or copies it must be done by all of them.
 """
 
 from __future__ import annotations
@@ -9,10 +11,10 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,9 @@ from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[att
 from torch.nn.parallel import DistributedDataParallel
 
 from cmtool.errors import DivergedError, Paused, ResourceError, Stopped, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 JOIN_TIMEOUT = 300.0
 """Seconds until processes that have not started are given up."""
@@ -46,11 +51,18 @@ class Group(NamedTuple):
     """Where processes leave word for each other; it outlives each of them."""
     talk: dist.ProcessGroup | None = None
     """What numbers on the CPU travel over; None is the default."""
+    mesh: DeviceMesh | None = None
+    """What models are sharded over; None replicates them."""
 
     @property
     def leads(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
+
+    @property
+    def has_models(self) -> bool:
+        """Whether this process takes part in what is done with a model between steps."""
+        return self.leads or self.mesh is not None
 
     def any(self, number: int) -> int:
         """Return the largest of the numbers that the processes give."""
@@ -175,8 +187,10 @@ def _soon(action: Callable[[], T], seconds: float = 2.0) -> T | None:
     return box[0] if box else None
 
 
-def join(rank: int, world_size: int, device: str, timeout: float) -> Group:
-    """Join the processes that torchrun started.
+def join(
+    rank: int, world_size: int, device: str, timeout: float, *, sharded: bool = False
+) -> Group:
+    """Join the processes that torchrun started, to shard models over them or not.
 
     `timeout` seconds without an answer is a failure. Numbers travel over gloo on CPUs, gradients
     of a GPU over NCCL. Raises ResourceError when not all processes are there after five minutes,
@@ -209,7 +223,12 @@ def join(rank: int, world_size: int, device: str, timeout: float) -> Group:
             "on several nodes, name the network interface that joins them: GLOO_SOCKET_IFNAME",
         ) from error
     assert not isinstance(talk, int)  # what processes outside a group get
-    return Group(rank, world_size, store, talk)
+    if not sharded:
+        return Group(rank, world_size, store, talk)
+    from torch.distributed.device_mesh import init_device_mesh  # as below: it takes a second
+
+    mesh = init_device_mesh(torch.device(device).type, (world_size,))
+    return Group(rank, world_size, store, talk, mesh)
 
 
 def assemble(store: Store, rank: int, world_size: int) -> Store:
@@ -249,7 +268,7 @@ def leave() -> None:
 
 def shared(module: nn.Module, group: Group) -> nn.Module:
     """Return the module so that its gradients are summed over the processes after backward."""
-    if group.world_size == 1:
+    if group.world_size == 1 or group.mesh is not None:
         return module
     wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
     # torch reads a hook's annotations and takes none but its own: hence a lambda
@@ -262,6 +281,52 @@ def summed(gradients: Tensor) -> torch.futures.Future[Tensor]:
     work = dist.all_reduce(gradients, async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])
+
+
+def shard(module: nn.Module, group: Group, blocks: Iterable[nn.Module]) -> None:
+    """Shard a module over the processes, in place, one block after the other; without a mesh, not.
+
+    Each of its `blocks`, and what is beside them, is whole only while it is at work. Parameters
+    stay float32 and autocast does with them what it does with a replica's, so that both are the
+    same run; they become contiguous, as FSDP wants them, and images bring the layout in which
+    convolutions are fastest. Copies are to be made before, an optimizer after.
+    """
+    if group.mesh is None:
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    module.to(memory_format=torch.contiguous_format)
+    module.register_forward_pre_hook(lambda _, given: (channels_last(given[0]), *given[1:]))
+    for part in [*blocks, module]:
+        unit = fully_shard(part, mesh=group.mesh, reshard_after_forward=True)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return images (B, C, H, W) with the channels of a pixel beside each other in memory."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parts of tensors that this process holds: all, unless they are sharded."""
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor put together from all processes, which all must ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Set a tensor, or the part of it that this process holds, to values of the whole."""
+    if hasattr(tensor, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        values = distribute_tensor(values, mesh, placements, src_data_rank=None)
+    for part, new in zip(local([tensor]), local([values]), strict=True):
+        part.copy_(new)
 
 
 @contextmanager

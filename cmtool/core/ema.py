@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from cmtool.core.dist import local
 from cmtool.core.precond import Preconditioned
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -21,7 +22,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 @torch.no_grad()
 def update_average(average: Iterable[Tensor], current: Iterable[Tensor], decay: float) -> None:
     """Set average = decay average + (1 - decay) current, in place; decay 0 copies."""
-    old, new = list(average), list(current)
+    old, new = local(average), local(current)
     if decay == 0:
         torch._foreach_copy_(old, new)
     else:

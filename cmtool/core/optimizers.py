@@ -70,7 +70,7 @@ def radam(
     given = list(parameters)
     if device_type(given) == "cpu":
         return FusedRAdam(given, lr, betas, eps, weight_decay, fused=True)
-    return RAdam(given, lr, betas, eps, weight_decay)
+    return RAdam(given, lr, betas, eps, weight_decay, foreach=True)  # of a sharded one, too
 
 
 def adam(

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from cmtool.core.data import BatchFn
 from cmtool.core.devices import autocast
-from cmtool.core.dist import ALONE, Group, shared
+from cmtool.core.dist import ALONE, Group, local, shared, whole
 from cmtool.core.ema import Ema, update_average
 from cmtool.core.losses import Objective
 from cmtool.core.noise import Curriculum, Stage
@@ -213,7 +213,8 @@ def fit(
         if scaler is not None:
             scaler.unscale_(state.optimizer)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        total = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        norm = whole(total)
         good = bool(torch.isfinite(norm))  # here the host waits
         fault = None if good else find_fault(student, batch, settings.group)
         if scaler is not None:
@@ -221,7 +222,7 @@ def fit(
         if good:
             if settings.max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(
-                    parameters, settings.max_grad_norm, norm, foreach=True
+                    parameters, settings.max_grad_norm, total, foreach=True
                 )
             state.optimizer.step()
             seen = state.step * settings.batch
@@ -301,21 +302,29 @@ def guarded_mean(loss: Tensor) -> Tensor:
     return mean * torch.where(torch.isfinite(mean.detach()), 1.0, torch.nan)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether all of a tensor is finite; the host waits for the answer."""
+    return bool(torch.isfinite(tensor).all())
+
+
 def find_fault(student: Preconditioned, batch: Batch, group: Group) -> Fault:
     """Return what is not finite in a step; all processes call this and get the same answer."""
     place = int(batch.loss.argmax())
+    names = [name for name, _ in student.network.named_parameters()]
     parameter = next(
         (
             name
             for name, p in student.network.named_parameters()
-            if p.grad is not None and not torch.isfinite(p.grad).all()
+            if p.grad is not None and not all(map(is_finite, local([p.grad])))
         ),
         None,
     )
     round_, image = divmod(place, len(batch.loss) // len(batch.shards))
     sigma, loss = float(batch.sigma[place]), float(batch.loss[place])
     faults = group.gather(Fault(parameter, batch.shards[round_], image, sigma, loss))
-    return max(faults, key=lambda f: f.loss if math.isfinite(f.loss) else math.inf)
+    found = [fault.parameter for fault in faults if fault.parameter is not None]
+    worst = max(faults, key=lambda f: f.loss if math.isfinite(f.loss) else math.inf)
+    return worst._replace(parameter=min(found, key=names.index, default=None))
 
 
 def is_overflow(fault: Fault, scaler: GradScaler | None) -> bool:
