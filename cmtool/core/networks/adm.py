@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cmtool.core.networks.layers import (
     AttentionBlock,
+    Dropout,
     GroupNorm32,
     Linear32,
     check_labels,
@@ -87,7 +88,7 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             o.group_norm(out_channels),
             nn.SiLU(),
-            nn.Dropout(o.dropout),
+            Dropout(o.dropout),
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection = (

@@ -39,6 +39,20 @@ class Linear32(nn.Linear):
             return super().forward(x.float())
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose masks depend on the generator and the shape alone.
+
+    PyTorch's draws others for images in channels_last when a pass is differentiated forwards.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with a share p of its units zero and the others divided by 1 - p."""
+        if not self.training or self.p == 0:
+            return x
+        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.p)
+        return x * kept / (1 - self.p)
+
+
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation computed in float32 whatever the dtype of x."""
 

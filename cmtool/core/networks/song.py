@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from cmtool.core.networks.layers import (
     AttentionBlock,
+    Dropout,
     GroupNorm32,
     Linear32,
     check_options,
@@ -81,7 +82,7 @@ class SongBlock(nn.Module):
         self.conv0 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.affine = Linear32(emb_channels, out_channels)
         self.norm1 = group_norm(out_channels)
-        self.dropout = nn.Dropout(o.dropout)
+        self.dropout = Dropout(o.dropout)
         self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = (
             nn.Conv2d(channels, out_channels, kernel_size=1)
