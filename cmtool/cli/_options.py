@@ -192,22 +192,62 @@ def parse_sigmas(text: str | None) -> list[float] | None:
 
 
 def pick_device(name: str) -> str:
-    """Return the device to use. Raises UserError for one that is not there."""
+    """Return the device to use; of several processes on a machine each gets a GPU of its own.
+
+    Raises UserError for a device that is not there or not for all of them, ResourceError for too
+    few GPUs; the first process on each machine says it.
+    """
     import torch
 
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        chosen = own_device(
+            name, num_gpus, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+        )
+        _check_device(chosen)
+    except UserError as error:
+        error.rank = processes()[0] if local_rank == 0 else None
+        raise
+    return chosen
+
+
+def own_device(name: str, num_gpus: int, local_rank: int, local_size: int) -> str:
+    """Return the device that --device means for one of `local_size` processes on a machine.
+
+    Raises UserError for one GPU for all of them, ResourceError where there are fewer.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
+        name = "cuda" if num_gpus else "cpu"
+    if local_size == 1 or not name.startswith("cuda"):
+        return name
+    if name != "cuda":
+        raise UserError(
+            f"--device {name} for {local_size} processes", "give cuda, and each takes its own GPU"
+        )
+    if local_size > num_gpus:
+        raise ResourceError(
+            f"{local_size} processes on a machine with {num_gpus} GPUs",
+            f"torchrun --nproc-per-node {num_gpus}, and --accumulate for what they did together"
+            if num_gpus
+            else "use --device cpu",
+        )
+    return f"cuda:{local_rank}"
+
+
+def _check_device(name: str) -> None:
+    """Make a device this process's own, if it is a GPU. Raises UserError if it is not there."""
+    import torch
+
     try:
         torch.empty(0, device=name)
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)  # NCCL's too
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"device {name!r}: {reason}", "use auto, cpu, or a device torch sees"
         ) from None
-    return name
 
 
 def parse_kind(text: str | None) -> Kind | None:

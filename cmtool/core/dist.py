@@ -72,6 +72,14 @@ class Group(NamedTuple):
         dist.all_reduce(flag, dist.ReduceOp.MAX, self.talk)
         return int(flag)
 
+    def line_up(self) -> None:
+        """Wait, where GPUs compute, until all processes have given theirs the work of a step.
+
+        So one that hangs is told of: NCCL, which the GPU would wait for, ends without a word.
+        """
+        if self.talk is not None:
+            self.any(0)
+
     def sum(self, values: Tensor) -> Tensor:
         """Return, on the CPU, the sum of the values that the processes give."""
         total = values.cpu()
@@ -193,8 +201,9 @@ def join(
     """Join the processes that torchrun started, to shard models over them or not.
 
     `timeout` seconds without an answer is a failure. Numbers travel over gloo on CPUs, gradients
-    of a GPU over NCCL. Raises ResourceError when not all processes are there after five minutes,
-    or when they cannot reach each other.
+    of a GPU over NCCL, whose watchdog ends a process that waits a minute longer. Raises
+    ResourceError when not all processes are there after five minutes, or when they cannot reach
+    each other.
     """
     if world_size == 1:
         return Group(rank, world_size)

@@ -215,6 +215,7 @@ def fit(
         gradients = [p.grad for p in parameters if p.grad is not None]
         total = torch.nn.utils.get_total_norm(gradients, foreach=True)
         norm = whole(total)
+        settings.group.line_up()
         good = bool(torch.isfinite(norm))  # here the host waits
         fault = None if good else find_fault(student, batch, settings.group)
         if scaler is not None:

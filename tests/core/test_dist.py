@@ -2,6 +2,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 from torch.distributed import HashStore
 
 from cmtool.core.dist import Group, assemble, contact
@@ -81,3 +82,12 @@ def test_one_process_waits_for_nobody():
     assert alone.gather(3) == [3]
     with pytest.raises(InputError):
         alone.together(lambda: (_ for _ in ()).throw(InputError("bad")), "bad")
+
+
+def test_processes_line_up_only_where_gpus_compute(monkeypatch):
+    waited = []
+    monkeypatch.setattr(dist, "all_reduce", lambda _, op, group: waited.append(group))
+    Group(0, 2).line_up()
+    assert waited == []
+    Group(0, 2, talk="gloo").line_up()
+    assert waited == ["gloo"]

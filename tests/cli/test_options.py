@@ -1,0 +1,48 @@
+import pytest
+
+from cmtool.cli._options import own_device
+from cmtool.errors import ResourceError, UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "rank", "size", "device"),
+    [
+        ("auto", 0, 0, 1, "cpu"),
+        ("auto", 0, 1, 2, "cpu"),
+        ("auto", 1, 0, 1, "cuda"),
+        ("auto", 8, 3, 8, "cuda:3"),
+        ("cuda", 4, 1, 2, "cuda:1"),
+        ("cuda:2", 4, 0, 1, "cuda:2"),
+        ("cpu", 1, 1, 2, "cpu"),
+    ],
+)
+def test_each_process_gets_a_gpu_of_its_own(name, num_gpus, rank, size, device):
+    assert own_device(name, num_gpus, rank, size) == device
+
+
+def test_one_gpu_for_several_processes_is_refused():
+    with pytest.raises(UserError, match=r"--device cuda:0 for 2 processes") as caught:
+        own_device("cuda:0", 8, 1, 2)
+    assert (caught.value.exit_code, "give cuda" in caught.value.hint) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "remedy"),
+    [("auto", 1, "--nproc-per-node 1"), ("cuda", 2, "--nproc-per-node 2"), ("cuda", 0, "cpu")],
+)
+def test_more_processes_than_gpus_are_refused(name, num_gpus, remedy):
+    with pytest.raises(ResourceError, match=f"4 processes on .* {num_gpus} GPUs") as caught:
+        own_device(name, num_gpus, 0, 4)
+    assert remedy in caught.value.hint
+
+
+@pytest.mark.parametrize(("local_rank", "told"), [(0, True), (1, False)])
+def test_the_first_process_on_each_machine_tells_of_its_device(
+    local_rank, told, cmtool, monkeypatch
+):
+    for key, value in {"RANK": 2 + local_rank, "WORLD_SIZE": 4, "LOCAL_RANK": local_rank,
+                       "LOCAL_WORLD_SIZE": 2}.items():  # fmt: skip
+        monkeypatch.setenv(key, str(value))
+    result = cmtool("train", "--preset", "digits-ct", "--device", "cuda:7")
+    assert result.code == 2
+    assert ("error: rank 2: --device cuda:7 for 2 processes" in result.err) == told
