@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cmtool.components import pick
 from cmtool.core.data import Dataset
-from cmtool.core.dist import Group
-from cmtool.core.images import from_uint8, to_uint8
-from cmtool.core.metrics import Gaussian, frechet_distance, statistics
+from cmtool.core.dist import ALONE, Group
+from cmtool.core.images import to_uint8
+from cmtool.core.metrics import Gaussian, frechet_distance
 from cmtool.core.precond import Preconditioned
 from cmtool.errors import UserError
-from cmtool.models import load_digits_features
+from cmtool.measure import GAUSSIAN, build_extractor, collect
 from cmtool.presets import Preset
 from cmtool.sampling import evaluating, generate, plan
 
@@ -90,10 +90,24 @@ def fd_digits(data: Dataset, device: str) -> Metric:
             f" {channels} channels",
             "leave --eval-every out, and measure the finished model with cmtool eval",
         )
-    features = load_digits_features()[0].to(device)
+    return _distance("digits", data, device)
 
-    def gaussian(images: Any) -> Gaussian:
-        return statistics(features, (from_uint8(part).to(device) for part in images))
+
+def fid(data: Dataset, device: str) -> Metric:
+    """Return the FID to the training images, by the protocol `edm`, of as many images as are drawn.
+
+    Raises MissingError, before training, where the weights of its network are missing.
+    """
+    return _distance("edm", data, device)
+
+
+def _distance(protocol: str, data: Dataset, device: str) -> Metric:
+    extractor = build_extractor(protocol, device=device)
+
+    def gaussian(images: Iterable[Tensor]) -> Gaussian:
+        found = collect(extractor, images, GAUSSIAN, ALONE).gaussian
+        assert found is not None
+        return found
 
     @cache
     def expected() -> Gaussian:
@@ -102,4 +116,4 @@ def fd_digits(data: Dataset, device: str) -> Metric:
     return lambda images: frechet_distance(gaussian(images.split(BATCH)), expected())
 
 
-EVALUATORS: dict[str, Callable[..., Metric]] = {"fd-digits": fd_digits}
+EVALUATORS: dict[str, Callable[..., Metric]] = {"fd-digits": fd_digits, "fid": fid}

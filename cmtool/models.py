@@ -15,10 +15,10 @@ from torch import Tensor
 from cmtool.components import build_denoiser, build_network, noise_range
 from cmtool.core.checkpoint import MANIFEST, newest_checkpoint, verify
 from cmtool.core.devices import placed
+from cmtool.core.features import DigitsFeatures
 from cmtool.core.formats import diffusers_dir, identify, read_foreign
 from cmtool.core.formats.foreign import Foreign
 from cmtool.core.formats.native import read_about, read_table, read_weights
-from cmtool.core.metrics import DigitsFeatures
 from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import NoiseRange
 from cmtool.core.precond import Preconditioned
@@ -33,6 +33,7 @@ from cmtool.presets import (
     SampleSection,
     load_preset,
 )
+from cmtool.weights import file_sha256
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("digits-edm", "digits-cd")
@@ -237,8 +238,7 @@ def check_same_network(found: ModelSection, named: ModelSection) -> None:
 def digest(path: Path) -> str:
     """Return the sha256 of a file; of a pipeline folder, that of its files' names and hashes."""
     if path.is_file():
-        with path.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return file_sha256(path)
     whole = hashlib.sha256()
     for file in diffusers_dir.files(path):
         whole.update(f"{file.relative_to(path)} {digest(file)}\n".encode())

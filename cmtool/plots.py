@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from cmtool.core.archives import replacing
 from cmtool.core.images import display_scale, grid, to_uint8
 
 MAX_POINTS = 400
@@ -138,3 +139,20 @@ def write_summary(path: Path, log: Log, panels: dict[str, Tensor], title: str) -
     temporary = path.with_name(f".{path.name}.tmp.png")
     plot.savefig(temporary, dpi=110)
     temporary.replace(path)
+
+
+def write_curves(
+    path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str
+) -> None:
+    """Write curves of (x, y), both on a logarithmic scale, as the picture that `path` ends in."""
+    from matplotlib.figure import Figure
+
+    plot = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axis = plot.subplots()
+    for name, points in curves.items():
+        axis.plot(*zip(*points, strict=True), label=name, marker=".", linewidth=1.2)
+    axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, frameon=False)
+    with replacing(path) as temporary:
+        plot.savefig(temporary, dpi=110, format=path.suffix[1:])

@@ -9,9 +9,9 @@ ROOT = Path(__file__).parent.parent / "cmtool"
 FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
-    "errors", "core", "presets", "toml", "components", "models", "build", "utilisation",
-    "sampling", "editing", "evaluation", "convert", "events", "plots", "rundir", "report",
-    "progress", "stop", "run", "assets", "cli",
+    "errors", "core", "presets", "toml", "weights", "components", "models", "build", "utilisation",
+    "sampling", "editing", "measure", "evaluation", "convert", "events", "plots", "rundir",
+    "report", "progress", "stop", "run", "assets", "cli",
 ]  # fmt: skip
 CORE_LAYERS = [
     {"types", "tensors", "tangents", "rng", "dist", "devices"},
@@ -24,15 +24,29 @@ CORE_LAYERS = [
         "networks",
         "images",
         "metrics",
+        "inception",
         "augment",
     },
-    {"ema", "optimizers", "losses", "samplers", "search", "formats", "sources", "data", "survey"},
+    {
+        "ema",
+        "optimizers",
+        "losses",
+        "samplers",
+        "search",
+        "features",
+        "formats",
+        "sources",
+        "data",
+        "survey",
+        "consistency",
+    },
     {"trainer", "archives"},
+    {"references"},
     {"checkpoint"},
 ]
 ONE_IMPORTER = {
+    "cleanfid": "core/features.py",
     "lpips": "core/distances.py",
-    "cleanfid": "core/metrics.py",
     "PIL": "core/images.py",
     "tomlkit": "toml.py",
     "msgpack": "core/formats/jcm_msgpack.py",

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmtool.core.data import digits
+from cmtool.core.features import DigitsFeatures
 from cmtool.core.formats.native import write_weights
 from cmtool.core.images import from_uint8
-from cmtool.core.metrics import DigitsFeatures
 from cmtool.core.rng import keyed_generator, seeded
 
 SEED, EPOCHS, BATCH, LR = 0, 16, 128, 2e-3

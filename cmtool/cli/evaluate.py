@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-import sys
+import os
+import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cmtool import __version__
+from cmtool.cli._measurement import (
+    Source,
+    Threshold,
+    check_threshold,
+    given_images,
+    images_source,
+    make_setting,
+    measure_all,
+    model_source,
+    ticker,
+    usual_protocol,
+)
 from cmtool.cli._options import (
     AsJson,
     Batch,
@@ -20,162 +33,305 @@ from cmtool.cli._options import (
     Sigmas,
     Steps,
     Weights,
+    check_free,
+    emit,
     emit_json,
+    make_folder,
     pick_device,
     pick_model,
     pick_plan,
+    processes,
     say,
 )
-from cmtool.errors import InputError, ThresholdError, UserError
+from cmtool.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable
 
-    from torch import Tensor
+
+TIMEOUT = 1800.0
+DRAWN = 2048
+"""Images drawn of a model when nobody says how many."""
 
 app = typer.Typer(no_args_is_help=True, help="Measure images, or what a model makes.")
 
+Images = Annotated[
+    list[str] | None,
+    typer.Argument(help="A folder, zip, npz, image files, a data set's name, or - for paths."),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(help="What to compare with: data, or statistics (npz, pkl). Default: digits."),
+]
+ProtocolOption = Annotated[
+    str | None,
+    typer.Option(
+        "--protocol",
+        help="edm, adm, clean, legacy-tf, digits, vgg16 (pr only)."
+        " Default: digits against the bundled digits, else edm.",
+    ),
+]
+FeatureWeights = Annotated[
+    Path | None, typer.Option(help="The weight file of the feature network, if it is elsewhere.")
+]
+Trust = Annotated[bool, typer.Option("--trust", help="Use a weight file of unknown sha256.")]
+FeaturePrecision = Annotated[
+    str, typer.Option(help="fp32, or bf16: two to three times as fast, and another number.")
+]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
+FirstSeed = Annotated[int, typer.Option(min=0, help="Seed of a model's first image.")]
+Runs = Annotated[
+    int, typer.Option(min=1, help="Measure so many times, with new seeds; the value is the least.")
+]
+NUM_HELP = f"Images to use: all that are given; {DRAWN} of a model."
 
-@app.callback()
-def _group() -> None:
-    pass
-
-
-@app.command("fid")
-def fid(
-    images: Annotated[
-        list[str] | None,
-        typer.Argument(help="A folder, image files, a data set's name, or - for paths on stdin."),
-    ] = None,
-    checkpoint: Checkpoint = None,
-    reference: Annotated[
-        str, typer.Option(help="What to compare with: a data set or folder.")
-    ] = "digits",
-    num: Annotated[
-        int | None, typer.Option(min=2, help="Images to use: all that are given; 2048 of a model.")
-    ] = None,
-    first_seed: Annotated[int, typer.Option(min=0, help="Seed of a model's first image.")] = 0,
-    steps: Steps = None,
-    sigmas: Sigmas = None,
-    sampler: Sampler = None,
-    batch: Batch = 256,
-    weights: Weights = "ema",
-    preset: ModelPreset = None,
-    kind: KindOption = None,
-    device: Device = "auto",
-    as_json: AsJson = False,
-    fail_above: Annotated[float | None, typer.Option(help="Exit 8 if the value is larger.")] = None,
-) -> None:
-    """Print the Frechet distance between images and a reference, as one JSON object.
+HELP = {
+    "fid": """Print the Frechet distance between images and a reference, as one JSON object.
 
     `cmtool eval fid -c digits-cd`
 
-    `cmtool eval fid -c digits-edm --num 2048`
+    `cmtool eval fid samples.zip --reference cifar10.npz`
+
+    `cmtool eval fid -c runs/mine --num 50000 --runs 3 --reference cifar-10-python.tar.gz`
 
     `cmtool sample --seeds 0-2047 | cmtool eval fid -`
 
-    The features are those of the bundled digits classifier: the number is `fd-digits`, not the
-    FID of papers. It falls with the number of images: compare equal numbers only.
-    """
-    if images and checkpoint is not None:
-        raise UserError("both images and --checkpoint", "give one of them")
-    if images == ["-"] or (images is None and checkpoint is None and not sys.stdin.isatty()):
-        listed = [line for line in sys.stdin.read().splitlines() if line]
-        if listed or images:
-            images = listed
-            if not images:
-                raise InputError("no paths on stdin", "pipe them in, one a line")
+    Against the bundled digits the features are those of the bundled classifier: the number is
+    fd-digits, not the FID of papers. A FID falls with the number of images: compare equal numbers
+    only.""",
+    "kid": """Print the kernel distance (KID), which does not depend on the number of images.
 
-    from cmtool.build import load_digits_features
-    from cmtool.core.data import load_dataset
-    from cmtool.core.images import from_uint8, to_uint8
-    from cmtool.core.metrics import frechet_distance, statistics
-    from cmtool.sampling import generate
+    `cmtool eval kid samples/ --reference cifar10.zip`
+
+    It is the mean over 100 seeded subsets of 1,000 images, with its standard error.""",
+    "is": """Print the inception score, in splits of 5,000; no reference is needed.
+
+    `cmtool eval is samples.npz`
+
+    `cmtool eval is -c digits-cd --protocol digits`""",
+    "pr": """Print precision and recall (k = 3) of images against a reference.
+
+    `cmtool eval pr samples.npz --reference VIRTUAL_imagenet64_labeled.npz --protocol adm`
+
+    With the Inception features of the paper's evaluator, or (--protocol vgg16) those of ECT's and
+    StyleGAN's; the two do not compare.""",
+    "all": """Print FID, KID, inception score, precision and recall, from features taken once.
+
+    `cmtool eval all samples.zip --reference cifar10.zip`
+
+    `torchrun --nproc-per-node 8 -m cmtool eval all -c cd.pt --num-images 50000`""",
+}
+
+
+def _measure_command(metric: str) -> Callable[..., None]:
+    """Return the command that measures by one metric; the commands differ in nothing else."""
+
+    def command(
+        images: Images = None,
+        checkpoint: Checkpoint = None,
+        reference: Reference = None,
+        protocol: ProtocolOption = None,
+        num: Annotated[
+            int | None, typer.Option("--num-images", "--num", min=2, help=NUM_HELP)
+        ] = None,
+        first_seed: FirstSeed = 0,
+        runs: Runs = 1,
+        steps: Steps = None,
+        sigmas: Sigmas = None,
+        sampler: Sampler = None,
+        batch: Batch = 256,
+        weights: Weights = "ema",
+        preset: ModelPreset = None,
+        kind: KindOption = None,
+        feature_weights: FeatureWeights = None,
+        trust: Trust = False,
+        feature_precision: FeaturePrecision = "fp32",
+        workers: Workers = 2,
+        device: Device = "auto",
+        as_json: AsJson = False,
+        fail_above: Annotated[
+            float | None, typer.Option(help="Exit 8 if the value is larger.")
+        ] = None,
+        fail_below: Annotated[
+            float | None, typer.Option(help="Exit 8 if the value is smaller.")
+        ] = None,
+    ) -> None:
+        if metric in ("all", "pr") and (fail_above is not None or fail_below is not None):
+            raise UserError(f"a threshold for {metric}, which is several numbers", "use fid or kid")
+        if metric == "is" and reference is not None:
+            raise UserError("an inception score has no reference", "leave --reference out")
+        given = given_images(images, checkpoint)
+        if given is not None and runs > 1:
+            raise UserError(f"--runs {runs} of images that are there", "it is for --checkpoint")
+
+        from cmtool.core import dist
+
+        where = pick_device(device)
+        rank, world_size = processes()
+        group = dist.join(rank, world_size, where, TIMEOUT)
+        try:
+            setting = make_setting(
+                protocol or usual_protocol(metric, reference), feature_weights, trust,
+                feature_precision, where, batch, workers, group,
+            )  # fmt: skip
+            source: Source
+            if given is not None:
+                source = images_source(metric, given, setting, num)
+            else:
+                model = pick_model(checkpoint, weights, where, said=kind, preset=preset)
+                chosen = pick_plan(model, sampler, None, steps, sigmas)
+                source = model_source(
+                    metric, model, chosen, setting, num or DRAWN, first_seed, where
+                )
+            content = measure_all(metric, reference or "digits", source, setting, runs)
+        except RuntimeError as error:
+            raise dist.lost_contact(error, group, 0) or error from None
+        finally:
+            dist.leave()
+        emit_json(content, compact=as_json)
+        check_threshold(content, Threshold(fail_above, fail_below))
+
+    return command
+
+
+for _name, _help in HELP.items():
+    app.command(_name, help=_help)(_measure_command(_name))
+
+
+@app.command("reference")
+def reference_command(
+    data: Annotated[str, typer.Argument(help="A folder, zip, npz, tarball, or a data set's name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The npz to write.")],
+    protocol: ProtocolOption = None,
+    num: Annotated[
+        int | None, typer.Option("--num-images", "--num", min=2, help="Images to use: all.")
+    ] = None,
+    keep_features: Annotated[
+        bool, typer.Option("--keep-features", help="Keep single features too, for kid and pr.")
+    ] = False,
+    batch: Batch = 256,
+    feature_weights: FeatureWeights = None,
+    trust: Trust = False,
+    feature_precision: FeaturePrecision = "fp32",
+    workers: Workers = 2,
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Write the statistics of a data set, which EDM's and clean-fid's tools read too.
+
+    `cmtool eval reference cifar-10-python.tar.gz -o cifar10.npz`
+
+    `cmtool eval reference faces.zip -o faces-clean.npz --protocol clean --keep-features`
+
+    The file says of which protocol it is, and eval refuses to mix two.
+    """
+    if out.suffix != ".npz":
+        raise UserError(f"--out {out}: statistics are an npz", "end it with .npz")
+    check_free(out, overwrite)
+    make_folder(out.parent)
+
+    from cmtool.core import dist
+    from cmtool.measure import Needs, save_reference, set_of
 
     where = pick_device(device)
-    features, features_hash = load_digits_features()
-    features = features.to(where)
-    target = load_dataset(reference)
-
-    def floats(parts: Iterable[Tensor]) -> Iterator[Tensor]:
-        return (from_uint8(part).to(where) for part in parts)
-
-    expected = statistics(features, floats(target.chunks(batch)))
-    facts: dict[str, Any] = {}
-    if images:
-        pictures, facts["images"] = _given(images, num)
-        measured = statistics(features, floats(pictures.split(batch)))
-    else:
-        model = pick_model(checkpoint, weights, where, said=kind, preset=preset)
-        count = num or 2048
-        chosen = pick_plan(model, sampler, None, steps, sigmas)
-        drawn = generate(
-            model.f, model.preset, chosen, range(first_seed, first_seed + count),
-            batch=batch, device=where,
+    rank, world_size = processes()
+    group = dist.join(rank, world_size, where, TIMEOUT)
+    try:
+        setting = make_setting(
+            protocol or usual_protocol("fid", data), feature_weights, trust,
+            feature_precision, where, batch, workers, group,
         )  # fmt: skip
-        measured = statistics(features, (from_uint8(to_uint8(part)) for part in drawn))
-        facts["model"] = {
-            "source": model.source,
-            "sha256": model.sha256,
-            "weights": model.weights,
-            "kind": model.kind,
+        sample, facts = set_of(
+            data, Needs(True, keep_features), setting, num=num, tell=ticker("images")
+        )
+        if group.leads:
+            save_reference(out, sample, facts, setting, __version__)
+    except RuntimeError as error:
+        raise dist.lost_contact(error, group, 0) or error from None
+    finally:
+        dist.leave()
+    say(f"{sample.num:,} images")
+    emit(os.fspath(out))
+
+
+@app.command("consistency")
+def consistency_command(
+    checkpoint: Checkpoint = None,
+    teacher: Annotated[
+        str, typer.Option(help="The teacher whose paths the model maps to their ends.")
+    ] = "digits-edm",
+    num: Annotated[int, typer.Option("--num-images", "--num", min=1, help="Paths to follow.")] = 64,
+    first_seed: FirstSeed = 0,
+    levels: Annotated[
+        int, typer.Option(min=2, help="Noise levels to report, evenly spaced in rho's scale.")
+    ] = 12,
+    substeps: Annotated[
+        int, typer.Option(min=1, help="Heun steps of the teacher between two levels.")
+    ] = 8,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the errors by noise level: a .png or .svg.")
+    ] = None,
+    weights: Weights = "ema",
+    preset: ModelPreset = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the plot.")] = False,
+) -> None:
+    """Print how far a consistency model is from the end of its teacher's paths, by noise level.
+
+    `cmtool eval consistency -c digits-cd --teacher digits-edm --plot consistency.png`
+
+    At each level: the distance of the model's answer from the end of the path, from its answer at
+    the next lower level, and of the teacher's denoised image from the end, for comparison; all are
+    root mean squares over pixels in [-1, 1]. JSON on stdout, a table on stderr.
+    """
+    if plot is not None:
+        if plot.suffix.lower() not in (".png", ".svg"):
+            raise UserError(f"--plot {plot}", "end it with .png or .svg")
+        check_free(plot, overwrite)
+        make_folder(plot.parent)
+
+    from cmtool.measure import consistency
+    from cmtool.plots import write_curves
+
+    where = pick_device(device)
+    model = pick_model(checkpoint, weights, where, "consistency", preset=preset)
+    guide = pick_model(teacher, "ema", where, "teacher", preset=preset)
+    seeds = range(first_seed, first_seed + num)
+    rows = consistency(model, guide, seeds, levels, substeps, where)
+    _table(rows)
+    if plot is not None:
+        curves = {
+            "f to the end of the path": [(row["sigma"], row["end"]) for row in rows],
+            "f to f at the next level": [(row["sigma"], row["next"]) for row in rows],
+            "teacher's D to the end": [(row["sigma"], row["teacher"]) for row in rows],
         }
-        facts["sampler"] = chosen.sampler.name
-        facts["sigmas"] = chosen.sigmas
-        facts["evaluations"] = chosen.evaluations
-        facts["seeds"] = f"{first_seed}-{first_seed + count - 1}"
-    value = frechet_distance(measured, expected)
-    say(f"fd-digits {value:.4f} ({measured.num} images)")
+        write_curves(plot, curves, "noise level sigma", "root mean square")
+        say(f"plot: {plot}")
     emit_json(
         {
-            "metric": "fd-digits",
-            "value": value,
-            "num_images": measured.num,
-            **facts,
-            "reference": {
-                "name": target.name,
-                "images": len(target),
-                "fingerprint": target.fingerprint(),
-            },
-            "features": {"name": "digits-features", "sha256": features_hash},
-            "precision": "fp32",
+            "metric": "consistency",
+            "value": statistics.fmean(row["end"] for row in rows),
+            "value_is": "mean over levels of the distance from the end of the path",
+            "levels": rows,
+            "num_images": num,
+            "seeds": f"{seeds[0]}-{seeds[-1]}",
+            "model": {"source": model.source, "sha256": model.sha256, "weights": model.weights},
+            "teacher": {"source": guide.source, "sha256": guide.sha256, "weights": guide.weights},
+            "solver": f"heun, {substeps} steps between levels",
             "cmtool": __version__,
         },
         compact=as_json,
     )
-    if fail_above is not None and value > fail_above:
-        raise ThresholdError(
-            f"fd-digits {value:.4f} is above {fail_above:g}", "train longer, or use more --steps"
-        )
 
 
-def _given(images: list[str], num: int | None) -> tuple[Tensor, str]:
-    """Return the images named on the command line (N, C, H, W) uint8, and how to call them."""
-    import torch
+def _table(rows: list[dict[str, float]]) -> None:
+    """Show the deviations on stderr."""
+    from rich.console import Console
+    from rich.table import Table
 
-    from cmtool.core.data import load_dataset
-    from cmtool.core.images import read_image
-
-    if len(images) == 1 and not Path(images[0]).is_file():
-        data = load_dataset(images[0])
-        return data.images[_some(len(data), num)], data.name
-    pictures = [read_image(Path(path)) for path in images]
-    for path, picture in zip(images, pictures, strict=True):
-        if picture.shape != pictures[0].shape:
-            raise InputError(
-                f"{path} is {picture.shape[2]}x{picture.shape[1]}, {images[0]} is"
-                f" {pictures[0].shape[2]}x{pictures[0].shape[1]}",
-                "give images of one size",
-            )
-    return torch.stack(pictures)[_some(len(pictures), num)], f"{len(pictures)} files"
-
-
-def _some(count: int, num: int | None) -> Tensor:
-    """Return the index of `num` of `count` images, the same random ones each time; or of all."""
-    import torch
-
-    from cmtool.core.rng import keyed_generator
-
-    if num is None or num >= count:
-        return torch.arange(count)
-    return torch.randperm(count, generator=keyed_generator("subset"))[:num]
+    table = Table("sigma", "f to end", "f to next f", "teacher to end", box=None)
+    for row in rows:
+        shown = (f"{row[key]:.4f}" for key in ("end", "next", "teacher"))
+        table.add_row(f"{row['sigma']:.4g}", *shown)
+    Console(stderr=True).print(table)

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset as TorchDataset
 from cmtool.core.devices import sent
 from cmtool.core.images import from_uint8
 from cmtool.core.rng import keyed_generator
-from cmtool.core.sources import LazyImages, open_images
+from cmtool.core.sources import LazyImages, listed_entries, open_images
 from cmtool.errors import InputError, ResourceError, nearest
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
@@ -168,6 +168,13 @@ def load_dataset(
     for index, image in enumerate(everything):
         image.copy_(lazy.image(index))
     return Dataset(name, everything, labels, _count(labels))
+
+
+def listed_images(paths: Sequence[str]) -> Dataset:
+    """Return the image files of a list as a data set, RGB, decoded when they are asked for."""
+    images = LazyImages("", listed_entries(paths), 3, None, "exact")
+    name = paths[0] if len(paths) == 1 else f"{len(paths)} files"
+    return Dataset(name, images, None, 0, images.entries.fingerprint)
 
 
 def _count(labels: Tensor | None) -> int:
@@ -351,6 +358,19 @@ def made_ahead(
             worker.kill()
 
 
+def decoded_ahead(images: Images, parts: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
+    """Yield the images (n, C, H, W) of each index, decoded ahead by worker processes.
+
+    Raises InputError naming what cannot be read, ResourceError for a worker that is gone.
+    """
+    if isinstance(images, Tensor):
+        workers = 0
+    for found in made_ahead(_Parts(images, parts), range(len(parts)), workers):
+        if isinstance(found, InputError):
+            raise found
+        yield found
+
+
 def _handle_children(handler: Any) -> None:
     """Set the handler of a child's end, where Python allows it."""
     if threading.current_thread() is threading.main_thread():
@@ -384,6 +404,20 @@ class _Turns(TorchDataset[Any]):
         try:
             return self.pick(step, self.shards[place])
         except InputError as error:  # raised again where the user can see it
+            return error
+
+
+class _Parts(TorchDataset[Any]):
+    """Images by the number of their index; what cannot be read is given, not raised."""
+
+    def __init__(self, images: Images, parts: Sequence[Tensor]) -> None:
+        self.images = images
+        self.parts = parts
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.images[self.parts[number]]
+        except InputError as error:
             return error
 
 

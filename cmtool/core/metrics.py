@@ -1,16 +1,19 @@
-"""Evaluation: features, streamed Gaussian statistics, and distances between two sets of images."""
+"""Evaluation: Gaussian statistics of features, and what is computed from features of two sets."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmtool.errors import InputError
+
+UNITS, DIGIT, MAX_ROWS = 2.0**24, 2**19, 2**14
+"""Of the sums: units in 1, the base of its digits, and rows whose products float64 sums exactly."""
 
 
 class Gaussian(NamedTuple):
@@ -22,34 +25,59 @@ class Gaussian(NamedTuple):
 
 
 class GaussianSums:
-    """Running sums of features in float64; memory does not grow with the number of images."""
+    """Sums of features and of their products: exact, so that nothing depends on their order.
 
-    def __init__(self) -> None:
+    Features are taken as multiples of 2^-24 below 2^14, in two digits of 19 bits; sums of products
+    of digits are whole numbers that fit int64. Neither batches, nor the number of processes, nor
+    the order of images change a bit, and memory does not grow with the number of images.
+    """
+
+    def __init__(self, width: int) -> None:
         self.num = 0
-        self.total = torch.zeros((), dtype=torch.float64)
-        self.outer = torch.zeros((), dtype=torch.float64)
-        self.origin = torch.zeros((), dtype=torch.float64)
+        shapes = [(width,)] * 2 + [(width, width)] * 3
+        self.sums = [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
+        """Of the digits (high, low), and of their products (high high, high low, low low)."""
 
     def add(self, features: Tensor) -> None:
-        """Add features (B, D); the first batch's mean is subtracted from all, for accuracy."""
-        rows = features.detach().double().cpu()
-        if self.num == 0:
-            self.origin = rows.mean(0)
-        rows = rows - self.origin
-        self.num += rows.shape[0]
-        self.total = self.total + rows.sum(0)
-        self.outer = self.outer + rows.T @ rows
+        """Add features (B, D). Raises InputError for what is not finite, or not below 2^14."""
+        for rows in features.detach().double().split(MAX_ROWS):
+            units = (rows * UNITS).round()
+            if not bool((units.abs() < DIGIT**2).all()):  # NaN is not, either
+                raise InputError(
+                    "the features are not finite, or above 16,384", "look for NaN in the images"
+                )
+            high = (units / DIGIT).round()
+            low = units - high * DIGIT
+            parts = (high.sum(0), low.sum(0), high.T @ high, high.T @ low, low.T @ low)
+            self.num += len(rows)
+            for total, part in zip(self.sums, parts, strict=True):
+                total += part.long().cpu()
+
+    def share(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Put, for every sum, what `total` makes of it: that of all processes."""
+        self.num = int(total(torch.tensor(self.num)))
+        self.sums = [total(part) for part in self.sums]
 
     def gaussian(self) -> Gaussian:
         """Return mean and covariance (over N - 1). Raises InputError for fewer than 2 images."""
         if self.num < 2:
             raise InputError(
                 f"{self.num} image{'s' * (self.num != 1)} to evaluate",
-                "a Frechet distance needs 2 or more, and means little under 1,000",
+                "statistics need 2 or more, and mean little under 1,000",
             )
-        shift = self.total / self.num
-        covariance = (self.outer - self.num * torch.outer(shift, shift)) / (self.num - 1)
-        return Gaussian(self.origin + shift, (covariance + covariance.T) / 2, self.num)
+        high, low, high_high, high_low, low_low = self.sums
+        n = self.num
+        # both digits less a whole number near their mean, still without rounding
+        a, b = ((digit.double() / n).round().long() for digit in (high, low))
+        high_high = high_high - torch.outer(a, high) - torch.outer(high - n * a, a)
+        high_low = high_low - torch.outer(a, low) - torch.outer(high - n * a, b)
+        low_low = low_low - torch.outer(b, low) - torch.outer(low - n * b, b)
+        products = high_high.double() * DIGIT**2 + low_low.double()
+        products += (high_low + high_low.T).double() * DIGIT
+        left = (high - n * a).double() * DIGIT + (low - n * b).double()
+        covariance = (products - torch.outer(left, left) / n) / (n - 1) / UNITS**2
+        mean = (a.double() * DIGIT + b.double() + left / n) / UNITS
+        return Gaussian(mean, covariance, n)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -142,13 +170,13 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(
-    real: Tensor, made: Tensor, *, k: int = 3, chunk: int = 2048
+    real: Tensor, made: Tensor, *, k: int = 3, chunk: int = 1024
 ) -> PrecisionRecall:
     """Return precision and recall of features real (N, D) and made (M, D).
 
     Kynkaanniemi et al. (2019): an image is covered by a set when it lies within the distance of
-    one of its members to that member's k-th nearest neighbour. Distances are taken `chunk` rows at
-    a time, in float64. Raises InputError for k images or fewer.
+    one of its members to that member's k-th nearest neighbour. Distances are taken in float64,
+    `chunk` rows and columns at a time. Raises InputError for k images or fewer.
     """
     _check_features(real, made, least=k + 1)
     return PrecisionRecall(
@@ -159,21 +187,36 @@ def precision_recall(
 
 def _radii(features: Tensor, k: int, chunk: int) -> Tensor:
     """Return each row's squared distance to its k-th nearest other row, (N,)."""
-    found = [
-        _squared(part, features).kthvalue(k + 1, dim=1).values for part in features.split(chunk)
-    ]
+    found = []
+    for part in features.split(chunk):
+        nearest = torch.empty(len(part), 0, dtype=torch.float64, device=part.device)
+        for others in features.split(chunk):
+            nearest = torch.cat([nearest, _squared(part, others)], 1)
+            nearest = nearest.topk(min(k + 1, nearest.shape[1]), largest=False).values
+        found.append(nearest.amax(1))
     return torch.cat(found)
 
 
 def _covered(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> float:
     """Return the share of points within the radius of any centre."""
-    hits = [(_squared(part, centres) <= radii).any(1) for part in points.split(chunk)]
-    return float(torch.cat(hits).double().mean())
+    hits = 0
+    for part in points.split(chunk):
+        covered = torch.zeros(len(part), dtype=torch.bool, device=part.device)
+        for some, within in zip(centres.split(chunk), radii.split(chunk), strict=True):
+            covered |= (_squared(part, some) <= within).any(1)
+        hits += int(covered.sum())
+    return hits / len(points)
 
 
 def _squared(a: Tensor, b: Tensor) -> Tensor:
-    """Return squared distances (N, M); 0 between equal rows, which rounding must not part."""
-    return torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist") ** 2
+    """Return squared distances (N, M), by one product; 0 where they are lost in its rounding.
+
+    So it is 0 between equal rows.
+    """
+    a, b = a.double(), b.double()
+    norms = a.square().sum(1)[:, None] + b.square().sum(1)
+    squared = norms - 2 * a @ b.T
+    return torch.where(squared < 1e-12 * norms, 0.0, squared)
 
 
 def _check_features(a: Tensor, b: Tensor, least: int = 2) -> None:
@@ -185,55 +228,3 @@ def _check_features(a: Tensor, b: Tensor, least: int = 2) -> None:
     few = min(len(a), len(b))
     if few < least:
         raise InputError(f"{few} images to evaluate", f"give {least} or more")
-
-
-class DigitsFeatures(nn.Module):
-    """The classifier whose last hidden layer is the feature space of `fd-digits`.
-
-    It learns the class and the paper and ink colours together, so that the features see shape
-    and colour both. `forward` returns features; `heads` returns logits and colours.
-    """
-
-    WIDTH = 64
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 24, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(24, 48, 3, padding=1, stride=2),
-            nn.SiLU(),
-            nn.Conv2d(48, 64, 3, padding=1),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Dropout(0.3),
-            nn.Linear(64 * 16, self.WIDTH),
-            nn.SiLU(),
-        )
-        self.classes = nn.Linear(self.WIDTH, 10)
-        self.colours = nn.Linear(self.WIDTH, 6)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return features (B, 64) of images (B, 3, 8, 8) in [-1, 1]. Raises InputError else."""
-        if images.shape[1:] != (3, 8, 8):
-            c, h, w = images.shape[1:]
-            raise InputError(
-                f"fd-digits needs RGB images of 8x8, not {w}x{h} with {c} channels",
-                "it compares with the bundled digits only",
-            )
-        features: Tensor = self.layers(images)
-        return features
-
-    def heads(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return class logits (B, 10) and paper and ink colours (B, 6) in [-1, 1]."""
-        features = self(images)
-        return self.classes(features), self.colours(features)
-
-
-@torch.no_grad()
-def statistics(features: nn.Module, images: Iterable[Tensor]) -> Gaussian:
-    """Return the Gaussian of the features of batches of images (B, C, H, W) in [-1, 1]."""
-    sums = GaussianSums()
-    for batch in images:
-        sums.add(features(batch))
-    return sums.gaussian()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cmtool.core.noise import NoiseRange, karras_sigmas
 from cmtool.core.solvers import denoised, dpm2, euler, heun, integrate
-from cmtool.core.tensors import clip, identity, level
+from cmtool.core.tensors import chunks_of, clip, identity, level
 from cmtool.core.types import Denoiser, Projection, RandnLike, Solver
 from cmtool.errors import UserError
 
@@ -226,14 +226,8 @@ def in_chunks(denoiser: Denoiser, size: int) -> Denoiser:
     """
 
     def chunked_denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
-        short = -len(x) % size
-
-        def chunks(t: Tensor) -> tuple[Tensor, ...]:
-            filled = torch.cat([t, t[-1:].expand(short, *t.shape[1:])]) if short else t
-            return filled.split(size)
-
-        classes = itertools.repeat(None) if labels is None else chunks(labels)
-        parts = zip(chunks(x), chunks(sigma), classes, strict=False)
+        classes = itertools.repeat(None) if labels is None else chunks_of(labels, size)
+        parts = zip(chunks_of(x, size), chunks_of(sigma, size), classes, strict=False)
         return torch.cat([denoiser(*part) for part in parts])[: len(x)]
 
     return chunked_denoiser

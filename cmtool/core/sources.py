@@ -119,7 +119,7 @@ class LazyImages:
         if (h, w) != (fh, fw):
             raise InputError(
                 f"{shown} is {w}x{h} but {name} is {fw}x{fh}",
-                "bring them to one size: cmtool data prepare, or --set data.fit=edm",
+                "bring them to one size: cmtool data prepare; in training --set data.fit=edm",
             )
         return image
 
@@ -147,7 +147,8 @@ class LazyImages:
 
     def shown(self, index: int) -> str:
         """Return what people call an image."""
-        return f"{self.source}/{self.entries.names[index]}"
+        name = self.entries.names[index]
+        return f"{self.source}/{name}" if self.source else name
 
 
 def open_images(path: Path) -> Entries | None:
@@ -199,6 +200,21 @@ def folder_entries(path: Path) -> Entries:
     sizes = (f"{name} {(path / name).lstat().st_size}" for name in found)
     names, digest = Names(found), _digest(sizes, labels)
     return Entries(names, lambda i: read(names[i]), labels, digest)
+
+
+def listed_entries(paths: Sequence[str]) -> Entries:
+    """Return the image files of a list, in its order, which are named by their paths."""
+    names = Names(paths)
+
+    def read(index: int) -> bytes:
+        try:
+            return Path(names[index]).read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{names[index]} cannot be read: {error.strerror}", "check the path"
+            ) from None
+
+    return Entries(names, read, None, _digest(paths, None))
 
 
 class ZipReader:

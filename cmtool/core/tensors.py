@@ -25,3 +25,9 @@ def identity(x0: Tensor) -> Tensor:
 def clip(x0: Tensor) -> Tensor:
     """Return x0 clamped to [-1, 1], as the released sampler does at every evaluation."""
     return x0.clamp(-1, 1)
+
+
+def chunks_of(t: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Return `size` rows of t at a time; its last row is repeated to fill the last chunk."""
+    short = -len(t) % size
+    return (torch.cat([t, t[-1:].expand(short, *t.shape[1:])]) if short else t).split(size)

@@ -5,7 +5,6 @@ import torch
 from packaging import version
 
 from cmtool.core.metrics import (
-    DigitsFeatures,
     Gaussian,
     GaussianSums,
     frechet_distance,
@@ -13,13 +12,12 @@ from cmtool.core.metrics import (
     kernel_distance,
     precision_recall,
     root_of,
-    statistics,
 )
 from cmtool.errors import InputError
 
 
 def of(rows):
-    sums = GaussianSums()
+    sums = GaussianSums(rows.shape[1])
     sums.add(rows)
     return sums.gaussian()
 
@@ -32,7 +30,7 @@ def features(n=500, d=6, seed=0, shift=0.0, scale=1.0):
 def test_streamed_statistics_equal_numpy_for_any_batching_far_from_zero():
     rows = features(shift=1e4)
     for size in (500, 7, 1):
-        sums = GaussianSums()
+        sums = GaussianSums(6)
         for part in rows.split(size):
             sums.add(part)
         gaussian = sums.gaussian()
@@ -83,13 +81,31 @@ def test_what_cannot_be_compared_is_refused():
         of(features(n=1))
 
 
-def test_digits_features_have_their_width_and_refuse_other_sizes():
-    network = DigitsFeatures().eval()
-    images = torch.zeros(5, 3, 8, 8)
-    assert network(images).shape == (5, DigitsFeatures.WIDTH)
-    assert statistics(network, images.split(2)).num == 5
-    with pytest.raises(InputError, match="not 9x8 with 3 channels"):
-        network(torch.zeros(1, 3, 8, 9))
+def test_sums_do_not_depend_on_order_batches_or_processes():
+    rows = features(n=900, d=5, shift=3.3).float()
+    order = torch.randperm(900, generator=torch.Generator().manual_seed(9))
+    one, two, three = (GaussianSums(5) for _ in range(3))
+    one.add(rows)
+    for part in rows[order].split(13):
+        two.add(part)
+    three.add(rows[500:])
+    rest = GaussianSums(5)
+    rest.add(rows[:500])
+    others = iter([torch.tensor(rest.num), *rest.sums])
+    three.share(lambda mine: mine + next(others))
+    for other in (two, three):
+        a, b = one.gaussian(), other.gaussian()
+        assert a.num == b.num == 900
+        assert torch.equal(a.mean, b.mean)
+        assert torch.equal(a.covariance, b.covariance)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 17_000.0])
+def test_features_that_cannot_be_summed_are_refused(bad):
+    rows = features(n=3)
+    rows[1, 2] = bad
+    with pytest.raises(InputError, match="not finite, or above"):
+        of(rows)
 
 
 def test_the_quick_root_and_the_careful_one_agree():

@@ -1,0 +1,237 @@
+"""Inception v3 as TensorFlow released it in 2015: the feature network of FID.
+
+Layers and names are those of NVIDIA's and OpenAI's PyTorch ports, read for facts. Each convolution
+is followed by a batch norm without scale; here the norms are folded into the convolutions, which
+is the same map and takes less time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SIDE = 299
+WIDTH = 2048
+EPS = 1e-3
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution: its name, channels out, kernel (height, width), stride, and padding."""
+
+    name: str
+    channels: int
+    kernel: tuple[int, int]
+    stride: int = 1
+    padded: bool = True
+
+
+Layer = Conv | Callable[[Tensor], Tensor]
+Chain = tuple[Layer | tuple["Chain", ...], ...]
+"""Layers in a row; a tuple in it is the branches of a fork, whose outputs are joined."""
+
+
+def average(x: Tensor) -> Tensor:
+    """Return the 3x3 means, of no more pixels than there are."""
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+
+def largest(x: Tensor) -> Tensor:
+    """Return the 3x3 maxima."""
+    return F.max_pool2d(x, 3, 1, 1)
+
+
+def halved(x: Tensor) -> Tensor:
+    """Return the maxima of every second 3x3."""
+    return F.max_pool2d(x, 3, 2)
+
+
+def _row(name: str, *convs: tuple[int, tuple[int, int]], last: int = 1) -> tuple[Conv, ...]:
+    """Return convolutions in a row, named as the ports count them; the last one of stride `last`.
+
+    A convolution of a larger stride has no padding.
+    """
+    end = len(convs) - 1
+    return tuple(
+        Conv(
+            f"{name}conv_{i}" if i else f"{name}conv", channels, kernel,
+            last if i == end else 1, last == 1 or i < end,
+        )
+        for i, (channels, kernel) in enumerate(convs)
+    )  # fmt: skip
+
+
+def _block_a(pooled: int) -> Chain:
+    return ((
+        _row("", (64, (1, 1))),
+        _row("tower.", (48, (1, 1)), (64, (5, 5))),
+        _row("tower_1.", (64, (1, 1)), (96, (3, 3)), (96, (3, 3))),
+        (average, *_row("tower_2.", (pooled, (1, 1)))),
+    ),)  # fmt: skip
+
+
+def _block_b() -> Chain:
+    return ((
+        _row("", (384, (3, 3)), last=2),
+        _row("tower.", (64, (1, 1)), (96, (3, 3)), (96, (3, 3)), last=2),
+        (halved,),
+    ),)  # fmt: skip
+
+
+def _block_c(c: int) -> Chain:
+    wide, tall = (1, 7), (7, 1)
+    return ((
+        _row("", (192, (1, 1))),
+        _row("tower.", (c, (1, 1)), (c, wide), (192, tall)),
+        _row("tower_1.", (c, (1, 1)), (c, tall), (c, wide), (c, tall), (192, wide)),
+        (average, *_row("tower_2.", (192, (1, 1)))),
+    ),)  # fmt: skip
+
+
+def _block_d() -> Chain:
+    return ((
+        _row("tower.", (192, (1, 1)), (320, (3, 3)), last=2),
+        _row("tower_1.", (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)), last=2),
+        (halved,),
+    ),)  # fmt: skip
+
+
+def _block_e(pool: Callable[[Tensor], Tensor]) -> Chain:
+    def fork(name: str) -> tuple[Chain, ...]:
+        return ((Conv(f"{name}conv", 384, (1, 3)),), (Conv(f"{name}conv_1", 384, (3, 1)),))
+
+    return ((
+        _row("", (320, (1, 1))),
+        (*_row("tower_", (384, (1, 1))), fork("tower_mixed_")),
+        (*_row("tower_1_", (448, (1, 1)), (384, (3, 3))), fork("tower_1_mixed_")),
+        (pool, *_row("tower_2_", (192, (1, 1)))),
+    ),)  # fmt: skip
+
+
+STEM: Chain = (
+    Conv("conv", 32, (3, 3), 2, padded=False),
+    Conv("conv_1", 32, (3, 3), padded=False),
+    Conv("conv_2", 64, (3, 3)),
+    halved,
+    Conv("conv_3", 80, (1, 1)),
+    Conv("conv_4", 192, (3, 3), padded=False),
+    halved,
+)
+BLOCKS: dict[str, Chain] = {
+    "mixed": _block_a(32),
+    "mixed_1": _block_a(64),
+    "mixed_2": _block_a(64),
+    "mixed_3": _block_b(),
+    "mixed_4": _block_c(128),
+    "mixed_5": _block_c(160),
+    "mixed_6": _block_c(160),
+    "mixed_7": _block_c(192),
+    "mixed_8": _block_d(),
+    "mixed_9": _block_e(average),
+    "mixed_10": _block_e(largest),
+}
+
+
+class Inception(nn.Module):
+    """From images (B, 3, 299, 299) in [-1, 1] to the 2,048 means of the last feature maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleDict()
+        channels = self._build("", STEM, 3)
+        for name, block in BLOCKS.items():
+            channels = self._build(f"{name}.", block, channels)
+
+    def _build(self, prefix: str, chain: Chain, channels: int) -> int:
+        """Make the convolutions of a chain; return the channels that come out."""
+        for layer in chain:
+            if isinstance(layer, Conv):
+                height, width = layer.kernel
+                padding = (height // 2, width // 2) if layer.padded else 0
+                self.convs[_key(prefix, layer)] = nn.Conv2d(
+                    channels, layer.channels, layer.kernel, layer.stride, padding
+                )
+                channels = layer.channels
+            elif isinstance(layer, tuple):
+                channels = sum(self._build(prefix, branch, channels) for branch in layer)
+        return channels
+
+    def _run(self, prefix: str, chain: Chain, x: Tensor) -> Tensor:
+        for layer in chain:
+            if isinstance(layer, Conv):
+                x = F.relu_(self.convs[_key(prefix, layer)](x))
+            elif isinstance(layer, tuple):
+                x = torch.cat([self._run(prefix, branch, x) for branch in layer], 1)
+            else:
+                x = layer(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features (B, 2048)."""
+        x = self._run("", STEM, x)
+        for name, block in BLOCKS.items():
+            x = self._run(f"{name}.", block, x)
+        return x.float().mean((2, 3))
+
+
+def _key(prefix: str, layer: Conv) -> str:
+    """Return the name of a convolution, as a module may be called."""
+    return f"{prefix}{layer.name}".replace(".", "-")
+
+
+def folded(stored: Mapping[str, Tensor]) -> Inception:
+    """Return the network with the weights of a port's state dict, norms folded in.
+
+    Raises KeyError or RuntimeError for weights of another network.
+    """
+    with torch.device("meta"):
+        network = Inception()
+    network.load_state_dict(dict(_folded_weights(network, stored)), assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _folded_weights(
+    network: Inception, stored: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each convolution's weights: W / s and beta - mean / s for s = sqrt(var + eps)."""
+    for key in network.convs:
+        theirs = f"layers.{key.replace('-', '.')}"
+        weight, beta, mean, var = (
+            stored[f"{theirs}.{leaf}"].double() for leaf in ("weight", "beta", "mean", "var")
+        )
+        scale = (var + EPS).rsqrt()
+        yield f"convs.{key}.weight", (weight * scale[:, None, None, None]).float()
+        yield f"convs.{key}.bias", (beta - mean * scale).float()
+
+
+def tf_resized(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) at 299x299 as TensorFlow 1 resizes: pixel i is at i H / 299.
+
+    It is the port's own way, so that the last bits are its too: a sampling grid shifted by the
+    difference of half a pixel, and bilinear weights.
+    """
+    height, width = images.shape[2:]
+    theta = torch.eye(2, 3, device=images.device)
+    theta[0, 2] += 1 / width - 1 / SIDE
+    theta[1, 2] += 1 / height - 1 / SIDE
+    size = [len(images), images.shape[1], SIDE, SIDE]
+    grid = F.affine_grid(theta.expand(len(images), 2, 3), size, align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def clean_resized(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) of 0 to 255 at 299x299 as Pillow resizes floats, bicubic.
+
+    Parmar et al. (2022): antialiased where it shrinks, and not rounded. In float64, as Pillow
+    computes; in float32 weights are off by up to 2e-5.
+    """
+    if images.shape[2:] == (SIDE, SIDE):
+        return images
+    resized = F.interpolate(
+        images.double(), (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False
+    )
+    return resized.clamp(0, 255).float()

@@ -1,0 +1,413 @@
+"""Metrics by protocol: from two sets of images to numbers, and to all that these depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmtool.core.consistency import deviations, paths
+from cmtool.core.data import Dataset, decoded_ahead, load_dataset
+from cmtool.core.dist import Group
+from cmtool.core.features import (
+    Extractor,
+    Resize,
+    digits_extractor,
+    inception_extractor,
+    vgg16_extractor,
+)
+from cmtool.core.images import to_uint8
+from cmtool.core.metrics import (
+    Estimate,
+    Gaussian,
+    GaussianSums,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from cmtool.core.references import Reference, read_reference, write_reference
+from cmtool.core.rng import SeededNoise, keyed_generator
+from cmtool.core.samplers import sampling_levels
+from cmtool.core.solvers import heun
+from cmtool.errors import InputError, UserError, nearest
+from cmtool.models import Model, load_digits_features
+from cmtool.sampling import Plan, generate, steady
+from cmtool.weights import INCEPTION, VGG16, file_sha256, find_file
+
+PUBLISHED_NUM = 50_000
+"""Images that published numbers are of; fewer make a proxy."""
+
+
+class Protocol(NamedTuple):
+    """A way of measuring that has a name: the feature network, and its resize rule."""
+
+    network: Literal["digits", "inception", "vgg16"]
+    resize: Resize | None
+    whose: str
+
+
+PROTOCOLS = {
+    "adm": Protocol(
+        "inception", "tf", "OpenAI's evaluator, as the paper reports: FID, IS, P and R"
+    ),
+    "clean": Protocol("inception", "clean", "clean-fid: bicubic, antialiased"),
+    "digits": Protocol("digits", None, "the classifier of the bundled digits, 8x8"),
+    "edm": Protocol("inception", "tf", "EDM's fid.py"),
+    "legacy-tf": Protocol("inception", "tf", "clean-fid's legacy_tensorflow, as the JAX release"),
+    "vgg16": Protocol("vgg16", None, "improved precision and recall, as ECT and StyleGAN: pr only"),
+}
+"""`adm`, `edm` and `legacy-tf` make the same features; their references differ."""
+
+
+def build_extractor(
+    protocol: str,
+    *,
+    file: Path | None = None,
+    trust: bool = False,
+    precision: str = "fp32",
+    device: str = "cpu",
+) -> Extractor:
+    """Return the feature network of a protocol. Raises UserError, MissingError for its file."""
+    if protocol not in PROTOCOLS:
+        raise UserError(f"--protocol {protocol!r}", nearest(protocol, PROTOCOLS))
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"--feature-precision {precision!r}", nearest(precision, ["fp32", "bf16"]))
+    network, resize, _ = PROTOCOLS[protocol]
+    if network == "digits":
+        return digits_extractor(*load_digits_features(), device)
+    path = find_file(VGG16 if network == "vgg16" else INCEPTION, file, trust)
+    sha256 = file_sha256(path)
+    if resize is None:
+        return vgg16_extractor(path, sha256, device=device)
+    return inception_extractor(path, sha256, resize=resize, precision=precision, device=device)
+
+
+class Needs(NamedTuple):
+    """What a metric takes of a set: its Gaussian, its features one by one."""
+
+    gaussian: bool = False
+    rows: bool = False
+
+
+class Sample(NamedTuple):
+    """What is kept of a set of images; `rows` (N, D) in an order that only they decide.
+
+    `num` is 0 where statistics do not say it; `fingerprint` is a hash of the images in any order.
+    """
+
+    gaussian: Gaussian | None
+    rows: Tensor | None
+    num: int
+    fingerprint: str = ""
+
+
+Tell = Callable[[int], None]
+"""Is told how many images are done."""
+
+
+def collect(
+    extractor: Extractor,
+    batches: Iterable[Tensor],
+    needs: Needs,
+    group: Group,
+    tell: Tell = lambda done: None,
+) -> Sample:
+    """Return what is needed of the images (B, C, H, W) uint8 that the processes have, together.
+
+    Every process calls it with its own. With Gaussians alone memory does not grow.
+    """
+    sums, kept, marks, num = GaussianSums(extractor.width), [], 0, 0
+
+    def take() -> None:
+        nonlocal marks, num
+        for images in regrouped(batches, extractor.chunk):
+            features = extractor(images)
+            if needs.gaussian:
+                sums.add(features)
+            if needs.rows:
+                kept.append(features.cpu())
+            marks += sum(map(_mark, images.cpu()))
+            num += len(images)
+            tell(num)
+
+    group.together(take, "features")
+    counts = group.gather((num, marks))
+    num, marks = (sum(column) for column in zip(*counts, strict=True))
+    if num < 2:
+        raise InputError(f"{num} image{'s' * (num != 1)} to evaluate", "give 2 or more")
+    rows = None
+    if needs.rows:
+        rows = ordered(torch.cat([torch.cat(part) for part in group.gather(kept) if part]))
+    if needs.gaussian and group.world_size > 1:
+        sums.share(group.sum)
+    gaussian = sums.gaussian() if needs.gaussian else None
+    return Sample(gaussian, rows, num, f"{marks % 2**64:016x}")
+
+
+def regrouped(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Yield the same images, in the same order, at least `size` at a time but for the last."""
+    held: list[Tensor] = []
+    for images in batches:
+        held.append(images)
+        if sum(map(len, held)) >= size:
+            yield torch.cat(held)
+            held = []
+    if held:
+        yield torch.cat(held)
+
+
+def _mark(image: Tensor) -> int:
+    """Return a hash of one image."""
+    content = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+
+
+def ordered(rows: Tensor) -> Tensor:
+    """Return features (N, D) sorted by a hash of each.
+
+    What is drawn from them by place is then the same for any order of the images.
+    """
+    keys = [hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest() for row in rows]
+    return rows[torch.tensor(sorted(range(len(rows)), key=keys.__getitem__))]
+
+
+def share(parts: Sequence[Any], group: Group) -> Sequence[Any]:
+    """Return every n-th part, those of this process."""
+    return parts[group.rank :: group.world_size]
+
+
+def image_batches(
+    data: Dataset, num: int | None, batch: int, group: Group, workers: int
+) -> Iterator[Tensor]:
+    """Yield this process's share of a data set, or of `num` of it, the same random ones always."""
+    index = torch.arange(len(data))
+    if num is not None and num < len(data):
+        index = torch.randperm(len(data), generator=keyed_generator("subset"))[:num]
+    return decoded_ahead(data.images, share(index.split(batch), group), workers)
+
+
+def drawn_batches(
+    model: Model, chosen: Plan, seeds: range, batch: int, group: Group, device: str, **how: Any
+) -> Iterator[Tensor]:
+    """Yield this process's share of the images of some seeds, as they would be written."""
+    mine = [seed for part in share(_split(seeds, batch), group) for seed in part]
+    if not mine:
+        return
+    for drawn in generate(model.f, model.preset, chosen, mine, batch=batch, device=device, **how):
+        yield to_uint8(drawn)
+
+
+def _split(seeds: range, size: int) -> list[range]:
+    return [seeds[first : first + size] for first in range(0, len(seeds), size)]
+
+
+class Setting(NamedTuple):
+    """What is the same for all sets of a measurement."""
+
+    protocol: str
+    extractor: Extractor
+    batch: int
+    workers: int
+    group: Group
+
+
+def set_of(
+    name: str,
+    needs: Needs,
+    setting: Setting,
+    *,
+    num: int | None = None,
+    data: Dataset | None = None,
+    tell: Tell = lambda done: None,
+) -> tuple[Sample, dict[str, Any]]:
+    """Return a set of images, or a file of statistics, by name, and what to say of it.
+
+    Statistics that a file has are taken from it; for features it lacks, its images are looked at.
+    Raises InputError for what cannot be compared, or what the metric cannot be computed from.
+    """
+    stored = read_reference(Path(name)) if data is None else None
+    if stored is None:
+        data = data or load_dataset(name, in_memory=False)
+        found = collect(
+            setting.extractor,
+            image_batches(data, num, setting.batch, setting.group, setting.workers),
+            needs, setting.group, tell,
+        )  # fmt: skip
+        return found, {"name": data.name, "images": found.num, "fingerprint": found.fingerprint}
+    check_comparable(name, stored, setting)
+    facts: dict[str, Any] = {"name": name, "sha256": file_sha256(Path(name))}
+    if stored.about:
+        facts["made_from"] = stored.about.get("data")
+        facts["protocol"] = stored.about.get("protocol")
+    gaussian, rows = stored.gaussian, stored.rows
+    missing = Needs(needs.gaussian and gaussian is None, needs.rows and rows is None)
+    if missing.gaussian and rows is not None:
+        sums = GaussianSums(rows.shape[1])
+        sums.add(rows)
+        gaussian, missing = sums.gaussian(), missing._replace(gaussian=False)
+    if any(missing):
+        if not stored.has_images:
+            raise InputError(
+                f"{name} holds mu and sigma only: KID, precision and recall compare single images",
+                "give the images, or statistics of cmtool eval reference --keep-features",
+            )
+        found, _ = set_of(
+            name, missing, setting, data=load_dataset(name, in_memory=False), tell=tell
+        )
+        gaussian, rows = gaussian or found.gaussian, found.rows if rows is None else rows
+    num_images = gaussian.num if gaussian is not None else len(rows) if rows is not None else 0
+    facts["images"] = num_images or None
+    return Sample(gaussian, None if rows is None else ordered(rows), num_images), facts
+
+
+def check_comparable(name: str, stored: Reference, setting: Setting) -> None:
+    """Raise InputError for statistics of other features than the protocol's."""
+    extractor = setting.extractor
+    widths = [len(stored.gaussian.mean)] if stored.gaussian is not None else []
+    widths += [stored.rows.shape[1]] if stored.rows is not None else []
+    for width in widths:
+        if width != extractor.width:
+            raise InputError(
+                f"{name} has {width} features an image, --protocol {setting.protocol} has"
+                f" {extractor.width}",
+                "give statistics of this protocol, or another --protocol",
+            )
+    said = stored.about.get("features")
+    if isinstance(said, dict):
+        for key, wanted in (("name", extractor.name), ("resize", extractor.resize)):
+            if said.get(key) != wanted:
+                raise InputError(
+                    f"{name} was made with {key} {said.get(key)!r}, --protocol"
+                    f" {setting.protocol} is {wanted!r}",
+                    f"--protocol {stored.about.get('protocol')}, or make it again",
+                )
+    modes = {"clean": "_clean_", "tf": "_legacy_tensorflow_"}
+    for resize, mark in modes.items():
+        if mark in Path(name).name and extractor.resize != resize:
+            raise InputError(
+                f"{name} is of clean-fid's mode {mark.strip('_')}, --protocol"
+                f" {setting.protocol} resizes by another rule",
+                f"--protocol {'clean' if resize == 'clean' else 'legacy-tf'}",
+            )
+
+
+def extractor_facts(extractor: Extractor) -> dict[str, Any]:
+    """Return what to say of the features."""
+    return {
+        "name": extractor.name, "sha256": extractor.sha256, "width": extractor.width,
+        "resize": extractor.resize, "precision": extractor.precision,
+    }  # fmt: skip
+
+
+def save_reference(
+    path: Path, sample: Sample, data: Mapping[str, Any], setting: Setting, version: str
+) -> None:
+    """Write the statistics of a set with what they depend on."""
+    assert sample.gaussian is not None
+    about = {
+        "data": dict(data), "protocol": setting.protocol,
+        "features": extractor_facts(setting.extractor), "cmtool": version,
+    }  # fmt: skip
+    write_reference(path, sample.gaussian, sample.rows, about)
+
+
+Values = dict[str, Estimate]
+
+
+class Metric(NamedTuple):
+    """What a metric takes of both sets, and from it its values by name."""
+
+    made: Needs
+    reference: Needs
+    values: Callable[[Sample, Sample, Extractor], Values]
+
+
+def _fid(made: Sample, reference: Sample, extractor: Extractor) -> Values:
+    assert made.gaussian is not None
+    assert reference.gaussian is not None
+    return {"fid": Estimate(frechet_distance(made.gaussian, reference.gaussian), math.nan)}
+
+
+def _kid(made: Sample, reference: Sample, extractor: Extractor) -> Values:
+    assert made.rows is not None
+    assert reference.rows is not None
+    return {"kid": kernel_distance(reference.rows, made.rows)}
+
+
+def _is(made: Sample, reference: Sample, extractor: Extractor) -> Values:
+    assert made.rows is not None
+    if extractor.logits is None:
+        raise UserError(
+            f"{extractor.name} knows no classes, which the score is of", "--protocol edm"
+        )
+    logits = [extractor.logits(part.to(extractor.device)).cpu() for part in made.rows.split(4096)]
+    return {"is": inception_score(torch.cat(logits))}
+
+
+def _pr(made: Sample, reference: Sample, extractor: Extractor) -> Values:
+    assert made.rows is not None
+    assert reference.rows is not None
+    found = precision_recall(reference.rows, made.rows)
+    return {name: Estimate(value, math.nan) for name, value in found._asdict().items()}
+
+
+def _all(made: Sample, reference: Sample, extractor: Extractor) -> Values:
+    found: Values = {}
+    for metric in (_fid, _kid, _is, _pr):
+        found |= metric(made, reference, extractor)
+    return found
+
+
+GAUSSIAN, ROWS, BOTH = Needs(gaussian=True), Needs(rows=True), Needs(True, True)
+METRICS = {
+    "all": Metric(BOTH, BOTH, _all),
+    "fid": Metric(GAUSSIAN, GAUSSIAN, _fid),
+    "is": Metric(ROWS, Needs(), _is),
+    "kid": Metric(ROWS, ROWS, _kid),
+    "pr": Metric(ROWS, ROWS, _pr),
+}
+
+
+def measured(
+    metric: str, made: Sample, reference: Sample, setting: Setting, turn: int = 0
+) -> Values:
+    """Return the values of a metric, which the leading process computes."""
+    compute = partial(METRICS[metric].values, made, reference, setting.extractor)
+    return setting.group.agreed(lambda: compute(), f"measured {turn}")
+
+
+def consistency(
+    model: Model, teacher: Model, seeds: range, levels: int, substeps: int, device: str
+) -> list[dict[str, float]]:
+    """Return the deviations of a consistency model from its teacher's paths, by noise level.
+
+    The paths start from the seeds' noise; between two of the levels the teacher takes `substeps`
+    Heun steps. Raises UserError for models of different images or classes.
+    """
+    ours, theirs = model.preset.model, teacher.preset.model
+    for what in ("image_size", "channels", "num_classes"):
+        a, b = getattr(ours, what), getattr(theirs, what)
+        if a != b:
+            raise UserError(
+                f"the model has {what} {a}, the teacher {b}", "give the teacher it was made from"
+            )
+    low, high = model.noise_range, teacher.noise_range
+    grid = sampling_levels(
+        levels * substeps + 1,
+        low._replace(sigma_max=min(low.sigma_max, high.sigma_max)),
+    )
+    seeded = SeededNoise(seeds)
+    count = ours.num_classes
+    labels = seeded.labels(count).to(device) if count else None
+    noise = seeded(torch.zeros(len(seeds), ours.channels, *ours.image_size, device=device))
+    guide = steady(teacher.f, theirs.image_size, device)
+    points = list(paths(guide, noise, grid, heun, labels))[::substeps]
+    f = steady(model.f, ours.image_size, device)
+    return [row._asdict() for row in deviations(f, guide, points, labels)]
