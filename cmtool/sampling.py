@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cmtool.build import Model, build_curriculum, build_sampler, noise_range
+from cmtool.core.devices import autocast
 from cmtool.core.edits import Edit, none_at_first
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import SeededNoise
@@ -39,6 +40,8 @@ class Plan(NamedTuple):
 
     sampler: Choice
     sigmas: tuple[float, ...]
+    precision: str = "fp32"
+    """Of the network; noise, scalings and what the sampler keeps are float32 or better."""
 
     @property
     def evaluations(self) -> int:
@@ -166,6 +169,19 @@ def evaluating(f: Preconditioned) -> Iterator[None]:
         f.train(before)
 
 
+def computing_in(f: Denoiser, precision: str, device: torch.device | str) -> Denoiser:
+    """Return a model whose convolutions and products are in fp32, bf16 or fp16."""
+    if precision == "fp32":
+        return f
+    kind = torch.device(device).type
+
+    def mixed(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+        with autocast(kind, precision):
+            return f(x, sigma, labels)
+
+    return mixed
+
+
 def steady(f: Denoiser, size: tuple[int, int], device: torch.device | str) -> Denoiser:
     """Return a model whose answer for an image does not depend on the batch it is in, on a CPU.
 
@@ -194,7 +210,8 @@ def generate(
     An image is a function of its seed, its label and the plan. Without `labels` a conditional
     model draws each image's class from its seed. `noise` stands in for the seeds' own.
     """
-    denoiser = steady(f, preset.model.image_size, device)
+    denoiser = computing_in(f, chosen.precision, device)
+    denoiser = steady(denoiser, preset.model.image_size, device)
     denoiser = clipped(denoiser) if clip else denoiser
     draw = build_sampler(chosen.sampler)
     shape = (preset.model.channels, *preset.model.image_size)
@@ -224,7 +241,7 @@ def run_edit(
     """
     noise: RandnLike = SeededNoise(seeds)
     x0 = multistep(
-        _for_edits(model, edit),
+        _for_edits(model, edit, chosen),
         edit.init,
         chosen.sigmas,
         none_at_first(noise) if edit.is_noisy else noise,
@@ -235,10 +252,11 @@ def run_edit(
     return edit.finish(x0)
 
 
-def _for_edits(model: Model, edit: Edit) -> Denoiser:
+def _for_edits(model: Model, edit: Edit, chosen: Plan) -> Denoiser:
     """Return the model for the pictures of an edit, of any size."""
-    size = model.preset.model.image_size
-    return clipped(tiled(steady(model.f, size, edit.init.device), size))
+    size, device = model.preset.model.image_size, edit.init.device
+    f = computing_in(model.f, chosen.precision, device)
+    return clipped(tiled(steady(f, size, device), size))
 
 
 @torch.no_grad()
@@ -263,7 +281,7 @@ def best_class(model: Model, edit: Edit, chosen: Plan, seed: int) -> int:
         return noise(like[:1]).expand_as(like)
 
     multistep(
-        _for_edits(model, edit),
+        _for_edits(model, edit, chosen),
         edit.init[:1].expand(num_classes, *edit.init.shape[1:]),
         chosen.sigmas,
         none_at_first(same_for_all) if edit.is_noisy else same_for_all,

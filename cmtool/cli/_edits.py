@@ -17,6 +17,8 @@ from cmtool.cli._options import (
     parse_sigmas,
     pick_device,
     pick_model,
+    pick_precision,
+    precision_info,
     refuse_terminal,
     say,
 )
@@ -47,6 +49,7 @@ class Common(NamedTuple):
     weights: str
     preset: str | None
     device: str
+    precision: str
 
 
 MakeJob = Callable[["Tensor", "Model", str], "Job"]
@@ -72,6 +75,7 @@ def edit_all(name: str, make_job: MakeJob, common: Common) -> None:
     from cmtool.sampling import edit_plan
 
     where = pick_device(common.device)
+    precision = pick_precision(common.precision, where)
     pictures = {s: read_image(c, _shown(s)) for s, c in contents.items()}
     model = pick_model(
         common.checkpoint, common.weights, where, kind="consistency", preset=common.preset
@@ -88,12 +92,14 @@ def edit_all(name: str, make_job: MakeJob, common: Common) -> None:
                 check_free(target / file, common.overwrite)
     for source, job in jobs.items():
         chosen = edit_plan(model.preset, steps=common.steps, sigmas=levels, default=job.levels)
+        chosen = chosen._replace(precision=precision)
         answers, label = do(job, model, chosen, seeds, common.class_)
         if label is not None and common.class_ is None:
             say(f"{_shown(source)}: class {label} fits best; choose with --class")
         about = {} if common.no_metadata else {
             "cmtool:edit": name, "cmtool:model": model.sha256, "cmtool:weights": model.weights,
             "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)), "cmtool:seed": str(common.seed),
+            **precision_info(chosen),
         }  # fmt: skip
         if label is not None and about:
             about["cmtool:class"] = str(label)

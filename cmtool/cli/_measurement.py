@@ -120,6 +120,7 @@ def model_source(
             "sha256": model.sha256,
             "weights": model.weights,
             "kind": model.kind,
+            "precision": chosen.precision,
         },
         "sampler": chosen.sampler.name,
         "sigmas": chosen.sigmas,

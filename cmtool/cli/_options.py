@@ -35,6 +35,13 @@ Weights = Annotated[
 Device = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
 ]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="Of the network: fp32, bf16, fp16, or auto: bf16 where the device computes in it."
+        " Halves are quicker, and an image differs a little between precisions."
+    ),
+]
 Seeds = Annotated[str, typer.Option(help="Seeds, one per image: 0-15, or 3,7,10-12.")]
 Sigmas = Annotated[
     str | None, typer.Option(help="Noise levels from high to low, for example 80,0.8.")
@@ -248,6 +255,22 @@ def _check_device(name: str) -> None:
         raise UserError(
             f"device {name!r}: {reason}", "use auto, cpu, or a device torch sees"
         ) from None
+
+
+def pick_precision(name: str, device: str) -> str:
+    """Return the precision of --precision on a device. Raises UserError."""
+    from cmtool.core.devices import HALF, best_precision
+
+    if name == "auto":
+        return best_precision(device)
+    if name not in ("fp32", *HALF):
+        raise UserError(f"--precision {name!r}", nearest(name, ["auto", "fp32", *HALF]))
+    return name
+
+
+def precision_info(chosen: Plan) -> dict[str, str]:
+    """Return what a PNG says of the precision: nothing of fp32, which is what one is drawn in."""
+    return {} if chosen.precision == "fp32" else {"cmtool:precision": chosen.precision}
 
 
 def parse_kind(text: str | None) -> Kind | None:

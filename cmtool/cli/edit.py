@@ -13,6 +13,7 @@ from cmtool.cli._options import (
     Device,
     ModelPreset,
     NoMetadata,
+    Precision,
     Sigmas,
     Steps,
     Weights,
@@ -22,6 +23,8 @@ from cmtool.cli._options import (
     parse_sigmas,
     pick_device,
     pick_model,
+    pick_precision,
+    precision_info,
     say,
 )
 from cmtool.errors import UserError
@@ -96,6 +99,7 @@ def inpaint(
     weights: Weights = "ema",
     preset: ModelPreset = None,
     device: Device = "auto",
+    precision: Precision = "fp32",
 ) -> None:
     """Regenerate the white part of a mask; every other pixel stays as it is.
 
@@ -126,7 +130,7 @@ def inpaint(
 
     edit_all("inpaint", make_job, Common(
         images, checkpoint, steps, sigmas, class_, seed, variations, fit, compare, out, overwrite,
-        no_metadata, weights, preset, device,
+        no_metadata, weights, preset, device, precision,
     ))  # fmt: skip
 
 
@@ -150,6 +154,7 @@ def superres(
     weights: Weights = "ema",
     preset: ModelPreset = None,
     device: Device = "auto",
+    precision: Precision = "fp32",
 ) -> None:
     """Enlarge a picture; the means of the answer's blocks are its pixels.
 
@@ -168,7 +173,7 @@ def superres(
 
     edit_all("superres", make_job, Common(
         images, checkpoint, steps, sigmas, class_, seed, variations, fit, compare, out, overwrite,
-        no_metadata, weights, preset, device,
+        no_metadata, weights, preset, device, precision,
     ))  # fmt: skip
 
 
@@ -189,6 +194,7 @@ def colorize(
     weights: Weights = "ema",
     preset: ModelPreset = None,
     device: Device = "auto",
+    precision: Precision = "fp32",
 ) -> None:
     """Give a picture new colours; its luma stays.
 
@@ -204,7 +210,7 @@ def colorize(
 
     edit_all("colorize", make_job, Common(
         images, checkpoint, steps, sigmas, class_, seed, variations, fit, compare, out, overwrite,
-        no_metadata, weights, preset, device,
+        no_metadata, weights, preset, device, precision,
     ))  # fmt: skip
 
 
@@ -225,6 +231,7 @@ def stroke(
     weights: Weights = "ema",
     preset: ModelPreset = None,
     device: Device = "auto",
+    precision: Precision = "fp32",
 ) -> None:
     """Make a picture of a rough painting.
 
@@ -242,7 +249,7 @@ def stroke(
 
     edit_all("stroke", make_job, Common(
         images, checkpoint, steps, sigmas, class_, seed, variations, fit, compare, out, overwrite,
-        no_metadata, weights, preset, device,
+        no_metadata, weights, preset, device, precision,
     ))  # fmt: skip
 
 
@@ -267,6 +274,7 @@ def denoise(
     weights: Weights = "ema",
     preset: ModelPreset = None,
     device: Device = "auto",
+    precision: Precision = "fp32",
 ) -> None:
     """Take white noise out of a picture, in one network call.
 
@@ -286,7 +294,7 @@ def denoise(
 
     edit_all("denoise", make_job, Common(
         images, checkpoint, None, None, class_, seed, 1, fit, compare, out, overwrite,
-        no_metadata, weights, preset, device,
+        no_metadata, weights, preset, device, precision,
     ))  # fmt: skip
 
 
@@ -317,6 +325,7 @@ def interpolate(
     weights: Weights = "ema",
     preset: ModelPreset = None,
     device: Device = "auto",
+    precision: Precision = "fp32",
 ) -> None:
     """Go from one picture to another, or from one seed to another.
 
@@ -343,6 +352,7 @@ def interpolate(
     from cmtool.sampling import edit_plan, plan
 
     where = pick_device(device)
+    kept = pick_precision(precision, where)
     pictures = [read_image(read_input(image), image) for image in images or []]
     model = pick_model(checkpoint, weights, where, kind="consistency", preset=preset)
     check_class(class_, model.preset.model.num_classes)
@@ -351,13 +361,15 @@ def interpolate(
             h, w = picture.shape[1:]
             canvas(h, w, model.preset.model.image_size, "exact", name)
         chosen = edit_plan(model.preset, steps=steps, sigmas=levels, default=stroke_levels(model))
+        chosen = chosen._replace(precision=kept)
         answers = between_pictures(model, chosen, (pictures[0], pictures[1]), frames, seed, class_)
     else:
-        chosen = plan(model.preset, steps=steps, sigmas=levels)
+        chosen = plan(model.preset, steps=steps, sigmas=levels)._replace(precision=kept)
         answers = between_seeds(model, chosen, (ends[0], ends[1]), frames, class_)
     about = {"cmtool:edit": "interpolate", "cmtool:model": model.sha256,
              "cmtool:ends": ",".join(images or map(str, ends)),
-             "cmtool:sigmas": ",".join(map(repr, chosen.sigmas))}  # fmt: skip
+             "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)),
+             **precision_info(chosen)}  # fmt: skip
     if target is not None and target.suffix.lower() in ANIMATIONS:
         write_atomic(target, animation_bytes(answers, target.suffix.lower()))
         emit(str(target))

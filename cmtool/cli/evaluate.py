@@ -29,6 +29,7 @@ from cmtool.cli._options import (
     Device,
     KindOption,
     ModelPreset,
+    Precision,
     Sampler,
     Sigmas,
     Steps,
@@ -40,6 +41,7 @@ from cmtool.cli._options import (
     pick_device,
     pick_model,
     pick_plan,
+    pick_precision,
     processes,
     say,
 )
@@ -148,6 +150,7 @@ def _measure_command(metric: str) -> Callable[..., None]:
         feature_precision: FeaturePrecision = "fp32",
         workers: Workers = 2,
         device: Device = "auto",
+        precision: Precision = "fp32",
         as_json: AsJson = False,
         fail_above: Annotated[
             float | None, typer.Option(help="Exit 8 if the value is larger.")
@@ -180,6 +183,7 @@ def _measure_command(metric: str) -> Callable[..., None]:
             else:
                 model = pick_model(checkpoint, weights, where, said=kind, preset=preset)
                 chosen = pick_plan(model, sampler, None, steps, sigmas)
+                chosen = chosen._replace(precision=pick_precision(precision, where))
                 source = model_source(
                     metric, model, chosen, setting, num or DRAWN, first_seed, where
                 )

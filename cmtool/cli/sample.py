@@ -17,6 +17,7 @@ from cmtool.cli._options import (
     KindOption,
     ModelPreset,
     NoMetadata,
+    Precision,
     Sampler,
     SamplerOptions,
     Seeds,
@@ -34,6 +35,8 @@ from cmtool.cli._options import (
     pick_device,
     pick_model,
     pick_plan,
+    pick_precision,
+    precision_info,
     processes,
     refuse_terminal,
     say,
@@ -91,6 +94,7 @@ def sample(
     preset: ModelPreset = None,
     kind: KindOption = None,
     device: Device = "auto",
+    precision: Precision = "fp32",
     as_json: AsJson = False,
 ) -> None:
     """Draw images: one step by default, more for quality. Prints a path a line.
@@ -128,9 +132,10 @@ def sample(
     if rounding not in ROUNDINGS:
         raise UserError(f"--rounding {rounding!r}", nearest(rounding, ROUNDINGS))
     where = pick_device(device)
+    kept = pick_precision(precision, where)
     model = pick_model(checkpoint, weights, where, said=kind, preset=preset)
     labels = _labels(class_, numbers, model)
-    chosen = pick_plan(model, sampler, set_, steps, sigmas, ts, grid)
+    chosen = pick_plan(model, sampler, set_, steps, sigmas, ts, grid)._replace(precision=kept)
     shown = ",".join(f"{sigma:.4g}" for sigma in chosen.sigmas)
     say(
         f"{len(numbers)} images, {chosen.sampler.name} at sigma {shown}:"
@@ -151,7 +156,7 @@ def sample(
     finally:
         dist.leave()
     if as_json and out != "-":
-        emit_json({**facts, "sigmas": chosen.sigmas, "model": model.sha256})
+        emit_json({**facts, "sigmas": chosen.sigmas, "precision": kept, "model": model.sha256})
     elif out != "-" and "path" in facts:
         emit(out)
 
@@ -208,6 +213,7 @@ class _Draw:
             "cmtool:weights": self.model.weights,
             "cmtool:sampler": _sampler_name(self.chosen),
             "cmtool:sigmas": ",".join(map(repr, self.chosen.sigmas)),
+            **precision_info(self.chosen),
         }
 
     def turns(self, indices: Sequence[int], group: Group) -> Iterator[Sequence[int]]:

@@ -41,6 +41,16 @@ def test_inpaint_keeps_every_known_pixel_and_changes_the_others(cmtool, digit, t
     assert "class" in result.err
 
 
+def test_an_edit_in_bf16_keeps_what_it_keeps_and_says_so(cmtool, digit, tmp_path):
+    arguments = ["edit", "inpaint", "d.png", "--mask", "mask.png", "--class", "3"]
+    assert cmtool(*arguments, "--out", "full.png").code == 0
+    assert cmtool(*arguments, "--precision", "bf16", "--out", "half.png").code == 0
+    full, half = (read_image(tmp_path / name).int() for name in ("full.png", "half.png"))
+    assert torch.equal(half[:, :, :4], digit[:, :, :4].int())
+    assert 0 < (full - half).abs().max() <= 6  # 1 to 3 of 255
+    assert png_info(tmp_path / "half.png")["cmtool:precision"] == "bf16"
+
+
 def test_a_pipe_works_and_a_seed_gives_another_answer(cmtool, digit, tmp_path):
     source = (tmp_path / "d.png").read_bytes()
     arguments = ["edit", "inpaint", "--mask", "mask.png", "--class", "3"]

@@ -75,6 +75,7 @@ CASES = [
     (["train", "--data", "nowhere"], 3, "'nowhere'", "digits"),
     (["train", "--data", "folder"], 3, "no images in folder", ".png"),
     (["train", "--device", "tpu9"], 2, "'tpu9'", "cpu"),
+    (["sample", "-c", "digits-cd", "--precision", "fp8"], 2, "'fp8'", "bf16"),
     (["sample", "-c", "page.safetensors"], 3, "HTML page", "fetch"),
     (["sample", "-c", "pointer.safetensors"], 3, "LFS pointer", "git lfs pull"),
     (["sample", "-c", "empty.safetensors"], 3, "is empty", "again"),

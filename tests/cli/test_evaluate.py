@@ -30,6 +30,14 @@ def test_the_number_comes_with_all_it_depends_on(cmtool):
     assert content["reference"]["images"] == 11536
 
 
+def test_bf16_moves_a_model_by_less_than_a_percent_and_is_on_record(cmtool):
+    model = ["eval", "fid", "-c", "digits-cd", "--device", "cpu"]
+    full, half = (value(cmtool(*model, "--precision", p)) for p in ("fp32", "bf16"))
+    assert (full["model"]["precision"], half["model"]["precision"]) == ("fp32", "bf16")
+    assert half["value"] != full["value"]
+    assert half["value"] == pytest.approx(full["value"], rel=0.01)  # 0.0004
+
+
 def test_files_paths_on_stdin_and_memory_give_the_same_number(cmtool):
     paths = cmtool("sample", "-c", "digits-cd", "--seeds", "0-49", "--out", "out")
     piped = value(cmtool("eval", "fid", "-", stdin=paths.out))

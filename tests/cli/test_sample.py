@@ -33,9 +33,10 @@ def test_paths_go_to_stdout_and_images_are_functions_of_their_seeds(cmtool, tmp_
     assert files(tmp_path / "a") == files(tmp_path / "b") == files(tmp_path / "c")
 
 
-def test_an_image_is_the_same_to_the_last_bit_in_any_batch():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_image_is_the_same_to_the_last_bit_in_any_batch(precision):
     model = load_model("digits-cd")
-    chosen = plan(model.preset, steps=2)
+    chosen = plan(model.preset, steps=2)._replace(precision=precision)
 
     def draw(seeds, batch):
         return torch.cat(list(generate(model.f, model.preset, chosen, seeds, batch=batch)))
@@ -44,6 +45,22 @@ def test_an_image_is_the_same_to_the_last_bit_in_any_batch():
     order = torch.randperm(100, generator=torch.Generator().manual_seed(0)).tolist()
     assert torch.equal(draw(order, 7), together[order])
     assert torch.equal(draw([17], 1), together[17:18])
+
+
+@pytest.mark.parametrize(
+    ("model", "steps"), [("digits-cd", 1), ("digits-cd", 2), ("digits-edm", 9)]
+)
+def test_images_in_bf16_are_within_some_grey_levels(model, steps, cmtool, tmp_path):
+    draw = ["sample", "-c", model, "--steps", str(steps), "--seeds", "0-49", "--device", "cpu"]
+    assert cmtool(*draw, "--out", "full.png").code == 0
+    assert cmtool(*draw, "--out", "half.png", "--precision", "bf16").code == 0
+    full, half = (read_image(tmp_path / name).int() for name in ("full.png", "half.png"))
+    apart = (full - half).abs().float()
+    assert 0 < apart.max() <= 6  # 2 to 4 of 255
+    assert apart.mean() < 0.4  # 0.19 to 0.23
+    about = png_info(tmp_path / "half.png")
+    assert about.pop("cmtool:precision") == "bf16"
+    assert about == png_info(tmp_path / "full.png")
 
 
 def test_existing_images_are_skipped_and_others_protected(cmtool, tmp_path):
@@ -57,6 +74,7 @@ def test_existing_images_are_skipped_and_others_protected(cmtool, tmp_path):
     result = cmtool(*SMALL, "--seeds", "0-3", "--steps", "2", "--out", "a")
     assert result.code == 2
     assert "holds another image" in result.err
+    assert cmtool(*SMALL, "--seeds", "0-3", "--precision", "bf16", "--out", "a").code == 2
     assert cmtool(*SMALL, "--seeds", "0-3", "--steps", "2", "--out", "a", "--overwrite").code == 0
 
 
