@@ -118,10 +118,12 @@ def collect(
     needs: Needs,
     group: Group,
     tell: Tell = lambda done: None,
+    name: str = "images",
 ) -> Sample:
     """Return what is needed of the images (B, C, H, W) uint8 that the processes have, together.
 
-    Every process calls it with its own. With Gaussians alone memory does not grow.
+    Every process calls it with its own, and a `name` of this call alone. With Gaussians alone
+    memory does not grow.
     """
     sums, kept, marks, num = GaussianSums(extractor.width), [], 0, 0
 
@@ -137,7 +139,7 @@ def collect(
             num += len(images)
             tell(num)
 
-    group.together(take, "features")
+    group.together(take, f"features of {name}")
     counts = group.gather((num, marks))
     num, marks = (sum(column) for column in zip(*counts, strict=True))
     if num < 2:
@@ -226,6 +228,7 @@ def set_of(
     num: int | None = None,
     data: Dataset | None = None,
     tell: Tell = lambda done: None,
+    side: str = "images",
 ) -> tuple[Sample, dict[str, Any]]:
     """Return a set of images, or a file of statistics, by name, and what to say of it.
 
@@ -238,7 +241,7 @@ def set_of(
         found = collect(
             setting.extractor,
             image_batches(data, num, setting.batch, setting.group, setting.workers),
-            needs, setting.group, tell,
+            needs, setting.group, tell, side,
         )  # fmt: skip
         return found, {"name": data.name, "images": found.num, "fingerprint": found.fingerprint}
     check_comparable(name, stored, setting)
@@ -258,9 +261,8 @@ def set_of(
                 f"{name} holds mu and sigma only: KID, precision and recall compare single images",
                 "give the images, or statistics of cmtool eval reference --keep-features",
             )
-        found, _ = set_of(
-            name, missing, setting, data=load_dataset(name, in_memory=False), tell=tell
-        )
+        images = load_dataset(name, in_memory=False)
+        found, _ = set_of(name, missing, setting, num=num, data=images, tell=tell, side=side)
         gaussian, rows = gaussian or found.gaussian, found.rows if rows is None else rows
     num_images = gaussian.num if gaussian is not None else len(rows) if rows is not None else 0
     facts["images"] = num_images or None
@@ -318,15 +320,19 @@ def save_reference(
     write_reference(path, sample.gaussian, sample.rows, about)
 
 
+KID = {"subsets": 100, "size": 1000, "seed": 0}
+IS = {"split": 5000}
+PR = {"k": 3}
 Values = dict[str, Estimate]
 
 
 class Metric(NamedTuple):
-    """What a metric takes of both sets, and from it its values by name."""
+    """What a metric takes of both sets, from it its values by name, and its settings."""
 
     made: Needs
     reference: Needs
     values: Callable[[Sample, Sample, Extractor], Values]
+    settings: Mapping[str, Any]
 
 
 def _fid(made: Sample, reference: Sample, extractor: Extractor) -> Values:
@@ -338,7 +344,8 @@ def _fid(made: Sample, reference: Sample, extractor: Extractor) -> Values:
 def _kid(made: Sample, reference: Sample, extractor: Extractor) -> Values:
     assert made.rows is not None
     assert reference.rows is not None
-    return {"kid": kernel_distance(reference.rows, made.rows)}
+    there = extractor.device
+    return {"kid": kernel_distance(reference.rows.to(there), made.rows.to(there), **KID)}
 
 
 def _is(made: Sample, reference: Sample, extractor: Extractor) -> Values:
@@ -348,13 +355,14 @@ def _is(made: Sample, reference: Sample, extractor: Extractor) -> Values:
             f"{extractor.name} knows no classes, which the score is of", "--protocol edm"
         )
     logits = [extractor.logits(part.to(extractor.device)).cpu() for part in made.rows.split(4096)]
-    return {"is": inception_score(torch.cat(logits))}
+    return {"is": inception_score(torch.cat(logits), **IS)}
 
 
 def _pr(made: Sample, reference: Sample, extractor: Extractor) -> Values:
     assert made.rows is not None
     assert reference.rows is not None
-    found = precision_recall(reference.rows, made.rows)
+    there = extractor.device
+    found = precision_recall(reference.rows.to(there), made.rows.to(there), **PR)
     return {name: Estimate(value, math.nan) for name, value in found._asdict().items()}
 
 
@@ -367,11 +375,11 @@ def _all(made: Sample, reference: Sample, extractor: Extractor) -> Values:
 
 GAUSSIAN, ROWS, BOTH = Needs(gaussian=True), Needs(rows=True), Needs(True, True)
 METRICS = {
-    "all": Metric(BOTH, BOTH, _all),
-    "fid": Metric(GAUSSIAN, GAUSSIAN, _fid),
-    "is": Metric(ROWS, Needs(), _is),
-    "kid": Metric(ROWS, ROWS, _kid),
-    "pr": Metric(ROWS, ROWS, _pr),
+    "all": Metric(BOTH, BOTH, _all, {"kid": KID, "is": IS, "pr": PR}),
+    "fid": Metric(GAUSSIAN, GAUSSIAN, _fid, {}),
+    "is": Metric(ROWS, Needs(), _is, IS),
+    "kid": Metric(ROWS, ROWS, _kid, KID),
+    "pr": Metric(ROWS, ROWS, _pr, PR),
 }
 
 

@@ -125,13 +125,19 @@ def model_source(
         "sampler": chosen.sampler.name,
         "sigmas": chosen.sigmas,
         "evaluations": chosen.evaluations,
+        "classes": "drawn from the seeds" if model.preset.model.num_classes else None,
     }
 
     def draw(turn: int) -> tuple[Sample, dict[str, Any]]:
         seeds = range(first + turn * num, first + (turn + 1) * num)
         drawn = drawn_batches(model, chosen, seeds, setting.batch, setting.group, device)
         sample = collect(
-            setting.extractor, drawn, METRICS[metric].made, setting.group, ticker("drawn", num)
+            setting.extractor,
+            drawn,
+            METRICS[metric].made,
+            setting.group,
+            ticker("drawn", num),
+            f"run {turn}",
         )
         return sample, {
             **facts, "seeds": f"{seeds[0]}-{seeds[-1]}", "fingerprint": sample.fingerprint,
@@ -162,6 +168,7 @@ def measure_all(
     source: Source,
     setting: Setting,
     runs: int,
+    reference_num: int | None = None,
 ) -> dict[str, Any]:
     """Return the JSON object of a measurement: its value, and all that it depends on."""
     import torch
@@ -173,7 +180,12 @@ def measure_all(
         target, about = Sample(None, None, 0), None
     else:
         target, about = set_of(
-            reference, METRICS[metric].reference, setting, tell=ticker("reference")
+            reference,
+            METRICS[metric].reference,
+            setting,
+            num=reference_num,
+            tell=ticker("reference"),
+            side="reference",
         )
     found: list[Values] = []
     facts: dict[str, Any] = {}
@@ -196,6 +208,7 @@ def measure_all(
         **facts,
         "reference": about,
         "features": extractor_facts(extractor),
+        "settings": METRICS[metric].settings,
         "precision": "fp32",
         "cmtool": __version__,
         "torch": torch.__version__,

@@ -85,6 +85,10 @@ FirstSeed = Annotated[int, typer.Option(min=0, help="Seed of a model's first ima
 Runs = Annotated[
     int, typer.Option(min=1, help="Measure so many times, with new seeds; the value is the least.")
 ]
+ReferenceNum = Annotated[
+    int | None,
+    typer.Option(min=2, help="Images of the reference to use, the same random ones always: all."),
+]
 NUM_HELP = f"Images to use: all that are given; {DRAWN} of a model."
 
 HELP = {
@@ -136,6 +140,7 @@ def _measure_command(metric: str) -> Callable[..., None]:
         num: Annotated[
             int | None, typer.Option("--num-images", "--num", min=2, help=NUM_HELP)
         ] = None,
+        reference_num: ReferenceNum = None,
         first_seed: FirstSeed = 0,
         runs: Runs = 1,
         steps: Steps = None,
@@ -187,7 +192,9 @@ def _measure_command(metric: str) -> Callable[..., None]:
                 source = model_source(
                     metric, model, chosen, setting, num or DRAWN, first_seed, where
                 )
-            content = measure_all(metric, reference or "digits", source, setting, runs)
+            content = measure_all(
+                metric, reference or "digits", source, setting, runs, reference_num
+            )
         except RuntimeError as error:
             raise dist.lost_contact(error, group, 0) or error from None
         finally:

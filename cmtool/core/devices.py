@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -31,6 +33,17 @@ def best_precision(device: str) -> str:
 def autocast(device_type: str, precision: str) -> torch.autocast:
     """Return a block in which convolutions and matrix products run in fp32, bf16 or fp16."""
     return torch.autocast(device_type, HALF.get(precision), enabled=precision in HALF)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 convolutions of a GPU in float32 inside the block; TF32 is the default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def placed(module: ModuleT, device: str) -> ModuleT:

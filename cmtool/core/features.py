@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cmtool.core.devices import autocast, placed
+from cmtool.core.devices import autocast, full_float32, placed
 from cmtool.core.images import from_uint8
 from cmtool.core.inception import WIDTH, clean_resized, folded, tf_resized
 from cmtool.core.tensors import chunks_of
@@ -138,7 +138,7 @@ def inception_extractor(
     def features(images: Tensor) -> Tensor:
         x = (resized(images.float()) - 128) / 128
         x = x.contiguous(memory_format=torch.channels_last)
-        with autocast(x.device.type, precision):
+        with full_float32(), autocast(x.device.type, precision):
             return torch.as_tensor(network(x)).flatten(1).float()
 
     return Extractor(

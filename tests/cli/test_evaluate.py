@@ -28,6 +28,7 @@ def test_the_number_comes_with_all_it_depends_on(cmtool):
     assert content["model"]["kind"] == "consistency"
     assert len(content["model"]["sha256"]) == len(content["features"]["sha256"]) == 64
     assert content["reference"]["images"] == 11536
+    assert content["classes"] == "drawn from the seeds"
 
 
 def test_bf16_moves_a_model_by_less_than_a_percent_and_is_on_record(cmtool):
@@ -130,6 +131,10 @@ def test_statistics_of_a_set_stand_for_it(cmtool, sets):
         assert stored["value"] == direct["value"][metric]
         assert stored["protocol"] == "digits"  # which the file says
         assert stored["reference"]["images"] == 40
+    kid = value(cmtool("eval", "kid", *drawn, "--reference", "rows.npz"))
+    assert kid["settings"] == {"subsets": 100, "size": 1000, "seed": 0}
+    some = value(cmtool("eval", "fid", *drawn, *HELD_OUT, "--reference-num", "500"))
+    assert some["reference"]["images"] == 500
     refused = cmtool("eval", "kid", *drawn, "--reference", "stats/ref.npz")
     assert refused.code == 3
     assert "holds mu and sigma only" in refused.err
