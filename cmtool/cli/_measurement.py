@@ -209,7 +209,6 @@ def measure_all(
         "reference": about,
         "features": extractor_facts(extractor),
         "settings": METRICS[metric].settings,
-        "precision": "fp32",
         "cmtool": __version__,
         "torch": torch.__version__,
     }
