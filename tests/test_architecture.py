@@ -14,7 +14,7 @@ LAYERS = [
     "report", "progress", "stop", "run", "assets", "cli",
 ]  # fmt: skip
 CORE_LAYERS = [
-    {"types", "tensors", "tangents", "rng", "dist", "devices"},
+    {"types", "tensors", "tangents", "rng", "dist", "devices", "workers"},
     {
         "noise",
         "precond",

@@ -8,27 +8,22 @@ import gc
 import hashlib
 import itertools
 import math
-import multiprocessing
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from cmtool.core.devices import sent
 from cmtool.core.images import from_uint8
 from cmtool.core.rng import keyed_generator
 from cmtool.core.sources import LazyImages, listed_entries, open_images
+from cmtool.core.workers import WORKER_TIMEOUT, made_ahead
 from cmtool.errors import InputError, ResourceError, nearest
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
@@ -38,8 +33,6 @@ MAX_IN_MEMORY = 256 << 20
 """Bytes of decoded images that are kept in memory, and on a GPU; more are streamed."""
 MAX_CHECKED = 50_000
 """Images of a streamed set that are all decoded once before the first step."""
-WORKER_TIMEOUT = 300
-"""Seconds until a worker that gives nothing is taken for hanging."""
 
 
 class Images(Protocol):
@@ -308,56 +301,6 @@ class Ahead:
         return found
 
 
-def made_ahead(
-    items: TorchDataset[Any], order: Iterable[int], workers: int, timeout: float = WORKER_TIMEOUT
-) -> Iterator[Any]:
-    """Yield single items in an order, made ahead by worker processes, or here without any.
-
-    Raises ResourceError, in a wait and never in the midst of other work, when a worker died or
-    all together gave nothing for `timeout` seconds; then there is no worker left.
-    """
-    before, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
-    given = iter(DataLoader(
-        items, batch_size=None, sampler=order, num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        multiprocessing_context="fork" if workers else None,
-    ))  # fmt: skip
-    crew = [child for child in multiprocessing.active_children() if child not in others]
-    late = threading.Event()
-
-    def give_up() -> None:
-        late.set()
-        for worker in crew:
-            worker.kill()
-
-    try:
-        while True:
-            timer = threading.Timer(timeout, give_up)
-            timer.daemon = True
-            try:
-                if crew:
-                    timer.start()
-                    _handle_children(lambda *_: _check_crew(crew))
-                    _check_crew(crew)
-                item = next(given)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError):  # what torch says of a worker that is gone
-                if not _one_is_gone(crew):
-                    raise
-                what = "a data worker died (out of memory?)"
-                if late.is_set():
-                    what = f"the data workers hang: they gave nothing for {timeout:g} s,"
-                raise ResourceError(what, "lower data.workers, or look at the machine") from None
-            finally:
-                timer.cancel()
-                _handle_children(before)  # torch's own raises wherever the main thread is
-            yield item
-    finally:
-        for worker in crew:  # one that hangs would be waited for
-            worker.kill()
-
-
 def decoded_ahead(images: Images, parts: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
     """Yield the images (n, C, H, W) of each index, decoded ahead by worker processes.
 
@@ -369,27 +312,6 @@ def decoded_ahead(images: Images, parts: Sequence[Tensor], workers: int) -> Iter
         if isinstance(found, InputError):
             raise found
         yield found
-
-
-def _handle_children(handler: Any) -> None:
-    """Set the handler of a child's end, where Python allows it."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
-
-
-def _one_is_gone(crew: Sequence[BaseProcess], patience: float = 2.0) -> bool:
-    """Tell whether a worker has died; its end may be known a moment after its silence."""
-    end = time.monotonic() + patience
-    while crew and not any(worker.exitcode for worker in crew):
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return bool(crew)
-
-
-def _check_crew(crew: Sequence[BaseProcess]) -> None:
-    if any(worker.exitcode for worker in crew):
-        raise RuntimeError("a worker is gone")
 
 
 class _Turns(TorchDataset[Any]):

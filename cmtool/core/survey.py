@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from cmtool.core.data import Dataset, made_ahead
+from cmtool.core.data import Dataset
 from cmtool.core.images import from_uint8, png_bytes
 from cmtool.core.sources import LazyImages
+from cmtool.core.workers import made_ahead
 from cmtool.errors import InputError
 
 PART = 64

@@ -1,0 +1,66 @@
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from cmtool.core.workers import made_ahead
+from cmtool.errors import ResourceError
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Its own indices, and the pid of the worker that gave them."""
+
+    def __getitem__(self, index):
+        return index, os.getpid()
+
+
+def busy(seconds):
+    """Some work in this process, in the midst of which a signal would be felt."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        sum(range(1000))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_items_come_in_order_and_leave_no_worker(workers):
+    given = list(made_ahead(Numbers(), iter([3, 1, 2]), workers))
+    assert [index for index, _ in given] == [3, 1, 2]
+    assert (os.getpid() in {pid for _, pid in given}) == (workers == 0)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_killed_worker_is_told_in_a_wait_and_not_in_the_midst_of_work():
+    before = signal.getsignal(signal.SIGCHLD)
+    given = made_ahead(Numbers(), itertools.count(), 2)
+    _, pid = next(given)
+    os.kill(pid, signal.SIGKILL)
+    busy(0.2)
+    with pytest.raises(ResourceError, match=r"a data worker died \(out of memory\?\)"):
+        next(given)
+    assert multiprocessing.active_children() == []
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_workers_that_hang_are_told_and_killed():
+    given = made_ahead(Numbers(), itertools.count(), 2, timeout=0.3)
+    for pid in {next(given)[1] for _ in range(2)}:
+        os.kill(pid, signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.raises(ResourceError, match=r"the data workers hang: they gave nothing for 0.3 s"):
+        list(itertools.islice(given, 100))
+    assert time.monotonic() - start < 5
+    assert multiprocessing.active_children() == []
+
+
+def test_an_abandoned_wait_leaves_no_worker_though_they_hang():
+    given = made_ahead(Numbers(), itertools.count(), 2)
+    for pid in {next(given)[1] for _ in range(2)}:
+        os.kill(pid, signal.SIGSTOP)
+    start = time.monotonic()
+    given.close()
+    assert time.monotonic() - start < 4
+    assert multiprocessing.active_children() == []
