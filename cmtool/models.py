@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from cmtool.components import build_denoiser, build_network, noise_range
-from cmtool.core.checkpoint import MANIFEST, newest_checkpoint, verify
+from cmtool.core.checkpoint_folder import MANIFEST, newest_checkpoint, verify
 from cmtool.core.devices import placed
 from cmtool.core.features import DigitsFeatures
 from cmtool.core.formats import diffusers_dir, identify, read_foreign

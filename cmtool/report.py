@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmtool import __version__
-from cmtool.core.checkpoint import best, write_atomic
+from cmtool.core.checkpoint_folder import best
+from cmtool.core.files import write_atomic
 from cmtool.plots import run_plots, svgs
 from cmtool.rundir import read_json, read_log
 

@@ -25,10 +25,12 @@ from cmtool.build import (
     noise_range,
     with_precision,
 )
-from cmtool.core import checkpoint, dist
+from cmtool.core import checkpoint, checkpoint_folder, dist
+from cmtool.core.checkpoint_folder import Score
 from cmtool.core.data import BatchFn, Dataset, batches, load_dataset
 from cmtool.core.devices import best_precision, is_out_of_memory
 from cmtool.core.dist import ALONE, Group
+from cmtool.core.files import write_atomic
 from cmtool.core.images import png_bytes
 from cmtool.core.losses import Objective
 from cmtool.core.noise import Curriculum
@@ -312,7 +314,7 @@ class Desk:
         shown = picture(images, GRID_COLUMNS)
         path = self.job.out / "samples" / f"step-{step:07d}.png"
         with self.expendable("the sample grid"):
-            checkpoint.write_atomic(path, png_bytes(shown))
+            write_atomic(path, png_bytes(shown))
         if self.events:
             with self.expendable("tensorboard/"):
                 self.events.picture("samples", shown, step)
@@ -392,7 +394,7 @@ def work(
             raise dumped(end, job)
         if now.checkpoint or reason or verdict:
             state.unlogged = meter.held(group)
-        score = verdict and checkpoint.Score(verdict.metric, verdict.num, verdict.value)
+        score = verdict and Score(verdict.metric, verdict.num, verdict.value)
         saves = now.checkpoint or reason > 0
         if score and not saves:
             best = partial(is_best, desk, score)
@@ -418,19 +420,19 @@ def work(
             desk.summarise(drawn)
 
 
-def is_best(desk: Desk | None, score: checkpoint.Score) -> bool:
+def is_best(desk: Desk | None, score: Score) -> bool:
     """Tell whether a checkpoint with a score would be kept for it; the leading process knows."""
     if desk is None:
         return False
     desk.saver.finish(final=False)  # it may be about to write what best.json names
-    return checkpoint.is_best(desk.saver.folder, score, desk.saver.keep_best)
+    return checkpoint_folder.is_best(desk.saver.folder, score, desk.saver.keep_best)
 
 
 def save(
     state: TrainState,
     group: Group,
     desk: Desk | None,
-    score: checkpoint.Score | None,
+    score: Score | None,
     *,
     wait: bool,
 ) -> None:

@@ -20,9 +20,11 @@ from filelock import FileLock, Timeout
 
 from cmtool import __version__
 from cmtool.build import Model, build_curriculum, fit_settings
-from cmtool.core import checkpoint
+from cmtool.core import checkpoint_folder
+from cmtool.core.checkpoint import load_checkpoint
 from cmtool.core.data import Dataset
 from cmtool.core.dist import Group
+from cmtool.core.files import write_atomic, write_json
 from cmtool.core.formats.native import write_weights
 from cmtool.core.images import png_bytes
 from cmtool.core.trainer import Diverged, TrainState, learning_rate
@@ -198,7 +200,7 @@ def status(out: Path, launchers: Sequence[str] = ()) -> Iterator[StatusWriter]:
         facts.update(fields)
         try:
             ended = facts["state"] != "running"
-            checkpoint.write_json(out / "status.json", facts, durable=ended)
+            write_json(out / "status.json", facts, durable=ended)
         except ResourceError:  # in place no room is needed
             _overwrite(out / "status.json", json.dumps(facts, indent=1, sort_keys=True))
 
@@ -334,7 +336,7 @@ def split_as_before(
 def check_steps(out: Path, stored: Preset, preset: Preset) -> None:
     """Raise UserError unless the run in `out` may have another number of steps."""
     before, now = stored.train.steps, preset.train.steps
-    found = checkpoint.checkpoints(out / "checkpoints")
+    found = checkpoint_folder.checkpoints(out / "checkpoints")
     done = int(found[-1].name[5:]) if found else 0
     if now < done:
         raise UserError(f"train.steps = {now}: {out} is at step {done}", "give more steps")
@@ -367,14 +369,14 @@ def changes(before: Preset, now: Preset) -> dict[str, Any]:
 def resume_state(out: Path, state: TrainState, watcher: Notes, group: Group) -> None:
     """Set `state` to the run's newest good checkpoint, which the leading process finds."""
     newest, complaints = group.agreed(
-        lambda: checkpoint.newest_checkpoint(out / "checkpoints"), "resume"
+        lambda: checkpoint_folder.newest_checkpoint(out / "checkpoints"), "resume"
     )
     for complaint in complaints:
         watcher.note(f"passed over: {complaint}")
     if newest is None:
         watcher.note("no checkpoint yet: starting at step 0")
     else:
-        checkpoint.load_checkpoint(newest, state)
+        load_checkpoint(newest, state)
         watcher.note(f"resumed from {newest}")
 
 
@@ -389,12 +391,12 @@ def trim_log(out: Path, step: int) -> None:
     if superseded:
         with (out / "log.superseded.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in superseded)
-    checkpoint.write_atomic(log, "".join(json.dumps(k) + "\n" for k in kept).encode())
+    write_atomic(log, "".join(json.dumps(k) + "\n" for k in kept).encode())
 
 
 def clear_temporary(out: Path) -> None:
     """Remove what a process that was killed had half written; called under the lock."""
-    checkpoint.clear_temporary(out / "checkpoints")
+    checkpoint_folder.clear_temporary(out / "checkpoints")
     for folder in (out, out / "checkpoints", out / "samples"):
         for left in folder.glob(".*.tmp"):
             if re.fullmatch(TEMPORARY, left.name):
@@ -403,7 +405,7 @@ def clear_temporary(out: Path) -> None:
 
 def clear_run(out: Path) -> None:
     """Remove an earlier run's own files, and no others; called under the lock."""
-    checkpoint.prune_all(out / "checkpoints")
+    checkpoint_folder.prune_all(out / "checkpoints")
     for folder in ("failed", "tensorboard"):
         shutil.rmtree(out / folder, ignore_errors=True)
     for pattern in (
@@ -433,7 +435,7 @@ def write_run_files(
         text = with_values(path.read_text(), told)
     else:
         text = to_toml(preset, origins)
-    checkpoint.write_atomic(path, text.encode(), durable=True)
+    write_atomic(path, text.encode(), durable=True)
     facts = {
         "arguments": sys.argv[1:],
         "versions": {
@@ -447,7 +449,7 @@ def write_run_files(
         "seed": preset.train.seed,
         **run_inputs(data, teacher),
     }
-    checkpoint.write_json(out / "run.json", facts, durable=True)
+    write_json(out / "run.json", facts, durable=True)
 
 
 def write_failure(out: Path, error: Diverged, preset: Preset, group: Group) -> Path:
@@ -465,7 +467,7 @@ def write_failure(out: Path, error: Diverged, preset: Preset, group: Group) -> P
     tensors = {"x0": batch.x0, "sigma": batch.sigma, "loss": batch.loss}
     tensors |= {} if batch.labels is None else {"labels": batch.labels}
     write_weights(folder / "batch.safetensors", tensors, {"step": info.step})
-    checkpoint.write_atomic(folder / "images.png", png_bytes(picture(batch.x0.cpu(), 16)))
+    write_atomic(folder / "images.png", png_bytes(picture(batch.x0.cpu(), 16)))
     facts = {
         "error": error.what,
         "step": info.step,
@@ -475,7 +477,7 @@ def write_failure(out: Path, error: Diverged, preset: Preset, group: Group) -> P
         "mu": info.mu,
         "precision": preset.train.precision,
     }
-    checkpoint.write_json(folder / "fault.json", facts)
+    write_json(folder / "fault.json", facts)
     return folder
 
 

@@ -14,7 +14,7 @@ LAYERS = [
     "report", "progress", "stop", "run", "assets", "cli",
 ]  # fmt: skip
 CORE_LAYERS = [
-    {"types", "tensors", "tangents", "rng", "dist", "devices", "workers"},
+    {"types", "tensors", "tangents", "rng", "dist", "devices", "workers", "files"},
     {
         "noise",
         "precond",
@@ -41,7 +41,7 @@ CORE_LAYERS = [
         "consistency",
     },
     {"trainer", "archives"},
-    {"references"},
+    {"references", "checkpoint_folder"},
     {"checkpoint"},
 ]
 ONE_IMPORTER = {

@@ -38,7 +38,7 @@ import torch
 from PIL import Image
 
 from cmtool.components import build_network
-from cmtool.core.checkpoint import verify
+from cmtool.core.checkpoint_folder import verify
 from cmtool.core.formats.native import write_weights
 from cmtool.core.images import png_bytes, read_image
 from cmtool.errors import BusyError

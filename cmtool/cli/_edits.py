@@ -180,7 +180,7 @@ def write_answers(
 
     The pictures `before` stand to the left of the answers. Prints what was written.
     """
-    from cmtool.core.checkpoint import write_atomic
+    from cmtool.core.files import write_atomic
     from cmtool.core.images import png_bytes, row
 
     if is_one_file(out):

@@ -48,8 +48,8 @@ def demo(
 
     import torch
 
-    from cmtool.core.checkpoint import write_atomic
     from cmtool.core.data import digits
+    from cmtool.core.files import write_atomic
     from cmtool.core.images import grid, png_bytes, read_image
     from cmtool.report import Figure, Row, write_report
 

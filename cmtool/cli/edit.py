@@ -346,7 +346,7 @@ def interpolate(
     levels = parse_sigmas(sigmas)
     target = target_of(out, overwrite, (".png", ".gif", ".webp"))
 
-    from cmtool.core.checkpoint import write_atomic
+    from cmtool.core.files import write_atomic
     from cmtool.core.images import ANIMATIONS, animation_bytes, canvas, read_image
     from cmtool.editing import between_pictures, between_seeds, stroke_levels
     from cmtool.sampling import edit_plan, plan

@@ -254,7 +254,7 @@ def _one_file(
     import torch
 
     from cmtool.core.archives import write_npz, write_zip
-    from cmtool.core.checkpoint import write_atomic
+    from cmtool.core.files import write_atomic
     from cmtool.core.images import display_scale, grid, png_bytes
 
     def parts() -> Iterator[Tensor]:
@@ -322,7 +322,7 @@ def _folder(
 
     Raises UserError, before any sampling, for a file that holds another image.
     """
-    from cmtool.core.checkpoint import write_atomic
+    from cmtool.core.files import write_atomic
     from cmtool.core.images import png_bytes, png_info
 
     infos = _infos(draw, seeds, labels)

@@ -59,7 +59,7 @@ def search(
     Levels are added one at a time, each by ternary search on the metric (Song et al. 2023). Every
     evaluation is kept: the same command goes on where it was stopped. Prints the levels.
     """
-    from cmtool.core.checkpoint import write_json
+    from cmtool.core.files import write_json
     from cmtool.core.search import search_indices
     from cmtool.evaluation import EVALUATORS
     from cmtool.models import levels_file

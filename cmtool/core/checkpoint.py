@@ -1,16 +1,13 @@
-"""Training checkpoints: a folder of safetensors and JSON that exists whole or not at all.
+"""A training checkpoint, a folder of safetensors and JSON: from a state, and back.
 
-A checkpoint is written to `.tmp-*`, every file synced, the manifest (sizes and hashes) last, and
-then renamed. A folder without a complete manifest is not a checkpoint.
+It is written to `.tmp-*`, every file synced, the manifest (sizes and hashes) last, and then
+renamed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
-import re
 import shutil
 import threading
 import time
@@ -22,13 +19,21 @@ import safetensors
 import torch
 from torch import Tensor
 
+from cmtool.core.checkpoint_folder import (
+    MANIFEST,
+    Score,
+    discard,
+    point_to,
+    prune,
+    record_best,
+    verify,
+)
 from cmtool.core.dist import fill, whole
-from cmtool.core.formats.native import read_table, read_weights, write_weights
+from cmtool.core.files import file_facts, sync, write_json
+from cmtool.core.formats.native import read_weights, write_weights
 from cmtool.core.trainer import TrainState, counters, set_counters
 from cmtool.errors import DivergedError, InputError, ResourceError, UserError, is_full
 
-MANIFEST = "manifest.json"
-BEST = "best.json"
 MAX_FAILURES = 3
 MARGIN = 1.05
 """Room a checkpoint needs on the disk, over the bytes of its tensors."""
@@ -110,14 +115,14 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, about: dict[str, Any]) ->
         write_json(temporary / "state.json", snapshot.counters)
         manifest = {file.name: file_facts(file) for file in sorted(temporary.iterdir())}
         for file in temporary.iterdir():
-            _sync(file)
+            sync(file)
         write_json(temporary / MANIFEST, {"format": 1, "step": snapshot.step, "files": manifest})
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
+        sync(temporary / MANIFEST)
+        sync(temporary)
         if final.exists():
             discard(final)
         temporary.rename(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, safetensors.SafetensorError, ResourceError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_full(error) or isinstance(error, ResourceError):
@@ -149,11 +154,6 @@ def make_room(folder: Path, snapshot: Snapshot, keep: int) -> None:
     if free < needed:
         hint = f"free some: it needs {needed / 1e6:,.1f} MB and has {free / 1e6:,.1f}"
         raise _no_room(folder / f"step-{snapshot.step:07d}", hint)
-
-
-def point_to(folder: Path, final: Path) -> None:
-    """Name the newest checkpoint in latest.json, for people and scripts; resuming looks itself."""
-    write_json(folder / "latest.json", {"checkpoint": final.name}, durable=True)
 
 
 class Saver:
@@ -290,114 +290,6 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     set_counters(state, json.loads((path / "state.json").read_text()))
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the folders step-N under `folder`, by N."""
-    found = [
-        p for p in folder.glob("step-*") if p.is_dir() and re.fullmatch("[0-9]{1,18}", p.name[5:])
-    ]
-    return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest undamaged checkpoint, and why newer ones were passed over."""
-    complaints = []
-    for path in reversed(checkpoints(folder)):
-        try:
-            verify(path)
-        except InputError as error:
-            complaints.append(error.what)
-            continue
-        return path, complaints
-    return None, complaints
-
-
-def verify(path: Path) -> None:
-    """Raise InputError unless every file of the checkpoint has the size and hash it was given."""
-    try:
-        manifest = dict(read_table(path / MANIFEST)["files"])
-    except (OSError, ValueError, LookupError, TypeError):
-        raise InputError(f"{path} is not a whole checkpoint: no manifest", "use another") from None
-    for name, facts in manifest.items():
-        file = path / name
-        if not file.is_file() or file_facts(file) != facts:
-            raise InputError(f"{file} is damaged", "use the checkpoint before it")
-
-
-class Score(NamedTuple):
-    """A checkpoint's value by some metric over `num` images; the lower the better."""
-
-    metric: str
-    num: int
-    value: float
-
-
-def record_best(folder: Path, name: str, score: Score, keep: int) -> None:
-    """Put a checkpoint's score into best.json, if it is one of the best `keep`."""
-    ranked = {**best(folder, score), name: score.value}
-    if not math.isfinite(score.value):
-        del ranked[name]
-    kept = dict(sorted(ranked.items(), key=lambda item: (item[1], item[0]))[:keep])
-    facts = {"metric": score.metric, "num": score.num, "checkpoint": next(iter(kept), None)}
-    write_json(folder / BEST, {**facts, "best": kept}, durable=True)
-
-
-def is_best(folder: Path, score: Score, keep: int) -> bool:
-    """Tell whether a score is better than one of the best `keep` checkpoints that are there."""
-    if not keep or not math.isfinite(score.value):
-        return False
-    values = sorted(best(folder, score).values())
-    return len(values) < keep or score.value < values[keep - 1]
-
-
-def best(folder: Path, like: Score | None = None) -> dict[str, float]:
-    """Return the checkpoints that best.json names, and their values.
-
-    Those only that are there, and by the metric and number of images of `like`, if given.
-    """
-    try:
-        facts = read_table(folder / BEST)
-        found = {str(name): float(value) for name, value in facts["best"].items()}
-        other = like and (facts["metric"], facts["num"]) != (like.metric, like.num)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}
-    return {} if other else {n: v for n, v in found.items() if (folder / n / MANIFEST).is_file()}
-
-
-def prune(folder: Path, keep: int, newest: int | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best ones.
-
-    Those after step `newest` do not count and stay: a resumed run passed them over as damaged.
-    """
-    found = checkpoints(folder)
-    if newest is not None:
-        found = [path for path in found if int(path.name[5:]) <= newest]
-    spared = best(folder)
-    for old in found[:-keep]:
-        if old.name not in spared:
-            discard(old)
-
-
-def prune_all(folder: Path) -> None:
-    """Remove every checkpoint of a run that is to be overwritten."""
-    for old in checkpoints(folder):
-        discard(old)
-    for name in ("latest.json", BEST):
-        (folder / name).unlink(missing_ok=True)
-
-
-def discard(path: Path) -> None:
-    """Remove a checkpoint, which is no longer one from the first moment on."""
-    doomed = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def clear_temporary(folder: Path) -> None:
-    """Remove half-written checkpoints; call it only while holding the run's lock."""
-    for left in folder.glob(".tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
 def state_tensors(
     state: TrainState, *, fill_optimizer: bool = False
 ) -> dict[str, dict[str, Tensor]]:
@@ -444,48 +336,3 @@ def _check_finite(snapshot: Snapshot) -> None:
                     f"{file}: {name} is not finite at step {snapshot.step}",
                     "resume from the last checkpoint with a lower train.lr",
                 )
-
-
-def file_facts(file: Path) -> dict[str, Any]:
-    """Return the size and sha256 of a file."""
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
-
-
-def write_json(path: Path, content: dict[str, Any], *, durable: bool = False) -> None:
-    """Write JSON by way of a temporary file, so that a reader never sees half of it."""
-    text = json.dumps(content, indent=1, sort_keys=True)
-    write_atomic(path, text.encode() + b"\n", durable=durable)
-
-
-def write_atomic(path: Path, content: bytes, *, durable: bool = False) -> None:
-    """Write a file by way of a temporary one beside it.
-
-    A killed process leaves the old file or the new one; a `durable` file, at the price of waiting
-    for the disk, is the new one after a power cut too. Raises InputError for a special file,
-    ResourceError when the disk is full.
-    """
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is not a regular file", "give another name")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        if durable:
-            _sync(temporary)
-        temporary.replace(path)
-        if durable:
-            _sync(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and is_full(error):
-            raise ResourceError(f"no room on the disk for {path}", "free some") from None
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
