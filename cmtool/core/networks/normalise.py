@@ -6,6 +6,8 @@ convolutions are faster. Here scale, shift and SiLU are part of it, and all is c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +38,8 @@ def normalised(
     steps of the formula, PyTorch would keep each. Forward mode takes the formula as it is.
     """
     if unpack_dual(x).tangent is not None:
-        return formula(x, gain, offset, groups=groups, eps=eps, silu=silu)[0]
-    if torch.is_grad_enabled() and (x.requires_grad or gain.requires_grad):
+        return formula(x, gain, offset, groups=groups, eps=eps, silu=silu)[0].to(x.dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or gain.requires_grad or offset.requires_grad):
         y: Tensor = Normalise.apply(x, gain, offset, groups, eps, silu)
         return y
     return by_parts(x, gain, offset, groups, eps, silu)[0]
@@ -46,20 +48,33 @@ def normalised(
 def formula(
     x: Tensor, gain: Tensor, offset: Tensor, *, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `normalised` does, and mean and 1 / std by channel, (B, C) each."""
+    """Return what `normalised` does, whole, and mean and 1 / std by channel, (B, C) each."""
     x32 = whole(x)
     mean = group_mean(x32.sum(1), x.shape[1], groups)
-    centred = x32 - mean[:, None]
-    rstd = (group_mean((centred * centred).sum(1), x.shape[1], groups) + eps).rsqrt()
-    y = torch.addcmul(offset[:, None], centred, (gain * rstd)[:, None])
-    return (F.silu(y, inplace=True) if silu else y).to(x.dtype), mean, rstd
+    z, left = centred(x32, mean, x.dtype)
+    variance = group_mean((z * z).sum(1), x.shape[1], groups) - left * left
+    rstd = (variance.clamp_min(0) + eps).rsqrt()
+    factor = gain * rstd
+    y = torch.addcmul((offset - left * factor)[:, None], z, factor[:, None])
+    return F.silu(y, inplace=True) if silu else y, mean, rstd
+
+
+def centred(x32: Tensor, mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+    """Return x32 (B, n, C) without its mean (B, C), and what is left in it of that.
+
+    What was rounded to half precision keeps it and saves the time: there the rounding is far more
+    than what float32 loses when the square of the mean is subtracted from the mean square.
+    """
+    return (x32, mean) if dtype == torch.bfloat16 else (x32 - mean[:, None], 0.0)
 
 
 def group_mean(total: Tensor, n: int, groups: int) -> Tensor:
     """Return the mean over n and each group, for its channels, of what sums to `total` over n."""
     size = total.shape[1] // groups
-    sums = total.unflatten(1, (groups, size)).sum(2, keepdim=True)
-    return (sums / (n * size)).expand(-1, -1, size).flatten(1)
+    if size == 1:
+        return total / n
+    sums = total.unflatten(1, (groups, size)).sum(2)
+    return (sums / (n * size)).repeat_interleave(size, 1)
 
 
 def gradients(
@@ -73,36 +88,43 @@ def gradients(
     groups: int,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x (B, n, C), gain and offset (B, C) for that of y (B, n, C)."""
-    grad, centred = whole(grad), whole(x) - mean[:, None]
-    factor = (gain * rstd)[:, None]
+    """Return the gradients of x (B, n, C), whole, and of gain and offset (B, C) for that of y."""
+    z, left = centred(whole(x), mean, x.dtype)
+    grad, factor = whole(grad), gain * rstd
     if silu:
-        y = torch.addcmul(offset[:, None], centred, factor)
+        y = torch.addcmul((offset - left * factor)[:, None], z, factor[:, None])
         grad = torch.ops.aten.silu_backward(grad, y)
     of_offset = grad.sum(1)
-    of_gain = (grad * centred).sum(1) * rstd
-    # of x: rstd (gain grad - a - b centred rstd) with a, b the means over a group of
-    # gain grad and gain grad centred rstd
+    of_gain = ((grad * z).sum(1) - left * of_offset) * rstd
+    # of x: rstd (gain grad - a - b (z - left) rstd) with a, b the means over a group of
+    # gain grad and gain grad (z - left) rstd
     a, b = (group_mean(gain * of, x.shape[1], groups) for of in (of_offset, of_gain))
-    of_x = torch.addcmul((-a * rstd)[:, None], centred, (-b * rstd * rstd)[:, None])
-    return of_x.addcmul_(grad, factor).to(x.dtype), of_gain, of_offset
+    slope = -b * rstd * rstd
+    of_x = torch.addcmul((-a * rstd - left * slope)[:, None], z, slope[:, None])
+    return of_x.addcmul_(grad, factor[:, None]), of_gain, of_offset
 
 
 def by_parts(
     x: Tensor, gain: Tensor, offset: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `formula` does, from a few images at a time."""
-    if images_at_once(x) >= len(x):
-        return formula(x, gain, offset, groups=groups, eps=eps, silu=silu)
-    parts = zip(*(t.split(images_at_once(x)) for t in (x, gain, offset)), strict=True)
-    results = [formula(*part, groups=groups, eps=eps, silu=silu) for part in parts]
-    y, mean, rstd = (torch.cat(column) for column in zip(*results, strict=True))
+    """Return what `formula` does, y in x's dtype, from a few images at a time."""
+    compute = partial(formula, groups=groups, eps=eps, silu=silu)
+    y, mean, rstd = in_parts(compute, x, gain, offset)
     return y, mean, rstd
 
 
-def images_at_once(x: Tensor) -> int:
-    """Return how many of the images x (B, n, C) are worked on at once."""
-    return max(CACHED // x[0].numel(), 1)
+def in_parts(compute: Callable[..., tuple[Tensor, ...]], x: Tensor, *rest: Tensor) -> list[Tensor]:
+    """Return `compute` of a few images at a time, its first result in the dtype of x (B, n, C)."""
+    at_once = max(CACHED * len(x) // x.numel(), 1)
+    if at_once >= len(x):
+        first, *others = compute(x, *rest)
+        return [first.to(x.dtype), *others]
+    results = [torch.empty_like(t) for t in (x, *rest[-2:])]
+    columns = (t.split(at_once) for t in (*results, x, *rest))
+    for out_x, out_a, out_b, *part in zip(*columns, strict=True):
+        for out, found in zip((out_x, out_a, out_b), compute(*part), strict=True):
+            out.copy_(found)
+    return results
 
 
 class Normalise(torch.autograd.Function):
@@ -121,8 +143,5 @@ class Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, gain and offset."""
-        saved, at_once = (grads[0], *ctx.saved_tensors), images_at_once(grads[0])
-        parts = zip(*(t.split(at_once) for t in saved), strict=True)
-        results = [gradients(*part, groups=ctx.groups, silu=ctx.silu) for part in parts]
-        columns = zip(*results, strict=True)
-        return (*(c[0] if len(c) == 1 else torch.cat(c) for c in columns), None, None, None)
+        compute = partial(gradients, groups=ctx.groups, silu=ctx.silu)
+        return (*in_parts(compute, grads[0], *ctx.saved_tensors), None, None, None)
