@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from cmtool.core.networks.attention import attend
 from cmtool.core.networks.normalise import is_channels_last, normalised, whole
 from cmtool.errors import InputError
 
@@ -115,22 +116,6 @@ class AttentionBlock(nn.Module):
         out = attend(q, k, v).transpose(1, 2).reshape(b, h, w, c)
         projected: Tensor = self.proj_out(out.permute(0, 3, 1, 2))
         return x + projected
-
-
-MOST_TOKENS = 1024
-"""Beyond so many, the matrix of weights costs more than the fused kernel."""
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v for (B, heads, tokens, d).
-
-    By the fused kernel, except in half precision on a CPU, where two batched products are two to
-    four times as fast; softmax computes in float32 all the same.
-    """
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    if q.device.type != "cpu" or not half or q.shape[2] > MOST_TOKENS:
-        return F.scaled_dot_product_attention(q, k, v)
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
 def zero_init(module: nn.Conv2d) -> nn.Conv2d:
