@@ -15,6 +15,10 @@ from cmtool.errors import InputError
 UNITS, DIGIT, MAX_ROWS = 2.0**24, 2**19, 2**14
 """Of the sums: units in 1, the base of its digits, and rows whose products float64 sums exactly."""
 
+NEGATIVE, SKEW = 1e-3, 1e-4
+"""What rounding may do to a covariance (in a file of float32), relative to its largest: how far
+below 0 it may put an eigenvalue, and by how much a value and its mirror image may differ."""
+
 
 class Gaussian(NamedTuple):
     """Mean (D,) and covariance (D, D) of `num` features, float64."""
@@ -85,7 +89,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
     The trace of the root is the sum of the roots of the eigenvalues of A B, which are those of the
     symmetric R^T B R with A = R R^T: by Cholesky, or by the eigenvectors of an A that is singular.
-    Raises InputError for different dimensions or values that are not finite.
+    Raises InputError for different dimensions, values that are not finite, and no covariances.
     """
     if a.mean.shape != b.mean.shape:
         raise InputError(
@@ -95,8 +99,13 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     for side in (a, b):
         if not (torch.isfinite(side.mean).all() and torch.isfinite(side.covariance).all()):
             raise InputError("the feature statistics are not finite", "look for NaN in the images")
+        skew = (side.covariance - side.covariance.T).abs().max()
+        if skew > SKEW * side.covariance.abs().max():
+            raise InputError("a covariance is not symmetric", "its statistics are damaged")
     root = root_of(a.covariance)
-    cross = torch.linalg.eigvalsh(root.T @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    values = torch.linalg.eigvalsh(root.T @ b.covariance @ root)
+    _check_positive(values, 1e-6 * float(a.covariance.norm() * b.covariance.norm()))
+    cross = values.clamp(min=0).sqrt().sum()
     distance = (
         (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     )
@@ -104,13 +113,25 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def root_of(covariance: Tensor) -> Tensor:
-    """Return R with R R^T = covariance (D, D): its Cholesky factor, or one of a singular matrix."""
+    """Return R with R R^T = covariance (D, D): its Cholesky factor, or one of a singular matrix.
+
+    Raises InputError for eigenvalues that are negative beyond rounding.
+    """
     factor, failed = torch.linalg.cholesky_ex(covariance)
     diagonal = factor.diagonal()
     if not failed and float(diagonal.min()) > 1e-6 * float(diagonal.max()):
         return factor
     values, vectors = torch.linalg.eigh(covariance)
+    _check_positive(values)
     return vectors * values.clamp(min=0).sqrt()
+
+
+def _check_positive(values: Tensor, rounding: float = 0.0) -> None:
+    """Raise InputError for ascending eigenvalues that those of covariances cannot be."""
+    if float(values[0]) < -NEGATIVE * max(float(values[-1]), 0.0) - rounding:
+        raise InputError(
+            "a covariance has negative eigenvalues", "its statistics are damaged: make them again"
+        )
 
 
 class Estimate(NamedTuple):
@@ -126,7 +147,8 @@ def kernel_distance(
     """Return the KID of features a (N, D) and b (M, D), unbiased (Binkowski et al. 2018).
 
     The mean over random subsets of `size` of the squared MMD with the kernel (x^T y / D + 1)^3.
-    Raises InputError for fewer than 2 images.
+    Its error is over the subsets: there is none where each is all of both sets. Raises InputError
+    for fewer than 2 images, and for features that are not finite.
     """
     _check_features(a, b)
     m = min(len(a), len(b), size)
@@ -139,7 +161,8 @@ def kernel_distance(
         own = (within.sum() - within.trace()) / (m * (m - 1))
         values.append(float(own - 2 * _cubic(x, y).mean()))
     spread = torch.tensor(values, dtype=torch.float64)
-    error = float(spread.std()) / math.sqrt(subsets) if subsets > 1 else math.nan
+    differ = subsets > 1 and m < max(len(a), len(b))
+    error = float(spread.std()) / math.sqrt(subsets) if differ else math.nan
     return Estimate(float(spread.mean()), error)
 
 
@@ -150,13 +173,15 @@ def _cubic(x: Tensor, y: Tensor) -> Tensor:
 def inception_score(logits: Tensor, *, split: int = 5000) -> Estimate:
     """Return exp(E KL(p(y|x) | p(y))) of class logits (N, K) (Salimans et al. 2016).
 
-    The mean over splits of `split` images, in order; its error is over the splits.
+    The mean over splits of `split` images, in order; its error is over the splits. Raises
+    InputError for logits that are not finite.
     """
+    _check_finite(logits)
     scores = []
     for part in logits.double().split(split):
-        log_p = part.log_softmax(1)
-        marginal = log_p.exp().mean(0).log()
-        scores.append(float((log_p.exp() * (log_p - marginal)).sum(1).mean().exp()))
+        p = part.softmax(1)
+        entropies = torch.special.entr(p).sum(1)  # 0 of what is 0
+        scores.append(float((torch.special.entr(p.mean(0)).sum() - entropies.mean()).exp()))
     spread = torch.tensor(scores, dtype=torch.float64)
     error = float(spread.std()) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
     return Estimate(float(spread.mean()), error)
@@ -176,7 +201,8 @@ def precision_recall(
 
     Kynkaanniemi et al. (2019): an image is covered by a set when it lies within the distance of
     one of its members to that member's k-th nearest neighbour. Distances are taken in float64,
-    `chunk` rows and columns at a time. Raises InputError for k images or fewer.
+    `chunk` rows and columns at a time. Raises InputError for k images or fewer, and for features
+    that are not finite.
     """
     _check_features(real, made, least=k + 1)
     return PrecisionRecall(
@@ -220,11 +246,23 @@ def _squared(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _check_features(a: Tensor, b: Tensor, least: int = 2) -> None:
-    """Raise InputError for sets that are too small, or of different features."""
+    """Raise InputError for sets that are too small, of different features, or not finite."""
     if a.shape[1] != b.shape[1]:
         raise InputError(
             f"{a.shape[1]} and {b.shape[1]} features an image", "use one feature network"
         )
     few = min(len(a), len(b))
     if few < least:
-        raise InputError(f"{few} images to evaluate", f"give {least} or more")
+        raise InputError(
+            f"{few} image{'s' * (few != 1)} to evaluate", f"give {least} or more on each side"
+        )
+    _check_finite(a)
+    _check_finite(b)
+
+
+def _check_finite(features: Tensor) -> None:
+    """Raise InputError for NaN, or infinity."""
+    if not bool(torch.isfinite(features).all()):
+        raise InputError(
+            "the features are not finite", "look for a damaged weight file, or statistics"
+        )

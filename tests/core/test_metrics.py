@@ -81,6 +81,44 @@ def test_what_cannot_be_compared_is_refused():
         of(features(n=1))
 
 
+def test_what_is_no_covariance_is_refused_and_rounding_is_not():
+    zero, one = torch.zeros(3).double(), torch.eye(3).double()
+    bad = torch.diag(torch.tensor([1.0, -0.1, 1.0]).double())
+    for a, b in ((one, bad), (bad, one), (-one, -one), (one, -one)):
+        with pytest.raises(InputError, match="negative eigenvalues"):
+            frechet_distance(Gaussian(zero, a, 9), Gaussian(zero, b, 9))
+    skew = Gaussian(zero, one + torch.triu(0.01 * torch.ones(3, 3).double(), 1), 9)
+    for a, b in ((skew, of(features(d=3))), (of(features(d=3)), skew)):
+        with pytest.raises(InputError, match="not symmetric"):
+            frechet_distance(a, b)
+    flat = torch.diag(torch.tensor([1.0, -1e-8, 1.0]).double())
+    for a, b in ((one, flat), (flat, one)):
+        assert frechet_distance(Gaussian(zero, a, 9), Gaussian(zero, b, 9)) == pytest.approx(1)
+    a, b = of(features(n=2, d=40, seed=1)), of(features(n=2, d=40, seed=2))  # a line each
+    q = torch.linalg.qr(features(40, 40, seed=3)).Q
+    for i, g in enumerate((a, b)):  # at a right angle, so that what they share is rounding
+        g.covariance.copy_(torch.outer(q[i], q[i]))
+    apart = float((a.mean - b.mean).square().sum()) + 2
+    assert frechet_distance(a, b) == pytest.approx(apart)
+    nothing = Gaussian(zero, 0 * one, 9)
+    assert frechet_distance(nothing, Gaussian(zero + 1, 0 * one, 9)) == 3
+
+
+def test_features_that_are_not_finite_have_no_distance_or_score():
+    good = features()
+    for bad in (float("nan"), float("inf")):
+        broken = good.clone()
+        broken[3, 2] = bad
+        for measure in (
+            lambda x: kernel_distance(good, x),
+            lambda x: kernel_distance(x, good),
+            lambda x: precision_recall(good, x),
+            inception_score,
+        ):
+            with pytest.raises(InputError, match="not finite"):
+                measure(broken)
+
+
 def test_sums_do_not_depend_on_order_batches_or_processes():
     rows = features(n=900, d=5, shift=3.3).float()
     order = torch.randperm(900, generator=torch.Generator().manual_seed(9))
@@ -145,8 +183,19 @@ def test_kernel_distance_of_one_law_has_mean_zero():
     ]
     spread = torch.tensor(values)
     assert abs(float(spread.mean())) < 3 * float(spread.std()) / 40**0.5
-    far = kernel_distance(features(seed=1), features(seed=2, shift=1.0), subsets=5)
+    far = kernel_distance(features(seed=1), features(seed=2, shift=1.0), subsets=5, size=400)
     assert far.value > 10 * far.error
+
+
+def test_kernel_distance_of_whole_sets_has_no_error():
+    a, b = features(n=20, seed=1), features(n=20, seed=2)
+    whole = kernel_distance(a, b)
+    assert np.isnan(whole.error)
+    k = (torch.cat([a, b]) @ torch.cat([a, b]).T / 6 + 1) ** 3
+    own = sum(float(part.sum() - part.trace()) / (20 * 19) for part in (k[:20, :20], k[20:, 20:]))
+    assert whole.value == pytest.approx(own - 2 * float(k[:20, 20:].mean()))
+    assert kernel_distance(a, b, size=19).error > 0
+    assert kernel_distance(a, features(n=21, seed=3)).error > 0
 
 
 def test_inception_score_of_known_predictions():
@@ -155,6 +204,8 @@ def test_inception_score_of_known_predictions():
     certain = torch.full((70, 7), -1e4)
     certain[torch.arange(70), torch.arange(70) % 7] = 0.0
     assert inception_score(certain).value == pytest.approx(7)
+    never = torch.tensor([[0.0, 0.0, -1e4]])  # a class that no image can be of
+    assert inception_score(never.expand(9, 3)).value == pytest.approx(1)
     halves = inception_score(torch.cat([uniform[:70], certain]), split=70)
     assert halves.value == pytest.approx(4)
     assert halves.error == pytest.approx(3)
