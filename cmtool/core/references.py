@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import struct
 import zipfile
 import zlib
@@ -21,6 +22,8 @@ from cmtool.errors import InputError
 
 MAX_WIDTH = 16_384
 """Features an image may have; a covariance of so many takes 2 GiB."""
+MAX_RATIO = 200
+"""How far statistics may be packed: floats are hardly."""
 
 
 class Reference(NamedTuple):
@@ -52,8 +55,8 @@ def read_reference(path: Path) -> Reference | None:
     if "about" in arrays:
         try:
             about = dict(json.loads(str(arrays["about"])))
-        except ValueError:
-            raise InputError(f"{path}: its `about` is no JSON", "make it again") from None
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(f"{path}: its `about` is no JSON object", "make it again") from None
     rows = None
     if "feats" in arrays:
         rows = _finite(path, "feats", arrays["feats"], 2).float()
@@ -64,12 +67,16 @@ def read_reference(path: Path) -> Reference | None:
             raise InputError(f"{path} has no {name}", "make it again: cmtool eval reference")
     mean = _finite(path, "mu", arrays["mu"], 1)
     covariance = _finite(path, "sigma", arrays["sigma"], 2)
+    if rows is not None and rows.shape[1] != len(mean):
+        raise InputError(
+            f"{path}: mu has {len(mean)} features, feats {rows.shape[1]}", "make it again"
+        )
     if covariance.shape != (len(mean), len(mean)):
         raise InputError(
             f"{path}: mu has {len(mean)} features, sigma is {tuple(covariance.shape)}",
             "fetch it again, or make it: cmtool eval reference",
         )
-    num = int(arrays["num"]) if "num" in arrays else 0 if rows is None else len(rows)
+    num = _count(path, arrays["num"]) if "num" in arrays else 0 if rows is None else len(rows)
     return Reference(Gaussian(mean, covariance, num), rows, "arr_0" in arrays, about)
 
 
@@ -99,12 +106,18 @@ def _npz_arrays(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             found: dict[str, Any] = {"arr_0": None} if "arr_0.npy" in archive.namelist() else {}
             for name in wanted & {n.removesuffix(".npy") for n in archive.namelist()}:
+                packed, size = (
+                    getattr(archive.getinfo(f"{name}.npy"), key)
+                    for key in ("compress_size", "file_size")
+                )
+                if size > MAX_RATIO * max(packed, 1 << 16):
+                    raise ValueError(f"{name} unpacks from {packed:,} to {size:,} bytes")
                 with archive.open(f"{name}.npy") as member:
                     found[name] = np.lib.format.read_array(member, allow_pickle=False)
             return found
     except (
         ValueError, OSError, EOFError, KeyError, RuntimeError, MemoryError, NotImplementedError,
-        struct.error, zlib.error, zipfile.BadZipFile,
+        struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
     ) as error:  # fmt: skip
         raise InputError(f"{path} cannot be read: {error}", "fetch or make it again") from None
 
@@ -136,14 +149,24 @@ def _array(stored: Any) -> np.ndarray[Any, Any]:
     raise Refused("mu or sigma is no array of floats")
 
 
+def _count(path: Path, array: Any) -> int:
+    """Return the number of images. Raises InputError for anything else."""
+    if array.ndim != 0 or array.dtype.kind not in "iu" or array < 0:
+        raise InputError(f"{path}: num is {str(array)[:40]}", "it is no number of images")
+    return int(array)
+
+
 def _finite(path: Path, name: str, array: Any, ndim: int) -> Tensor:
-    """Return an array as float64. Raises InputError for one of another form, or with NaN."""
+    """Return an array as float64. Raises InputError for one of another form, or with NaN.
+
+    What float32 cannot hold is taken for infinite, too.
+    """
     if array.dtype.kind != "f" or array.ndim != ndim or not 0 < array.shape[-1] <= MAX_WIDTH:
         raise InputError(
             f"{path}: {name} is {array.dtype} {array.shape}", "it is no statistics of features"
         )
     tensor = torch.from_numpy(np.array(array, np.float64, order="C"))
-    if not bool(torch.isfinite(tensor).all()):
+    if not bool(torch.isfinite(tensor.float()).all()):
         raise InputError(
             f"{path}: {name} has values that are not finite",
             "it was made of broken images: make it again",

@@ -1,5 +1,8 @@
+import contextlib
+import io
 import os
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -110,6 +113,14 @@ def test_an_npz_with_objects_is_not_unpickled(tmp_path, monkeypatch):
         ({"mu": MU.astype(int), "sigma": SIGMA}, "mu is int64"),
         ({"feats": MU}, "feats is float64"),
         ({"mu": MU, "sigma": SIGMA, "about": np.array("{")}, "no JSON"),
+        ({"mu": MU, "sigma": SIGMA, "about": np.array("[1, 2]")}, "no JSON object"),
+        ({"mu": MU, "sigma": SIGMA, "about": np.array("3")}, "no JSON object"),
+        ({"mu": MU, "sigma": SIGMA, "num": np.arange(3)}, r"num is \[0 1 2\]"),
+        ({"mu": MU, "sigma": SIGMA, "num": np.array("many")}, "num is many"),
+        ({"mu": MU, "sigma": SIGMA, "num": np.array(-1)}, "num is -1"),
+        ({"mu": MU, "sigma": SIGMA * 1e200}, "not finite"),
+        ({"mu": MU, "sigma": SIGMA, "feats": np.ones((4, 2))}, "mu has 3 features, feats 2"),
+        ({"feats": np.full((4, 3), 1e300)}, "feats has values that are not finite"),
     ],
 )
 def test_statistics_that_cannot_be_used_are_refused(tmp_path, arrays, message):
@@ -117,6 +128,25 @@ def test_statistics_that_cannot_be_used_are_refused(tmp_path, arrays, message):
     np.savez(path, **arrays)
     with pytest.raises(InputError, match=message):
         read_reference(path)
+
+
+def test_what_unpacks_to_far_more_than_it_is_is_not_unpacked(tmp_path):
+    np.savez_compressed(tmp_path / "bomb.npz", mu=MU, sigma=np.zeros((1 << 12, 1 << 9)))
+    with pytest.raises(InputError, match="sigma unpacks from"):
+        read_reference(tmp_path / "bomb.npz")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_any_damage_of_a_packed_file_is_an_input_error(tmp_path, method):
+    path, content = tmp_path / "a.npz", io.BytesIO()
+    with zipfile.ZipFile(path, "w", method) as archive:
+        np.lib.format.write_array(content, MU)
+        archive.writestr("mu.npy", content.getvalue())
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with contextlib.suppress(InputError):  # where the damage is seen
+            read_reference(path)
 
 
 def test_a_damaged_file_is_named(tmp_path):
