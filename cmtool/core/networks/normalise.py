@@ -38,25 +38,39 @@ def normalised(
     steps of the formula, PyTorch would keep each. Forward mode takes the formula as it is.
     """
     if unpack_dual(x).tangent is not None:
-        return formula(x, gain, offset, groups=groups, eps=eps, silu=silu)[0].to(x.dtype)
+        y = formula(x, gain, offset, groups=groups, eps=eps, silu=silu, in_place=False)[0]
+        return y.to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or gain.requires_grad or offset.requires_grad):
-        y: Tensor = Normalise.apply(x, gain, offset, groups, eps, silu)
-        return y
+        result: Tensor = Normalise.apply(x, gain, offset, groups, eps, silu)
+        return result
     return by_parts(x, gain, offset, groups, eps, silu)[0]
 
 
 def formula(
-    x: Tensor, gain: Tensor, offset: Tensor, *, groups: int, eps: float, silu: bool
+    x: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    *,
+    groups: int,
+    eps: float,
+    silu: bool,
+    in_place: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `normalised` does, whole, and mean and 1 / std by channel, (B, C) each."""
+    """Return what `normalised` does, whole, and mean and 1 / std by channel, (B, C) each.
+
+    With `in_place` steps are written over earlier ones, while these are in the cache; what
+    PyTorch is to differentiate forbids that.
+    """
     x32 = whole(x)
     mean = group_mean(x32.sum(1), x.shape[1], groups)
     z, left = centred(x32, mean, x.dtype)
-    variance = group_mean((z * z).sum(1), x.shape[1], groups) - left * left
+    square = z * z
+    variance = group_mean(square.sum(1), x.shape[1], groups) - left * left
     rstd = (variance.clamp_min(0) + eps).rsqrt()
     factor = gain * rstd
-    y = torch.addcmul((offset - left * factor)[:, None], z, factor[:, None])
-    return F.silu(y, inplace=True) if silu else y, mean, rstd
+    spare = square if in_place else None
+    y = torch.addcmul((offset - left * factor)[:, None], z, factor[:, None], out=spare)
+    return F.silu(y, inplace=in_place) if silu else y, mean, rstd
 
 
 def centred(x32: Tensor, mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
@@ -90,17 +104,20 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x (B, n, C), whole, and of gain and offset (B, C) for that of y."""
     z, left = centred(whole(x), mean, x.dtype)
-    grad, factor = whole(grad), gain * rstd
+    given, grad, factor = grad, whole(grad), gain * rstd
+    spare = None  # steps are written over earlier ones, while these are in the cache
     if silu:
         y = torch.addcmul((offset - left * factor)[:, None], z, factor[:, None])
-        grad = torch.ops.aten.silu_backward(grad, y)
+        spare = None if grad is given else grad
+        grad = torch.ops.aten.silu_backward.grad_input(grad, y, grad_input=y)
     of_offset = grad.sum(1)
-    of_gain = ((grad * z).sum(1) - left * of_offset) * rstd
+    product = torch.mul(grad, z, out=spare)
+    of_gain = (product.sum(1) - left * of_offset) * rstd
     # of x: rstd (gain grad - a - b (z - left) rstd) with a, b the means over a group of
     # gain grad and gain grad (z - left) rstd
     a, b = (group_mean(gain * of, x.shape[1], groups) for of in (of_offset, of_gain))
     slope = -b * rstd * rstd
-    of_x = torch.addcmul((-a * rstd - left * slope)[:, None], z, slope[:, None])
+    of_x = torch.addcmul((-a * rstd - left * slope)[:, None], z, slope[:, None], out=product)
     return of_x.addcmul_(grad, factor[:, None]), of_gain, of_offset
 
 
