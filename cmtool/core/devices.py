@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -16,6 +19,9 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "cannot allocate memory")
 """What torch says, without an exception of its own, when a CPU has no more memory."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Options of glibc's mallopt (malloc.h)."""
 
 
 def best_precision(device: str) -> str:
@@ -49,9 +55,25 @@ def full_float32() -> Iterator[None]:
 def placed(module: ModuleT, device: str) -> ModuleT:
     """Return the module on a device, its weights in channels_last, where convolutions are fastest.
 
-    What is computed from them follows.
+    What is computed from them follows. On a CPU memory that is freed is kept from then on.
     """
+    if device == "cpu":
+        keep_freed_memory()
     return module.to(device).to(memory_format=torch.channels_last)
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed for what comes next; it does so for this process.
+
+    By default glibc gives it back to the system, which has to clear each page before it hands it
+    out again: a fifth of a sampler's time. Tensors of more than 32 MiB are given back all the same,
+    and with another C library nothing is changed.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_option is not None:
+        set_option(M_MMAP_THRESHOLD, 32 << 20)
+        set_option(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def sent(tensor: Tensor, device: str | torch.device) -> Tensor:

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -184,6 +186,20 @@ def test_auto_is_bf16_on_a_cpu_that_computes_in_it(monkeypatch, bf16, amx, best)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert best_precision("cpu") == best
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_memory_that_was_freed_is_used_again():
+    import resource
+
+    placed(nn.Conv2d(4, 8, 3), "cpu")
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        _ = [torch.ones(6 << 20) for _ in range(3)]  # 24 MiB, 6,144 pages, each
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert min(faults() for _ in range(5)) < 1000
 
 
 def test_convolutions_of_a_placed_module_answer_in_channels_last():
