@@ -31,7 +31,7 @@ def made_ahead(
     given = iter(DataLoader(
         items, batch_size=None, sampler=order, num_workers=workers,
         prefetch_factor=2 if workers else None,
-        multiprocessing_context="fork" if workers else None,
+        multiprocessing_context="fork" if workers else None, worker_init_fn=_left_to_the_parent,
     ))  # fmt: skip
     crew = [child for child in multiprocessing.active_children() if child not in others]
     late = threading.Event()
@@ -67,6 +67,12 @@ def made_ahead(
     finally:
         for worker in crew:  # one that hangs would be waited for
             worker.kill()
+
+
+def _left_to_the_parent(_: int) -> None:
+    """Let a worker take no notice of signals, which a terminal sends it too: its parent ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _handle_children(handler: Any) -> None:

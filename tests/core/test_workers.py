@@ -56,6 +56,22 @@ def test_workers_that_hang_are_told_and_killed():
     assert multiprocessing.active_children() == []
 
 
+def test_a_terminals_signals_are_not_the_workers(capfd):
+    given = made_ahead(Numbers(), itertools.count(), 2)
+    pids = {next(given)[1] for _ in range(2)}
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for pid, number in itertools.product(pids, (signal.SIGINT, signal.SIGTERM)):
+            os.kill(pid, number)
+        busy(0.1)
+        later = [next(given)[1] for _ in range(8)]
+    finally:
+        signal.signal(signal.SIGINT, before)
+        given.close()
+    assert set(later) == pids
+    assert capfd.readouterr().err == ""
+
+
 def test_an_abandoned_wait_leaves_no_worker_though_they_hang():
     given = made_ahead(Numbers(), itertools.count(), 2)
     for pid in {next(given)[1] for _ in range(2)}:
