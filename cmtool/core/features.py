@@ -22,6 +22,7 @@ from cmtool.core.tensors import chunks_of
 from cmtool.errors import InputError, MissingError
 
 Resize = Literal["tf", "clean"]
+VGG_WIDTH = 4096
 AGREEMENT = 1e-3
 """How far, relative to their norm, folded features may be from the file's own."""
 
@@ -118,16 +119,19 @@ def inception_extractor(
     `tf` is the rule inside NVIDIA's file and TensorFlow's graph, `clean` that of clean-fid. The
     file is NVIDIA's TorchScript, or the state dict that OpenAI published. The network is run with
     its norms folded in, if that gives what the file's own code gives, else by that code. Logits
-    have no bias, as in the published scores. Raises MissingError for a damaged file.
+    have no bias, as in the published scores. Raises MissingError for a damaged file, or of another
+    network.
     """
     script, stored = _read_inception(path)
     notes: tuple[str, ...] = ()
+    if "output.weight" not in stored:
+        raise MissingError(f"{path} is no Inception network", "delete it")
     try:
         network: Any = folded(stored)
         if script is not None and not _agree(network, script):
             raise RuntimeError
     except (KeyError, RuntimeError):
-        if script is None:
+        if not hasattr(script, "layers"):
             raise MissingError(f"{path} is no Inception network", "delete it") from None
         network = script.layers
         notes = ("the folded network does not give what the file's own code gives: using that",)
@@ -151,26 +155,36 @@ def vgg16_extractor(path: Path, sha256: str, *, device: str = "cpu") -> Extracto
     """Return the 4,096 features of NVIDIA's VGG-16 file, which resizes images itself.
 
     They are those of precision and recall by Kynkaanniemi et al. (2019), StyleGAN2-ADA and ECT.
+    Raises MissingError for a damaged file, or of another network.
     """
     network = _loaded_script(path)
+    try:
+        with torch.no_grad():
+            width = network(torch.zeros(1, 3, 32, 32), return_features=True).numel()
+    except RuntimeError:
+        width = 0
+    if width != VGG_WIDTH:
+        raise MissingError(f"{path} is no VGG-16 network", "delete it")
 
     def features(images: Tensor) -> Tensor:
         return torch.as_tensor(network(images.float(), return_features=True)).flatten(1).float()
 
     network = network.to(device)
     return Extractor(
-        "vgg16", sha256, 4096, features, None, 8 if device == "cpu" else 64, device, "inside"
+        "vgg16", sha256, VGG_WIDTH, features, None, 8 if device == "cpu" else 64, device, "inside"
     )
 
 
 def _read_inception(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """Return the script in a file, None if it is a state dict; and its tensors."""
-    if zipfile.is_zipfile(path):
+    try:
         with zipfile.ZipFile(path) as archive:
             is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        if is_script:
-            script = _loaded_script(path)
-            return script, {name: t.detach() for name, t in script.state_dict().items()}
+    except zipfile.BadZipFile:
+        is_script = False
+    if is_script:
+        script = _loaded_script(path)
+        return script, {name: t.detach() for name, t in script.state_dict().items()}
     try:
         return None, dict(torch.load(path, weights_only=True, map_location="cpu"))
     except Exception:  # a page, a half download: torch's reader fails in many ways

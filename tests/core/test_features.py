@@ -163,7 +163,15 @@ def test_a_damaged_file_is_named(published, tmp_path):
         path.write_bytes(bad)
         with pytest.raises(MissingError, match="damaged"):
             inception_extractor(path, "")
-    torch.save({"weight": torch.zeros(3)}, path)
+    path.write_bytes(content[-5000:])  # the table of a zip alone
+    with pytest.raises(MissingError, match="damaged"):
+        inception_extractor(path, "")
+    headless = {k: v for k, v in published[1].state_dict().items() if k != "output.weight"}
+    for other in ({"weight": torch.zeros(3)}, headless):
+        torch.save(other, path)
+        with pytest.raises(MissingError, match="no Inception network"):
+            inception_extractor(path, "")
+    write_script(Vgg(), path)
     with pytest.raises(MissingError, match="no Inception network"):
         inception_extractor(path, "")
 
@@ -178,11 +186,28 @@ class Vgg(nn.Module):
         return means if return_features else means.softmax(1)
 
 
-def test_vgg16_features_are_what_the_file_says(tmp_path):
-    path = tmp_path / "vgg16.pt"
+class Other(nn.Module):
+    def forward(self, img):
+        return img.mean((2, 3))
+
+
+def write_script(module, path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.script(Vgg()).save(str(path))
+        torch.jit.script(module).save(str(path))
+
+
+def test_another_network_is_no_vgg16(published, tmp_path):
+    path = tmp_path / "vgg16.pt"
+    write_script(Other(), path)
+    for wrong in (path, published[0]):  # of another signature, of another width
+        with pytest.raises(MissingError, match="no VGG-16"):
+            vgg16_extractor(wrong, "")
+
+
+def test_vgg16_features_are_what_the_file_says(tmp_path):
+    path = tmp_path / "vgg16.pt"
+    write_script(Vgg(), path)
     extractor = vgg16_extractor(path, "")
     images = pictures(2)
     expected = images.float().mean((2, 3)).sum(1, keepdim=True).expand(2, 4096)
