@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -80,6 +81,13 @@ def build_extractor(
     if precision not in ("fp32", "bf16"):
         raise UserError(f"--feature-precision {precision!r}", nearest(precision, ["fp32", "bf16"]))
     network, resize, _ = PROTOCOLS[protocol]
+    if network != "inception" and precision != "fp32":
+        raise UserError(f"--feature-precision {precision} of --protocol {protocol}", "leave it out")
+    if network == "digits" and (file is not None or trust):
+        raise UserError(
+            "--feature-weights or --trust with --protocol digits, whose features are bundled",
+            "leave them out, or choose another --protocol",
+        )
     if network == "digits":
         return digits_extractor(*load_digits_features(), device)
     path = find_file(VGG16 if network == "vgg16" else INCEPTION, file, trust)
@@ -192,17 +200,25 @@ def image_batches(
     index = torch.arange(len(data))
     if num is not None and num < len(data):
         index = torch.randperm(len(data), generator=keyed_generator("subset"))[:num]
+    data.images[index[:1]]  # the size of all, before other processes each take that of their first
     return decoded_ahead(data.images, share(index.split(batch), group), workers)
 
 
 def drawn_batches(
     model: Model, chosen: Plan, seeds: range, batch: int, group: Group, device: str, **how: Any
 ) -> Iterator[Tensor]:
-    """Yield this process's share of the images of some seeds, as they would be written."""
+    """Yield this process's share of the images of some seeds, as they would be written.
+
+    Raises InputError for a model that makes values that are not finite: they would be black.
+    """
     mine = [seed for part in share(_split(seeds, batch), group) for seed in part]
     if not mine:
         return
     for drawn in generate(model.f, model.preset, chosen, mine, batch=batch, device=device, **how):
+        if not bool(torch.isfinite(drawn).all()):
+            raise InputError(
+                "the model makes values that are not finite", "it diverged: take an earlier one"
+            )
         yield to_uint8(drawn)
 
 
@@ -233,7 +249,8 @@ def set_of(
     """Return a set of images, or a file of statistics, by name, and what to say of it.
 
     Statistics that a file has are taken from it; for features it lacks, its images are looked at.
-    Raises InputError for what cannot be compared, or what the metric cannot be computed from.
+    Raises InputError for what cannot be compared, or what the metric cannot be computed from, and
+    UserError for a number of images of what is no longer images.
     """
     stored = read_reference(Path(name)) if data is None else None
     if stored is None:
@@ -255,6 +272,10 @@ def set_of(
         sums = GaussianSums(rows.shape[1])
         sums.add(rows)
         gaussian, missing = sums.gaussian(), missing._replace(gaussian=False)
+    if num is not None and missing != needs:
+        raise UserError(
+            f"{num} images of {name}, which holds statistics of all", "leave the number out"
+        )
     if any(missing):
         if not stored.has_images:
             raise InputError(
@@ -264,8 +285,11 @@ def set_of(
         images = load_dataset(name, in_memory=False)
         found, _ = set_of(name, missing, setting, num=num, data=images, tell=tell, side=side)
         gaussian, rows = gaussian or found.gaussian, found.rows if rows is None else rows
-    num_images = gaussian.num if gaussian is not None else len(rows) if rows is not None else 0
+    single = len(rows) if rows is not None else 0
+    num_images = gaussian.num if needs.gaussian and gaussian is not None else single
     facts["images"] = num_images or None
+    if needs.rows and single != num_images:
+        facts["single_images"] = single
     return Sample(gaussian, None if rows is None else ordered(rows), num_images), facts
 
 
@@ -283,13 +307,17 @@ def check_comparable(name: str, stored: Reference, setting: Setting) -> None:
             )
     said = stored.about.get("features")
     if isinstance(said, dict):
-        for key, wanted in (("name", extractor.name), ("resize", extractor.resize)):
+        made = stored.about.get("protocol")
+        remedy = f"--protocol {made}" if made != setting.protocol else "give its --feature-weights"
+        for key in ("name", "resize", "sha256"):
+            wanted = getattr(extractor, key)
             if said.get(key) != wanted:
                 raise InputError(
                     f"{name} was made with {key} {said.get(key)!r}, --protocol"
                     f" {setting.protocol} is {wanted!r}",
-                    f"--protocol {stored.about.get('protocol')}, or make it again",
+                    f"{remedy}, or make it again",
                 )
+        return  # it says so itself, whatever it is called
     modes = {"clean": "_clean_", "tf": "_legacy_tensorflow_"}
     for resize, mark in modes.items():
         if mark in Path(name).name and extractor.resize != resize:
@@ -397,7 +425,8 @@ def consistency(
     """Return the deviations of a consistency model from its teacher's paths, by noise level.
 
     The paths start from the seeds' noise; between two of the levels the teacher takes `substeps`
-    Heun steps. Raises UserError for models of different images or classes.
+    Heun steps. Raises UserError for models of different images or classes, InputError for one that
+    makes values that are not finite.
     """
     ours, theirs = model.preset.model, teacher.preset.model
     for what in ("image_size", "channels", "num_classes"):
@@ -416,6 +445,12 @@ def consistency(
     labels = seeded.labels(count).to(device) if count else None
     noise = seeded(torch.zeros(len(seeds), ours.channels, *ours.image_size, device=device))
     guide = steady(teacher.f, theirs.image_size, device)
-    points = list(paths(guide, noise, grid, heun, labels))[::substeps]
+    points = list(itertools.islice(paths(guide, noise, grid, heun, labels), 0, None, substeps))
     f = steady(model.f, ours.image_size, device)
-    return [row._asdict() for row in deviations(f, guide, points, labels)]
+    rows = deviations(f, guide, points, labels)
+    if not all(map(math.isfinite, itertools.chain(*rows))):
+        raise InputError(
+            "the model or the teacher makes values that are not finite",
+            "it diverged: take an earlier one",
+        )
+    return [row._asdict() for row in rows]

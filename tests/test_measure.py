@@ -116,7 +116,8 @@ def test_a_damaged_image_in_another_processes_share_is_named(tmp_path):
         image = torch.full((3, 8, 8), i * 30, dtype=torch.uint8)
         (folder / f"{i}.png").write_bytes(png_bytes(image))
     (folder / "3.png").write_bytes(b"\x89PNG cut")
-    ended = run(["fid", "set", "--batch", "2", "--device", "cpu"], tmp_path, 2)
+    listed = "".join(f"set/{i}.png\n" for i in range(8)).encode()  # read by one
+    ended = run(["fid", "-", "--batch", "2", "--device", "cpu"], tmp_path, 2, stdin=listed)
     assert ended.returncode != 0
     assert ended.stdout == b""
     assert "set/3.png" in ended.stderr.decode()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,11 +42,19 @@ def given_images(images: list[str] | None, checkpoint: str | None) -> list[str] 
         raise UserError("both images and --checkpoint", "give one of them")
     piped = images is None and checkpoint is None and not sys.stdin.isatty()
     if images == ["-"] or piped:
-        listed = [line for line in sys.stdin.read().splitlines() if line]
+        lines = os.fsdecode(sys.stdin.buffer.read()).split("\n")
+        listed = [path for line in lines if (path := line.removesuffix("\r"))]
         if images and not listed:
             raise InputError("no paths on stdin", "pipe them in, one a line")
         return listed or None
     return images or None
+
+
+def refuse_options(options: Mapping[str, bool], beside: str, hint: str) -> None:
+    """Raise UserError for the first of the options that was given, which would do nothing."""
+    for name, given in options.items():
+        if given:
+            raise UserError(f"{name} {beside}", hint)
 
 
 def usual_protocol(metric: str, reference: str | None) -> str:
@@ -173,7 +182,14 @@ def measure_all(
     """Return the JSON object of a measurement: its value, and all that it depends on."""
     import torch
 
-    from cmtool.measure import METRICS, Sample, extractor_facts, measured, set_of
+    from cmtool.measure import (
+        METRICS,
+        PUBLISHED_NUM,
+        Sample,
+        extractor_facts,
+        measured,
+        set_of,
+    )
 
     extractor = setting.extractor
     if METRICS[metric].reference == (False, False):
@@ -204,7 +220,7 @@ def measure_all(
     content |= {
         "protocol": setting.protocol,
         "num_images": sample.num or None,
-        "proxy": sample.num < 50_000,
+        "proxy": sample.num < PUBLISHED_NUM if sample.num else None,
         **facts,
         "reference": about,
         "features": extractor_facts(extractor),
@@ -259,7 +275,7 @@ def _comment(name: str, content: dict[str, Any], counts: list[int], width: int) 
         if isinstance(value, dict)
         else f"{name} {value:.4f}"
     )
-    say(f"{shown} ({counts[0]} images)")
+    say(f"{shown} ({counts[0]} images)" if counts[0] else shown)
     few = min((count for count in counts if count), default=width + 1)
     if "fid" in shown.split() or name == "fd-digits":
         content["rank_deficient"] = few <= width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from pathlib import Path
@@ -19,6 +20,7 @@ from cmtool.cli._measurement import (
     make_setting,
     measure_all,
     model_source,
+    refuse_options,
     ticker,
     usual_protocol,
 )
@@ -166,11 +168,17 @@ def _measure_command(metric: str) -> Callable[..., None]:
     ) -> None:
         if metric in ("all", "pr") and (fail_above is not None or fail_below is not None):
             raise UserError(f"a threshold for {metric}, which is several numbers", "use fid or kid")
-        if metric == "is" and reference is not None:
+        if metric == "is" and (reference is not None or reference_num is not None):
             raise UserError("an inception score has no reference", "leave --reference out")
-        given = given_images(images, checkpoint)
-        if given is not None and runs > 1:
-            raise UserError(f"--runs {runs} of images that are there", "it is for --checkpoint")
+        if any(math.isnan(bound) for bound in (fail_above, fail_below) if bound is not None):
+            raise UserError("a threshold of nan, which nothing is above or below", "give a number")
+        of_model = {
+            f"--runs {runs}": runs > 1, "--steps": steps is not None,
+            "--sigmas": sigmas is not None, "--sampler": sampler is not None,
+            "--preset": preset is not None, "--kind": kind is not None,
+            f"--weights {weights}": weights != "ema", f"--first-seed {first_seed}": first_seed > 0,
+            f"--precision {precision}": precision != "fp32",
+        }  # fmt: skip
 
         from cmtool.core import dist
 
@@ -178,9 +186,17 @@ def _measure_command(metric: str) -> Callable[..., None]:
         rank, world_size = processes()
         group = dist.join(rank, world_size, where, TIMEOUT)
         try:
+            given = group.agreed(lambda: given_images(images, checkpoint), "names of images")
+            if given is not None:
+                refuse_options(of_model, "of images that are there", "it is for --checkpoint")
+            chosen_protocol = protocol or usual_protocol(metric, reference)
+            if chosen_protocol == "vgg16" and metric != "pr":
+                raise UserError(
+                    f"{metric} of --protocol vgg16", "it is for pr; take --protocol edm"
+                )
             setting = make_setting(
-                protocol or usual_protocol(metric, reference), feature_weights, trust,
-                feature_precision, where, batch, workers, group,
+                chosen_protocol, feature_weights, trust, feature_precision, where, batch, workers,
+                group,
             )  # fmt: skip
             source: Source
             if given is not None:
@@ -193,8 +209,9 @@ def _measure_command(metric: str) -> Callable[..., None]:
                     metric, model, chosen, setting, num or DRAWN, first_seed, where
                 )
             content = measure_all(
-                metric, reference or "digits", source, setting, runs, reference_num
-            )
+                metric, "digits" if reference is None else reference, source, setting, runs,
+                reference_num,
+            )  # fmt: skip
         except RuntimeError as error:
             raise dist.lost_contact(error, group, 0) or error from None
         finally:

@@ -145,7 +145,7 @@ def load_dataset(
     if known in DATASETS:
         return DATASETS[known](split or "train")
     path = Path(name)
-    if not path.exists():
+    if not name or not path.exists():
         hint = f"{nearest(name, DATASETS)}, or give the path of a folder, zip, npz or tarball"
         raise InputError(f"no data set or folder {name!r}", hint)
     entries = open_images(path)

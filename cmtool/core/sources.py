@@ -431,7 +431,8 @@ def npz_entries(path: Path) -> Entries:
         zlib.error, zipfile.BadZipFile,
     ) as error:  # fmt: skip
         raise InputError(f"{path} holds no images: {error}", "arr_0 is N x H x W x C") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+    is_set = images.dtype == np.uint8 and images.ndim == 4 and 0 not in images.shape
+    if not is_set or images.shape[3] not in (1, 3):
         raise InputError(
             f"arr_0 of {path} is {images.dtype} {images.shape}", "it must be uint8, N x H x W x 3"
         )

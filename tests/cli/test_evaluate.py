@@ -1,9 +1,14 @@
 import json
+import os
+from importlib.resources import files
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from cmtool.core.images import read_image
+from cmtool.core.images import png_bytes, read_image
 from tests.published import write_detector
 
 HELD_OUT = ["--reference", "digits:held-out"]
@@ -193,6 +198,91 @@ def test_what_cannot_be_evaluated_is_named(cmtool, sets, tmp_path):
     assert (alone.code, "1 image to evaluate" in alone.err) == (3, True)
     gone = cmtool("eval", "fid", "-", stdin=b"folder/nowhere.png\n")
     assert (gone.code, "nowhere.png cannot be read" in gone.err) == (3, True)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--steps", "2"], ["--sigmas", "80"], ["--sampler", "heun"], ["--weights", "model"],
+        ["--preset", "digits-cd"], ["--kind", "teacher"], ["--first-seed", "5"], ["--runs", "2"],
+        ["--precision", "bf16"], ["--feature-weights", "x.pt"], ["--trust"],
+        ["--feature-precision", "bf16"], ["--fail-above", "nan"], ["--fail-below", "nan"],
+        ["--protocol", "vgg16"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_an_option_that_would_do_nothing_is_refused(cmtool, option):
+    refused = cmtool("eval", "fid", "digits:held-out", "--workers", "0", *option)
+    assert (refused.code, refused.out) == (2, b"")
+    assert option[0] in refused.err or "nan" in refused.err
+
+
+def test_statistics_have_no_number_of_images_to_choose(cmtool, tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (6, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "adm.npz", arr_0=images, mu=np.zeros(64), sigma=np.eye(64))
+    plain = ["--protocol", "digits", "--workers", "0"]
+    for given in (
+        ["fid", "adm.npz", "--num", "3"],
+        ["fid", "digits:held-out", "--reference", "adm.npz", "--reference-num", "3"],
+        ["all", "digits:held-out", "--reference", "adm.npz", "--reference-num", "5"],
+        ["is", "digits:held-out", "--reference-num", "3"],
+        ["reference", "adm.npz", "-o", "out.npz", "--num", "3"],
+    ):
+        assert cmtool("eval", *given, *plain).code == 2
+    some = value(cmtool("eval", "kid", "adm.npz", "--num", "3", *HELD_OUT, *plain))
+    assert some["num_images"] == 3  # of its images
+    both = value(cmtool("eval", "all", "digits:held-out", "--reference", "adm.npz", *plain))
+    assert (both["reference"]["images"], both["reference"]["single_images"]) == (None, 6)
+    unsaid = value(cmtool("eval", "fid", "adm.npz", *HELD_OUT, *plain))
+    assert (unsaid["num_images"], unsaid["proxy"]) == (None, None)
+
+
+def test_one_size_is_asked_of_all_batches_and_workers(cmtool, tmp_path):
+    for i in range(8):
+        side = 8 if i < 4 else 9
+        picture = torch.full((3, side, side), i * 9, dtype=torch.uint8)
+        (tmp_path / f"{i}.png").write_bytes(png_bytes(picture))
+    for workers in ("0", "2"):
+        mixed = cmtool("eval", "fid", ".", "--batch", "4", "--workers", workers)
+        assert (mixed.code, "4.png is 9x9 but ./0.png is 8x8" in mixed.err) == (3, True)
+    np.savez(tmp_path / "none.npz", arr_0=np.zeros((0, 8, 8, 3), np.uint8))
+    assert cmtool("eval", "fid", "none.npz").code == 3
+    assert cmtool("eval", "fid", "").code == 3  # an empty variable is not this folder
+
+
+def test_names_on_stdin_are_bytes_between_newlines(cmtool, tmp_path):
+    names = [b"a\xe2\x80\xa8b.png", b"\xff \x0c.png"]  # a separator of Unicode's, and no UTF-8
+    for i, name in enumerate(names):
+        content = png_bytes(torch.full((3, 8, 8), i * 90, dtype=torch.uint8))
+        (tmp_path / os.fsdecode(name)).write_bytes(content)
+    options = ["--workers", "0", "--json"]
+    found = value(cmtool("eval", "fid", "-", *options, stdin=b"\r\n".join(names)))
+    assert found["value"] == value(cmtool("eval", "fid", ".", *options))["value"]
+
+
+def test_a_model_that_makes_no_numbers_has_no_value(cmtool, tmp_path):
+    held = files("cmtool") / "assets" / "digits-cd.safetensors"
+    with safe_open(held, "pt") as opened:
+        about = opened.metadata()
+    weights = {name: t * float("nan") for name, t in load_file(held).items()}
+    save_file(weights, tmp_path / "nan.safetensors", about)
+    for metric in (["fid"], ["consistency", "--levels", "2", "--substeps", "1"]):
+        ended = cmtool("eval", *metric, "-c", "nan.safetensors", "--num-images", "2")
+        assert (ended.code, ended.out) == (3, b"")
+        assert "not finite" in ended.err
+
+
+def test_a_reference_that_says_how_it_was_made_is_believed_and_held_to_it(cmtool, tmp_path):
+    made = ["eval", "reference", "digits:held-out", "--protocol", "digits", "-o"]
+    assert cmtool(*made, "mine_clean_2.npz").code == 0  # a name like those of clean-fid
+    fid = ["eval", "fid", "digits:held-out", "--reference"]
+    assert value(cmtool(*fid, "mine_clean_2.npz"))["value"] == pytest.approx(0, abs=1e-6)
+    stored = dict(np.load(tmp_path / "mine_clean_2.npz"))
+    about = json.loads(str(stored["about"]))
+    about["features"]["sha256"] = "0" * 64  # the same network of other weights
+    np.savez(tmp_path / "other.npz", **{**stored, "about": np.array(json.dumps(about))})
+    other = cmtool(*fid, "other.npz")
+    assert (other.code, "was made with sha256" in other.err) == (3, True)
 
 
 def test_what_cannot_be_compared_with_is_named(cmtool, sets, tmp_path):
