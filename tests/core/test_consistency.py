@@ -17,6 +17,8 @@ def followed(substeps):
 
 
 def test_the_exact_map_deviates_by_the_solvers_error_alone():
+    noise = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    assert torch.equal(followed(8)[0].x, 80 * noise)  # whose variance is one
     coarse, fine = (deviations(PROBLEM.consistency, PROBLEM.denoiser, followed(n)) for n in (8, 16))
     assert len(fine) == 6
     for a, b in zip(coarse[1:], fine[1:], strict=True):

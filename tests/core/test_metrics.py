@@ -70,6 +70,9 @@ def test_a_singular_covariance_is_no_obstacle():
     expected = (few.mean - many.mean).square().sum() + (a**2).sum() + (b**2).sum()
     expected -= 2 * torch.linalg.svdvals(a @ b.T).sum()
     assert frechet_distance(few, many) == pytest.approx(float(expected), rel=1e-6)
+    for seed in range(8):
+        few = of(features(n=4, d=20, seed=seed))
+        assert 0 <= frechet_distance(few, few) < 1e-6
 
 
 def test_what_cannot_be_compared_is_refused():
@@ -138,6 +141,15 @@ def test_sums_do_not_depend_on_order_batches_or_processes():
         assert torch.equal(a.covariance, b.covariance)
 
 
+def test_sums_are_exact_of_the_largest_features_in_the_largest_batch():
+    rows = 16_384 - torch.rand(70_000, 1, generator=torch.Generator().manual_seed(0)).double()
+    once, split = GaussianSums(1), GaussianSums(1)
+    once.add(rows)
+    for part in rows.split(999):
+        split.add(part)
+    assert all(map(torch.equal, once.sums, split.sums))
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 17_000.0])
 def test_features_that_cannot_be_summed_are_refused(bad):
     rows = features(n=3)
@@ -187,6 +199,14 @@ def test_kernel_distance_of_one_law_has_mean_zero():
     assert far.value > 10 * far.error
 
 
+def test_the_error_of_a_kernel_distance_is_that_of_the_mean_of_its_subsets():
+    a, b = features(n=30, seed=1), features(n=30, seed=2)
+    means = [kernel_distance(a, b, subsets=n, size=20).value for n in range(1, 7)]
+    values = [n * m - (n - 1) * means[n - 2] for n, m in enumerate(means, 1)]
+    expected = np.std(values, ddof=1) / 6**0.5
+    assert kernel_distance(a, b, subsets=6, size=20).error == pytest.approx(expected)
+
+
 def test_kernel_distance_of_whole_sets_has_no_error():
     a, b = features(n=20, seed=1), features(n=20, seed=2)
     whole = kernel_distance(a, b)
@@ -219,6 +239,20 @@ def test_precision_and_recall_by_hand():
     assert result.precision == 0.5
     assert result.recall == 1.0
     assert precision_recall(real + 100, real, k=1) == (0.0, 0.0)
+
+
+def test_rows_that_come_often_cover_themselves_and_nothing_else():
+    rows = features(n=40, d=50, seed=1, shift=3.0)
+    often = rows.repeat(5, 1)[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
+    for chunk in (7, 4096):
+        assert precision_recall(often, rows, chunk=chunk).precision == 1
+        assert precision_recall(often, rows + 1e-4, chunk=chunk).precision == 0
+
+
+def test_a_neighbourhood_needs_more_images_than_neighbours():
+    for real, made in ((3, 9), (9, 3)):
+        with pytest.raises(InputError, match="3 images to evaluate"):
+            precision_recall(features(n=real), features(n=made))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 4096])

@@ -47,6 +47,8 @@ def test_clean_fid_reads_ours_and_we_read_clean_fids(tmp_path, monkeypatch):
     kid = read_reference(tmp_path / "kid.npz")
     assert kid.gaussian is None
     assert kid.rows.shape == (4, 3)
+    np.savez(tmp_path / "both.npz", mu=mu, sigma=sigma, feats=np.ones((4, 3), np.float32))
+    assert read_reference(tmp_path / "both.npz").gaussian.num == 4
 
 
 def test_edms_reader_reads_ours(tmp_path):
