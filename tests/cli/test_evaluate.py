@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cmtool.core.images import png_bytes, read_image
+from cmtool.measure import METRICS, PROTOCOLS, Sample, build_extractor
 from tests.published import write_detector
 
 HELD_OUT = ["--reference", "digits:held-out"]
@@ -258,6 +259,8 @@ def test_names_on_stdin_are_bytes_between_newlines(cmtool, tmp_path):
     options = ["--workers", "0", "--json"]
     found = value(cmtool("eval", "fid", "-", *options, stdin=b"\r\n".join(names)))
     assert found["value"] == value(cmtool("eval", "fid", ".", *options))["value"]
+    others = value(cmtool("eval", "fid", "digits", "--num", "2", *options))
+    assert others["images"]["fingerprint"] != found["images"]["fingerprint"]
 
 
 def test_a_model_that_makes_no_numbers_has_no_value(cmtool, tmp_path):
@@ -343,6 +346,16 @@ def test_inception_protocols_differ_by_their_resize_alone(cmtool, sets, tmp_path
         "eval", "kid", "set.npz", "--reference", "edm.npz", "--protocol", "clean", *options
     )
     assert (mixed.code, "--protocol edm" in mixed.err) == (3, True)
+
+
+def test_protocols_resize_as_their_sources_do_and_tell_precision_from_recall():
+    resized = {name: p.resize for name, p in PROTOCOLS.items() if p.network == "inception"}
+    assert resized == {"adm": "tf", "clean": "clean", "edm": "tf", "legacy-tf": "tf"}
+    wide = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    inner = Sample(None, wide[:1] + wide[:10] / 1e3, 10)  # near one of them
+    found = METRICS["pr"].values(inner, Sample(None, wide, 50), build_extractor("digits"))
+    assert found["precision"].value == 1
+    assert found["recall"].value <= 0.02
 
 
 def test_consistency_is_a_table_a_plot_and_an_object(cmtool, tmp_path):

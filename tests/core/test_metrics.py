@@ -242,9 +242,9 @@ def test_precision_and_recall_by_hand():
 
 
 def test_rows_that_come_often_cover_themselves_and_nothing_else():
-    rows = features(n=40, d=50, seed=1, shift=3.0)
-    often = rows.repeat(5, 1)[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
-    for chunk in (7, 4096):
+    rows = features(n=130, d=50, seed=1, shift=3.0)
+    often = rows.repeat(5, 1)[torch.randperm(650, generator=torch.Generator().manual_seed(1))]
+    for chunk in (64, 4096):
         assert precision_recall(often, rows, chunk=chunk).precision == 1
         assert precision_recall(often, rows + 1e-4, chunk=chunk).precision == 0
 
