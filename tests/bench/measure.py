@@ -7,8 +7,9 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,7 +28,35 @@ def timed(call: Callable[[], object]) -> Seconds:
     return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def alternate(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[Seconds]]:
+def apart(build: Callable[[], Callable[[], object]]) -> Callable[[Callable[..., Any]], Any]:
+    """Return what measures, in a process of its own, the call that `build` returns there.
+
+    So the memory settings and the state of the heap of neither side are the other's. The process
+    starts now, by fork, and builds when it is first asked.
+    """
+    here, there = get_context("fork").Pipe()
+
+    def serve() -> None:
+        call = None
+        while True:
+            measure = there.recv()
+            call = call or build()
+            there.send(measure(call))
+
+    get_context("fork").Process(target=serve, daemon=True).start()
+
+    def ask(measure: Callable[..., Any]) -> Any:
+        here.send(measure)
+        return here.recv()
+
+    return ask
+
+
+def alternate(
+    calls: Mapping[str, Callable[[], object]],
+    repeats: int,
+    take: Callable[[Callable[[], Any]], Seconds] = timed,
+) -> dict[str, list[Seconds]]:
     """Return the seconds of each call, one after another in turn, after one turn to warm up.
 
     What else the machine does then falls on all alike: only ratios within one turn mean anything.
@@ -35,7 +64,7 @@ def alternate(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[s
     seconds: dict[str, list[Seconds]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
-            took = timed(call)
+            took = take(call)
             if turn:
                 seconds[name].append(took)
     return seconds

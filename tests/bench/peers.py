@@ -1,4 +1,4 @@
-"""Our training step and samplers beside those of the released code, in one process, turn by turn.
+"""Our training step and samplers beside those of the released code, turn by turn.
 
 `python -m tests.bench.peers --openai CHECKOUT --edm CHECKOUT --only cd-b ct-b`
 
@@ -9,8 +9,8 @@ taken parameter by parameter. Peers run in float32, all that they support on a C
 
 Each comparison first shows that the work is equal: the same weights, images, noise and levels
 give the same loss and gradient. Then both sides step in turn, and the medians of the ratios of
-their times are printed, by the clock and by this process's CPU time. Run it on one thread
-(OMP_NUM_THREADS=1).
+their times are printed, by the clock and by CPU time. Each side steps in a process of its own, with
+its own settings of memory. Run it on one thread (OMP_NUM_THREADS=1) of one core (taskset).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,7 @@ from cmtool.core.noise import karras_sigmas
 from cmtool.core.precond import Preconditioned
 from cmtool.core.samplers import SAMPLERS, clipped, multistep
 from cmtool.core.solvers import heun
-from tests.bench.measure import alternate, peak_resident, ratio
+from tests.bench.measure import alternate, apart, peak_resident, ratio, timed
 from tests.bench.runs import CONFIGS, GRID, LEARNING_RATE, MU, RATES, Config, model, start
 
 PRECISIONS = ("fp32", "bf16")
@@ -54,12 +55,8 @@ STEPS = 18
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two ways to do one thing: the peer's call, and ours by precision.
+    """Our call by precision; `agreement` is how equal the work was measured to be."""
 
-    `agreement` is by precision what the equality of the work was measured to be.
-    """
-
-    peer: Callable[[], object]
     ours: dict[str, Callable[[], object]]
     agreement: dict[str, dict[str, float]]
 
@@ -210,11 +207,7 @@ def compare_consistency(cm: types.SimpleNamespace, config: Config, method: str) 
         found[precision] = agreement(loss, gradients(loss.mean(), student), theirs, expected)
 
     runs = {p: start(config, method, p, config.network()) for p in PRECISIONS}
-    return Comparison(
-        openai_step(cm, config, method),
-        {p: partial(next, run.steps) for p, run in runs.items()},
-        found,
-    )
+    return Comparison({p: partial(next, run.steps) for p, run in runs.items()}, found)
 
 
 def ours_of(config: Config, network: nn.Module | None, kind: str) -> Preconditioned | None:
@@ -226,22 +219,25 @@ def ours_of(config: Config, network: nn.Module | None, kind: str) -> Preconditio
     return model(twin, kind).requires_grad_(next(network.parameters()).requires_grad)
 
 
-def compare_sampling(cm: types.SimpleNamespace, config: Config, method: str) -> Comparison:
-    """Return one-step sampling ("onestep") or Heun's sampler of 18 levels ("heun")."""
-    kind = "consistency" if method == "onestep" else "teacher"
-    network = openai_network(cm, config).eval().requires_grad_(False)
-    f = ours_of(config, network, kind).eval()
-    shape = (config.batch, 3, config.side, config.side)
-    theirs = partial(
+def openai_sampling(cm: types.SimpleNamespace, config: Config, method: str) -> partial[Tensor]:
+    """Return the peer's one-step sampling ("onestep") or Heun's sampler of 18 levels ("heun")."""
+    return partial(
         cm.karras_diffusion.karras_sample,
         cm.karras_diffusion.KarrasDenoiser(distillation=method == "onestep", loss_norm="l2"),
-        network,
-        shape,
+        openai_network(cm, config).eval().requires_grad_(False),
+        (config.batch, 3, config.side, config.side),
         STEPS,
         sampler=method,
         model_kwargs={},
         device="cpu",
     )
+
+
+def compare_sampling(cm: types.SimpleNamespace, config: Config, method: str) -> Comparison:
+    """Return the sampler that `openai_sampling` does on our side."""
+    theirs = openai_sampling(cm, config, method)
+    f = ours_of(config, theirs.args[1], "consistency" if method == "onestep" else "teacher").eval()
+    shape = theirs.args[2]
     sigmas = [80.0] if method == "onestep" else karras_sigmas(STEPS).flip(0).tolist()
     draw = multistep if method == "onestep" else SAMPLERS["heun"]
 
@@ -257,7 +253,7 @@ def compare_sampling(cm: types.SimpleNamespace, config: Config, method: str) -> 
     found = {
         p: {"largest error": float((images[p] - images["peer"]).abs().max())} for p in PRECISIONS
     }
-    return Comparison(theirs, {p: partial(ours, p) for p in PRECISIONS}, found)
+    return Comparison({p: partial(ours, p) for p in PRECISIONS}, found)
 
 
 # NVlabs/edm ---------------------------------------------------------------------------------
@@ -351,27 +347,38 @@ def compare_denoising(edm: types.SimpleNamespace, config: Config) -> Comparison:
         found[precision] = agreement(loss, gradients(loss.mean(), ours), theirs, expected)
     assert pixels == 3 * config.side**2
     runs = {p: start(config, "edm", p, config.network()) for p in PRECISIONS}
-    return Comparison(
-        edm_step(edm, config), {p: partial(next, run.steps) for p, run in runs.items()}, found
-    )
+    return Comparison({p: partial(next, run.steps) for p, run in runs.items()}, found)
 
 
-COMPARISONS: dict[str, tuple[str, Callable[..., Comparison], tuple[object, ...]]] = {
-    "cd-a": ("openai", compare_consistency, (CONFIGS["a"], "cd")),
-    "cd-b": ("openai", compare_consistency, (CONFIGS["b"], "cd")),
-    "ct-b": ("openai", compare_consistency, (CONFIGS["b"], "ct")),
-    "cd-c16": ("openai", compare_consistency, (CONFIGS["c16"], "cd")),
-    "cd-c8": ("openai", compare_consistency, (CONFIGS["c8"], "cd")),
-    "edm-s": ("edm", compare_denoising, (CONFIGS["s"],)),
-    "onestep-b": ("openai", compare_sampling, (CONFIGS["b"], "onestep")),
-    "heun-c16": ("openai", compare_sampling, (CONFIGS["c16"], "heun")),
+COMPARISONS: dict[str, tuple[str, Callable[..., Comparison], Callable[..., Any], str, Any]] = {
+    "cd-a": ("openai", compare_consistency, openai_step, "a", ("cd",)),
+    "cd-b": ("openai", compare_consistency, openai_step, "b", ("cd",)),
+    "ct-b": ("openai", compare_consistency, openai_step, "b", ("ct",)),
+    "cd-c16": ("openai", compare_consistency, openai_step, "c16", ("cd",)),
+    "cd-c8": ("openai", compare_consistency, openai_step, "c8", ("cd",)),
+    "edm-s": ("edm", compare_denoising, edm_step, "s", ()),
+    "onestep-b": ("openai", compare_sampling, openai_sampling, "b", ("onestep",)),
+    "heun-c16": ("openai", compare_sampling, openai_sampling, "c16", ("heun",)),
 }
-"""Whose code, how, and on what."""
+"""Whose code, the comparison, the peer's side of it, and what both are called with."""
+
+IMPORTS = {"openai": import_openai, "edm": import_edm}
 
 
-def rows(name: str, comparison: Comparison, repeats: int) -> list[dict[str, object]]:
+def peer_of(name: str, folder: Path) -> Callable[[], object]:
+    """Return the peer's call of a comparison."""
+    torch.manual_seed(0)
+    whose, _, make, config, what = COMPARISONS[name]
+    call: Callable[[], object] = make(IMPORTS[whose](folder), CONFIGS[config], *what)
+    return call
+
+
+def rows(
+    name: str, peer: Callable[..., Any], comparison: Comparison, repeats: int
+) -> list[dict[str, object]]:
     """Return the figures of one comparison, one row for each of our precisions."""
-    seconds = alternate({"peer": comparison.peer, **comparison.ours}, repeats)
+    calls = {p: partial(timed, call) for p, call in comparison.ours.items()}
+    seconds = alternate({"peer": partial(peer, timed), **calls}, repeats, lambda call: call())
     out = []
     for precision in comparison.ours:
         times = ratio(seconds["peer"], seconds[precision])
@@ -382,15 +389,16 @@ def rows(name: str, comparison: Comparison, repeats: int) -> list[dict[str, obje
     return out
 
 
-def memory(name: str, comparison: Comparison) -> list[dict[str, object]]:
-    """Return the MiB of a step above what is there between steps."""
+def memory(
+    name: str, peer: Callable[..., Any], comparison: Comparison, repeats: int
+) -> list[dict[str, object]]:
+    """Return the MiB of a step above what is there between steps, the least of the repeats."""
+    calls = {p: partial(peak_resident, call) for p, call in comparison.ours.items()}
     out: list[dict[str, object]] = []
-    for who, call in {"peer": comparison.peer, **comparison.ours}.items():
-        call()
-        out.append({
-            "name": name, "of": who,
-            "MiB above resident": round(min(peak_resident(call) for _ in range(3))),
-        })  # fmt: skip
+    for who, call in {"peer": partial(peer, peak_resident), **calls}.items():
+        call()  # the first step makes the optimizer's moments
+        least = min(call() for _ in range(repeats))
+        out.append({"name": name, "of": who, "MiB above resident": round(least)})
     return out
 
 
@@ -403,22 +411,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     arguments = parser.parse_args()
-    peers = {}
-    if arguments.openai:
-        peers["openai"] = import_openai(arguments.openai)
-    if arguments.edm:
-        peers["edm"] = import_edm(arguments.edm)
-    for name in arguments.only:
-        peer, compare, what = COMPARISONS[name]
-        if peer not in peers:
-            continue
+    folders = {"openai": arguments.openai, "edm": arguments.edm}
+    chosen = [name for name in arguments.only if folders[COMPARISONS[name][0]]]
+    peers = {name: apart(partial(peer_of, name, folders[COMPARISONS[name][0]])) for name in chosen}
+    for name, peer in peers.items():
         torch.manual_seed(0)
-        comparison = compare(peers[peer], *what)
-        found = (
-            memory(name, comparison)
-            if arguments.memory
-            else rows(name, comparison, arguments.repeats)
-        )
+        whose, compare, _, config, what = COMPARISONS[name]
+        comparison = compare(IMPORTS[whose](folders[whose]), CONFIGS[config], *what)
+        figures = memory if arguments.memory else rows
+        found = figures(name, peer, comparison, arguments.repeats)
         for row in found:
             print(json.dumps(row), flush=True)
 
