@@ -53,12 +53,14 @@ def full_float32() -> Iterator[None]:
 
 
 def placed(module: ModuleT, device: str) -> ModuleT:
-    """Return the module on a device, its weights in channels_last, where convolutions are fastest.
+    """Return the module on a device; on a GPU its weights in channels_last, as the images are.
 
-    What is computed from them follows. On a CPU memory that is freed is kept from then on.
+    On a CPU convolutions take weights as they are, and weights that are mapped from a file stay
+    there; memory that is freed is kept from then on.
     """
     if device == "cpu":
         keep_freed_memory()
+        return module
     return module.to(device).to(memory_format=torch.channels_last)
 
 

@@ -297,24 +297,18 @@ def shard(module: nn.Module, group: Group, blocks: Iterable[nn.Module]) -> None:
 
     Each of its `blocks`, and what is beside them, is whole only while it is at work. Parameters
     stay float32 and autocast does with them what it does with a replica's, so that both are the
-    same run; they become contiguous, as FSDP wants them, and images bring the layout in which
-    convolutions are fastest. Copies are to be made before, an optimizer after.
+    same run; they become contiguous, as FSDP wants them. Copies are to be made before, an
+    optimizer after.
     """
     if group.mesh is None:
         return
     from torch.distributed.fsdp import fully_shard
 
     module.to(memory_format=torch.contiguous_format)
-    module.register_forward_pre_hook(lambda _, given: (channels_last(given[0]), *given[1:]))
     for part in [*blocks, module]:
         unit = fully_shard(part, mesh=group.mesh, reshard_after_forward=True)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """Return images (B, C, H, W) with the channels of a pixel beside each other in memory."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cmtool.core.devices import sent
-from cmtool.core.tensors import expand
+from cmtool.core.tensors import channels_last, expand
 
 
 class Scalings(NamedTuple):
@@ -149,7 +149,7 @@ class Preconditioned(nn.Module):
         c_skip, c_out, c_in = self.scalings(sigma, self.sigma_data, self.sigma_min)
         label = self.noise_label(sigma).to(x.device, x.dtype)
         warp = () if augment_labels is None else (augment_labels,)
-        raw = self.network(expand(c_in, x) * x, label, labels, *warp)
+        raw = self.network(channels_last(expand(c_in, x) * x), label, labels, *warp)
         return expand(c_skip, x) * x + expand(c_out, x) * raw.to(x.dtype)
 
 

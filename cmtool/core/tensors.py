@@ -11,6 +11,15 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Return images (B, C, H, W) with the channels of a pixel beside each other in memory.
+
+    Convolutions are fastest so, and what is computed from it follows. `contiguous` would leave
+    images of one channel, whose layout is ambiguous, as they are.
+    """
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+
+
 def level(sigma: float | Tensor, like: Tensor) -> Tensor:
     """Return one noise level for a whole batch: (B,) float64 on the device of `like`."""
     value = torch.as_tensor(sigma, dtype=torch.float64, device=like.device)

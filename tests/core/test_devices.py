@@ -27,10 +27,12 @@ from cmtool.core.losses import (
     uniform_weight,
 )
 from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.core.networks.normalise import is_channels_last
 from cmtool.core.networks.song import Song, SongOptions
 from cmtool.core.noise import NoiseRange, Stage, lognormal, uniform
 from cmtool.core.precond import Preconditioned, consistency_scalings, edm_scalings, log_label
 from cmtool.core.solvers import heun
+from tests.networks import network
 
 NETWORKS = {
     "adm": lambda: Adm(AdmOptions(16, (1, 2), 1, (1,), 16, norm_groups=4, dropout=0.1), 3, 10),
@@ -204,9 +206,21 @@ def test_memory_of_a_tensor_is_kept_when_it_is_freed():
     del tensor
 
 
-def test_convolutions_of_a_placed_module_answer_in_channels_last():
-    module = placed(nn.Conv2d(4, 8, 3), "cpu")
-    assert module(torch.randn(2, 4, 6, 5)).is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_convolutions_of_a_model_answer_in_channels_last(channels):
+    seen = []
+    f = placed(network("adm", channels), "cpu").eval()
+    for module in f.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _, __, y: seen.append(is_channels_last(y)))
+    f(torch.randn(2, channels, 8, 8), torch.tensor([1.0, 2.0]), torch.tensor([0, 1]))
+    assert sum(seen) > len(seen) * 0.8  # what has one channel or pixel lies both ways
+
+
+def test_weights_on_a_cpu_stay_where_they_are():
+    f = network("adm")
+    before = [p.data_ptr() for p in f.parameters()]
+    assert [p.data_ptr() for p in placed(f, "cpu").parameters()] == before
 
 
 @pytest.mark.parametrize(
