@@ -266,6 +266,8 @@ def set_of(
     if stored.about:
         facts["made_from"] = stored.about.get("data")
         facts["protocol"] = stored.about.get("protocol")
+        if isinstance(stored.about.get("features"), dict):
+            facts["precision"] = stored.about["features"].get("precision")
     gaussian, rows = stored.gaussian, stored.rows
     missing = Needs(needs.gaussian and gaussian is None, needs.rows and rows is None)
     if missing.gaussian and rows is not None:

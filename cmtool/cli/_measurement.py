@@ -208,13 +208,13 @@ def measure_all(
     for turn in range(runs):
         sample, each = source(turn)
         found.append(measured(metric, sample, target, setting, turn))
-        facts = each if not turn else {**facts, "seeds": _joined(facts["seeds"], each["seeds"])}
+        facts = _joined(facts, each) if turn else each
     name = "fd-digits" if (metric, setting.protocol) == ("fid", "digits") else metric
     values = [_plain({key: e.value for key, e in values.items()}) for values in found]
     errors = _plain({key: _or_none(e.error) for key, e in found[0].items()})
     content: dict[str, Any] = {"metric": name, "value": values[0]}
     if runs > 1:
-        content |= _spread(values)
+        content |= _spread(values, least=metric in ("fid", "kid"))
     elif errors is not None:
         content["standard_error"] = errors
     content |= {
@@ -229,6 +229,12 @@ def measure_all(
         "torch": torch.__version__,
     }
     _comment(name, content, [sample.num, target.num if about else 0], extractor.width)
+    split = METRICS[metric].settings.get("is", METRICS[metric].settings).get("split", sample.num)
+    if sample.num > split and sample.num % split:
+        say(f"note: the last split of the score has {sample.num % split} images, not {split:,}")
+    made_in = (about or {}).get("precision", extractor.precision)
+    if made_in != extractor.precision:
+        say(f"note: the reference was made in {made_in}, these features in {extractor.precision}")
     return content
 
 
@@ -243,12 +249,15 @@ def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _joined(first: str, second: str) -> str:
-    return f"{first.partition('-')[0]}-{second.rpartition('-')[2]}"
+def _joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return what to say of several runs of a model, which differ in seeds and images."""
+    first, last = before["seeds"].partition("-")[0], now["seeds"].rpartition("-")[2]
+    marks = [before["fingerprint"], now["fingerprint"]]
+    return {**before, "seeds": f"{first}-{last}", "fingerprint": ",".join(marks)}
 
 
-def _spread(values: list[Any]) -> dict[str, Any]:
-    """Return the least value of several runs, as EDM reports, and how they spread."""
+def _spread(values: list[Any], least: bool) -> dict[str, Any]:
+    """Return the `least` value of several runs, as EDM reports, or their mean; and the spread."""
     if isinstance(values[0], dict):
         keys = values[0].keys()
         columns = {key: [value[key] for value in values] for key in keys}
@@ -258,10 +267,11 @@ def _spread(values: list[Any]) -> dict[str, Any]:
             "spread": {key: statistics.stdev(column) for key, column in columns.items()},
             "runs": values,
         }
+    mean = statistics.fmean(values)
     return {
-        "value": min(values),
-        "value_is": f"minimum of {len(values)} runs",
-        "mean": statistics.fmean(values),
+        "value": min(values) if least else mean,
+        "value_is": f"{'minimum' if least else 'mean'} of {len(values)} runs",
+        "mean": mean,
         "spread": statistics.stdev(values),
         "runs": values,
     }

@@ -256,6 +256,8 @@ def reference_command(
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: statistics are an npz", "end it with .npz")
     check_free(out, overwrite)
+    if Path(data).resolve() == out.resolve():
+        raise UserError(f"--out {out} is the data itself", "give another --out")
     make_folder(out.parent)
 
     from cmtool.core import dist
@@ -313,6 +315,8 @@ def consistency_command(
     the next lower level, and of the teacher's denoised image from the end, for comparison; all are
     root mean squares over pixels in [-1, 1]. JSON on stdout, a table on stderr.
     """
+    if processes()[1] > 1:
+        raise UserError("eval consistency is the work of one process", "leave torchrun out")
     if plot is not None:
         if plot.suffix.lower() not in (".png", ".svg"):
             raise UserError(f"--plot {plot}", "end it with .png or .svg")

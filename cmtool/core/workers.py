@@ -59,7 +59,8 @@ def made_ahead(
                 what = "a data worker died (out of memory?)"
                 if late.is_set():
                     what = f"the data workers hang: they gave nothing for {timeout:g} s,"
-                raise ResourceError(what, "lower data.workers, or look at the machine") from None
+                hint = "lower data.workers (of eval --workers), or look at the machine"
+                raise ResourceError(what, hint) from None
             finally:
                 timer.cancel()
                 _handle_children(before)  # torch's own raises wherever the main thread is

@@ -145,6 +145,8 @@ def test_statistics_of_a_set_stand_for_it(cmtool, sets):
     assert refused.code == 3
     assert "holds mu and sigma only" in refused.err
     assert "--keep-features" in refused.err
+    itself = cmtool("eval", "reference", "set.npz", "-o", "set.npz", "--overwrite")
+    assert (itself.code, "is the data itself" in itself.err) == (2, True)
     again = cmtool("eval", "reference", "set.zip", "-o", "rows.npz", "--protocol", "digits")
     assert again.code == 2
     assert "--overwrite" in again.err
@@ -159,7 +161,11 @@ def test_runs_give_the_least_value_and_their_spread(cmtool):
     assert content["value_is"] == "minimum of 3 runs"
     assert content["spread"] > 0
     assert content["seeds"] == "0-191"
+    assert len(content["fingerprint"].split(",")) == 3
     assert cmtool("eval", "fid", "digits", "--runs", "2").code == 2
+    scored = value(cmtool("eval", "is", *drawn[2:], "--protocol", "digits", "--runs", "2"))
+    assert scored["value"] == pytest.approx(sum(scored["runs"]) / 2)
+    assert scored["value_is"] == "mean of 2 runs"
 
 
 def test_few_images_are_told(cmtool, sets):
