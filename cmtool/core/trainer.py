@@ -212,8 +212,9 @@ def fit(
         batch, waited = accumulate(state, learner, objective, microbatch, stage, settings)
         if scaler is not None:
             scaler.unscale_(state.optimizer)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        total = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        total = torch.nn.utils.get_total_norm(  # of a list that nothing keeps until the next step
+            [p.grad for p in parameters if p.grad is not None], foreach=True
+        )
         norm = whole(total)
         settings.group.line_up()
         good = bool(torch.isfinite(norm))  # here the host waits

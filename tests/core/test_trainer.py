@@ -1,7 +1,9 @@
 import copy
+import itertools
 import json
 import math
 import time
+import weakref
 from functools import partial
 
 import pytest
@@ -192,6 +194,20 @@ def test_the_gradient_is_that_of_the_mean_over_rounds():
         return torch.nn.utils.parameters_to_vector(state.student.parameters())
 
     torch.testing.assert_close(run(1), run(4))
+
+
+def test_gradients_are_gone_when_the_next_step_begins():
+    state, alive = train_state(model()), []
+
+    def watched(step, shard):  # the first thing a step asks for
+        alive.append([gradient() is not None for gradient in seen])
+        return data(step, shard)
+
+    seen = []
+    for _ in fit(state, objective(), watched, lambda k, n: Stage(5, 0.9), settings(steps=3)):
+        seen = [weakref.ref(p.grad) for p in state.student.parameters()]
+    assert all(seen)
+    assert not any(itertools.chain(*alive))
 
 
 def test_a_run_stopped_and_gone_on_is_the_same_run():

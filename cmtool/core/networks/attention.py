@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 MOST_TOKENS = 1024
 """Beyond so many the fused kernel is as fast."""
-KEPT = 1 << 22
+KEPT = 1 << 19
 """More weights than so many are not kept for the backward pass but computed again."""
 CACHED = 1 << 20
 """So many of them at once, which stay in the cache."""
