@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import signal
 import threading
@@ -36,11 +37,15 @@ def made_ahead(
     crew = [child for child in multiprocessing.active_children() if child not in others]
     late = threading.Event()
 
-    def give_up() -> None:
-        late.set()
-        for worker in crew:
+    def dismiss() -> None:
+        for worker in crew:  # one that hangs would be waited for
             worker.kill()
 
+    def give_up() -> None:
+        late.set()
+        dismiss()
+
+    atexit.register(dismiss)  # Python would ask them to end by a signal they take no notice of
     try:
         while True:
             timer = threading.Timer(timeout, give_up)
@@ -66,8 +71,8 @@ def made_ahead(
                 _handle_children(before)  # torch's own raises wherever the main thread is
             yield item
     finally:
-        for worker in crew:  # one that hangs would be waited for
-            worker.kill()
+        dismiss()
+        atexit.unregister(dismiss)
 
 
 def _left_to_the_parent(_: int) -> None:

@@ -2,6 +2,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -80,3 +82,14 @@ def test_an_abandoned_wait_leaves_no_worker_though_they_hang():
     given.close()
     assert time.monotonic() - start < 4
     assert multiprocessing.active_children() == []
+
+
+def test_a_process_that_ends_in_the_midst_of_it_takes_its_workers_along():
+    code = (
+        "import itertools; from tests.core.test_workers import Numbers, made_ahead\n"
+        "given = made_ahead(Numbers(), itertools.count(), 2); print(next(given)[1])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr.decode()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(ended.stdout), 0)
