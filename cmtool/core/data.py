@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from cmtool.core.devices import sent
+from cmtool.core.devices import keep_freed_memory, sent
 from cmtool.core.images import from_uint8
 from cmtool.core.rng import keyed_generator
 from cmtool.core.sources import LazyImages, listed_entries, open_images
@@ -204,6 +204,8 @@ def batches(
             f"a batch of {batch} cannot be split into {shards} equal parts",
             f"use a multiple of {shards}",
         )
+    if device == "cpu":
+        keep_freed_memory()
     pick = Picker(resident(data, device), batch, batch // shards, seed, flip)
     fetch: BatchFn = pick
     if workers and not isinstance(data.images, Tensor):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -45,7 +45,8 @@ def made_ahead(
         late.set()
         dismiss()
 
-    atexit.register(dismiss)  # Python would ask them to end by a signal they take no notice of
+    # at the end Python would ask them to go by a signal they take no notice of, and wait
+    at_exit = Finalize(None, dismiss, exitpriority=1)
     try:
         while True:
             timer = threading.Timer(timeout, give_up)
@@ -72,7 +73,7 @@ def made_ahead(
             yield item
     finally:
         dismiss()
-        atexit.unregister(dismiss)
+        at_exit.cancel()
 
 
 def _left_to_the_parent(_: int) -> None:

@@ -200,7 +200,7 @@ def test_memory_of_a_tensor_is_kept_when_it_is_freed():
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = Mallinfo
     mapped = [mallinfo2().field3]  # blocks that go back to the system when they are freed
-    tensor = torch.ones(6 << 20)  # 24 MiB
+    tensor = torch.ones(1 << 19)  # 2 MiB
     mapped.append(mallinfo2().field3)
     assert mapped[0] == mapped[1]
     del tensor
