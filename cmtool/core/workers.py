@@ -41,6 +41,11 @@ def made_ahead(
         for worker in crew:  # one that hangs would be waited for
             worker.kill()
 
+    def on_an_end(*_: object) -> None:
+        if any(worker.exitcode for worker in crew):
+            _handle_children(before)  # another end is no news, and would raise in the midst of this
+            raise RuntimeError("a worker is gone")
+
     def give_up() -> None:
         late.set()
         dismiss()
@@ -54,8 +59,8 @@ def made_ahead(
             try:
                 if crew:
                     timer.start()
-                    _handle_children(lambda *_: _check_crew(crew))
-                    _check_crew(crew)
+                    _handle_children(on_an_end)
+                    on_an_end()
                 item = next(given)
             except StopIteration:
                 return
@@ -96,8 +101,3 @@ def _one_is_gone(crew: Sequence[BaseProcess], patience: float = 2.0) -> bool:
             return False
         time.sleep(0.02)
     return bool(crew)
-
-
-def _check_crew(crew: Sequence[BaseProcess]) -> None:
-    if any(worker.exitcode for worker in crew):
-        raise RuntimeError("a worker is gone")

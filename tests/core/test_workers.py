@@ -47,6 +47,21 @@ def test_a_killed_worker_is_told_in_a_wait_and_not_in_the_midst_of_work():
     assert signal.getsignal(signal.SIGCHLD) == before
 
 
+def test_a_second_worker_that_ends_meanwhile_is_no_news(monkeypatch):
+    given = made_ahead(Numbers(), itertools.count(), 2)
+    _, pid = next(given)
+    os.kill(pid, signal.SIGKILL)
+
+    def looked(crew):
+        os.kill(os.getpid(), signal.SIGCHLD)
+        busy(0.05)
+        return any(worker.exitcode for worker in crew)
+
+    monkeypatch.setattr("cmtool.core.workers._one_is_gone", looked)
+    with pytest.raises(ResourceError, match="a data worker died"):
+        list(itertools.islice(given, 100))
+
+
 def test_workers_that_hang_are_told_and_killed():
     given = made_ahead(Numbers(), itertools.count(), 2, timeout=0.3)
     for pid in {next(given)[1] for _ in range(2)}:
