@@ -69,8 +69,3 @@ class Ema:
         if self.rampup is not None:
             halflife = min(halflife, self.rampup * num_images)
         return 0.5 ** (batch / max(halflife, 1e-8))
-
-    def update(self, model: Preconditioned, *, batch: int, num_images: int) -> None:
-        """Take one step towards the parameters of `model`."""
-        decay = self.decay(batch, num_images)
-        update_average(self.model.parameters(), model.parameters(), decay)

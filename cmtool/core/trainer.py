@@ -198,7 +198,10 @@ def fit(
     the optimizer; what is yielded has not been read.
     """
     student, scaler = state.student, state.scaler
-    parameters = [p for p in student.parameters() if p.requires_grad]
+    everything = list(student.parameters())  # to walk through the modules each step takes long
+    parameters = [p for p in everything if p.requires_grad]
+    averages = [(ema, list(ema.model.parameters())) for ema in state.emas.values()]
+    followers = [] if state.target is None else list(state.target.parameters())
     student.train()
     learner = shared(student, settings.group)
     while state.step < settings.steps:
@@ -228,13 +231,13 @@ def fit(
                 )
             state.optimizer.step()
             seen = state.step * settings.batch
-            for ema in state.emas.values():
-                ema.update(student, batch=settings.batch, num_images=seen)
+            for ema, average in averages:
+                update_average(average, everything, ema.decay(settings.batch, seen))
             state.bad_steps = 0
         elif fault is not None and not is_overflow(fault, scaler):
             state.bad_steps += 1
-        if state.target is not None and (good or stage.mu == 0):  # 0 hands on a stage's student
-            update_average(state.target.parameters(), student.parameters(), stage.mu)
+        if followers and (good or stage.mu == 0):  # 0 hands on a stage's student
+            update_average(followers, everything, stage.mu)
         info = StepInfo(
             step=state.step + 1,
             loss=batch.loss,

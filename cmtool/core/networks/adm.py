@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cmtool.core.networks.layers import (
     AttentionBlock,
@@ -98,7 +99,7 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Return (B, out_channels, H', W') for x (B, channels, H, W) and emb (B, emb_channels)."""
+        """Return (B, out_channels, H', W') for x (B, channels, H, W), emb = silu(embedding)."""
         return computed(self.residual, x, emb, self.again)
 
     def residual(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -106,7 +107,8 @@ class ResBlock(nn.Module):
         norm, _, conv = self.in_layers
         h = conv(resampled(norm(x, silu=True), self.resample))
         x = resampled(x, self.resample)
-        emb_out = self.emb_layers(emb)
+        _, linear = self.emb_layers  # its SiLU is the same for all blocks, and done once
+        emb_out = linear(emb)
         norm, _, dropout, conv = self.out_layers
         if self.scale_shift:
             scale, shift = emb_out.chunk(2, dim=1)
@@ -236,6 +238,7 @@ class Adm(nn.Module):
         emb = self.time_embed(emb)
         if labels is not None:
             emb = emb + self.label_emb(labels)
+        emb = F.silu(emb)
         h = x
         skips = []
         for entry in children(self.input_blocks):

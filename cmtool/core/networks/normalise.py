@@ -61,34 +61,50 @@ def formula(
     With `in_place` steps are written over earlier ones, while these are in the cache; what
     PyTorch is to differentiate forbids that.
     """
-    x32 = whole(x)
-    mean = group_mean(x32.sum(1), x.shape[1], groups)
-    z, left = centred(x32, mean, x.dtype)
-    square = z * z
-    variance = group_mean(square.sum(1), x.shape[1], groups) - left * left
+    x32, n = whole(x), x.shape[1]
+    if is_coarse(x):
+        square = x32 * x32
+        mean, mean_square = group_mean(torch.stack([x32.sum(1), square.sum(1)]), n, groups)
+        z, variance = x32, torch.addcmul(mean_square, mean, mean, value=-1)
+    else:
+        mean = group_mean(x32.sum(1), n, groups)
+        z = x32 - mean[:, None]
+        square = z * z
+        variance = group_mean(square.sum(1), n, groups)
     rstd = (variance.clamp_min(0) + eps).rsqrt()
-    factor = gain * rstd
-    spare = square if in_place else None
-    y = torch.addcmul((offset - left * factor)[:, None], z, factor[:, None], out=spare)
+    factor, added = line(x, gain, offset, mean, rstd)
+    y = torch.addcmul(added[:, None], z, factor[:, None], out=square if in_place else None)
     return F.silu(y, inplace=in_place) if silu else y, mean, rstd
 
 
-def centred(x32: Tensor, mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
-    """Return x32 (B, n, C) without its mean (B, C), and what is left in it of that.
+def is_coarse(x: Tensor) -> bool:
+    """Tell whether x is worked on as it is, with its mean in it, because it was rounded already.
 
-    What was rounded to half precision keeps it and saves the time: there the rounding is far more
-    than what float32 loses when the square of the mean is subtracted from the mean square.
+    That saves time: in bfloat16 the rounding is far more than what float32 loses when the square
+    of the mean is subtracted from the mean square.
     """
-    return (x32, mean) if dtype == torch.bfloat16 else (x32 - mean[:, None], 0.0)
+    return x.dtype == torch.bfloat16
+
+
+def line(
+    x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return by what z, which is x or x without its mean, is multiplied and what is added to it."""
+    factor = gain * rstd
+    return factor, torch.addcmul(offset, mean, factor, value=-1) if is_coarse(x) else offset
 
 
 def group_mean(total: Tensor, n: int, groups: int) -> Tensor:
-    """Return the mean over n and each group, for its channels, of what sums to `total` over n."""
-    size = total.shape[1] // groups
+    """Return the mean over n and each group, for its channels, of what sums to `total` over n.
+
+    Both are (..., C). PyTorch's sum over a few neighbours is slow, and a group is often a pair.
+    """
+    size = total.shape[-1] // groups
     if size == 1:
         return total / n
-    sums = total.unflatten(1, (groups, size)).sum(2)
-    return (sums / (n * size)).repeat_interleave(size, 1)
+    parts = total.unflatten(-1, (groups, size))
+    sums = parts[..., 0] + parts[..., 1] if size == 2 else parts.sum(-1)
+    return (sums / (n * size)).unsqueeze(-1).expand_as(parts).flatten(-2)
 
 
 def gradients(
@@ -103,21 +119,27 @@ def gradients(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x (B, n, C), whole, and of gain and offset (B, C) for that of y."""
-    z, left = centred(whole(x), mean, x.dtype)
-    given, grad, factor = grad, whole(grad), gain * rstd
+    coarse, x32 = is_coarse(x), whole(x)
+    z = x32 if coarse else x32 - mean[:, None]
+    given, grad = grad, whole(grad)
+    factor, added = line(x, gain, offset, mean, rstd)
     spare = None  # steps are written over earlier ones, while these are in the cache
     if silu:
-        y = torch.addcmul((offset - left * factor)[:, None], z, factor[:, None])
+        y = torch.addcmul(added[:, None], z, factor[:, None])
         spare = None if grad is given else grad
         grad = torch.ops.aten.silu_backward.grad_input(grad, y, grad_input=y)
     of_offset = grad.sum(1)
     product = torch.mul(grad, z, out=spare)
-    of_gain = (product.sum(1) - left * of_offset) * rstd
-    # of x: rstd (gain grad - a - b (z - left) rstd) with a, b the means over a group of
-    # gain grad and gain grad (z - left) rstd
-    a, b = (group_mean(gain * of, x.shape[1], groups) for of in (of_offset, of_gain))
-    slope = -b * rstd * rstd
-    of_x = torch.addcmul((-a * rstd - left * slope)[:, None], z, slope[:, None], out=product)
+    of_gain = product.sum(1)
+    if coarse:
+        of_gain.addcmul_(mean, of_offset, value=-1)
+    of_gain *= rstd
+    # of x: rstd (gain grad - a - b (x - mean) rstd) with a, b the means over a group of
+    # gain grad and gain grad (x - mean) rstd
+    a, b = rstd * group_mean(gain * torch.stack([of_offset, of_gain]), x.shape[1], groups)
+    slope = b * rstd
+    base = torch.addcmul(a, mean, slope, value=-1) if coarse else a
+    of_x = torch.addcmul(-base[:, None], z, slope[:, None], value=-1, out=product)
     return of_x.addcmul_(grad, factor[:, None]), of_gain, of_offset
 
 
@@ -132,8 +154,9 @@ def by_parts(
 
 def in_parts(compute: Callable[..., tuple[Tensor, ...]], x: Tensor, *rest: Tensor) -> list[Tensor]:
     """Return `compute` of a few images at a time, its first result in the dtype of x (B, n, C)."""
-    at_once = max(CACHED * len(x) // x.numel(), 1)
-    if at_once >= len(x):
+    batch, pixels, channels = x.shape
+    at_once = max(CACHED // (pixels * channels), 1)
+    if at_once >= batch:
         first, *others = compute(x, *rest)
         return [first.to(x.dtype), *others]
     results = [torch.empty_like(t) for t in (x, *rest[-2:])]

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import silu
 
 from cmtool.core.formats.edm_pkl import adm_rules, song_rules
 from cmtool.core.formats.foreign import translate, translate_back
@@ -230,10 +231,11 @@ def test_adm_classes_enter_after_the_time_embedding():
     )  # fmt: skip
     network = Adm(options, 3, 4)
     seen = []
-    network.middle_block[0].emb_layers.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    _, linear = network.middle_block[0].emb_layers
+    linear.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     network(torch.zeros(1, 3, 8, 8), torch.tensor([0.5]), torch.tensor([2]))
     time = network.time_embed(sinusoidal_embedding(torch.tensor([0.5]), 32))
-    torch.testing.assert_close(seen[0], time + network.label_emb.weight[2])
+    torch.testing.assert_close(seen[0], silu(time + network.label_emb.weight[2]))
 
 
 @pytest.mark.parametrize(
