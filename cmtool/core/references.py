@@ -7,7 +7,7 @@ import lzma
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cmtool.core.archives import replacing
-from cmtool.core.formats.safe_pickle import Array, Dtype, Global, Machine, Refused, expect
+from cmtool.core.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
 from cmtool.core.metrics import Gaussian
 from cmtool.errors import InputError
 
@@ -172,20 +172,3 @@ def _finite(path: Path, name: str, array: Any, ndim: int) -> Tensor:
             "it was made of broken images: make it again",
         )
     return tensor
-
-
-def _new_array(machine: Machine, *args: Any) -> Array:
-    return Array()
-
-
-def _dtype(machine: Machine, code: Any, align: Any = 0, copy: Any = 1) -> Dtype:
-    return Dtype(expect(code, str))
-
-
-NUMPY_TABLE: dict[Global, Callable[..., Any]] = {
-    Global("numpy.core.multiarray", "_reconstruct"): _new_array,
-    Global("numpy._core.multiarray", "_reconstruct"): _new_array,
-    Global("numpy", "ndarray"): _new_array,
-    Global("numpy", "dtype"): _dtype,
-}
-"""The names in a pickle of numpy arrays, under numpy 1 and 2."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from cmtool.core.formats.safe_pickle import Array, Dtype, Global, Machine, Refused, expect
+from cmtool.core.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
 
 
 def cifar_batch(content: bytes, size: int) -> tuple[np.ndarray[Any, Any], list[int]]:
@@ -17,7 +16,7 @@ def cifar_batch(content: bytes, size: int) -> tuple[np.ndarray[Any, Any], list[i
     Raises Refused for anything else in it, ValueError and its kin for a damaged file.
     """
     stream = io.BytesIO(content)
-    table = expect(Machine(size, CIFAR_TABLE).run(stream, len(content)), dict)
+    table = expect(Machine(size, NUMPY_TABLE).run(stream, len(content)), dict)
     rows, classes = table.get("data"), table.get("labels")
     match rows.state if isinstance(rows, Array) else None:
         case (_, (int(count), 3072), Dtype("u1"), False | 0, str(text)):
@@ -29,19 +28,3 @@ def cifar_batch(content: bytes, size: int) -> tuple[np.ndarray[Any, Any], list[i
     if any(type(c) is not int or not 0 <= c <= 9 for c in classes):
         raise Refused("a class is not 0 to 9")
     return np.frombuffer(raw, np.uint8).reshape(count, 3072), classes
-
-
-def _array(machine: Machine, kind: Any, shape: Any, code: Any) -> Array:
-    """Stand in for numpy's `_reconstruct`: an array that its state will fill."""
-    return Array()
-
-
-def _bytes_dtype(machine: Machine, code: Any, align: Any = 0, copy: Any = 1) -> Dtype:
-    return Dtype(expect(code, str))
-
-
-CIFAR_TABLE: dict[Global, Callable[..., Any]] = {
-    Global("numpy.core.multiarray", "_reconstruct"): _array,
-    Global("numpy", "ndarray"): _array,
-    Global("numpy", "dtype"): _bytes_dtype,
-}

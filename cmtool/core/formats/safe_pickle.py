@@ -298,3 +298,21 @@ def new_dict(machine: Machine, items: Any = ()) -> dict[Any, Any]:
     if items not in ((), []):
         raise Refused("a dictionary is made from more than nothing")
     return {}
+
+
+def _array(machine: Machine, *args: Any) -> Array:
+    """Stand in for numpy's `_reconstruct`: an array that its state will fill."""
+    return Array()
+
+
+def _dtype(machine: Machine, code: Any, align: Any = 0, copy: Any = 1) -> Dtype:
+    return Dtype(expect(code, str))
+
+
+NUMPY_TABLE: dict[Global, Callable[..., Any]] = {
+    Global("numpy.core.multiarray", "_reconstruct"): _array,
+    Global("numpy._core.multiarray", "_reconstruct"): _array,
+    Global("numpy", "ndarray"): _array,
+    Global("numpy", "dtype"): _dtype,
+}
+"""The names in a pickle of numpy arrays, under numpy 1 and 2."""
