@@ -39,7 +39,7 @@ from cmtool.core.samplers import sampling_levels
 from cmtool.core.solvers import heun
 from cmtool.errors import InputError, UserError, nearest
 from cmtool.models import Model, load_digits_features
-from cmtool.sampling import Plan, generate, steady
+from cmtool.sampling import Plan, finite, generate, steady
 from cmtool.weights import INCEPTION, VGG16, file_sha256, find_file
 
 PUBLISHED_NUM = 50_000
@@ -51,18 +51,15 @@ class Protocol(NamedTuple):
 
     network: Literal["digits", "inception", "vgg16"]
     resize: Resize | None
-    whose: str
 
 
 PROTOCOLS = {
-    "adm": Protocol(
-        "inception", "tf", "OpenAI's evaluator, as the paper reports: FID, IS, P and R"
-    ),
-    "clean": Protocol("inception", "clean", "clean-fid: bicubic, antialiased"),
-    "digits": Protocol("digits", None, "the classifier of the bundled digits, 8x8"),
-    "edm": Protocol("inception", "tf", "EDM's fid.py"),
-    "legacy-tf": Protocol("inception", "tf", "clean-fid's legacy_tensorflow, as the JAX release"),
-    "vgg16": Protocol("vgg16", None, "improved precision and recall, as ECT and StyleGAN: pr only"),
+    "adm": Protocol("inception", "tf"),  # OpenAI's evaluator, as the paper reports
+    "clean": Protocol("inception", "clean"),  # clean-fid: bicubic, antialiased
+    "digits": Protocol("digits", None),  # the classifier of the bundled digits, 8x8
+    "edm": Protocol("inception", "tf"),  # EDM's fid.py
+    "legacy-tf": Protocol("inception", "tf"),  # clean-fid's legacy_tensorflow, as the JAX release
+    "vgg16": Protocol("vgg16", None),  # improved precision and recall, as ECT and StyleGAN
 }
 """`adm`, `edm` and `legacy-tf` make the same features; their references differ."""
 
@@ -80,7 +77,7 @@ def build_extractor(
         raise UserError(f"--protocol {protocol!r}", nearest(protocol, PROTOCOLS))
     if precision not in ("fp32", "bf16"):
         raise UserError(f"--feature-precision {precision!r}", nearest(precision, ["fp32", "bf16"]))
-    network, resize, _ = PROTOCOLS[protocol]
+    network, resize = PROTOCOLS[protocol]
     if network != "inception" and precision != "fp32":
         raise UserError(f"--feature-precision {precision} of --protocol {protocol}", "leave it out")
     if network == "digits" and (file is not None or trust):
@@ -205,21 +202,17 @@ def image_batches(
 
 
 def drawn_batches(
-    model: Model, chosen: Plan, seeds: range, batch: int, group: Group, device: str, **how: Any
+    model: Model, chosen: Plan, seeds: range, batch: int, group: Group, device: str
 ) -> Iterator[Tensor]:
     """Yield this process's share of the images of some seeds, as they would be written.
 
-    Raises InputError for a model that makes values that are not finite: they would be black.
+    Raises InputError for values that are not finite.
     """
     mine = [seed for part in share(_split(seeds, batch), group) for seed in part]
     if not mine:
         return
-    for drawn in generate(model.f, model.preset, chosen, mine, batch=batch, device=device, **how):
-        if not bool(torch.isfinite(drawn).all()):
-            raise InputError(
-                "the model makes values that are not finite", "it diverged: take an earlier one"
-            )
-        yield to_uint8(drawn)
+    for drawn in generate(model.f, model.preset, chosen, mine, batch=batch, device=device):
+        yield to_uint8(finite(drawn))
 
 
 def _split(seeds: range, size: int) -> list[range]:
@@ -418,7 +411,7 @@ def measured(
 ) -> Values:
     """Return the values of a metric, which the leading process computes."""
     compute = partial(METRICS[metric].values, made, reference, setting.extractor)
-    return setting.group.agreed(lambda: compute(), f"measured {turn}")
+    return setting.group.agreed(compute, f"measured {turn}")
 
 
 def consistency(

@@ -27,7 +27,7 @@ from cmtool.core.samplers import (
 )
 from cmtool.core.tensors import identity
 from cmtool.core.types import Denoiser, RandnLike
-from cmtool.errors import UserError, nearest
+from cmtool.errors import InputError, UserError, nearest
 from cmtool.presets import Card, Choice, Preset
 
 PUBLISHED_GRID = 40
@@ -190,6 +190,19 @@ def steady(f: Denoiser, size: tuple[int, int], device: torch.device | str) -> De
     if torch.device(device).type != "cpu":
         return f
     return in_chunks(f, max(1, min(CHUNK_PIXELS // (size[0] * size[1]), MAX_CHUNK)))
+
+
+def finite(x0: Tensor) -> Tensor:
+    """Return images (B, C, H, W) as they are; raises InputError for values that are not finite.
+
+    As a picture they would be black, and say nothing.
+    """
+    if not bool(torch.isfinite(x0).all()):
+        raise InputError(
+            "the model makes values that are not finite",
+            "it diverged: take an earlier one; or fp16 is not enough for it",
+        )
+    return x0
 
 
 @torch.no_grad()

@@ -198,13 +198,13 @@ class _Draw:
         """Return the images, in one batch."""
         import torch
 
-        from cmtool.sampling import generate
+        from cmtool.sampling import finite, generate
 
         drawn = generate(
             self.model.f, self.model.preset, self.chosen, seeds, labels=labels, batch=self.batch,
             device=self.device,
         )  # fmt: skip
-        return self.to_uint8(torch.cat(list(drawn))).cpu()
+        return self.to_uint8(finite(torch.cat(list(drawn)))).cpu()
 
     def about(self) -> dict[str, str]:
         """Return what a PNG says of how it was made, but for its seed and class."""

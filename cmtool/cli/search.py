@@ -134,7 +134,7 @@ def _measure(
     from cmtool.core.data import load_dataset
     from cmtool.core.images import to_uint8
     from cmtool.evaluation import EVALUATORS
-    from cmtool.sampling import generate, plan
+    from cmtool.sampling import finite, generate, plan
 
     value = EVALUATORS[metric](load_dataset(reference), device)
 
@@ -143,6 +143,6 @@ def _measure(
             model.f, model.preset, plan(model.preset, sigmas=sigmas),
             range(first_seed, first_seed + num), batch=batch, device=device,
         )  # fmt: skip
-        return value(torch.cat([to_uint8(part).cpu() for part in drawn]))
+        return value(torch.cat([to_uint8(finite(part)).cpu() for part in drawn]))
 
     return measure

@@ -269,16 +269,39 @@ def test_names_on_stdin_are_bytes_between_newlines(cmtool, tmp_path):
     assert others["images"]["fingerprint"] != found["images"]["fingerprint"]
 
 
-def test_a_model_that_makes_no_numbers_has_no_value(cmtool, tmp_path):
+@pytest.fixture
+def broken(tmp_path):
+    """Return the path of a consistency model whose weights are NaN."""
     held = files("cmtool") / "assets" / "digits-cd.safetensors"
     with safe_open(held, "pt") as opened:
         about = opened.metadata()
     weights = {name: t * float("nan") for name, t in load_file(held).items()}
     save_file(weights, tmp_path / "nan.safetensors", about)
-    for metric in (["fid"], ["consistency", "--levels", "2", "--substeps", "1"]):
-        ended = cmtool("eval", *metric, "-c", "nan.safetensors", "--num-images", "2")
-        assert (ended.code, ended.out) == (3, b"")
-        assert "not finite" in ended.err
+    return "nan.safetensors"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval fid --num-images 2",
+        "eval consistency --levels 2 --substeps 1 --num-images 2",
+        "sample --seeds 0-1 --out made",
+        "sample --seeds 0-1 --out made.zip",
+        "sample --seeds 0-1 --out -",
+        "edit denoise digit.png --sigma 0.5 -o made.png",
+        "edit interpolate --seeds 1,2 -o made.png",
+        "edit interpolate digit.png digit.png --sigmas 5,2 -o made.gif",
+    ],
+)
+def test_a_model_that_makes_no_numbers_makes_no_picture_and_has_no_value(
+    cmtool, tmp_path, broken, command
+):
+    digit = torch.full((3, 8, 8), 128, dtype=torch.uint8)
+    (tmp_path / "digit.png").write_bytes(png_bytes(digit))
+    ended = cmtool(*command.split(), "-c", broken)
+    assert (ended.code, ended.out) == (3, b"")
+    assert "makes values that are not finite" in ended.err
+    assert not [path for path in tmp_path.glob("made*") if path.is_file() or any(path.iterdir())]
 
 
 def test_a_reference_that_says_how_it_was_made_is_believed_and_held_to_it(cmtool, tmp_path):
