@@ -46,6 +46,7 @@ Seeds = Annotated[str, typer.Option(help="Seeds, one per image: 0-15, or 3,7,10-
 Sigmas = Annotated[
     str | None, typer.Option(help="Noise levels from high to low, for example 80,0.8.")
 ]
+FirstSeed = Annotated[int, typer.Option(min=0, help="Seed of a model's first image.")]
 Steps = Annotated[
     int | None, typer.Option(min=1, help="Number of steps; levels come from the model's preset.")
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +28,7 @@ from cmtool.cli._options import (
     Batch,
     Checkpoint,
     Device,
+    FirstSeed,
     KindOption,
     ModelPreset,
     Precision,
@@ -47,6 +47,7 @@ from cmtool.cli._options import (
     processes,
     say,
 )
+from cmtool.cli.consistency import consistency
 from cmtool.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,12 +81,14 @@ FeatureWeights = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Use a weight file of unknown sha256.")]
 FeaturePrecision = Annotated[
-    str, typer.Option(help="fp32, or bf16: two to three times as fast, and another number.")
+    str, typer.Option(help="fp32, or bf16: about twice as fast, and another number.")
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
-FirstSeed = Annotated[int, typer.Option(min=0, help="Seed of a model's first image.")]
 Runs = Annotated[
-    int, typer.Option(min=1, help="Measure so many times, with new seeds; the value is the least.")
+    int,
+    typer.Option(
+        min=1, help="Measure so many times, with new seeds: the least FID or KID, else the mean."
+    ),
 ]
 ReferenceNum = Annotated[
     int | None,
@@ -284,86 +287,4 @@ def reference_command(
     emit(os.fspath(out))
 
 
-@app.command("consistency")
-def consistency_command(
-    checkpoint: Checkpoint = None,
-    teacher: Annotated[
-        str, typer.Option(help="The teacher whose paths the model maps to their ends.")
-    ] = "digits-edm",
-    num: Annotated[int, typer.Option("--num-images", "--num", min=1, help="Paths to follow.")] = 64,
-    first_seed: FirstSeed = 0,
-    levels: Annotated[
-        int, typer.Option(min=2, help="Noise levels to report, evenly spaced in rho's scale.")
-    ] = 12,
-    substeps: Annotated[
-        int, typer.Option(min=1, help="Heun steps of the teacher between two levels.")
-    ] = 8,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the errors by noise level: a .png or .svg.")
-    ] = None,
-    weights: Weights = "ema",
-    preset: ModelPreset = None,
-    device: Device = "auto",
-    as_json: AsJson = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the plot.")] = False,
-) -> None:
-    """Print how far a consistency model is from the end of its teacher's paths, by noise level.
-
-    `cmtool eval consistency -c digits-cd --teacher digits-edm --plot consistency.png`
-
-    At each level: the distance of the model's answer from the end of the path, from its answer at
-    the next lower level, and of the teacher's denoised image from the end, for comparison; all are
-    root mean squares over pixels in [-1, 1]. JSON on stdout, a table on stderr.
-    """
-    if processes()[1] > 1:
-        raise UserError("eval consistency is the work of one process", "leave torchrun out")
-    if plot is not None:
-        if plot.suffix.lower() not in (".png", ".svg"):
-            raise UserError(f"--plot {plot}", "end it with .png or .svg")
-        check_free(plot, overwrite)
-        make_folder(plot.parent)
-
-    from cmtool.measure import consistency
-    from cmtool.plots import write_curves
-
-    where = pick_device(device)
-    model = pick_model(checkpoint, weights, where, "consistency", preset=preset)
-    guide = pick_model(teacher, "ema", where, "teacher", preset=preset)
-    seeds = range(first_seed, first_seed + num)
-    rows = consistency(model, guide, seeds, levels, substeps, where)
-    _table(rows)
-    if plot is not None:
-        curves = {
-            "f to the end of the path": [(row["sigma"], row["end"]) for row in rows],
-            "f to f at the next level": [(row["sigma"], row["next"]) for row in rows],
-            "teacher's D to the end": [(row["sigma"], row["teacher"]) for row in rows],
-        }
-        write_curves(plot, curves, "noise level sigma", "root mean square")
-        say(f"plot: {plot}")
-    emit_json(
-        {
-            "metric": "consistency",
-            "value": statistics.fmean(row["end"] for row in rows),
-            "value_is": "mean over levels of the distance from the end of the path",
-            "levels": rows,
-            "num_images": num,
-            "seeds": f"{seeds[0]}-{seeds[-1]}",
-            "model": {"source": model.source, "sha256": model.sha256, "weights": model.weights},
-            "teacher": {"source": guide.source, "sha256": guide.sha256, "weights": guide.weights},
-            "solver": f"heun, {substeps} steps between levels",
-            "cmtool": __version__,
-        },
-        compact=as_json,
-    )
-
-
-def _table(rows: list[dict[str, float]]) -> None:
-    """Show the deviations on stderr."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("sigma", "f to end", "f to next f", "teacher to end", box=None)
-    for row in rows:
-        shown = (f"{row[key]:.4f}" for key in ("end", "next", "teacher"))
-        table.add_row(f"{row['sigma']:.4g}", *shown)
-    Console(stderr=True).print(table)
+app.command("consistency")(consistency)
