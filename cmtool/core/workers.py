@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -29,11 +30,13 @@ def made_ahead(
     all together gave nothing for `timeout` seconds; then there is no worker left.
     """
     before, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
-    given = iter(DataLoader(
-        items, batch_size=None, sampler=order, num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        multiprocessing_context="fork" if workers else None, worker_init_fn=_left_to_the_parent,
-    ))  # fmt: skip
+    with warnings.catch_warnings():  # more workers than processors are slower, and no danger
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        given = iter(DataLoader(
+            items, batch_size=None, sampler=order, num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            multiprocessing_context="fork" if workers else None, worker_init_fn=_left_to_the_parent,
+        ))  # fmt: skip
     crew = [child for child in multiprocessing.active_children() if child not in others]
     late = threading.Event()
 

@@ -166,6 +166,18 @@ def assert_same_run(state, infos, student, target, ema, losses):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
+def test_each_average_has_a_rate_of_its_own():
+    state = train_state(model())
+    state.emas["slow"] = Ema(state.student, rate=0.99)
+    next(fit(state, objective(), data, lambda k, n: Stage(18, 0.95), settings()))
+    for average, rate in (
+        (state.target, 0.95), (state.emas["ema"].model, 0.9), (state.emas["slow"].model, 0.99)
+    ):  # fmt: skip
+        triples = (average.parameters(), model().parameters(), state.student.parameters())
+        for p, before, after in zip(*triples, strict=True):
+            torch.testing.assert_close(p, rate * before + (1 - rate) * after)
+
+
 def test_two_rounds_see_the_whole_batch():
     two = train_state(model())
     seen = []

@@ -69,6 +69,23 @@ def test_the_gradients(scaled, silu, at_once, monkeypatch):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("silu", [False, True])
+def test_in_half_precision_only_the_gradient_of_x_is_rounded(silu):
+    found = []
+    for place, dtype in ((last, torch.bfloat16), (torch.clone, torch.float32)):
+        module = norm()
+        x, *rest = inputs(scaled=True, dtype=torch.bfloat16)
+        given = [t.requires_grad_() for t in (x.to(dtype), *rest)]
+        y = module(place(given[0]), *given[1:], silu=silu)
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+        y.backward(weight.to(dtype))
+        found.append([t.grad for t in [*given, *module.parameters()]])
+    (ours, *of_rest), (exact, *expected) = found
+    assert ((ours.float() - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
+    for of_one, theirs in zip(of_rest, expected, strict=True):
+        torch.testing.assert_close(of_one, theirs, atol=1e-4, rtol=1e-5)
+
+
 def test_the_gradients_in_float64():
     x, *rest = (t.double().requires_grad_() for t in inputs(scaled=True))
     module = norm().double()
