@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from importlib.resources import files
 
 import numpy as np
@@ -8,8 +9,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from cmtool.core.dist import ALONE
 from cmtool.core.images import png_bytes, read_image
-from cmtool.measure import METRICS, PROTOCOLS, Sample, build_extractor
+from cmtool.measure import (
+    METRICS,
+    PROTOCOLS,
+    Sample,
+    Setting,
+    build_extractor,
+    consistency,
+    measured,
+)
+from cmtool.models import load_model
 from tests.published import write_detector
 
 HELD_OUT = ["--reference", "digits:held-out"]
@@ -166,6 +177,9 @@ def test_runs_give_the_least_value_and_their_spread(cmtool):
     scored = value(cmtool("eval", "is", *drawn[2:], "--protocol", "digits", "--runs", "2"))
     assert scored["value"] == pytest.approx(sum(scored["runs"]) / 2)
     assert scored["value_is"] == "mean of 2 runs"
+    both = value(cmtool("eval", "pr", *drawn[2:], "--runs", "2"))
+    for name, mean in both["value"].items():
+        assert mean == pytest.approx(sum(run[name] for run in both["runs"]) / 2)
 
 
 def test_few_images_are_told(cmtool, sets):
@@ -180,6 +194,8 @@ def test_thresholds_go_both_ways(cmtool, sets):
     score = ["eval", "is", "set.npz", "--protocol", "digits"]
     assert cmtool(*score, "--fail-below", "9.9").code == 8
     assert cmtool(*score, "--fail-below", "1.1").code == 0
+    same = repr(value(cmtool(*score))["value"])
+    assert cmtool(*score, "--fail-below", same, "--fail-above", same).code == 0
     assert cmtool("eval", "pr", "set.npz", "--fail-above", "1").code == 2
     assert cmtool(*score, "--reference", "digits").code == 2
 
@@ -385,6 +401,26 @@ def test_protocols_resize_as_their_sources_do_and_tell_precision_from_recall():
     found = METRICS["pr"].values(inner, Sample(None, wide, 50), build_extractor("digits"))
     assert found["precision"].value == 1
     assert found["recall"].value <= 0.02
+
+
+def test_the_score_is_of_splits_of_5000():
+    classes = torch.arange(4).repeat_interleave(2500)  # two of them in each split
+    logits = 100 * torch.nn.functional.one_hot(classes).float()
+    extractor = build_extractor("digits")._replace(logits=lambda rows: rows)
+    made = Sample(None, logits, len(logits))
+    setting = Setting("digits", extractor, 64, 0, ALONE)
+    found = measured("is", made, Sample(None, None, 0), setting)["is"]
+    assert found.value == pytest.approx(2)
+
+
+def test_paths_begin_at_the_most_noise_that_both_models_know():
+    def most(model, sigma_max):
+        noise = model.preset.noise.model_copy(update={"sigma_max": sigma_max})
+        return replace(model, preset=model.preset.model_copy(update={"noise": noise}))
+
+    model, teacher = load_model("digits-cd"), load_model("digits-edm")
+    for pair in ((most(model, 5.0), teacher), (model, most(teacher, 5.0))):
+        assert consistency(*pair, range(1), 2, 1, "cpu")[0]["sigma"] == 5.0
 
 
 def test_consistency_is_a_table_a_plot_and_an_object(cmtool, tmp_path):
