@@ -169,7 +169,7 @@ def assert_same_run(state, infos, student, target, ema, losses):
 def test_each_average_has_a_rate_of_its_own():
     state = train_state(model())
     state.emas["slow"] = Ema(state.student, rate=0.99)
-    next(fit(state, objective(), data, lambda k, n: Stage(18, 0.95), settings()))
+    next(fit(state, objective(), data, lambda k, n: Stage(18, 0.95), settings(lr=1.0)))
     for average, rate in (
         (state.target, 0.95), (state.emas["ema"].model, 0.9), (state.emas["slow"].model, 0.99)
     ):  # fmt: skip
