@@ -352,6 +352,7 @@ def compare_denoising(edm: types.SimpleNamespace, config: Config) -> Comparison:
 
 COMPARISONS: dict[str, tuple[str, Callable[..., Comparison], Callable[..., Any], str, Any]] = {
     "cd-a": ("openai", compare_consistency, openai_step, "a", ("cd",)),
+    "cd-a-again": ("openai", compare_consistency, openai_step, "a-again", ("cd",)),
     "cd-b": ("openai", compare_consistency, openai_step, "b", ("cd",)),
     "ct-b": ("openai", compare_consistency, openai_step, "b", ("ct",)),
     "cd-c16": ("openai", compare_consistency, openai_step, "c16", ("cd",)),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cmtool.build import compute_again
 from cmtool.core.devices import placed
 from cmtool.core.distances import l2
 from cmtool.core.ema import Ema, frozen_copy
@@ -49,6 +50,8 @@ class Config:
     side: int
     classes: int
     batch: int
+    recompute: bool = False
+    """Blocks are computed again for the backward pass (train.checkpoint_activations)."""
 
     def network(self) -> nn.Module:
         """Return the network; zero-initialised outputs, which stop gradients, are stirred."""
@@ -60,6 +63,8 @@ class Config:
         with torch.no_grad():
             for p in network.parameters():
                 p.add_(0.01 * torch.randn_like(p))
+        if self.recompute:
+            compute_again(network, "adm" if isinstance(network, Adm) else "song")
         return network
 
     def images(self) -> tuple[Tensor, Tensor | None]:
@@ -79,6 +84,7 @@ CONFIGS = {
     "c8": Config(SMALL, 8, 0, 64),
     "s": Config(SongOptions(model_channels=64), 32, 0, 16),
 }  # fmt: skip
+CONFIGS["a-again"] = replace(CONFIGS["a"], recompute=True)
 METHODS = ("cd", "ct", "edm")
 
 
