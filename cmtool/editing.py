@@ -15,7 +15,7 @@ from cmtool.core.images import Canvas, canvas, from_uint8, to_uint8
 from cmtool.core.rng import SeededNoise
 from cmtool.core.samplers import sampling_levels
 from cmtool.errors import InputError, UserError
-from cmtool.sampling import Plan, best_class, finite, generate, grid_size, run_edit
+from cmtool.sampling import Plan, best_class, generate, grid_size, run_edit
 
 STROKE_LEVELS = ((5.38, 1.0), (2.24, 0.4))
 """The paper's levels for strokes on pictures of 256 pixels (App. D), and the least of each."""
@@ -125,7 +125,7 @@ def do(
     edit = replace(job.edit, init=job.edit.init.expand(n, -1, -1, -1))
     labels = None if label is None else torch.full((n,), label, device=edit.init.device)
     result = run_edit(model, edit, chosen, seeds, labels)
-    return job.place.taken(to_uint8(finite(result)).cpu()), label
+    return job.place.taken(to_uint8(result).cpu()), label
 
 
 def between_seeds(
@@ -149,7 +149,7 @@ def between_seeds(
         model.f, model.preset, chosen, range(frames), labels=labels, batch=frames,
         device=str(_device(model)), noise=path,
     )  # fmt: skip
-    return to_uint8(finite(torch.cat(list(images)))).cpu()
+    return to_uint8(torch.cat(list(images))).cpu()
 
 
 def between_pictures(
@@ -167,8 +167,7 @@ def between_pictures(
     if label is None and model.preset.model.num_classes:
         label = best_class(model, edits.stroke(ends[0]), chosen, seed)
     labels = None if label is None else torch.full((frames,), label, device=ends[0].device)
-    images = run_edit(model, edit, chosen, [seed] * frames, labels)
-    return to_uint8(finite(images)).cpu()
+    return to_uint8(run_edit(model, edit, chosen, [seed] * frames, labels)).cpu()
 
 
 def stroke_levels(model: Model) -> tuple[float, ...]:

@@ -39,7 +39,7 @@ from cmtool.core.samplers import sampling_levels
 from cmtool.core.solvers import heun
 from cmtool.errors import InputError, UserError, nearest
 from cmtool.models import Model, load_digits_features
-from cmtool.sampling import Plan, finite, generate, steady
+from cmtool.sampling import Plan, generate, steady
 from cmtool.weights import INCEPTION, VGG16, file_sha256, find_file
 
 PUBLISHED_NUM = 50_000
@@ -212,7 +212,7 @@ def drawn_batches(
     if not mine:
         return
     for drawn in generate(model.f, model.preset, chosen, mine, batch=batch, device=device):
-        yield to_uint8(finite(drawn))
+        yield to_uint8(drawn)
 
 
 def _split(seeds: range, size: int) -> list[range]:

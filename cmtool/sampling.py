@@ -192,8 +192,8 @@ def steady(f: Denoiser, size: tuple[int, int], device: torch.device | str) -> De
     return in_chunks(f, max(1, min(CHUNK_PIXELS // (size[0] * size[1]), MAX_CHUNK)))
 
 
-def finite(x0: Tensor) -> Tensor:
-    """Return images (B, C, H, W) as they are; raises InputError for values that are not finite.
+def _finite(x0: Tensor) -> Tensor:
+    """Return images as they are. Raises InputError for values that are not finite.
 
     As a picture they would be black, and say nothing.
     """
@@ -221,7 +221,8 @@ def generate(
     """Yield images (B, C, H, W) in [-1, 1] for consecutive batches of seeds.
 
     An image is a function of its seed, its label and the plan. Without `labels` a conditional
-    model draws each image's class from its seed. `noise` stands in for the seeds' own.
+    model draws each image's class from its seed. `noise` stands in for the seeds' own. Raises
+    InputError for values that are not finite.
     """
     denoiser = computing_in(f, chosen.precision, device)
     denoiser = steady(denoiser, preset.model.image_size, device)
@@ -234,7 +235,7 @@ def generate(
         given = None if labels is None else labels[start : start + batch].to(device)
         if given is None and preset.model.num_classes:
             given = seeded.labels(preset.model.num_classes).to(device)
-        yield draw(
+        x0 = draw(
             denoiser,
             torch.zeros(len(part), *shape, device=device),
             chosen.sigmas,
@@ -242,6 +243,7 @@ def generate(
             sigma_min=preset.noise.sigma_min,
             labels=given,
         )
+        yield _finite(x0)
 
 
 @torch.no_grad()
@@ -251,6 +253,7 @@ def run_edit(
     """Return the edited images (B, C, H, W) in [-1, 1], one seed and label each.
 
     What the edit keeps is kept. Images larger than the model's are made of overlapping tiles.
+    Raises InputError for values that are not finite.
     """
     noise: RandnLike = SeededNoise(seeds)
     x0 = multistep(
@@ -262,7 +265,7 @@ def run_edit(
         labels=labels,
         project=edit.project,
     )
-    return edit.finish(x0)
+    return edit.finish(_finite(x0))
 
 
 def _for_edits(model: Model, edit: Edit, chosen: Plan) -> Denoiser:

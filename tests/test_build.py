@@ -156,7 +156,7 @@ def test_what_continuous_time_does_not_have_is_refused(overrides, message, hint)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile wants a C++ compiler")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile calls a C++ compiler")
 def test_a_compiled_network_is_the_same_network(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 

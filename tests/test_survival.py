@@ -220,7 +220,7 @@ def disk():
     """A small disk, with room for three checkpoints of 4.4 MB."""
     with small_disk(16_000_000) as folder:
         if folder is None:
-            pytest.skip("mounting a small disk takes more rights")
+            pytest.skip("a disk of a few MB, to fill it, can be mounted by root alone")
         yield folder
 
 
@@ -279,7 +279,7 @@ def test_fault_03_without_room_for_the_last_checkpoint_a_run_ends_with_code_5(co
 def test_fault_04_a_full_disk_leaves_whole_images_and_says_how_many():
     with small_disk(200_000) as folder:
         if folder is None:
-            pytest.skip("mounting a small disk takes more rights")
+            pytest.skip("a disk of a few MB, to fill it, can be mounted by root alone")
         command = Command("sample", "-c", "digits-cd", "--seeds", "0-199", folder=folder)
         code, out, err = command.finish()
         assert code == 5, err
@@ -613,7 +613,7 @@ def bare_environment(home):
 def test_fault_38_read_only_packages_no_home_and_no_cache(installed):
     """In a shell without root's right to write anywhere."""
     if os.geteuid() == 0 and shutil.which("setpriv") is None:
-        pytest.skip("root may write anywhere, and there is no setpriv")
+        pytest.skip("root may write anywhere, and setpriv, which takes that right, is missing")
     confined = ["setpriv", "--bounding-set=-dac_override,-fowner"] if os.geteuid() == 0 else []
     cmtool = f"{sys.executable} -m cmtool"
     script = (

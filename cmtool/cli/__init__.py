@@ -12,7 +12,7 @@ import typer
 
 from cmtool import __version__
 from cmtool.cli import checkpoint, data, demo, edit, evaluate, preset, sample, search, train
-from cmtool.cli._options import say
+from cmtool.cli._output import say
 from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError, is_full
 
 app = typer.Typer(

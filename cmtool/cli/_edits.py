@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cmtool.cli._options import (
     check_class,
-    check_free,
-    emit,
-    emit_bytes,
-    is_one_file,
-    make_folder,
     parse_sigmas,
     pick_device,
     pick_model,
     pick_precision,
     precision_info,
+)
+from cmtool.cli._output import (
+    check_free,
+    emit,
+    emit_bytes,
+    is_one_file,
+    make_folder,
     refuse_terminal,
     say,
 )

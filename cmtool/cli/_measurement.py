@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cmtool import __version__
-from cmtool.cli._options import say
+from cmtool.cli._output import say
 from cmtool.errors import InputError, ThresholdError, UserError
 
 if TYPE_CHECKING:

@@ -1,19 +1,17 @@
-"""What commands share: options, seeds, the model by default, and the two streams."""
+"""What commands share: options, seeds, and the model, device and levels by default."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cmtool.errors import InputError, ResourceError, UserError, is_full, nearest
+from cmtool.cli._output import processes, say
+from cmtool.errors import InputError, ResourceError, UserError, nearest
 
 if TYPE_CHECKING:
     from cmtool.build import Model
@@ -86,89 +84,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 MAX_SEEDS = 10_000_000
-MAX_LINE = 700
-
-
-def leads() -> bool:
-    """Tell whether this is the process that speaks: the first of torchrun's, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def processes() -> tuple[int, int]:
-    """Return this process's rank and the number of torchrun's processes; 0 and 1 alone."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def say(text: str, any_rank: bool = False) -> None:
-    """Write one line to stderr; a closed stderr is no reason to stop.
-
-    Of torchrun's processes the first one speaks, or `any_rank`, of what it alone knows.
-    """
-    if not (any_rank or leads()):
-        return
-    try:
-        print(printable(text), file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  # kept for the rest of the process
-
-
-def printable(text: str) -> str:
-    """Return the text without control characters, which files may hold, and not too long."""
-    if len(text) > MAX_LINE:
-        text = f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def emit(text: str) -> None:
-    """Write one line to stdout; when nobody reads any more, end quietly as a pipe does (141)."""
-    if not leads():
-        return
-    with _stdout():
-        print(text, flush=True)
-
-
-def emit_bytes(content: bytes) -> None:
-    """Write bytes to stdout. Raises UserError on a terminal."""
-    refuse_terminal()
-    with _stdout():
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
-
-
-@contextmanager
-def _stdout() -> Iterator[None]:
-    """End as is right when stdout takes no more; Python would try again when it ends."""
-    try:
-        yield
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise typer.Exit(141) from None
-        if is_full(error):
-            raise ResourceError("no room on the disk for stdout", "free some") from None
-        raise
-
-
-def refuse_terminal() -> None:
-    """Raise UserError when a picture would go to a terminal."""
-    if sys.stdout.isatty():
-        raise UserError("a picture would go to the terminal", "use --out FILE, or a pipe")
-
-
-def is_one_file(out: str) -> bool:
-    """Tell whether --out is one picture: a file with a picture's ending, or stdout."""
-    return out == "-" or Path(out).suffix.lower() in (".png", ".gif", ".webp")
-
-
-def check_free(path: Path, overwrite: bool) -> None:
-    """Raise UserError for a file that exists, unless it may be overwritten."""
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists", "give another --out, or --overwrite it")
-
-
-def emit_json(content: dict[str, Any], *, compact: bool = True) -> None:
-    """Write one JSON object to stdout, on one line if `compact`."""
-    emit(json.dumps(content, indent=None if compact else 1))
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -378,13 +293,3 @@ def check_class(index: int | None, num_classes: int) -> None:
         raise UserError(f"--class {index} given to an unconditional model", "leave --class out")
     if not 0 <= index < num_classes:
         raise UserError(f"no class {index}", f"the model knows 0 to {num_classes - 1}")
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for results and see that it can be written to. Raises InputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make {folder}: {error.strerror}", "give another --out") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write to {folder}", "give another --out")

@@ -7,19 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmtool.cli._options import (
-    AsJson,
-    KindOption,
-    ModelPreset,
-    Weights,
-    emit,
-    emit_json,
-    make_folder,
-    parse_kind,
-    printable,
-    say,
-    tell_notes,
-)
+from cmtool.cli._options import AsJson, KindOption, ModelPreset, Weights, parse_kind, tell_notes
+from cmtool.cli._output import emit, emit_json, make_folder, printable, say
 
 if TYPE_CHECKING:
     from cmtool.build import Model

@@ -16,14 +16,10 @@ from cmtool.cli._options import (
     FirstSeed,
     ModelPreset,
     Weights,
-    check_free,
-    emit_json,
-    make_folder,
     pick_device,
     pick_model,
-    processes,
-    say,
 )
+from cmtool.cli._output import check_free, emit_json, make_folder, processes, say
 from cmtool.errors import UserError
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from cmtool.cli._options import AsJson, emit, emit_json, make_folder, say
+from cmtool.cli._options import AsJson
+from cmtool.cli._output import emit, emit_json, make_folder, say
 from cmtool.errors import InputError, UserError
 
 if TYPE_CHECKING:

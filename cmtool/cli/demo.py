@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmtool.cli._options import emit, make_folder, say
+from cmtool.cli._output import emit, make_folder, say
 from cmtool.errors import InputError, UserError
 
 if TYPE_CHECKING:

@@ -18,15 +18,14 @@ from cmtool.cli._options import (
     Steps,
     Weights,
     check_class,
-    emit,
     parse_seeds,
     parse_sigmas,
     pick_device,
     pick_model,
     pick_precision,
     precision_info,
-    say,
 )
+from cmtool.cli._output import emit, say
 from cmtool.errors import UserError
 
 if TYPE_CHECKING:

@@ -36,17 +36,12 @@ from cmtool.cli._options import (
     Sigmas,
     Steps,
     Weights,
-    check_free,
-    emit,
-    emit_json,
-    make_folder,
     pick_device,
     pick_model,
     pick_plan,
     pick_precision,
-    processes,
-    say,
 )
+from cmtool.cli._output import check_free, emit, emit_json, make_folder, processes, say
 from cmtool.cli.consistency import consistency
 from cmtool.errors import UserError
 

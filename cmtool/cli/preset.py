@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cmtool.cli._options import emit
+from cmtool.cli._output import emit
 
 app = typer.Typer(no_args_is_help=True, help="List presets, or show one.")
 

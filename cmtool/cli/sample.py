@@ -25,18 +25,20 @@ from cmtool.cli._options import (
     Steps,
     Weights,
     check_class,
-    check_free,
-    emit,
-    emit_bytes,
-    emit_json,
-    leads,
-    make_folder,
     parse_seeds,
     pick_device,
     pick_model,
     pick_plan,
     pick_precision,
     precision_info,
+)
+from cmtool.cli._output import (
+    check_free,
+    emit,
+    emit_bytes,
+    emit_json,
+    leads,
+    make_folder,
     processes,
     refuse_terminal,
     say,
@@ -198,13 +200,13 @@ class _Draw:
         """Return the images, in one batch."""
         import torch
 
-        from cmtool.sampling import finite, generate
+        from cmtool.sampling import generate
 
         drawn = generate(
             self.model.f, self.model.preset, self.chosen, seeds, labels=labels, batch=self.batch,
             device=self.device,
         )  # fmt: skip
-        return self.to_uint8(finite(torch.cat(list(drawn)))).cpu()
+        return self.to_uint8(torch.cat(list(drawn))).cpu()
 
     def about(self) -> dict[str, str]:
         """Return what a PNG says of how it was made, but for its seed and class."""

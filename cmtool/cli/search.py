@@ -16,12 +16,10 @@ from cmtool.cli._options import (
     KindOption,
     ModelPreset,
     Weights,
-    emit,
-    emit_json,
     pick_device,
     pick_model,
-    say,
 )
+from cmtool.cli._output import emit, emit_json, say
 from cmtool.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -134,7 +132,7 @@ def _measure(
     from cmtool.core.data import load_dataset
     from cmtool.core.images import to_uint8
     from cmtool.evaluation import EVALUATORS
-    from cmtool.sampling import finite, generate, plan
+    from cmtool.sampling import generate, plan
 
     value = EVALUATORS[metric](load_dataset(reference), device)
 
@@ -143,6 +141,6 @@ def _measure(
             model.f, model.preset, plan(model.preset, sigmas=sigmas),
             range(first_seed, first_seed + num), batch=batch, device=device,
         )  # fmt: skip
-        return value(torch.cat([to_uint8(finite(part)).cpu() for part in drawn]))
+        return value(torch.cat([to_uint8(part).cpu() for part in drawn]))
 
     return measure

@@ -11,18 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmtool.cli._options import (
-    AsJson,
-    Device,
-    emit,
-    emit_json,
-    leads,
-    newest_run,
-    pick_device,
-    processes,
-    say,
-    tell_notes,
-)
+from cmtool.cli._options import AsJson, Device, newest_run, pick_device, tell_notes
+from cmtool.cli._output import emit, emit_json, leads, processes, say
 from cmtool.errors import UserError
 
 if TYPE_CHECKING:

@@ -136,7 +136,9 @@ def test_weights_that_are_not_there_name_those_that_are(cmtool, tiny_run):
     assert "it holds ema, model, target" in result.err
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="only Linux has a file that is always full"
+)
 @pytest.mark.parametrize("out", ["-", "folder"])
 def test_a_stdout_without_room_is_told(tmp_path, out):
     with open("/dev/full", "wb") as full:

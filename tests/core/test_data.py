@@ -60,7 +60,10 @@ def test_a_batch_may_hold_several_epochs():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="without a GPU there is no memory of one to keep images in",
+)
 @pytest.mark.parametrize("flip", [False, True])
 def test_images_kept_on_a_gpu_are_those_kept_in_memory(flip):
     here, there = (

@@ -191,7 +191,7 @@ def test_auto_is_bf16_on_a_cpu_that_computes_in_it(monkeypatch, bf16, amx, best)
     assert best_precision("cpu") == best
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+@pytest.mark.skipif(sys.platform != "linux", reason="what is set, and asked here, is glibc's")
 def test_memory_of_a_tensor_is_kept_when_it_is_freed():
     class Mallinfo(ctypes.Structure):
         _fields_ = [(f"field{i}", ctypes.c_size_t) for i in range(10)]
