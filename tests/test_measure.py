@@ -109,6 +109,27 @@ def test_two_processes_find_what_one_finds(tmp_path):
     assert len(json.loads(two.stdout)["value"]) == 5
 
 
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """One that lets go of a tensor while Python ends aborts the process."""
+    program = tmp_path / "told.py"
+    program.write_text(
+        "import atexit, pathlib, sys\n"
+        "from cmtool.cli import main\n"
+        "def tell():\n"
+        "    names = [p.read_text() for p in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "    print('gloo' in ''.join(names), file=sys.stderr)\n"
+        "atexit.register(tell)\n"
+        "main()\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    drawn = ["eval", "all", "-c", "digits-cd", "--num-images", "8", "--device", "cpu"]
+    ended = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", program, *drawn], cwd=tmp_path, env=ENVIRONMENT,
+        capture_output=True, timeout=240, check=True,
+    )  # fmt: skip
+    assert ended.stderr.splitlines().count(b"False") == 2
+
+
 def test_a_damaged_image_in_another_processes_share_is_named(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# imported while there is a group, its functions keep it as a default value; leave() can't end it
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
@@ -34,6 +37,8 @@ PATIENCE = 3600.0
 MARGIN = 60.0
 """Seconds by which NCCL waits longer: where it gives up, it ends the process without a word."""
 POLL = 0.02
+LETTING_GO = 0.1
+"""Seconds for gloo's threads to let go of their tensors."""
 LOST = ("timed out", "connection closed", "connection reset", "connection refused", "broken pipe",
         "read error", "heartbeat", "nccl", "gloo", "socket")  # fmt: skip
 """What torch says when another process is gone; it has no exception of its own for it."""
@@ -270,9 +275,15 @@ def assemble(store: Store, rank: int, world_size: int) -> Store:
 
 
 def leave() -> None:
-    """Leave the group, if there is one."""
+    """Leave the group, if there is one.
+
+    That ends gloo's threads, unless something keeps the group, as torch's caches of sharded
+    tensors do. A thread which then asks for the GIL, to let go of the tensors of its last work,
+    while Python ends, aborts the process (pytorch/pytorch#179291): so it gets it before.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(LETTING_GO)
 
 
 def shared(module: nn.Module, group: Group) -> nn.Module:
