@@ -11,7 +11,6 @@ from torch.amp import GradScaler
 
 from cmtool import presets
 from cmtool.components import build_denoiser, build_network, noise_range, pick
-from cmtool.core import dist
 from cmtool.core.augment import LABELS, Augment, augmented
 from cmtool.core.devices import placed
 from cmtool.core.dist import ALONE, Group
@@ -35,6 +34,7 @@ from cmtool.core.losses import (
 from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import CURRICULA, LEVELS, Curriculum, LevelPicker
 from cmtool.core.optimizers import OPTIMIZERS
+from cmtool.core.parallel import shard
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import keyed_generator, seeded
 from cmtool.core.samplers import SAMPLERS
@@ -196,30 +196,30 @@ def build_state(
             "leave one of them out",
         )
 
-    def shard(model: Preconditioned) -> None:
+    def spread(model: Preconditioned) -> None:
         kinds = NETWORKS[preset.model.network.name].blocks
-        dist.shard(model, group, blocks_of(model, kinds))
+        shard(model, group, blocks_of(model, kinds))
 
     with seeded(keyed_generator("init", preset.train.seed)):
         network = build_network(preset.model)
     student = build_denoiser(preset, preset.kind, network)
     if teacher is not None:
         student.network.load_state_dict(teacher.f.network.state_dict())
-        shard(teacher.f)
+        spread(teacher.f)
     student = placed(student, device if group.mesh is None else "cpu").requires_grad_(True)
     if preset.train.checkpoint_activations:
         compute_again(network, preset.model.network.name)
     target = None
     if preset.loss.target in ("ema", "previous"):  # an earlier student drops out no more
         target = frozen_copy(student).train(preset.loss.target == "ema")
-        shard(target)
+        spread(target)
     emas = {}
     for ema in preset.train.ema:
         emas[ema.name] = Ema(
             student, rate=ema.rate, halflife_images=ema.halflife_images, rampup=ema.rampup
         )
-        shard(emas[ema.name].model)
-    shard(student)
+        spread(emas[ema.name].model)
+    spread(student)
     optimizer = pick(OPTIMIZERS, preset.train.optimizer, "train.optimizer")
     scaler = GradScaler(torch.device(device).type) if preset.train.precision == "fp16" else None
     state = TrainState(

@@ -28,9 +28,9 @@ from cmtool.core.checkpoint_folder import (
     record_best,
     verify,
 )
-from cmtool.core.dist import fill, whole
 from cmtool.core.files import file_facts, sync, write_json
 from cmtool.core.formats.native import read_weights, write_weights
+from cmtool.core.parallel import fill, whole
 from cmtool.core.trainer import TrainState, counters, set_counters
 from cmtool.errors import DivergedError, InputError, ResourceError, UserError, is_full
 

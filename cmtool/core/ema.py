@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from cmtool.core.dist import local
+from cmtool.core.parallel import local
 from cmtool.core.precond import Preconditioned
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 
 from cmtool.core.data import BatchFn
 from cmtool.core.devices import autocast
-from cmtool.core.dist import ALONE, Group, local, shared, whole
+from cmtool.core.dist import ALONE, Group
 from cmtool.core.ema import Ema, update_average
 from cmtool.core.losses import Objective
 from cmtool.core.noise import Curriculum, Stage
+from cmtool.core.parallel import local, shared, whole
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import seeded, step_generator
 from cmtool.errors import DivergedError
