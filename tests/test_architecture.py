@@ -17,6 +17,7 @@ CORE_LAYERS = [
     {"types", "tensors", "tangents", "rng", "dist", "devices", "workers", "files"},
     {
         "noise",
+        "parallel",
         "precond",
         "solvers",
         "distances",
