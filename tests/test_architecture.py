@@ -18,6 +18,7 @@ CORE_LAYERS = [
     {
         "noise",
         "parallel",
+        "labels",
         "precond",
         "solvers",
         "distances",

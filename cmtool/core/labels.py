@@ -1,0 +1,100 @@
+"""Classes of a source's images: from a table beside them, or from the folders they lie in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from cmtool.errors import InputError
+
+MAX_TABLE = 1 << 20, 1 << 10
+"""Bytes a table of labels may have: at all, and more for each image."""
+EDM_FOLDER = 5
+"""EDM's archives spread images over folders of five digits, which are no classes."""
+SPLITS = {"train", "val", "valid", "validation", "test"}
+
+
+def table_limit(images: int) -> int:
+    """Return how many bytes a table of labels of so many images may have."""
+    most, each = MAX_TABLE
+    return most + each * images
+
+
+def check_table(size: int, limit: int, shown: str) -> None:
+    """Raise InputError for a table of labels that is too large to be one."""
+    if size > limit:
+        raise InputError(f"{shown} has {size:,} bytes", "no table of labels is like that")
+
+
+def find_labels(
+    source: str, names: Sequence[str], read: Callable[[str, int], bytes | None]
+) -> list[int] | None:
+    """Return a class per image: of dataset.json, of labels.csv, else of sub-folders; or None.
+
+    `read` gives a file beside the images, of no more bytes than it is told, or None. Raises
+    InputError naming the first bad entry, and for a folder that holds train and other splits.
+    """
+    for name, parse in LABELS.items():
+        content = read(name, table_limit(len(names)))
+        if content is not None:
+            table = parse(content, f"{name} in {source}")
+            return None if table is None else _looked_up(table, names, f"{name} in {source}")
+    folders = [name.rpartition("/")[0] for name in names]
+    classes = {folder: place for place, folder in enumerate(sorted(set(folders)))}
+    if len(classes) < 2 or all(c.isdigit() and len(c) == EDM_FOLDER for c in classes):
+        return None
+    check_splits(source, {folder.partition("/")[0] for folder in classes})
+    return [classes[folder] for folder in folders]
+
+
+def check_splits(source: str, folders: Collection[str]) -> None:
+    """Raise InputError for the folders train and val side by side: they are no classes."""
+    found = sorted(SPLITS.intersection(folders))
+    if "train" in found and len(found) > 1:
+        raise InputError(f"{source} holds {', '.join(found)}", f"give one of them: {source}/train")
+
+
+def _json_labels(content: bytes, shown: str) -> dict[str, Any] | None:
+    try:
+        listed = json.loads(content).get("labels")
+        return None if listed is None else {str(name): label for name, label in listed}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise InputError(
+            f"{shown} is not {{'labels': [[name, class], ...]}}", "make it again, or remove it"
+        ) from None
+
+
+def _csv_labels(content: bytes, shown: str) -> dict[str, Any]:
+    try:
+        rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8-sig"))) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{shown} is not a table: {error}", "write name,class a line") from None
+    if any(len(row) != 2 for row in rows):
+        raise InputError(f"{shown} has other than two columns", "write name,class a line")
+    classes = sorted({label for _, label in rows if not label.lstrip("-").isdigit()})
+    if classes:  # classes by name; a header's own name would be one more
+        if rows[0][1] in classes and sum(row[1] == rows[0][1] for row in rows) == 1:
+            rows, classes = rows[1:], sorted({label for _, label in rows[1:]})
+        if any(not label.lstrip("-").isdigit() for label in classes):
+            return {name: classes.index(label) for name, label in rows}
+    return {name: int(label) for name, label in rows}
+
+
+LABELS: dict[str, Callable[[bytes, str], dict[str, Any] | None]] = {
+    "dataset.json": _json_labels,
+    "labels.csv": _csv_labels,
+}
+
+
+def _looked_up(table: dict[str, Any], names: Sequence[str], shown: str) -> list[int]:
+    labels = []
+    for name in names:
+        label = table.get(name)
+        if type(label) is not int or label < 0:
+            what = "gives no class" if name not in table else f"gives the class {label!r}"
+            raise InputError(f"{shown} {what} for {name!r}", "classes count from 0; mend that line")
+        labels.append(label)
+    return labels
