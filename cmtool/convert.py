@@ -10,13 +10,13 @@ import safetensors
 import torch
 
 from cmtool import __version__
-from cmtool.build import Model, load_model
-from cmtool.core.formats import diffusers_dir, native
-from cmtool.core.formats.foreign import Malformed
 from cmtool.core.networks.adm import Adm
 from cmtool.core.noise import karras_sigmas
 from cmtool.core.rng import SeededNoise
 from cmtool.errors import InputError, ResourceError, UserError, is_full
+from cmtool.formats import diffusers_dir, native
+from cmtool.formats.foreign import Malformed
+from cmtool.models import Model, load_model
 from cmtool.sampling import grid_size
 
 PROBE_SIDE = 64

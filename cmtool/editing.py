@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cmtool.build import Model
 from cmtool.core import edits
 from cmtool.core.edits import Edit
-from cmtool.core.images import Canvas, canvas, from_uint8, to_uint8
 from cmtool.core.rng import SeededNoise
 from cmtool.core.samplers import sampling_levels
+from cmtool.data.images import Canvas, canvas, from_uint8, to_uint8
 from cmtool.errors import InputError, UserError
+from cmtool.models import Model
 from cmtool.sampling import Plan, best_class, generate, grid_size, run_edit
 
 STROKE_LEVELS = ((5.38, 1.0), (2.24, 0.4))

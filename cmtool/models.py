@@ -12,18 +12,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from cmtool.components import build_denoiser, build_network, noise_range
-from cmtool.core.checkpoint_folder import MANIFEST, newest_checkpoint, verify
-from cmtool.core.devices import placed
-from cmtool.core.features import DigitsFeatures
-from cmtool.core.formats import diffusers_dir, identify, read_foreign
-from cmtool.core.formats.foreign import Foreign
-from cmtool.core.formats.native import read_about, read_table, read_weights
 from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import NoiseRange
 from cmtool.core.precond import Preconditioned
 from cmtool.errors import InputError, Stopped, UserError
-from cmtool.presets import (
+from cmtool.formats import diffusers_dir, identify, read_foreign
+from cmtool.formats.checkpoints import MANIFEST, newest_checkpoint, verify
+from cmtool.formats.foreign import Foreign
+from cmtool.formats.native import read_about, read_table, read_weights
+from cmtool.presets.build import build_denoiser, build_network, noise_range
+from cmtool.presets.schema import (
     Card,
     Choice,
     Kind,
@@ -31,9 +29,10 @@ from cmtool.presets import (
     NoiseSection,
     Preset,
     SampleSection,
-    load_preset,
 )
-from cmtool.weights import file_sha256
+from cmtool.presets.toml import load_preset
+from cmtool.system.devices import on_device
+from cmtool.system.files import file_sha256
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("digits-edm", "digits-cd")
@@ -139,7 +138,7 @@ def load_model(
         raise
     except UserError as error:
         raise InputError(f"{file} names no model: {error.what}", error.hint) from None
-    f = placed(f, device).eval().requires_grad_(False)
+    f = on_device(f, device).eval().requires_grad_(False)
     choices = foreign.held if foreign else _siblings(file, held)
     is_said = (kind or said) is not None
     sha256 = digest(file)
@@ -296,11 +295,3 @@ def find_weights(path: str | Path, weights: str = "ema") -> Path:
         held = sorted(f.stem for f in folder.glob("*.safetensors") if f.stem != "optimizer")
         raise InputError(f"{folder} holds no weights {weights!r}", f"it holds {', '.join(held)}")
     return file
-
-
-def load_digits_features() -> tuple[DigitsFeatures, str]:
-    """Return the bundled feature network of fd-digits, and the hash of its file."""
-    file = ASSETS / "digits-features.safetensors"
-    network = DigitsFeatures().eval().requires_grad_(False)
-    network.load_state_dict({name: t.float() for name, t in read_weights(file).items()})
-    return network, digest(file)

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmtool.build import Model, build_curriculum, build_sampler, noise_range
-from cmtool.core.devices import autocast
 from cmtool.core.edits import Edit, none_at_first
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import SeededNoise
@@ -28,7 +26,10 @@ from cmtool.core.samplers import (
 from cmtool.core.tensors import identity
 from cmtool.core.types import Denoiser, RandnLike
 from cmtool.errors import InputError, UserError, nearest
-from cmtool.presets import Card, Choice, Preset
+from cmtool.models import Model
+from cmtool.presets.build import build_curriculum, build_sampler, noise_range
+from cmtool.presets.schema import Card, Choice, Preset
+from cmtool.system.devices import autocast
 
 PUBLISHED_GRID = 40
 CHUNK_PIXELS, MAX_CHUNK = 4096, 16

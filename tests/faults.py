@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file
 
 import cmtool.cli
-import cmtool.core.data
-import cmtool.run
+import cmtool.data.datasets
+import cmtool.training.run
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(

@@ -18,9 +18,9 @@ import traceback
 
 import torch
 
-from cmtool import run
 from cmtool.cli import main
-from cmtool.core import checkpoint, data
+from cmtool.data import datasets as data
+from cmtool.training import checkpoint, run
 
 
 def boom():

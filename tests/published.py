@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cmtool.core.inception import BLOCKS, EPS, SIDE, STEM, Conv, Inception
+from cmtool.evaluation.inception import BLOCKS, EPS, SIDE, STEM, Conv, Inception
 
 
 class ConvNorm(nn.Module):

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import cmtool.convert as conversion
-from cmtool.build import load_model
 from cmtool.convert import check_equal, convert
 from cmtool.core.networks.adm import Adm, AdmOptions
 from cmtool.core.rng import SeededNoise
 from cmtool.core.samplers import clipped, multistep
 from cmtool.errors import InputError, Stopped, UserError
+from cmtool.models import load_model
 from tests.golden import GOLDEN, golden
 
 
@@ -213,8 +213,8 @@ def test_we_read_what_diffusers_saves(scale_shift, resample, tmp_path):
 
 
 def test_options_diffusers_has_no_word_for_are_refused(tmp_path):
-    from cmtool.core.formats import diffusers_dir
-    from cmtool.core.formats.foreign import Malformed
+    from cmtool.formats import diffusers_dir
+    from cmtool.formats.foreign import Malformed
 
     options = AdmOptions(
         model_channels=32, channel_mult=(2, 2), num_res_blocks=1, attention_levels=(),

@@ -8,7 +8,7 @@ import pytest
 from typer.main import get_command
 
 from cmtool.cli import app
-from cmtool.presets import FOLDER, preset_names
+from cmtool.presets.toml import FOLDER, preset_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -29,8 +29,8 @@ from cmtool.errors import InputError, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cmtool.build import Model
     from cmtool.editing import Job
+    from cmtool.models import Model
 
 
 class Common(NamedTuple):
@@ -72,7 +72,7 @@ def edit_all(name: str, make_job: MakeJob, common: Common) -> None:
     if len(set(every)) < len(every):
         raise UserError("two pictures of one name", "their answers would be one file: rename one")
 
-    from cmtool.core.images import read_image
+    from cmtool.data.images import read_image
     from cmtool.editing import do
     from cmtool.sampling import edit_plan
 
@@ -182,8 +182,8 @@ def write_answers(
 
     The pictures `before` stand to the left of the answers. Prints what was written.
     """
-    from cmtool.core.files import write_atomic
-    from cmtool.core.images import png_bytes, row
+    from cmtool.data.images import png_bytes, row
+    from cmtool.system.files import write_atomic
 
     if is_one_file(out):
         content = png_bytes(row([*(before or []), *answers]), about)

@@ -16,11 +16,11 @@ from cmtool.cli._output import say
 from cmtool.errors import InputError, ThresholdError, UserError
 
 if TYPE_CHECKING:
-    from cmtool.build import Model
-    from cmtool.core.data import Dataset
-    from cmtool.core.dist import Group
-    from cmtool.measure import Sample, Setting, Values
+    from cmtool.data.datasets import Dataset
+    from cmtool.evaluation.measure import Sample, Setting, Values
+    from cmtool.models import Model
     from cmtool.sampling import Plan
+    from cmtool.system.dist import Group
 
 EVERY = 10.0
 """Seconds between two lines about progress."""
@@ -59,8 +59,8 @@ def refuse_options(options: Mapping[str, bool], beside: str, hint: str) -> None:
 
 def usual_protocol(metric: str, reference: str | None) -> str:
     """Return the protocol when none is named: by the reference, which may say it itself."""
-    from cmtool.core.data import DATASETS
-    from cmtool.core.references import read_reference
+    from cmtool.data.datasets import DATASETS
+    from cmtool.evaluation.references import read_reference
 
     if metric == "is":
         return "edm"
@@ -81,7 +81,8 @@ def make_setting(
     group: Group,
 ) -> Setting:
     """Return what is the same for both sides, before anything is sampled."""
-    from cmtool.measure import Setting, build_extractor
+    from cmtool.evaluation.measure import Setting
+    from cmtool.evaluation.protocols import build_extractor
 
     extractor = build_extractor(
         protocol, file=file, trust=trust, precision=precision, device=device
@@ -93,7 +94,7 @@ def make_setting(
 
 def images_source(metric: str, given: list[str], setting: Setting, num: int | None) -> Source:
     """Return what looks at the images that were named."""
-    from cmtool.measure import METRICS, set_of
+    from cmtool.evaluation.measure import METRICS, set_of
 
     data = _listed(given)
     name = given[0] if data is None else data.name
@@ -109,8 +110,8 @@ def images_source(metric: str, given: list[str], setting: Setting, num: int | No
 
 def _listed(given: list[str]) -> Dataset | None:
     """Return image files as a data set; None for the name of one, which is opened by its kind."""
-    from cmtool.core.data import listed_images
-    from cmtool.core.images import SUFFIXES
+    from cmtool.data.datasets import listed_images
+    from cmtool.data.images import SUFFIXES
 
     if len(given) == 1 and not given[0].lower().endswith(SUFFIXES):
         return None
@@ -121,7 +122,7 @@ def model_source(
     metric: str, model: Model, chosen: Plan, setting: Setting, num: int, first: int, device: str
 ) -> Source:
     """Return what draws the images of a model, for new seeds at each turn."""
-    from cmtool.measure import METRICS, collect, drawn_batches
+    from cmtool.evaluation.measure import METRICS, collect, drawn_batches
 
     facts: dict[str, Any] = {
         "model": {
@@ -182,7 +183,7 @@ def measure_all(
     """Return the JSON object of a measurement: its value, and all that it depends on."""
     import torch
 
-    from cmtool.measure import (
+    from cmtool.evaluation.measure import (
         METRICS,
         PUBLISHED_NUM,
         Sample,

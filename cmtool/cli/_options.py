@@ -14,8 +14,8 @@ from cmtool.cli._output import processes, say
 from cmtool.errors import InputError, ResourceError, UserError, nearest
 
 if TYPE_CHECKING:
-    from cmtool.build import Model
-    from cmtool.presets import Kind
+    from cmtool.models import Model
+    from cmtool.presets.schema import Kind
     from cmtool.sampling import Plan
 
 Checkpoint = Annotated[
@@ -175,7 +175,7 @@ def _check_device(name: str) -> None:
 
 def pick_precision(name: str, device: str) -> str:
     """Return the precision of --precision on a device. Raises UserError."""
-    from cmtool.core.devices import HALF, best_precision
+    from cmtool.system.devices import HALF, best_precision
 
     if name == "auto":
         return best_precision(device)
@@ -217,7 +217,7 @@ def pick_model(
     Only a model of `kind` is good, if given; `said` and `preset` are the user's --kind and
     --preset.
     """
-    from cmtool.build import load_model
+    from cmtool.models import load_model
 
     if checkpoint is None:
         checkpoint = newest_run(kind) or ("digits-edm" if kind == "teacher" else "digits-cd")
@@ -243,7 +243,8 @@ def pick_plan(
     grid: int | None = None,
 ) -> Plan:
     """Return how to sample a model by what the command line says. Raises UserError."""
-    from cmtool.presets import Choice, parse_override
+    from cmtool.presets.schema import Choice
+    from cmtool.presets.toml import parse_override
     from cmtool.sampling import indexed_levels, plan
 
     levels = parse_sigmas(sigmas)
@@ -271,8 +272,8 @@ def _parse_indices(ts: str) -> list[int]:
 
 def newest_run(kind: Kind | None = None) -> str | None:
     """Return the newest finished run folder under runs/ that holds a model of `kind`."""
-    from cmtool.build import find_weights
-    from cmtool.core.formats.native import read_about
+    from cmtool.formats.native import read_about
+    from cmtool.models import find_weights
 
     done = []
     for status in Path("runs").glob("*/status.json"):

@@ -11,7 +11,7 @@ from cmtool.cli._options import AsJson, KindOption, ModelPreset, Weights, parse_
 from cmtool.cli._output import emit, emit_json, make_folder, printable, say
 
 if TYPE_CHECKING:
-    from cmtool.build import Model
+    from cmtool.models import Model
 
 app = typer.Typer(no_args_is_help=True, help="Look into a model file, or convert it.")
 
@@ -40,7 +40,7 @@ def info(
 
     Nothing in the file is executed, whatever it is.
     """
-    from cmtool.build import load_model
+    from cmtool.models import load_model
 
     model = load_model(
         path, weights=weights, preset=preset, kind=parse_kind(kind), otherwise="teacher"
@@ -79,9 +79,9 @@ def convert(
     Every tensor arrives or the command fails; before it ends, source and result are run on the
     same input and must agree to the last bit.
     """
-    from cmtool.build import load_model
     from cmtool.convert import check_out
     from cmtool.convert import convert as convert_model
+    from cmtool.models import load_model
 
     check_out(out, overwrite=overwrite)
     make_folder(out.parent)

@@ -61,8 +61,8 @@ def consistency(
         check_free(plot, overwrite)
         make_folder(plot.parent)
 
-    from cmtool.measure import consistency as deviations
-    from cmtool.plots import write_curves
+    from cmtool.evaluation.measure import consistency as deviations
+    from cmtool.training.plots import write_curves
 
     where = pick_device(device)
     model = pick_model(checkpoint, weights, where, "consistency", preset=preset)

@@ -14,7 +14,7 @@ from cmtool.errors import InputError, UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cmtool.core.data import Dataset
+    from cmtool.data.datasets import Dataset
 
 T = TypeVar("T")
 app = typer.Typer(no_args_is_help=True, help="Look into a set of images, or prepare one.")
@@ -39,8 +39,8 @@ def info(source: Source, as_json: AsJson = False) -> None:
     """
     import torch
 
-    from cmtool.core.data import load_dataset
-    from cmtool.core.survey import Survey, surveys
+    from cmtool.data.datasets import load_dataset
+    from cmtool.data.survey import Survey, surveys
 
     data = load_dataset(source, in_memory=False)
     found = Survey()
@@ -108,8 +108,8 @@ def prepare(
 
     PNG, uncompressed, with the classes in dataset.json: what `--data` streams fastest.
     """
-    from cmtool.core.archives import write_zip
-    from cmtool.core.data import load_dataset
+    from cmtool.data.archives import write_zip
+    from cmtool.data.datasets import load_dataset
 
     if out.suffix != ".zip":
         raise UserError(f"{out} is not a .zip", "give the archive a name that ends in .zip")
@@ -135,7 +135,7 @@ def prepare(
 
 def _readable(data: Dataset, skip_bad: int) -> Iterator[tuple[int, bytes]]:
     """Yield (index, PNG), leaving out up to `skip_bad` that cannot be used, and naming them."""
-    from cmtool.core.survey import pngs
+    from cmtool.data.survey import pngs
 
     skipped = 0
     parts = _told(pngs(data, _workers(len(data))), len(data))
@@ -163,7 +163,7 @@ def _told(parts: Iterator[T], count: int) -> Iterator[T]:
     from rich.console import Console
     from rich.progress import track
 
-    from cmtool.core.survey import PART
+    from cmtool.data.survey import PART
 
     console = Console(stderr=True)
     total = -(-count // PART)

@@ -18,7 +18,7 @@ from cmtool.errors import InputError, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cmtool.core.data import Dataset
+    from cmtool.data.datasets import Dataset
 
 NUM = "2048"
 
@@ -48,10 +48,10 @@ def demo(
 
     import torch
 
-    from cmtool.core.data import digits
-    from cmtool.core.files import write_atomic
-    from cmtool.core.images import grid, png_bytes, read_image
-    from cmtool.report import Figure, Row, write_report
+    from cmtool.data.datasets import digits
+    from cmtool.data.images import grid, png_bytes, read_image
+    from cmtool.system.files import write_atomic
+    from cmtool.training.report import Figure, Row, write_report
 
     start = time.monotonic()
     tour = Tour()

@@ -31,8 +31,8 @@ from cmtool.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cmtool.build import Model
     from cmtool.editing import Job
+    from cmtool.models import Model
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -115,7 +115,7 @@ def inpaint(
         raise UserError("which part to regenerate", "give one of --mask, --box and --text")
 
     def make_job(picture: Tensor, model: Model, name: str) -> Job:
-        from cmtool.core.images import read_image, text_mask
+        from cmtool.data.images import read_image, text_mask
         from cmtool.editing import inpaint_job
 
         h, w = picture.shape[1:]
@@ -345,10 +345,10 @@ def interpolate(
     levels = parse_sigmas(sigmas)
     target = target_of(out, overwrite, (".png", ".gif", ".webp"))
 
-    from cmtool.core.files import write_atomic
-    from cmtool.core.images import ANIMATIONS, animation_bytes, canvas, read_image
+    from cmtool.data.images import ANIMATIONS, animation_bytes, canvas, read_image
     from cmtool.editing import between_pictures, between_seeds, stroke_levels
     from cmtool.sampling import edit_plan, plan
+    from cmtool.system.files import write_atomic
 
     where = pick_device(device)
     kept = pick_precision(precision, where)

@@ -178,7 +178,7 @@ def _measure_command(metric: str) -> Callable[..., None]:
             f"--precision {precision}": precision != "fp32",
         }  # fmt: skip
 
-        from cmtool.core import dist
+        from cmtool.system import dist
 
         where = pick_device(device)
         rank, world_size = processes()
@@ -258,8 +258,8 @@ def reference_command(
         raise UserError(f"--out {out} is the data itself", "give another --out")
     make_folder(out.parent)
 
-    from cmtool.core import dist
-    from cmtool.measure import Needs, save_reference, set_of
+    from cmtool.evaluation.measure import Needs, save_reference, set_of
+    from cmtool.system import dist
 
     where = pick_device(device)
     rank, world_size = processes()

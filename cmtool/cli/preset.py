@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, help="List presets, or show one.")
 @app.command("list")
 def list_() -> None:
     """List the presets: a name and a description a line."""
-    from cmtool.presets import load_preset, preset_names
+    from cmtool.presets.toml import load_preset, preset_names
 
     names = preset_names()
     width = max(map(len, names))
@@ -33,8 +33,7 @@ def show(
 
     `cmtool preset show digits-cd --set train.lr=1e-4 > mine.toml`
     """
-    from cmtool.presets import parse_override, resolve
-    from cmtool.toml import to_toml
+    from cmtool.presets.toml import parse_override, resolve, to_toml
 
     resolved = resolve(name, {"--set": dict(map(parse_override, set_ or []))})
     emit(to_toml(resolved.preset, resolved.origins).rstrip())

@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cmtool.build import Model
-    from cmtool.core.dist import Group
+    from cmtool.models import Model
     from cmtool.sampling import Plan
+    from cmtool.system.dist import Group
 
 TIMEOUT = 600.0
 """Seconds that one process waits for another."""
@@ -128,8 +128,8 @@ def sample(
     else:
         make_folder(Path(out))
 
-    from cmtool.core import dist
-    from cmtool.core.images import ROUNDINGS
+    from cmtool.data.images import ROUNDINGS
+    from cmtool.system import dist
 
     if rounding not in ROUNDINGS:
         raise UserError(f"--rounding {rounding!r}", nearest(rounding, ROUNDINGS))
@@ -255,9 +255,9 @@ def _one_file(
 
     import torch
 
-    from cmtool.core.archives import write_npz, write_zip
-    from cmtool.core.files import write_atomic
-    from cmtool.core.images import display_scale, grid, png_bytes
+    from cmtool.data.archives import write_npz, write_zip
+    from cmtool.data.images import display_scale, grid, png_bytes
+    from cmtool.system.files import write_atomic
 
     def parts() -> Iterator[Tensor]:
         """Yield the images of each round, of all processes, in order."""
@@ -324,8 +324,8 @@ def _folder(
 
     Raises UserError, before any sampling, for a file that holds another image.
     """
-    from cmtool.core.files import write_atomic
-    from cmtool.core.images import png_bytes, png_info
+    from cmtool.data.images import png_bytes, png_info
+    from cmtool.system.files import write_atomic
 
     infos = _infos(draw, seeds, labels)
     paths = [folder / f"seed{seed:06d}.png" for seed in seeds]

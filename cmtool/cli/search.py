@@ -25,7 +25,7 @@ from cmtool.errors import UserError, nearest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cmtool.build import Model
+    from cmtool.models import Model
 
 
 def search(
@@ -57,11 +57,11 @@ def search(
     Levels are added one at a time, each by ternary search on the metric (Song et al. 2023). Every
     evaluation is kept: the same command goes on where it was stopped. Prints the levels.
     """
-    from cmtool.core.files import write_json
-    from cmtool.core.search import search_indices
-    from cmtool.evaluation import EVALUATORS
+    from cmtool.evaluation.during_training import EVALUATORS
+    from cmtool.evaluation.search import search_indices
     from cmtool.models import levels_file
     from cmtool.sampling import indexed_levels, plan
+    from cmtool.system.files import write_json
 
     if metric not in EVALUATORS:
         raise UserError(f"--metric {metric!r}", nearest(metric, EVALUATORS))
@@ -129,9 +129,9 @@ def _measure(
     """Return the function from levels to the metric of the same `num` seeds."""
     import torch
 
-    from cmtool.core.data import load_dataset
-    from cmtool.core.images import to_uint8
-    from cmtool.evaluation import EVALUATORS
+    from cmtool.data.datasets import load_dataset
+    from cmtool.data.images import to_uint8
+    from cmtool.evaluation.during_training import EVALUATORS
     from cmtool.sampling import generate, plan
 
     value = EVALUATORS[metric](load_dataset(reference), device)

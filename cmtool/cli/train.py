@@ -16,9 +16,9 @@ from cmtool.cli._output import emit, emit_json, leads, processes, say
 from cmtool.errors import UserError
 
 if TYPE_CHECKING:
-    from cmtool.build import Model
-    from cmtool.presets import Resolved
-    from cmtool.progress import Progress
+    from cmtool.models import Model
+    from cmtool.presets.toml import Resolved
+    from cmtool.training.log import Progress
 
 Preset = Annotated[str, typer.Option("--preset", help="A preset's name or a TOML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE; repeatable.")]
@@ -160,7 +160,8 @@ def distill(
     resolved = _resolve(preset, set_, flags, out, resume)
     if not resolved.preset.distills:
         raise UserError(f"preset {preset} has no teacher", f"cmtool train --preset {preset}")
-    from cmtool.build import load_model, with_teacher
+    from cmtool.models import load_model
+    from cmtool.training.start import with_teacher
 
     if teacher is None:
         teacher = _teacher_of(out) if resume else None
@@ -203,7 +204,7 @@ def _resolve(
     resume: bool,
 ) -> Resolved:
     """Return the preset of the command line; of the run itself when resuming one."""
-    from cmtool.presets import parse_override, resolve
+    from cmtool.presets.toml import parse_override, resolve
 
     layers: dict[str, dict[str, Any]] = {}
     for flag, (key, value) in flags.items():
@@ -220,13 +221,13 @@ def _folder(out: Path | None, preset: str) -> AbstractContextManager[Path]:
     """Return a block that has the run folder: the one named, else a new one."""
     if out is not None:
         return nullcontext(out)
-    from cmtool.rundir import new_folder
+    from cmtool.training.folder import new_folder
 
     return new_folder(Path(preset).stem)
 
 
 def _show(resolved: Resolved) -> None:
-    from cmtool.toml import to_toml
+    from cmtool.presets.toml import to_toml
 
     emit(to_toml(resolved.preset, resolved.origins).rstrip())
 
@@ -241,7 +242,7 @@ def _run(
     max_seconds: float | None,
     as_json: bool,
 ) -> None:
-    from cmtool import run
+    from cmtool.training import run
 
     start = time.monotonic()
     say(f"run folder: {out}")
@@ -270,7 +271,7 @@ def _run(
 
 def tell_batch(resolved: Resolved, preset: str) -> None:
     """Say so when the global batch is not the one that cmtool's preset was tuned for."""
-    from cmtool.presets import packaged_value
+    from cmtool.presets.toml import packaged_value
 
     train = resolved.preset.train
     batch, lr = (packaged_value(preset, f"train.{key}") for key in ("batch", "lr"))

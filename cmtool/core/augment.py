@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from cmtool.core.devices import sent
+from cmtool.core.tensors import to_device
 
 Augment = Callable[[Tensor, Generator], tuple[Tensor, Tensor]]
 """`(x0, generator) -> (x0, labels)`: the images warped, and how, (B, LABELS)."""
@@ -63,7 +63,7 @@ def augmented(x: Tensor, generator: Generator, *, p: float) -> tuple[Tensor, Ten
     alone; half of the images are mirrored whatever p > 0 is.
     """
     warps = draw_warps(len(x), p, generator)
-    return warped(x, warps), sent(warp_labels(warps).to(x.dtype), x.device)
+    return warped(x, warps), to_device(warp_labels(warps).to(x.dtype), x.device)
 
 
 def draw_warps(count: int, p: float, generator: Generator) -> Warps:
@@ -102,13 +102,13 @@ def warped(x: Tensor, warps: Warps) -> Tensor:
     An image for which nothing is drawn stays bit-equal.
     """
     for flip, dim in ((warps.flip_x, 3), (warps.flip_y, 2)):
-        x = torch.where(sent(flip, x.device)[:, None, None, None], x.flip(dim), x)
+        x = torch.where(to_device(flip, x.device)[:, None, None, None], x.flip(dim), x)
     moved = torch.stack(warps[2:]).any(0).nonzero().flatten()
     if not len(moved):
         return x
     inverse, shift = affine(Warps(*(w[moved] for w in warps)), x.shape[3], x.shape[2])
     where, inverse, shift = (
-        sent(t, x.device) for t in (moved, inverse.to(x.dtype), shift.to(x.dtype))
+        to_device(t, x.device) for t in (moved, inverse.to(x.dtype), shift.to(x.dtype))
     )
     with torch.autocast(x.device.type, enabled=False):
         return x.index_copy(0, where, resampled(x[where], inverse, shift))

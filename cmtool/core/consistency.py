@@ -13,7 +13,7 @@ from cmtool.core.tensors import level
 from cmtool.core.types import Denoiser, Solver
 
 
-class Point(NamedTuple):
+class PathPoint(NamedTuple):
     """A noise level, and images (B, C, H, W) there that lie on one path each."""
 
     sigma: float
@@ -27,13 +27,13 @@ def paths(
     sigmas: Sequence[float],
     solver: Solver,
     labels: Tensor | None = None,
-) -> Iterator[Point]:
+) -> Iterator[PathPoint]:
     """Yield the points of the teacher's ODE at descending levels, from noise of variance one."""
     x = sigmas[0] * noise
-    yield Point(sigmas[0], x)
+    yield PathPoint(sigmas[0], x)
     for sigma, after in itertools.pairwise(sigmas):
         x = solver(teacher, x, level(sigma, x), level(after, x), labels)
-        yield Point(after, x)
+        yield PathPoint(after, x)
 
 
 class Deviation(NamedTuple):
@@ -51,7 +51,7 @@ class Deviation(NamedTuple):
 
 @torch.no_grad()
 def deviations(
-    f: Denoiser, teacher: Denoiser, points: Sequence[Point], labels: Tensor | None = None
+    f: Denoiser, teacher: Denoiser, points: Sequence[PathPoint], labels: Tensor | None = None
 ) -> list[Deviation]:
     """Return how far a consistency model is from the end of the paths, by noise level.
 

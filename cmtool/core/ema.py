@@ -13,8 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from cmtool.core.parallel import local
 from cmtool.core.precond import Preconditioned
+from cmtool.core.tensors import local
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

@@ -13,12 +13,11 @@ import torch
 from torch import Generator, Tensor
 
 from cmtool.core.augment import Augment
-from cmtool.core.devices import sent
 from cmtool.core.noise import LevelPicker, NoiseRange, Stage
 from cmtool.core.rng import same_dropout
 from cmtool.core.solvers import euler, slope
-from cmtool.core.tangents import Point, curvature, half_square, tangent
-from cmtool.core.tensors import expand
+from cmtool.core.tangents import OdePoint, curvature, half_square, tangent
+from cmtool.core.tensors import expand, to_device
 from cmtool.core.types import Denoiser, Distance, Solver, Weighting
 
 
@@ -70,18 +69,18 @@ def teacher_pair(
     return Pair(x_hi, sigma_hi, x_lo, sigma_lo)
 
 
-def noise_point(x0: Tensor, sigma: Tensor, noise: Tensor) -> Point:
+def noise_point(x0: Tensor, sigma: Tensor, noise: Tensor) -> OdePoint:
     """Return x0 at sigma; its slope (x - x0) / sigma is the noise (Song et al. 2023, eq. 30)."""
-    return Point(x0 + expand(sigma, x0) * noise, sigma, noise)
+    return OdePoint(x0 + expand(sigma, x0) * noise, sigma, noise)
 
 
 def teacher_point(
     x0: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None, teacher: Denoiser
-) -> Point:
+) -> OdePoint:
     """Return x0 at sigma with the slope of the teacher's ODE, -sigma s(x) in the paper's eq. 25."""
     x = x0 + expand(sigma, x0) * noise
     with torch.no_grad():
-        return Point(x, sigma, slope(teacher, x, sigma, labels))
+        return OdePoint(x, sigma, slope(teacher, x, sigma, labels))
 
 
 def consistency_loss(
@@ -109,7 +108,7 @@ def consistency_loss(
 def continuous_loss(
     student: Denoiser,
     target: Denoiser,
-    point: Point,
+    point: OdePoint,
     labels: Tensor | None,
     distance: Distance,
     weight: Weighting,
@@ -133,7 +132,7 @@ def continuous_loss(
 def live_loss(
     student: Denoiser,
     target: Denoiser,
-    point: Point,
+    point: OdePoint,
     labels: Tensor | None,
     distance: Distance,
     weight: Weighting,
@@ -214,7 +213,7 @@ def truncated_snr(sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
     return torch.clamp(sigma**-2, min=1)
 
 
-def told(network: Callable[..., Tensor], warps: Tensor) -> Denoiser:
+def with_warps(network: Callable[..., Tensor], warps: Tensor) -> Denoiser:
     """Return the denoiser of images that were warped: the network hears how, (B, LABELS)."""
 
     def denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
@@ -225,7 +224,7 @@ def told(network: Callable[..., Tensor], warps: Tensor) -> Denoiser:
 
 def noise_like(x0: Tensor, generator: Generator) -> Tensor:
     """Return unit noise of x0's shape, dtype and device, drawn on the CPU."""
-    return sent(torch.randn(x0.shape, generator=generator), x0.device).to(x0.dtype)
+    return to_device(torch.randn(x0.shape, generator=generator), x0.device).to(x0.dtype)
 
 
 def denoising_objective(
@@ -247,12 +246,12 @@ def denoising_objective(
         stage: Stage,
         generator: Generator,
     ) -> LossBatch:
-        sigma = sent(levels(x0.shape[0], stage.n, noise_range, generator).sigma_hi, x0.device)
+        sigma = to_device(levels(x0.shape[0], stage.n, noise_range, generator).sigma_hi, x0.device)
         noise = noise_like(x0, generator)
         denoiser = student
         if augment is not None:
             x0, warps = augment(x0, generator)
-            denoiser = told(student, warps)
+            denoiser = with_warps(student, warps)
         return LossBatch(denoising_loss(denoiser, x0, sigma, noise, labels, weight), sigma)
 
     return objective
@@ -280,7 +279,7 @@ def consistency_objective(
     ) -> LossBatch:
         sigma_hi, sigma_lo = levels(x0.shape[0], stage.n, noise_range, generator)
         noise = noise_like(x0, generator)
-        sigma_hi, sigma_lo = (sent(sigma, x0.device) for sigma in (sigma_hi, sigma_lo))
+        sigma_hi, sigma_lo = (to_device(sigma, x0.device) for sigma in (sigma_hi, sigma_lo))
         pair = make_pair(x0, sigma_hi, sigma_lo, noise, labels)
         loss = consistency_loss(student, target or student, pair, labels, distance, weight)
         return LossBatch(loss, pair.sigma_hi)
@@ -290,8 +289,8 @@ def consistency_objective(
 
 def continuous_objective(
     levels: LevelPicker,
-    make_point: Callable[[Tensor, Tensor, Tensor, Tensor | None], Point],
-    loss: Callable[[Denoiser, Denoiser, Point, Tensor | None], Tensor],
+    make_point: Callable[[Tensor, Tensor, Tensor, Tensor | None], OdePoint],
+    loss: Callable[[Denoiser, Denoiser, OdePoint, Tensor | None], Tensor],
     noise_range: NoiseRange,
 ) -> Objective:
     """Return the objective of continuous-time CD or CT: `make_point(x0, sigma, noise, labels)`."""
@@ -328,7 +327,7 @@ def progressive_objective(
         assert target is not None
         hi, lo = levels(x0.shape[0], stage.n, noise_range, generator)
         root = (hi ** (1 / noise_range.rho) + lo ** (1 / noise_range.rho)) / 2
-        hi, mid, lo = (sent(s, x0.device) for s in (hi, root**noise_range.rho, lo))
+        hi, mid, lo = (to_device(s, x0.device) for s in (hi, root**noise_range.rho, lo))
         noise = noise_like(x0, generator)
         x = x0 + expand(hi, x0) * noise
         loss = progressive_loss(student, target, x, hi, mid, lo, labels, distance, weight)

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cmtool.core.devices import sent
-from cmtool.core.tensors import channels_last, expand
+from cmtool.core.tensors import channels_last, expand, to_device
 
 
 class Scalings(NamedTuple):
@@ -93,7 +92,9 @@ def iddpm_label(
     sigma: Tensor, *, c_1: float = 0.001, c_2: float = 0.008, steps: int = 1000
 ) -> Tensor:
     """Return c_noise = steps - 1 - j of the level u_j nearest to sigma (EDM, Table 1, iDDPM)."""
-    levels = sent(torch.tensor(iddpm_sigmas(c_1, c_2, steps), dtype=torch.float64), sigma.device)
+    levels = to_device(
+        torch.tensor(iddpm_sigmas(c_1, c_2, steps), dtype=torch.float64), sigma.device
+    )
     index = (sigma.double()[:, None] - levels).abs().argmin(1)
     return (steps - 1 - index).to(sigma.dtype)
 

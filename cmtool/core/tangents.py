@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cmtool.core.types import Denoiser, Distance
 
 
-class Point(NamedTuple):
+class OdePoint(NamedTuple):
     """A point of a path of the ODE, x (B, C, H, W) at sigma (B,), and dx/dsigma there.
 
     It is a pair whose two points are infinitely near: what continuous time has.
@@ -28,7 +28,7 @@ class Point(NamedTuple):
     slope: Tensor
 
 
-def tangent(f: Denoiser, point: Point, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+def tangent(f: Denoiser, point: OdePoint, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return f(x, sigma) and df/dsigma + (df/dx) slope, (B, C, H, W) each.
 
     In float32, under autocast too. Fused attention has no forward mode: inside, PyTorch takes the

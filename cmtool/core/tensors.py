@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -40,3 +42,18 @@ def chunks_of(t: Tensor, size: int) -> tuple[Tensor, ...]:
     """Return `size` rows of t at a time; its last row is repeated to fill the last chunk."""
     short = -len(t) % size
     return (torch.cat([t, t[-1:].expand(short, *t.shape[1:])]) if short else t).split(size)
+
+
+def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """Return the tensor on a device; on its way to a GPU nobody waits for it, or for what is there.
+
+    A copy out of memory that is not page-locked waits for all that the GPU has to do before it.
+    """
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parts of tensors that this process holds: all, unless they are sharded."""
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]

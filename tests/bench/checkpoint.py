@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cmtool.core.checkpoint import Saver, state_tensors
 from cmtool.core.ema import Ema
 from cmtool.core.precond import Preconditioned, edm_scalings, log_label
-from cmtool.core.trainer import TrainState
+from cmtool.training.checkpoint import Saver, state_tensors
+from cmtool.training.state import TrainState
 
 LAYERS = 40
 """Tensors a model is split into, as networks are."""

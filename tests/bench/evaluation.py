@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cmtool.core.features import inception_extractor
-from cmtool.core.metrics import Gaussian, frechet_distance
+from cmtool.evaluation.features import inception_extractor
+from cmtool.evaluation.metrics import Gaussian, frechet_distance
 from tests.bench.measure import alternate, ratio
 from tests.published import write_detector
 

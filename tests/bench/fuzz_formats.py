@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from random import Random
 
-from tests.core.formats.test_fuzz import KINDS, MAX_SECONDS, damaged, outcome, write
+from tests.formats.test_fuzz import KINDS, MAX_SECONDS, damaged, outcome, write
 
 
 def parsed():

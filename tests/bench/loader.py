@@ -14,16 +14,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cmtool.core import data as data_module
-from cmtool.core.data import batches, load_dataset
 from cmtool.core.distances import l2
 from cmtool.core.ema import frozen_copy
-from cmtool.core.images import png_bytes
 from cmtool.core.losses import consistency_objective, noise_pair, uniform_weight
 from cmtool.core.networks.adm import Adm, AdmOptions
 from cmtool.core.noise import NoiseRange, Stage, uniform
 from cmtool.core.precond import Preconditioned, consistency_scalings, log_label_1000
-from cmtool.core.trainer import FitSettings, TrainState, fit
+from cmtool.data import datasets as data_module
+from cmtool.data.batches import batches
+from cmtool.data.datasets import load_dataset
+from cmtool.data.images import png_bytes
+from cmtool.training.fit import fit
+from cmtool.training.state import FitSettings, TrainState
 
 WIDTHS = {"small": (32, (1, 2), 1), "b": (64, (1, 2, 2), 2)}
 """Networks: channels, their multiples by level, blocks a level; b is that of tests.bench.step."""

@@ -32,8 +32,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cmtool.core.distances import l2
-from cmtool.core.formats.edm_pkl import song_rules
-from cmtool.core.formats.foreign import translate
 from cmtool.core.losses import (
     consistency_loss,
     denoising_loss,
@@ -46,6 +44,8 @@ from cmtool.core.noise import karras_sigmas
 from cmtool.core.precond import Preconditioned
 from cmtool.core.samplers import SAMPLERS, clipped, multistep
 from cmtool.core.solvers import heun
+from cmtool.formats.edm_pkl import song_rules
+from cmtool.formats.foreign import translate
 from tests.bench.measure import alternate, apart, peak_resident, ratio, timed
 from tests.bench.runs import CONFIGS, GRID, LEARNING_RATE, MU, RATES, Config, model, start
 

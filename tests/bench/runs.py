@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cmtool.build import compute_again
-from cmtool.core.devices import placed
 from cmtool.core.distances import l2
 from cmtool.core.ema import Ema, frozen_copy
 from cmtool.core.losses import (
@@ -35,7 +33,9 @@ from cmtool.core.precond import (
     log_label_1000,
 )
 from cmtool.core.solvers import heun
-from cmtool.core.trainer import FitSettings, StepInfo, TrainState, fit
+from cmtool.system.devices import on_device
+from cmtool.training.fit import StepInfo, fit
+from cmtool.training.state import FitSettings, TrainState, recompute_activations
 
 RATES = (0.999, 0.9999, 0.9999432189950708)
 LEARNING_RATE = 1e-5
@@ -64,7 +64,7 @@ class Config:
             for p in network.parameters():
                 p.add_(0.01 * torch.randn_like(p))
         if self.recompute:
-            compute_again(network, "adm" if isinstance(network, Adm) else "song")
+            recompute_activations(network, "adm" if isinstance(network, Adm) else "song")
         return network
 
     def images(self) -> tuple[Tensor, Tensor | None]:
@@ -106,7 +106,7 @@ def model(network: nn.Module, kind: str) -> Preconditioned:
         sigma_data=0.5,
         sigma_min=0.002,
     )
-    return placed(f, "cpu")
+    return on_device(f, "cpu")
 
 
 def start(config: Config, method: str, precision: str, network: nn.Module) -> Run:

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from cmtool.core.images import read_image
+from cmtool.data.images import read_image
 from tests.golden import GOLDEN, golden
 
 

@@ -4,8 +4,8 @@ import zipfile
 
 import torch
 
-from cmtool.core.data import load_dataset
-from cmtool.core.images import png_bytes
+from cmtool.data.datasets import load_dataset
+from cmtool.data.images import png_bytes
 from tests.cli.conftest import TINY
 
 

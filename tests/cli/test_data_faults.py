@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from cmtool.cli import main
-from cmtool.core import data as data_module
-from cmtool.core.images import png_bytes
+from cmtool.data import datasets as data_module
+from cmtool.data.images import png_bytes
 from tests.cli.conftest import TINY
 
 SIDE = 8

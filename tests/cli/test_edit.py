@@ -6,16 +6,10 @@ import torch
 from PIL import Image
 
 from cmtool.core import edits
-from cmtool.core.data import digits
-from cmtool.core.images import (
-    from_uint8,
-    png_bytes,
-    png_info,
-    read_image,
-    text_mask,
-)
 from cmtool.core.rng import SeededNoise
 from cmtool.core.tensors import identity
+from cmtool.data.datasets import digits
+from cmtool.data.images import from_uint8, png_bytes, png_info, read_image, text_mask
 from cmtool.errors import UserError
 from cmtool.models import load_model
 from cmtool.sampling import edit_plan, run_edit

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from cmtool.components import build_network
-from cmtool.core.formats.native import write_weights
-from cmtool.core.images import animation_bytes, png_bytes
+from cmtool.data.images import animation_bytes, png_bytes
+from cmtool.formats.native import write_weights
 from cmtool.models import ASSETS
-from cmtool.presets import load_preset
+from cmtool.presets.build import build_network
+from cmtool.presets.toml import load_preset
 from tests.cli.conftest import TINY
 
 FEATURES = str(ASSETS / "digits-features.safetensors")

@@ -9,18 +9,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cmtool.core.dist import ALONE
-from cmtool.core.images import png_bytes, read_image
-from cmtool.measure import (
-    METRICS,
-    PROTOCOLS,
-    Sample,
-    Setting,
-    build_extractor,
-    consistency,
-    measured,
-)
+from cmtool.data.images import png_bytes, read_image
+from cmtool.evaluation.measure import METRICS, Sample, Setting, consistency, measured
+from cmtool.evaluation.protocols import PROTOCOLS, build_extractor
 from cmtool.models import load_model
+from cmtool.system.dist import ALONE
 from tests.published import write_detector
 
 HELD_OUT = ["--reference", "digits:held-out"]

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmtool import run
-from cmtool.core.devices import best_precision
-from cmtool.core.dist import ALONE
-from cmtool.core.images import read_image
-from cmtool.core.trainer import Diverged
-from cmtool.run import dumped
+from cmtool.data.images import read_image
+from cmtool.system.devices import best_precision
+from cmtool.system.dist import ALONE
+from cmtool.training import run
+from cmtool.training.fit import Diverged
+from cmtool.training.run import dumped
 from tests.cli.conftest import TINY
 
 

@@ -1,6 +1,6 @@
 import tomllib
 
-from cmtool.presets import preset_names
+from cmtool.presets.toml import preset_names
 
 
 def test_list_names_every_preset_with_its_description(cmtool):

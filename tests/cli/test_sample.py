@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from cmtool.core.data import load_dataset
-from cmtool.core.images import png_info, read_image
 from cmtool.core.samplers import SAMPLERS
+from cmtool.data.datasets import load_dataset
+from cmtool.data.images import png_info, read_image
 from cmtool.models import ASSETS, load_model
 from cmtool.sampling import generate, plan
 

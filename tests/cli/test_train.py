@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmtool.build import find_weights
 from cmtool.cli.train import Metric, tell_batch
 from cmtool.core.distances import DISTANCES
-from cmtool.core.images import png_bytes, read_image
-from cmtool.presets import load_preset, resolve
-from cmtool.rundir import new_folder, same_so_far
-from cmtool.stop import Stop
-from cmtool.toml import to_toml
+from cmtool.data.images import png_bytes, read_image
+from cmtool.models import find_weights
+from cmtool.presets.toml import load_preset, resolve, to_toml
+from cmtool.training.folder import new_folder
+from cmtool.training.start import same_so_far
+from cmtool.training.stop import Stop
 from tests.cli.conftest import TINY
 
 

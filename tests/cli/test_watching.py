@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from cmtool import evaluation
-from cmtool.core.images import png_bytes, read_image
-from cmtool.stop import Stop
+from cmtool.data.images import png_bytes, read_image
+from cmtool.evaluation import during_training as evaluation
+from cmtool.training.stop import Stop
 from tests.cli.conftest import TINY
 from tests.cli.test_train import assert_equal
 

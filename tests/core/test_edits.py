@@ -16,8 +16,8 @@ from cmtool.core.edits import (
     stroke,
     superres,
 )
-from cmtool.core.images import from_uint8, to_uint8
 from cmtool.core.samplers import multistep
+from cmtool.data.images import from_uint8, to_uint8
 from cmtool.errors import InputError, UserError
 from tests.problems import Gaussian, randn_like_from
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from cmtool.core.devices import autocast
 from cmtool.core.distances import l2
 from cmtool.core.losses import (
     WEIGHTINGS,
@@ -23,6 +22,7 @@ from cmtool.core.noise import NoiseRange, Stage, karras_sigmas, lognormal, unifo
 from cmtool.core.rng import seeded
 from cmtool.core.solvers import SOLVERS
 from cmtool.core.tensors import expand, level
+from cmtool.system.devices import autocast
 from tests.networks import network
 from tests.problems import Gaussian, slope
 

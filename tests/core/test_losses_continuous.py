@@ -25,7 +25,7 @@ from cmtool.core.noise import NoiseRange, Stage, karras_sigmas, ramp
 from cmtool.core.precond import edm_scalings
 from cmtool.core.rng import same_dropout
 from cmtool.core.solvers import SOLVERS
-from cmtool.core.tangents import Point, curvature, half_square, tangent
+from cmtool.core.tangents import OdePoint, curvature, half_square, tangent
 from cmtool.core.tensors import expand
 from tests.networks import network
 from tests.problems import Gaussian, slope
@@ -40,7 +40,7 @@ def drawn(*shape, seed=0):
 
 def images(dtype=torch.float64):
     x, dx = drawn(2, 2, 3, 8, 8).to(dtype)
-    return Point(x, torch.tensor([0.7, 4.0]).double(), dx), torch.tensor([1, 7])
+    return OdePoint(x, torch.tensor([0.7, 4.0]).double(), dx), torch.tensor([1, 7])
 
 
 def gradient(loss, f):
@@ -105,7 +105,7 @@ def test_the_tangent_goes_through_fused_attention():
         return F.scaled_dot_product_attention(q, q, x.flatten(2)[:, None])
 
     (x, sigma, dx), _ = images()
-    _, along = tangent(f, Point(x, sigma, dx), None)
+    _, along = tangent(f, OdePoint(x, sigma, dx), None)
     h = 1e-5
     difference = (f(x + h * dx, sigma + h) - f(x - h * dx, sigma - h)) / (2 * h)
     torch.testing.assert_close(along, difference, rtol=1e-5, atol=1e-7)
@@ -132,7 +132,7 @@ def test_values_by_hand():
     assert float(half_square(l2, x0, v)) == pytest.approx(5.25 / 4)  # eq. 21, as a mean
     assert float(half_square(partial(pseudo_huber, c=0.1), x0, v)) == pytest.approx(5.25 / 0.2)
     f = lambda x, sigma, labels=None: 3 * x + expand(sigma**2, x)  # noqa: E731
-    point = Point(x0, torch.tensor([2.0]), v)
+    point = OdePoint(x0, torch.tensor([2.0]), v)
     live = partial(live_loss, f, f, point, None, weight=lambda sigma: 10 * sigma)
     g = 3 * v + 4
     assert float(live(distance=l1, norm=True)) == pytest.approx(float(20 * g.abs().mean()))
@@ -143,7 +143,7 @@ def test_values_by_hand():
 
 def test_the_target_is_held_fixed_and_live_is_not():
     student, target = nn.Conv2d(1, 1, 1).double(), nn.Conv2d(1, 1, 1).double()
-    point = Point(*drawn(2, 4, 1, 2, 2)[:1], torch.ones(4).double(), drawn(4, 1, 2, 2))
+    point = OdePoint(*drawn(2, 4, 1, 2, 2)[:1], torch.ones(4).double(), drawn(4, 1, 2, 2))
     continuous_loss(
         lambda x, s, y: student(x), lambda x, s, y: target(x), point, None, l2, uniform_weight
     ).sum().backward()
@@ -258,7 +258,7 @@ def test_training_on_data_is_in_the_mean_distillation_of_the_exact_teacher():
     spread = expand((1 / PROBLEM.s**2 + 1 / sigma**2) ** -0.5, x)
 
     def run(x0):
-        point = Point(x, sigma, (x - x0) / expand(sigma, x))
+        point = OdePoint(x, sigma, (x - x0) / expand(sigma, x))
         return gradient(continuous_loss(f, f, point, None, l2, uniform_weight), f)
 
     exact = run(mean)

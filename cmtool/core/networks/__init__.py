@@ -20,7 +20,7 @@ class NetworkKind(NamedTuple):
     build: Callable[..., nn.Module]
     """`(options, channels, num_classes) -> module`."""
     blocks: tuple[type[nn.Module], ...] = ()
-    """Modules with an attribute `again`: computed a second time in the backward pass, not kept."""
+    """Modules with an attribute `recompute`: True computes them again in the backward pass."""
 
 
 NETWORKS: dict[str, NetworkKind] = {

@@ -21,7 +21,7 @@ from cmtool.core.networks.layers import (
     check_labels,
     check_options,
     check_size,
-    computed,
+    checkpointed,
     downsampled,
     sinusoidal_embedding,
     upsampled,
@@ -76,7 +76,7 @@ class ResBlock(nn.Module):
         self, channels: int, out_channels: int, emb_channels: int, o: AdmOptions, resample: str = ""
     ) -> None:
         super().__init__()
-        self.again = False
+        self.recompute = False
         self.resample = resample
         self.scale_shift = o.scale_shift
         emb_width = 2 * out_channels if o.scale_shift else out_channels
@@ -100,7 +100,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Return (B, out_channels, H', W') for x (B, channels, H, W), emb = silu(embedding)."""
-        return computed(self.residual, x, emb, self.again)
+        return checkpointed(self.residual, x, emb, self.recompute)
 
     def residual(self, x: Tensor, emb: Tensor) -> Tensor:
         """Return what `forward` does."""

@@ -10,19 +10,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cmtool.core.networks.attention import attend
-from cmtool.core.networks.normalise import is_channels_last, normalised, whole
+from cmtool.core.networks.cpu.attention import attend
+from cmtool.core.networks.cpu.normalise import is_channels_last, normalised, whole
 from cmtool.errors import InputError
 
 MAX_BLOCKS = 64
 
 
-def computed(inside: Callable[..., Tensor], x: Tensor, emb: Tensor | None, again: bool) -> Tensor:
-    """Return inside(x, emb); with `again` its steps are not kept but computed again for backward.
+def checkpointed(
+    inside: Callable[..., Tensor], x: Tensor, emb: Tensor | None, recompute: bool
+) -> Tensor:
+    """Return inside(x, emb); `recompute` computes its steps again for the backward pass.
 
     Dropout then draws the same masks a second time: the state of the generators is kept.
     """
-    if not (again and torch.is_grad_enabled()):
+    if not (recompute and torch.is_grad_enabled()):
         return inside(x, emb)
     h: Tensor = checkpoint(inside, x, emb, use_reentrant=False, preserve_rng_state=True)
     return h
@@ -97,7 +99,7 @@ class AttentionBlock(nn.Module):
             raise ValueError(
                 f"{channels} channels are no multiple of head_channels {head_channels}"
             )
-        self.again = False
+        self.recompute = False
         self.num_heads = channels // head_channels
         self.norm = norm
         self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
@@ -105,7 +107,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """Return (B, C, H, W) for x (B, C, H, W); the embedding is not used."""
-        return computed(self.residual, x, emb, self.again)
+        return checkpointed(self.residual, x, emb, self.recompute)
 
     def residual(self, x: Tensor, emb: Tensor | None) -> Tensor:
         """Return what `forward` does."""

@@ -21,7 +21,7 @@ from cmtool.core.networks.layers import (
     Linear32,
     check_options,
     check_size,
-    computed,
+    checkpointed,
     downsampled,
     one_hot,
     sinusoidal_embedding,
@@ -75,7 +75,7 @@ class SongBlock(nn.Module):
         attention: bool = False,
     ) -> None:
         super().__init__()
-        self.again = False
+        self.recompute = False
         self.resample = resample
         self.taps = o.resample_filter
         self.norm0 = group_norm(channels)
@@ -97,7 +97,7 @@ class SongBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Return (B, out_channels, H', W') for x (B, channels, H, W) and emb (B, emb_channels)."""
-        return computed(self.residual, x, emb, self.again)
+        return checkpointed(self.residual, x, emb, self.recompute)
 
     def residual(self, x: Tensor, emb: Tensor) -> Tensor:
         """Return what `forward` does."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cmtool.core.networks import attention
-from cmtool.core.networks.attention import attend
+from cmtool.core.networks.cpu import attention
+from cmtool.core.networks.cpu.attention import attend
 
 
 def inputs(tokens):

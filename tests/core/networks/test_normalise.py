@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from cmtool.core.devices import placed
-from cmtool.core.networks import normalise
+from cmtool.core.networks.cpu import normalise
 from cmtool.core.networks.layers import GroupNorm32, Linear32
 from cmtool.core.tangents import derivative
+from cmtool.system.devices import on_device
 from tests.networks import network
 
 GROUPS, CHANNELS = 3, 12
@@ -119,7 +119,7 @@ def test_a_network_answers_and_learns_the_same_in_either_layout(name):
     g = torch.Generator().manual_seed(0)
     x, sigma = torch.randn(2, 3, 8, 12, generator=g), torch.tensor([0.5, 40.0])
     plain, found = network(name).eval(), []
-    for f in (plain, placed(copy.deepcopy(plain), "cpu")):
+    for f in (plain, on_device(copy.deepcopy(plain), "cpu")):
         y = f(x, sigma, torch.tensor([1, 3]))
         (gradient,) = torch.autograd.grad(y.square().mean(), [next(f.parameters())])
         found.append((y.detach(), gradient))

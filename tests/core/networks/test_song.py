@@ -5,8 +5,6 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from cmtool.core.formats.edm_pkl import adm_rules, song_rules
-from cmtool.core.formats.foreign import translate, translate_back
 from cmtool.core.networks.adm import Adm, AdmOptions
 from cmtool.core.networks.layers import (
     AttentionBlock,
@@ -24,6 +22,8 @@ from cmtool.core.precond import (
     log_label,
 )
 from cmtool.errors import InputError
+from cmtool.formats.edm_pkl import adm_rules, song_rules
+from cmtool.formats.foreign import translate, translate_back
 from tests.core.networks.test_adm import filling
 
 SMALL = {

@@ -1,0 +1,1 @@
+"""From a path to a microbatch: data sets, their sources, labels and images."""

@@ -1,0 +1,195 @@
+"""The order in which training sees images, and the workers that decode ahead of it."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from cmtool.core.rng import keyed_generator
+from cmtool.core.tensors import to_device
+from cmtool.data.datasets import Dataset, Images
+from cmtool.data.images import from_uint8
+from cmtool.errors import InputError, ResourceError
+from cmtool.system.devices import keep_freed_memory
+from cmtool.system.workers import WORKER_TIMEOUT, made_ahead
+
+BatchFn = Callable[[int, int], tuple[Tensor, Tensor | None]]
+"""`(step, shard) -> (x0, labels)`, one microbatch."""
+
+
+def batches(
+    data: Dataset,
+    *,
+    batch: int,
+    shards: int,
+    seed: int,
+    device: str,
+    flip: bool = False,
+    workers: int = 0,
+    timeout: float = WORKER_TIMEOUT,
+    rank: int = 0,
+    world_size: int = 1,
+) -> BatchFn:
+    """Return the function that gives each microbatch: x0 (batch / shards, C, H, W), labels or None.
+
+    The order is a permutation of each epoch, a function of (seed, epoch), and so are the mirrored
+    images of `flip`: a resumed or differently split run sees the same images at the same steps.
+    `workers` processes decode ahead, for the shards of this `rank`, when asked in order. Raises
+    InputError for a batch the shards do not divide, and later ResourceError for a worker that died
+    or gives nothing for `timeout` seconds.
+    """
+    if batch % shards:
+        raise InputError(
+            f"a batch of {batch} cannot be split into {shards} equal parts",
+            f"use a multiple of {shards}",
+        )
+    if device == "cpu":
+        keep_freed_memory()
+    pick = Picker(resident(data, device), batch, batch // shards, seed, flip)
+    fetch: BatchFn = pick
+    if workers and not isinstance(data.images, Tensor):
+        fetch = Ahead(pick, workers, range(rank, shards, world_size), timeout)
+
+    def microbatch(step: int, shard: int) -> tuple[Tensor, Tensor | None]:
+        images, labels = fetch(step, shard)
+        return from_uint8(to_device(images, device)), None if labels is None else to_device(
+            labels, device
+        )
+
+    return microbatch
+
+
+def resident(data: Dataset, device: str) -> Dataset:
+    """Return the data set with its images, if it has them in memory, on the device."""
+    if not isinstance(data.images, Tensor) or device == "cpu":
+        return data
+    labels = None if data.labels is None else data.labels.to(device)
+    return replace(data, images=data.images.to(device), labels=labels)
+
+
+@dataclass(frozen=True)
+class Picker:
+    """Which images a microbatch has: `(step, shard) -> (images uint8, labels)`."""
+
+    data: Dataset
+    batch: int
+    size: int
+    seed: int
+    flip: bool
+
+    def __call__(self, step: int, shard: int) -> tuple[Tensor, Tensor | None]:
+        """Return one microbatch, where the images are."""
+        images, labels = self.data.images, self.data.labels
+        first = step * self.batch + shard * self.size
+        index = places(len(self.data), self.seed, first, self.size)
+        if isinstance(images, Tensor):
+            index = to_device(index, str(images.device))
+        found = images[index]
+        if self.flip:
+            generator = keyed_generator("flip", self.seed, step, shard)
+            mirrored = torch.rand(len(found), generator=generator) < 0.5
+            mirrored = to_device(mirrored, str(found.device))[:, None, None, None]
+            found = torch.where(mirrored, found.flip(3), found)
+        return found, None if labels is None else labels[index]
+
+
+def places(count: int, seed: int, first: int, size: int) -> Tensor:
+    """Return the indices of `size` images from place `first` on: epoch after epoch."""
+    parts = []
+    while size:
+        epoch, slot = divmod(first, count)
+        parts.append(permutation(count, seed, epoch)[slot : slot + size])
+        first, size = first + len(parts[-1]), size - len(parts[-1])
+    return torch.cat(parts)
+
+
+@lru_cache(4)
+def permutation(count: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of an epoch."""
+    return torch.randperm(count, generator=keyed_generator("epoch", seed, epoch))
+
+
+class Ahead:
+    """A Picker whose microbatches are decoded ahead, by worker processes, in training's order."""
+
+    def __init__(self, pick: Picker, workers: int, shards: range, timeout: float) -> None:
+        self.pick = pick
+        self.workers = workers
+        self.shards = shards
+        self.timeout = timeout
+        self.waiting: Iterator[Any] | None = None
+        self.next: tuple[int, int] | None = None
+
+    def __call__(self, step: int, shard: int) -> tuple[Tensor, Tensor | None]:
+        """Return one microbatch. Raises ResourceError when a worker died or hangs."""
+        if self.next != (step, shard):
+            gc.freeze()  # or collections, here and there, copy all that workers share with us
+            atexit.register(gc.unfreeze)
+            start = step * len(self.shards) + self.shards.index(shard)
+            turns = _Turns(self.pick, self.shards)
+            order = itertools.count(start)
+            self.waiting = made_ahead(turns, order, self.workers, self.timeout)
+        assert self.waiting is not None
+        try:
+            found = next(self.waiting)
+        except ResourceError as error:
+            raise ResourceError(f"{error.what} at step {step}", error.hint) from None
+        later = self.shards.index(shard) + 1
+        self.next = (
+            (step, self.shards[later]) if later < len(self.shards) else (step + 1, self.shards[0])
+        )
+        if isinstance(found, InputError):
+            self.waiting = self.next = None  # and with it go the workers
+            raise found
+        return found
+
+
+def decoded_ahead(images: Images, parts: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
+    """Yield the images (n, C, H, W) of each index, decoded ahead by worker processes.
+
+    Raises InputError naming what cannot be read, ResourceError for a worker that is gone.
+    """
+    if isinstance(images, Tensor):
+        workers = 0
+    for found in made_ahead(_Parts(images, parts), range(len(parts)), workers):
+        if isinstance(found, InputError):
+            raise found
+        yield found
+
+
+class _Turns(TorchDataset[Any]):
+    """The microbatches of one process, numbered in the order it asks for them."""
+
+    def __init__(self, pick: Picker, shards: range) -> None:
+        self.pick = pick
+        self.shards = shards
+
+    def __getitem__(self, turn: int) -> Any:
+        step, place = divmod(turn, len(self.shards))
+        try:
+            return self.pick(step, self.shards[place])
+        except InputError as error:  # raised again where the user can see it
+            return error
+
+
+class _Parts(TorchDataset[Any]):
+    """Images by the number of their index; what cannot be read is given, not raised."""
+
+    def __init__(self, images: Images, parts: Sequence[Tensor]) -> None:
+        self.images = images
+        self.parts = parts
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.images[self.parts[number]]
+        except InputError as error:
+            return error

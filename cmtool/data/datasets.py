@@ -1,0 +1,168 @@
+"""Data sets: uint8 images (N, C, H, W) with class labels, by name or path."""
+
+from __future__ import annotations
+
+import colorsys
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmtool.data.sources import LazyImages, listed_entries, open_images
+from cmtool.errors import InputError, nearest
+
+DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
+COLOURINGS = 8
+HELD_OUT_EVERY = 5
+MAX_IN_MEMORY = 256 << 20
+"""Bytes of decoded images that are kept in memory, and on a GPU; more are streamed."""
+MAX_CHECKED = 50_000
+"""Images of a streamed set that are all decoded once before the first step."""
+
+
+class Images(Protocol):
+    """Images (N, C, H, W) uint8: a tensor, or what decodes them when they are asked for."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """N, C, H, W."""
+        ...
+
+    def __len__(self) -> int:
+        """Return N."""
+        ...
+
+    def __getitem__(self, index: Tensor, /) -> Tensor:
+        """Return the images (n, C, H, W) of a one-dimensional index."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images (N, C, H, W) uint8 with labels (N,) int64 or None."""
+
+    name: str
+    images: Images
+    labels: Tensor | None
+    num_classes: int
+    known_hash: str = ""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    @property
+    def is_checked_first(self) -> bool:
+        """Whether the images are few enough to decode all before training, and were not yet."""
+        return not isinstance(self.images, Tensor) and len(self) <= MAX_CHECKED
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """Yield all images in order, `size` at a time."""
+        for first in range(0, len(self), size):
+            yield self.images[torch.arange(first, min(first + size, len(self)))]
+
+    def fingerprint(self) -> str:
+        """Return a hash of images and labels, to recognise the same data again."""
+        if self.known_hash:
+            return self.known_hash
+        digest = hashlib.sha256()
+        for chunk in self.chunks(4096):
+            digest.update(chunk.numpy().tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def digits(split: str = "train") -> Dataset:
+    """Return the bundled handwritten digits as 8x8 RGB pictures, `split` train or held-out.
+
+    The 1,797 digits of the UCI Optical Recognition set (Alpaydin & Kaynak 1998, CC BY 4.0); every
+    fifth of each class is held out. Each appears in 8 colourings, first all digits in their first
+    colouring, then all in their second. Colours are a function of digit and colouring alone.
+    """
+    if split not in ("train", "held-out"):
+        raise InputError(f"no split {split!r} of the digits", nearest(split, ["train", "held-out"]))
+    with np.load(DIGITS) as stored:
+        ink_amount, labels = stored["images"], stored["labels"]
+    index = np.arange(len(labels))
+    rank = np.array([np.sum(labels[:i] == label) for i, label in enumerate(labels)])  # in class
+    held_out = rank % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    chosen = index[held_out if split == "held-out" else ~held_out]
+    parts = []
+    for colouring in range(COLOURINGS):
+        colours = np.array([_colours(int(i) + colouring * len(labels)) for i in chosen])
+        paper, ink = colours[:, 0, :, None, None], colours[:, 1, :, None, None]  # (n, 3, 1, 1)
+        amount = ink_amount[chosen, None] / 16.0  # (n, 1, 8, 8)
+        parts.append((255 * (paper + (ink - paper) * amount)).round().astype(np.uint8))
+    images = torch.from_numpy(np.concatenate(parts))
+    repeated = torch.from_numpy(np.tile(labels[chosen], COLOURINGS).astype(np.int64))
+    return Dataset(f"digits:{split}", images, repeated, num_classes=10)
+
+
+def _colours(index: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Return paper and ink (RGB in [0, 1]) from an additive low-discrepancy sequence.
+
+    Paper is light and pale, ink is dark and saturated; hues are independent.
+    """
+    root = 1.1127756842787055  # of r^7 = r + 1: an even spread in six dimensions (Roberts 2018)
+    u = [(0.5 + (index + 1) * root ** -(d + 1)) % 1.0 for d in range(6)]
+    paper = colorsys.hsv_to_rgb(u[0], 0.1 + 0.3 * u[1], 0.85 + 0.15 * u[2])
+    ink = colorsys.hsv_to_rgb(u[3], 0.7 + 0.3 * u[4], 0.25 + 0.35 * u[5])
+    return paper, ink
+
+
+def load_dataset(
+    name: str,
+    *,
+    size: tuple[int, int] | None = None,
+    channels: int = 3,
+    fit: str = "exact",
+    in_memory: bool = True,
+) -> Dataset:
+    """Return a data set by name (`digits`, `digits:held-out`) or by path.
+
+    A path is a folder or zip of images, an npz, CIFAR-10's python tarball, or an LSUN database;
+    images are brought to `size` (H, W) by the rule `fit`. Up to 256 MiB are decoded at once, more,
+    or without `in_memory`, when they are asked for. Raises InputError, naming the file that
+    cannot be used.
+    """
+    known, _, split = name.partition(":")
+    if known in DATASETS:
+        return DATASETS[known](split or "train")
+    path = Path(name)
+    if not name or not path.exists():
+        hint = f"{nearest(name, DATASETS)}, or give the path of a folder, zip, npz or tarball"
+        raise InputError(f"no data set or folder {name!r}", hint)
+    entries = open_images(path)
+    if entries is None:
+        raise InputError(
+            f"{name} is not a data set", "give a folder or zip of images, an npz, or a tarball"
+        )
+    lazy = LazyImages(name, entries, channels, size, fit)
+    labels = None if entries.labels is None else torch.tensor(entries.labels)
+    if not in_memory or math.prod(lazy.shape) > MAX_IN_MEMORY:
+        return Dataset(name, lazy, labels, _count(labels), entries.fingerprint)
+    everything = torch.empty(lazy.shape, dtype=torch.uint8)
+    for index, image in enumerate(everything):
+        image.copy_(lazy.image(index))
+    return Dataset(name, everything, labels, _count(labels))
+
+
+def listed_images(paths: Sequence[str]) -> Dataset:
+    """Return the image files of a list as a data set, RGB, decoded when they are asked for."""
+    images = LazyImages("", listed_entries(paths), 3, None, "exact")
+    name = paths[0] if len(paths) == 1 else f"{len(paths)} files"
+    return Dataset(name, images, None, 0, images.entries.fingerprint)
+
+
+def _count(labels: Tensor | None) -> int:
+    return 0 if labels is None else int(labels.max()) + 1
+
+
+DATASETS: dict[str, Callable[[str], Dataset]] = {"digits": digits}

@@ -1,0 +1,131 @@
+"""Once through all images of a data set, in worker processes: what it holds, and what is bad."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from cmtool.data.datasets import Dataset
+from cmtool.data.images import from_uint8, png_bytes
+from cmtool.data.sources import LazyImages
+from cmtool.errors import InputError
+from cmtool.system.workers import made_ahead
+
+PART = 64
+"""Images that a worker takes at a time."""
+T = TypeVar("T")
+
+
+@dataclass
+class Survey:
+    """What some images hold: how many of each size and mode, sums over images, what is wrong.
+
+    `mean` (C,) is the sum of their means in [-1, 1], `square` of their mean squares.
+    """
+
+    sizes: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    bad: list[str] = field(default_factory=list)
+    mean: Tensor | float = 0.0
+    square: float = 0.0
+
+    @property
+    def good(self) -> int:
+        """How many images can be read."""
+        return self.sizes.total()
+
+    def add(self, other: Survey) -> None:
+        """Add what others hold."""
+        self.sizes += other.sizes
+        self.modes += other.modes
+        self.bad += other.bad
+        self.mean += other.mean
+        self.square += other.square
+
+
+def surveys(data: Dataset, workers: int = 0) -> Iterator[Survey]:
+    """Yield what each PART of the images holds, as large as they are."""
+    yield from _through(data, range(len(data)), workers, _look)
+
+
+def pngs(data: Dataset, workers: int = 0) -> Iterator[list[bytes | InputError]]:
+    """Yield the images of each PART as PNG files, or why one cannot be used.
+
+    Without a size given, all must have that of the first which can be read.
+    """
+    if isinstance(data.images, LazyImages):
+        data.images.settle()  # before there are workers, or each would settle for its own first
+    yield from _through(data, range(len(data)), workers, _encode)
+
+
+def check_images(data: Dataset, workers: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    """Decode every image once, this process its share. Raises InputError naming a bad one."""
+    for error in _through(data, range(rank, len(data), world_size), workers, _check):
+        if error is not None:
+            error.rank = rank
+            raise error
+
+
+def _look(data: Dataset, part: Sequence[int]) -> Survey:
+    """Return what the images of a part hold."""
+    images, found = data.images, Survey()
+    for index in part:
+        try:
+            if isinstance(images, LazyImages):
+                image, mode = images.decoded(index), images.mode(index)
+            else:
+                image = images[torch.tensor([index])][0]
+                mode = "L" if len(image) == 1 else "RGB"
+        except InputError as error:
+            found.bad.append(error.what)
+            continue
+        x = from_uint8(image).double()
+        found.sizes[f"{image.shape[2]}x{image.shape[1]}"] += 1
+        found.modes[mode] += 1
+        found.mean = found.mean + x.mean((1, 2))
+        found.square += float(x.square().mean())
+    return found
+
+
+def _encode(data: Dataset, part: Sequence[int]) -> list[bytes | InputError]:
+    found: list[bytes | InputError] = []
+    for index in part:
+        try:
+            found.append(png_bytes(data.images[torch.tensor([index])][0]))
+        except InputError as error:
+            found.append(error)
+    return found
+
+
+def _check(data: Dataset, part: Sequence[int]) -> InputError | None:
+    try:
+        data.images[torch.tensor(part)]
+    except InputError as error:
+        return error
+    return None
+
+
+def _through(
+    data: Dataset, order: range, workers: int, use: Callable[[Dataset, Sequence[int]], T]
+) -> Iterator[T]:
+    """Yield what `use` makes of each part of the order."""
+    parts = [order[i : i + PART] for i in range(0, len(order), PART)]
+    yield from made_ahead(_Parts(data, parts, use), range(len(parts)), workers)
+
+
+class _Parts(TorchDataset[Any], Generic[T]):
+    """What a function makes of parts of a data set."""
+
+    def __init__(
+        self, data: Dataset, parts: list[range], use: Callable[[Dataset, Sequence[int]], T]
+    ) -> None:
+        self.data, self.parts, self.use = data, parts, use
+
+    def __getitem__(self, part: int) -> T:
+        return self.use(self.data, self.parts[part])

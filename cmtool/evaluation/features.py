@@ -1,0 +1,220 @@
+"""Feature networks: what an image is to a metric.
+
+A protocol's number depends on the network, on the very file of its weights, and on how images are
+brought to its size. All of that is in one Extractor.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cmtool.core.tensors import chunks_of
+from cmtool.data.images import from_uint8
+from cmtool.errors import InputError, MissingError
+from cmtool.evaluation.inception import WIDTH, clean_resized, folded, tf_resized
+from cmtool.formats.native import read_weights
+from cmtool.models import ASSETS, digest
+from cmtool.system.devices import autocast, full_float32, on_device
+
+Resize = Literal["tf", "clean"]
+VGG_WIDTH = 4096
+AGREEMENT = 1e-3
+"""How far, relative to their norm, folded features may be from the file's own."""
+
+
+class Extractor(NamedTuple):
+    """A feature network, from images (B, 3, H, W) uint8 to features (B, width) float32.
+
+    `logits` makes class logits of features, None where there are no classes.
+    """
+
+    name: str
+    sha256: str
+    width: int
+    network: Callable[[Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor] | None
+    chunk: int
+    device: str
+    resize: str = "none"
+    precision: str = "fp32"
+    notes: tuple[str, ...] = ()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return features (B, width) of images (B, 3 or 1, H, W) uint8, on the device.
+
+        Always `chunk` images at a time, so that an image's features depend on no other image.
+        Raises InputError for images that are neither RGB nor grey.
+        """
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        if images.shape[1] != 3:
+            raise InputError(f"images of {images.shape[1]} channels", "give RGB or grey ones")
+        parts = [self.network(part.to(self.device)) for part in chunks_of(images, self.chunk)]
+        return torch.cat(parts)[: len(images)]
+
+
+class DigitsFeatures(nn.Module):
+    """The classifier whose last hidden layer is the feature space of `fd-digits`.
+
+    It learns the class and the paper and ink colours together, so that the features see shape
+    and colour both. `forward` returns features; `heads` returns logits and colours.
+    """
+
+    WIDTH = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 24, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(24, 48, 3, padding=1, stride=2),
+            nn.SiLU(),
+            nn.Conv2d(48, 64, 3, padding=1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(64 * 16, self.WIDTH),
+            nn.SiLU(),
+        )
+        self.classes = nn.Linear(self.WIDTH, 10)
+        self.colours = nn.Linear(self.WIDTH, 6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features (B, 64) of images (B, 3, 8, 8) in [-1, 1]. Raises InputError else."""
+        if images.shape[1:] != (3, 8, 8):
+            c, h, w = images.shape[1:]
+            raise InputError(
+                f"fd-digits needs RGB images of 8x8, not {w}x{h} with {c} channels",
+                "it compares with the bundled digits only: give --reference, or --protocol edm",
+            )
+        features: Tensor = self.layers(images)
+        return features
+
+    def heads(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return class logits (B, 10) and paper and ink colours (B, 6) in [-1, 1]."""
+        features = self(images)
+        return self.classes(features), self.colours(features)
+
+
+def digits_extractor(network: DigitsFeatures, sha256: str, device: str = "cpu") -> Extractor:
+    """Return the features of fd-digits."""
+    network = network.to(device).eval()
+    return Extractor(
+        "digits-features", sha256, network.WIDTH, lambda images: network(from_uint8(images)),
+        network.classes, 256, device,
+    )  # fmt: skip
+
+
+def inception_extractor(
+    path: Path, sha256: str, *, resize: Resize = "tf", precision: str = "fp32", device: str = "cpu"
+) -> Extractor:
+    """Return the 2,048 features of the Inception network in a file, after a resize rule.
+
+    `tf` is the rule inside NVIDIA's file and TensorFlow's graph, `clean` that of clean-fid. The
+    file is NVIDIA's TorchScript, or the state dict that OpenAI published. The network is run with
+    its norms folded in, if that gives what the file's own code gives, else by that code. Logits
+    have no bias, as in the published scores. Raises MissingError for a damaged file, or of another
+    network.
+    """
+    script, stored = _read_inception(path)
+    notes: tuple[str, ...] = ()
+    if "output.weight" not in stored:
+        raise MissingError(f"{path} is no Inception network", "delete it")
+    try:
+        network: Any = folded(stored)
+        if script is not None and not _agree(network, script):
+            raise RuntimeError
+    except (KeyError, RuntimeError):
+        if not hasattr(script, "layers"):
+            raise MissingError(f"{path} is no Inception network", "delete it") from None
+        network = script.layers
+        notes = ("the folded network does not give what the file's own code gives: using that",)
+    network = on_device(network, device).eval()
+    weight = stored["output.weight"].float().to(device)
+    resized = {"tf": tf_resized, "clean": clean_resized}[resize]
+
+    def features(images: Tensor) -> Tensor:
+        x = (resized(images.float()) - 128) / 128
+        x = x.contiguous(memory_format=torch.channels_last)
+        with full_float32(), autocast(x.device.type, precision):
+            return torch.as_tensor(network(x)).flatten(1).float()
+
+    return Extractor(
+        "inception-2015-12-05", sha256, WIDTH, features, lambda f: f.float() @ weight.T,
+        8 if device == "cpu" else 64, device, resize, precision, notes,
+    )  # fmt: skip
+
+
+def vgg16_extractor(path: Path, sha256: str, *, device: str = "cpu") -> Extractor:
+    """Return the 4,096 features of NVIDIA's VGG-16 file, which resizes images itself.
+
+    They are those of precision and recall by Kynkaanniemi et al. (2019), StyleGAN2-ADA and ECT.
+    Raises MissingError for a damaged file, or of another network.
+    """
+    network = _loaded_script(path)
+    try:
+        with torch.no_grad():
+            width = network(torch.zeros(1, 3, 32, 32), return_features=True).numel()
+    except RuntimeError:
+        width = 0
+    if width != VGG_WIDTH:
+        raise MissingError(f"{path} is no VGG-16 network", "delete it")
+
+    def features(images: Tensor) -> Tensor:
+        return torch.as_tensor(network(images.float(), return_features=True)).flatten(1).float()
+
+    network = network.to(device)
+    return Extractor(
+        "vgg16", sha256, VGG_WIDTH, features, None, 8 if device == "cpu" else 64, device, "inside"
+    )
+
+
+def _read_inception(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Return the script in a file, None if it is a state dict; and its tensors."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        is_script = False
+    if is_script:
+        script = _loaded_script(path)
+        return script, {name: t.detach() for name, t in script.state_dict().items()}
+    try:
+        return None, dict(torch.load(path, weights_only=True, map_location="cpu"))
+    except Exception:  # a page, a half download: torch's reader fails in many ways
+        raise MissingError(f"{path} is damaged", "delete it, and fetch it again") from None
+
+
+def _loaded_script(path: Path) -> Any:
+    with warnings.catch_warnings():  # that TorchScript is deprecated: nobody here chose it
+        warnings.simplefilter("ignore")
+        try:
+            return torch.jit.load(path, map_location="cpu").eval()
+        except RuntimeError:
+            raise MissingError(f"{path} is damaged", "delete it, and fetch it again") from None
+
+
+def _agree(network: nn.Module, script: Any) -> bool:
+    """Tell whether the folded network gives the features of the file's own code."""
+    ramp = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).reshape(2, 3, 32, 32)
+    images = ramp * 37 % 256
+    with torch.no_grad():
+        theirs = script(images.clone(), return_features=True).flatten(1).float()
+        ours = network((tf_resized(images) - 128) / 128)
+    return bool((ours - theirs).norm() <= AGREEMENT * theirs.norm())
+
+
+def load_digits_features() -> tuple[DigitsFeatures, str]:
+    """Return the bundled feature network of fd-digits, and the hash of its file."""
+    file = ASSETS / "digits-features.safetensors"
+    network = DigitsFeatures().eval().requires_grad_(False)
+    network.load_state_dict({name: t.float() for name, t in read_weights(file).items()})
+    return network, digest(file)

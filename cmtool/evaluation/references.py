@@ -1,0 +1,174 @@
+"""Statistics of a reference set in files: our own, clean-fid's, EDM's and ADM's."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmtool.errors import InputError
+from cmtool.evaluation.metrics import Gaussian
+from cmtool.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
+from cmtool.system.files import replacing
+
+MAX_WIDTH = 16_384
+"""Features an image may have; a covariance of so many takes 2 GiB."""
+MAX_RATIO = 200
+"""How far statistics may be packed: floats are hardly."""
+
+
+class Reference(NamedTuple):
+    """What a file of statistics holds.
+
+    `gaussian` where it has mu and sigma, `num` of which is 0 where it does not say; `rows`, the
+    features (N, D) themselves, where it has them; `has_images` where it holds images too; `about`
+    is what cmtool wrote of how it was made, empty for files of others.
+    """
+
+    gaussian: Gaussian | None
+    rows: Tensor | None
+    has_images: bool
+    about: dict[str, Any]
+
+
+def read_reference(path: Path) -> Reference | None:
+    """Return the statistics in an npz or pickle; None for a file that holds none.
+
+    Read are `mu` and `sigma` (EDM, clean-fid and ADM), `feats` (clean-fid, for KID), and a pickle
+    of EDM2's, which is not executed. Raises InputError for what is damaged or not finite.
+    """
+    if not path.is_file() or path.suffix not in (".npz", ".pkl"):
+        return None
+    arrays = _npz_arrays(path) if path.suffix == ".npz" else _pickled_arrays(path)
+    if not arrays.keys() & {"mu", "sigma", "feats"}:
+        return None
+    about: dict[str, Any] = {}
+    if "about" in arrays:
+        try:
+            about = dict(json.loads(str(arrays["about"])))
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(f"{path}: its `about` is no JSON object", "make it again") from None
+    rows = None
+    if "feats" in arrays:
+        rows = _finite(path, "feats", arrays["feats"], 2).float()
+    if not {"mu", "sigma"} & arrays.keys():
+        return Reference(None, rows, "arr_0" in arrays, about)
+    for name in ("mu", "sigma"):
+        if name not in arrays:
+            raise InputError(f"{path} has no {name}", "make it again: cmtool eval reference")
+    mean = _finite(path, "mu", arrays["mu"], 1)
+    covariance = _finite(path, "sigma", arrays["sigma"], 2)
+    if rows is not None and rows.shape[1] != len(mean):
+        raise InputError(
+            f"{path}: mu has {len(mean)} features, feats {rows.shape[1]}", "make it again"
+        )
+    if covariance.shape != (len(mean), len(mean)):
+        raise InputError(
+            f"{path}: mu has {len(mean)} features, sigma is {tuple(covariance.shape)}",
+            "fetch it again, or make it: cmtool eval reference",
+        )
+    num = _count(path, arrays["num"]) if "num" in arrays else 0 if rows is None else len(rows)
+    return Reference(Gaussian(mean, covariance, num), rows, "arr_0" in arrays, about)
+
+
+def write_reference(
+    path: Path, gaussian: Gaussian, rows: Tensor | None, about: Mapping[str, Any]
+) -> None:
+    """Write statistics as an npz that EDM's and clean-fid's tools read, with what they depend on.
+
+    `rows`, if given, are kept as `feats`, for KID and precision and recall. Raises ResourceError.
+    """
+    arrays: dict[str, Any] = {
+        "mu": gaussian.mean.numpy(),
+        "sigma": gaussian.covariance.numpy(),
+        "num": np.array(gaussian.num),
+        "about": np.array(json.dumps(dict(about))),
+    }
+    if rows is not None:
+        arrays["feats"] = rows.float().numpy()
+    with replacing(path) as temporary, temporary.open("wb") as opened:
+        np.savez(opened, **arrays)
+
+
+def _npz_arrays(path: Path) -> dict[str, Any]:
+    """Return the arrays of statistics, and `arr_0` as None if it is there."""
+    wanted = {"mu", "sigma", "feats", "num", "about"}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found: dict[str, Any] = {"arr_0": None} if "arr_0.npy" in archive.namelist() else {}
+            for name in wanted & {n.removesuffix(".npy") for n in archive.namelist()}:
+                packed, size = (
+                    getattr(archive.getinfo(f"{name}.npy"), key)
+                    for key in ("compress_size", "file_size")
+                )
+                if size > MAX_RATIO * max(packed, 1 << 16):
+                    raise ValueError(f"{name} unpacks from {packed:,} to {size:,} bytes")
+                with archive.open(f"{name}.npy") as member:
+                    found[name] = np.lib.format.read_array(member, allow_pickle=False)
+            return found
+    except (
+        ValueError, OSError, EOFError, KeyError, RuntimeError, MemoryError, NotImplementedError,
+        struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
+        raise InputError(f"{path} cannot be read: {error}", "fetch or make it again") from None
+
+
+def _pickled_arrays(path: Path) -> dict[str, Any]:
+    """Return mu and sigma of a pickle, at its top or under `fid`. Nothing in it is executed."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as opened:
+            table = expect(Machine(size, NUMPY_TABLE).run(opened, size), dict)
+        table = expect(table.get("fid", table), dict)
+        return {name: _array(table[name]) for name in ("mu", "sigma") if name in table}
+    except Refused as error:
+        raise InputError(
+            f"{path} is no pickle of statistics: {error}", "it was not run: give an npz"
+        ) from None
+    except (ValueError, IndexError, KeyError, EOFError, struct.error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}", "fetch or make it again") from None
+
+
+def _array(stored: Any) -> np.ndarray[Any, Any]:
+    """Return the float array that a pickle describes."""
+    match stored.state if isinstance(stored, Array) else None:
+        case (_, tuple(shape), Dtype("f4" | "f8" as code), bool(fortran), bytes(raw)):
+            whole = all(type(side) is int and side >= 0 for side in shape)
+            if whole and len(raw) == int(np.prod(shape, dtype=object)) * int(code[1]):
+                flat = np.frombuffer(raw, f"<{code}")
+                return flat.reshape(shape, order="F" if fortran else "C")
+    raise Refused("mu or sigma is no array of floats")
+
+
+def _count(path: Path, array: Any) -> int:
+    """Return the number of images. Raises InputError for anything else."""
+    if array.ndim != 0 or array.dtype.kind not in "iu" or array < 0:
+        raise InputError(f"{path}: num is {str(array)[:40]}", "it is no number of images")
+    return int(array)
+
+
+def _finite(path: Path, name: str, array: Any, ndim: int) -> Tensor:
+    """Return an array as float64. Raises InputError for one of another form, or with NaN.
+
+    What float32 cannot hold is taken for infinite, too.
+    """
+    if array.dtype.kind != "f" or array.ndim != ndim or not 0 < array.shape[-1] <= MAX_WIDTH:
+        raise InputError(
+            f"{path}: {name} is {array.dtype} {array.shape}", "it is no statistics of features"
+        )
+    tensor = torch.from_numpy(np.array(array, np.float64, order="C"))
+    if not bool(torch.isfinite(tensor.float()).all()):
+        raise InputError(
+            f"{path}: {name} has values that are not finite",
+            "it was made of broken images: make it again",
+        )
+    return tensor

@@ -1,0 +1,107 @@
+"""Weight files, ours and other people's, to and from our networks. Which is which: by content.
+
+A foreign format is one file here and one line in FORMATS.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cmtool.errors import InputError, UserError
+from cmtool.formats import diffusers_dir, edm_pkl, jcm_msgpack, native, openai_pt
+from cmtool.formats.foreign import Foreign
+
+MAX_BYTES = 16 << 30
+DAMAGE = (
+    ValueError, TypeError, AttributeError, LookupError, EOFError, ArithmeticError, MemoryError,
+    RecursionError, RuntimeError, struct.error, zipfile.BadZipFile, NotImplementedError,
+)  # fmt: skip
+"""What reading a damaged file may raise; none of them is a reason for a traceback."""
+
+
+class Format(NamedTuple):
+    """How a format is called, recognised and read."""
+
+    title: str
+    reads: str
+    """What of the kind is read, for people whose file is not."""
+    is_it: Callable[[Path, bytes], bool]
+    """`(path, its first bytes; empty for a folder) -> bool`."""
+    read: Callable[[Path, str, Mapping[str, Any]], Foreign]
+    """`(path, weights, known) -> Foreign`; `known` is what the user says of the model."""
+
+
+def is_zip(start: bytes) -> bool:
+    """Tell whether a file that starts so is a zip archive."""
+    return start.startswith(b"PK\x03\x04")
+
+
+def is_pickle(start: bytes) -> bool:
+    """Tell whether a file that starts so is a pickle of protocol 2 to 5."""
+    return start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+
+
+FORMATS: dict[str, Format] = {
+    "diffusers": Format(
+        "diffusers pipeline",
+        "ConsistencyModelPipeline folders",
+        lambda path, start: path.is_dir() and (path / diffusers_dir.INDEX).is_file(),
+        diffusers_dir.read,
+    ),
+    "openai": Format(
+        "ADM state dict",
+        "state dicts of the ADM U-Net, as in the consistency-model release",
+        lambda path, start: is_zip(start) or openai_pt.is_legacy(start) or start[8:9] == b"{",
+        openai_pt.read,
+    ),
+    "edm": Format(
+        "EDM pickle",
+        "snapshots of EDM and ECT; not EDM2's, and no training states",
+        lambda path, start: is_pickle(start),
+        edm_pkl.read,
+    ),
+    "jcm": Format(
+        "JAX checkpoint",
+        "CIFAR-10 checkpoints of the JAX release",
+        lambda path, start: start[:1] in (b"\xde", b"\xdf") or b"\x80" < start[:1] < b"\x90",
+        jcm_msgpack.read,
+    ),
+}
+
+
+def identify(path: Path) -> str:
+    """Return "native" or a key of FORMATS. Raises InputError for anything else, naming what it is.
+
+    The first format whose test holds is the one.
+    """
+    start = b"" if path.is_dir() else native.first_bytes(path)
+    if start[8:9] == b"{" and native.is_ours(path):
+        return "native"
+    for name, kind in FORMATS.items():
+        if kind.is_it(path, start):
+            return name
+    raise InputError(
+        f"{path} is not a model that cmtool knows",
+        f"it reads its own, and: {', '.join(kind.title for kind in FORMATS.values())}",
+    )
+
+
+def read_foreign(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
+    """Return the model of a foreign file, whichever format it is. Raises InputError."""
+    kind = FORMATS[identify(path)]
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
+        raise InputError(f"{path} is larger than {MAX_BYTES >> 30} GiB", "give the right file")
+    try:
+        return kind.read(path, weights, known)
+    except UserError:
+        raise
+    except DAMAGE as error:
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path} is not a usable {kind.title}: {reason}",
+            f"fetch or convert it again; read are {kind.reads}",
+        ) from None

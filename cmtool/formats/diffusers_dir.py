@@ -1,0 +1,287 @@
+"""A diffusers `ConsistencyModelPipeline` folder, read and written without diffusers.
+
+Its UNet2DModel is the raw network, an Adm; scalings and noise label live in its scheduler.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.formats.foreign import (
+    Foreign,
+    Malformed,
+    Rule,
+    adm_blocks,
+    renamed,
+    same,
+    squeezed,
+    thirds,
+    translate,
+    translate_back,
+    wrong_weights,
+)
+from cmtool.formats.native import read_table
+from cmtool.formats.openai_pt import state_dict
+
+INDEX = "model_index.json"
+CONFIG = "unet/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+LEAVES = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+    "norm": "group_norm",
+    "proj_out": "to_out.0",
+    "op": "conv",
+}
+FIXED = {
+    "act_fn": ("silu", "swish"),
+    "add_attention": (True,),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "downsample_padding": (1,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_scale_factor": (1,),
+    "norm_eps": (1e-5,),
+    "time_embedding_type": ("positional",),
+}
+"""What a UNet2DModel's config must say, where it says anything, to be an Adm."""
+
+
+def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
+    """Return the network of a pipeline folder, which says all there is to know.
+
+    Raises ValueError (Malformed, mostly), InputError.
+    """
+    if weights not in ("ema", "model"):
+        raise wrong_weights(weights, ["model"])
+    pipeline = read_table(path / INDEX).get("_class_name")
+    config = read_table(path / CONFIG)
+    scheduler = read_table(path / SCHEDULER)
+    options, channels, num_classes = _options(config)
+    file = next((f for name in WEIGHTS if (f := path / "unet" / name).is_file()), None)
+    if file is None:
+        raise Malformed(f"it holds none of {', '.join(WEIGHTS)} under unet/")
+    stored = state_dict(file)
+    with torch.device("meta"):
+        network = Adm(options, channels, num_classes)
+    tensors = translate(rules(options, list(network.state_dict())), stored)
+    size = config.get("sample_size")
+    sides = [size, size] if type(size) is int else size
+    if sides is not None and (
+        not isinstance(sides, list) or len(sides) != 2 or any(type(n) is not int for n in sides)
+    ):
+        raise Malformed("its sample_size is neither a number nor two")
+    grid = _positive(scheduler, "num_train_timesteps", 40)
+    if grid < 2 or grid != int(grid):
+        raise Malformed("its num_train_timesteps is not a whole number of 2 or more")
+    notes = []
+    if not options.middle_norm:
+        notes.append(
+            "its middle attention has no norm, as in exports by diffusers before 0.21: published"
+            " ImageNet-64 weights need one, so fetch the folder anew if these are such"
+        )
+    is_consistency = pipeline == "ConsistencyModelPipeline"
+    if not is_consistency:
+        notes.append(
+            f"its pipeline is {str(pipeline)[:60]}: give --kind if it is a consistency model"
+        )
+    return Foreign(
+        options=options,
+        tensors=tensors,
+        channels=channels,
+        num_classes=num_classes,
+        noise_label="log_1000",
+        image_size=None if sides is None else (sides[0], sides[1]),
+        kind="consistency" if is_consistency else None,
+        sigma_data=_positive(scheduler, "sigma_data", 0.5),
+        sigma_min=_positive(scheduler, "sigma_min", 0.002),
+        sigma_max=_positive(scheduler, "sigma_max", 80.0),
+        rho=_positive(scheduler, "rho", 7.0),
+        grid=int(grid),
+        held=("model",),
+        weights="model",
+        notes=tuple(notes),
+    )
+
+
+def write(
+    folder: Path,
+    options: AdmOptions,
+    tensors: dict[str, Tensor],
+    *,
+    channels: int,
+    num_classes: int,
+    image_size: int,
+    scheduler: dict[str, float],
+) -> None:
+    """Write a ConsistencyModelPipeline into the empty folder `folder`.
+
+    `scheduler` gives num_train_timesteps, sigma_min, sigma_max, sigma_data and rho. Raises
+    Malformed for options that UNet2DModel cannot express.
+    """
+    config = _config(options, channels, num_classes, image_size)
+    index = {
+        "_class_name": "ConsistencyModelPipeline",
+        "scheduler": ["diffusers", "CMStochasticIterativeScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    steps = {"_class_name": "CMStochasticIterativeScheduler", "clip_denoised": True, "s_noise": 1.0}
+    (folder / "unet").mkdir()
+    (folder / "scheduler").mkdir()
+    for name, content in [
+        (INDEX, index),
+        (CONFIG, config),
+        (SCHEDULER, {**steps, **scheduler}),
+    ]:
+        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    foreign = translate_back(rules(options, list(tensors)), tensors)
+    save_file(foreign, folder / "unet" / WEIGHTS[0], metadata={"format": "pt"})
+    (folder / "unet" / WEIGHTS[0]).chmod((folder / INDEX).stat().st_mode)
+
+
+def files(path: Path) -> list[Path]:
+    """Return the files of a pipeline folder that make the model."""
+    names = [INDEX, CONFIG, SCHEDULER, *(f"unet/{name}" for name in WEIGHTS)]
+    return [path / name for name in names if (path / name).is_file()]
+
+
+def rules(o: AdmOptions, names: list[str]) -> dict[str, Rule]:
+    """Return the rule of each of our names."""
+    top = len(o.channel_mult) - 1
+    prefixes = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+    }
+    prefixes["label_emb"] = "class_embedding"
+    for stage in adm_blocks(o):
+        down, up = f"down_blocks.{stage.level}", f"up_blocks.{top - stage.level}"
+        prefixes[stage.prefix] = {
+            ("encoder", "stem"): "conv_in",
+            ("encoder", "block"): f"{down}.resnets.{stage.number}",
+            ("encoder", "attention"): f"{down}.attentions.{stage.number}",
+            ("encoder", "resample"): f"{down}.downsamplers.0",
+            ("middle", "block"): f"mid_block.resnets.{stage.number}",
+            ("middle", "attention"): "mid_block.attentions.0",
+            ("decoder", "block"): f"{up}.resnets.{stage.number}",
+            ("decoder", "attention"): f"{up}.attentions.{stage.number}",
+            ("decoder", "resample"): f"{up}.upsamplers.0",
+            ("decoder", "out_norm"): "conv_norm_out",
+            ("decoder", "out_conv"): "conv_out",
+        }[stage.side, stage.role]
+    out = {}
+    for name, other in renamed(names, prefixes, LEAVES).items():
+        if ".qkv." in name:
+            q, k, v = (other.replace(".qkv.", f".to_{letter}.") for letter in "qkv")
+            out[name] = thirds((q, k, v))
+        else:
+            out[name] = squeezed(other) if name.endswith("proj_out.weight") else same(other)
+    return out
+
+
+def _options(config: dict[str, Any]) -> tuple[AdmOptions, int, int]:
+    """Return options, channels and number of classes of a UNet2DModel's config."""
+    for key, good in FIXED.items():
+        if config.get(key, good[0]) not in good:
+            raise Malformed(f"its {key} = {str(config[key])[:60]!r}; an ADM U-Net has {good[0]!r}")
+    widths: Any = config.get("block_out_channels") or [0]
+    types: Any = config.get("down_block_types")
+    channels: Any = config.get("in_channels")
+    groups: Any = config.get("norm_num_groups", 32)
+    heads: Any = config.get("attention_head_dim", 8)
+    blocks: Any = config.get("layers_per_block", 2)
+    classes: Any = config.get("num_class_embeds")
+    if not isinstance(widths, list):
+        raise Malformed("its block_out_channels is no list")
+    numbers = [*widths, channels, groups, heads, blocks, 1 if classes is None else classes]
+    if any(type(n) is not int or not 0 < n <= 1 << 20 for n in numbers):
+        raise Malformed("its config has sizes that are not whole numbers")
+    if not isinstance(types, list) or len(types) != len(widths):
+        raise Malformed("its down_block_types and block_out_channels differ in number")
+    if any(w % widths[0] for w in widths) or config.get("out_channels") != channels:
+        raise Malformed("its widths or channels are not an ADM U-Net's")
+    attention = [isinstance(t, str) and t.startswith("Attn") for t in types]
+    convolves = [
+        t == "DownBlock2D" or (t == "AttnDownBlock2D" and config.get("downsample_type") == "conv")
+        for t in types[:-1]
+    ]
+    mirror = config.get("up_block_types")
+    if not isinstance(mirror, list) or any(not isinstance(t, str) for t in [*types, *mirror]):
+        raise Malformed("its block types are not names")
+    if [t.startswith("Attn") for t in mirror] != attention[::-1] or len(set(convolves)) > 1:
+        raise Malformed("its blocks on the way up do not mirror those on the way down")
+    scale_shift = config.get("resnet_time_scale_shift", "default") == "scale_shift"
+    middle_groups = config.get("attn_norm_num_groups")
+    if middle_groups not in (None, groups):
+        raise Malformed("its attn_norm_num_groups is not its norm_num_groups")
+    options = AdmOptions(
+        model_channels=widths[0],
+        channel_mult=tuple(w // widths[0] for w in widths),
+        num_res_blocks=blocks,
+        attention_levels=tuple(level for level, has in enumerate(attention) if has),
+        head_channels=heads,
+        scale_shift=scale_shift,
+        resblock_updown=not any(convolves),
+        norm_groups=groups,
+        middle_norm=not scale_shift or middle_groups is not None,
+    )
+    return options, channels, classes or 0
+
+
+def _config(o: AdmOptions, channels: int, num_classes: int, image_size: int) -> dict[str, Any]:
+    """Return the config of a UNet2DModel. Raises Malformed for options it cannot express."""
+    widths = [o.model_channels * mult for mult in o.channel_mult]
+    groups = {min(o.norm_groups, w // o.min_group_channels) for w in widths}
+    odd = {
+        "learn_sigma": o.learn_sigma,
+        "augment_dim": o.augment_dim,
+        "channel_mult": o.channel_mult[0] != 1,
+        "min_group_channels": groups != {o.norm_groups},
+        "middle_norm": not o.middle_norm and not o.scale_shift,
+    }
+    for name, differs in odd.items():
+        if differs:
+            raise Malformed(f"diffusers has no network with {name} = {getattr(o, name)}")
+    plain = "ResnetDownsampleBlock2D" if o.resblock_updown else "DownBlock2D"
+    plain_up = "ResnetUpsampleBlock2D" if o.resblock_updown else "UpBlock2D"
+    attended = [level in o.attention_levels for level in range(len(widths))]
+    resample = "resnet" if o.resblock_updown else "conv"
+    return {
+        "_class_name": "UNet2DModel",
+        **{key: good[0] for key, good in FIXED.items()},
+        "sample_size": image_size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "layers_per_block": o.num_res_blocks,
+        "block_out_channels": widths,
+        "down_block_types": ["AttnDownBlock2D" if a else plain for a in attended],
+        "up_block_types": ["AttnUpBlock2D" if a else plain_up for a in attended[::-1]],
+        "downsample_type": resample,
+        "upsample_type": resample,
+        "dropout": o.dropout,
+        "attention_head_dim": o.head_channels,
+        "norm_num_groups": o.norm_groups,
+        "attn_norm_num_groups": o.norm_groups if o.middle_norm else None,
+        "num_class_embeds": num_classes or None,
+        "resnet_time_scale_shift": "scale_shift" if o.scale_shift else "default",
+    }
+
+
+def _positive(table: dict[str, Any], key: str, default: float) -> float:
+    value = table.get(key, default)
+    if type(value) not in (int, float) or not 0 < value < 1e6:
+        raise Malformed(f"its {key} = {str(value)[:60]!r} is not a positive number")
+    return float(value)

@@ -1,0 +1,369 @@
+"""EDM's snapshots: a pickle of persistent objects around SongUNet or DhariwalUNet.
+
+ECT's files have the same layout with a consistency preconditioner. Nothing in them is executed:
+see safe_pickle.py. Layouts: Karras et al. (2022), `training/networks.py`, read for facts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.core.networks.song import Song, SongOptions
+from cmtool.core.precond import iddpm_sigmas
+from cmtool.formats import torch_pickle
+from cmtool.formats.foreign import (
+    Foreign,
+    Malformed,
+    Options,
+    Rule,
+    adm_blocks,
+    heads_of,
+    interleaved,
+    renamed,
+    same,
+    translate,
+    transposed,
+    wrong_weights,
+)
+from cmtool.formats.safe_pickle import Box
+from cmtool.formats.torch_pickle import Record, StoredTensor
+
+PRECONDITIONERS = {"EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond", "ECMPrecond"}
+MAX_DEPTH = 32
+MAX_TENSORS = 20_000
+ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj_out": "proj"}
+
+
+def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
+    """Return the `ema` network of a snapshot, which says all there is to know.
+
+    Raises Malformed, Refused, InputError.
+    """
+    if weights != "ema":
+        raise wrong_weights(weights, ["ema"])
+    size = path.stat().st_size
+    with path.open("rb") as opened:
+        content = torch_pickle.load(opened, size)
+    outer = content.get("ema") if isinstance(content, dict) else None
+    if not isinstance(outer, Record):
+        raise Malformed("it holds no network under 'ema'")
+    if outer.class_name not in PRECONDITIONERS:
+        given = _arguments(outer)
+        kwargs = ", ".join(f"{str(key)[:40]} {_short(given[key])}" for key in list(given)[:8])
+        count = sum(math.prod(t.size) for t in collect(outer, ("_parameters",)).values())
+        whose = "EDM2's" if outer.class_name == "Precond" else "a"
+        raise Malformed(
+            f"its network is {whose} {outer.class_name[:40]} of {count:,} parameters ({kwargs}),"
+            f" not one of {', '.join(sorted(PRECONDITIONERS))}"
+        )
+    inner = _modules(outer).get("model")
+    if not isinstance(inner, Record):
+        raise Malformed("its preconditioner holds no network 'model'")
+    given = _arguments(inner)
+    resolution = _whole(given, "img_resolution", None, 4096)
+    channels, num_classes = _whole(given, "in_channels", None), _whole(given, "label_dim", 0)
+    learn_sigma = _whole(given, "out_channels", channels) == 2 * channels
+    read_options: dict[str, Callable[..., Options]] = {
+        "SongUNet": song_options,
+        "DhariwalUNet": adm_options,
+    }
+    if inner.class_name not in read_options:
+        raise Malformed(f"its network is a {inner.class_name[:40]}, not SongUNet or DhariwalUNet")
+    options: Options = read_options[inner.class_name](given, resolution, learn_sigma)
+    found = collect(inner)
+    if sum(map(len, found.values())) > size:
+        raise Malformed(f"its tensors claim more bytes than the file's {size:,}")
+    stored = {name: t.tensor() for name, t in found.items()}
+    taps = tuple(options.resample_filter) if isinstance(options, SongOptions) else (1, 1)
+    stored = _without_filters(stored, taps)
+    with torch.device("meta"):
+        network = (
+            Song(options, channels, num_classes)
+            if isinstance(options, SongOptions)
+            else Adm(options, channels, num_classes)
+        )
+    tensors = translate(rules(options, list(network.state_dict()), resolution, stored), stored)
+    label_dropout = _fraction(given, "label_dropout", 0)
+    notes = (f"its label_dropout {label_dropout} is for training: not taken over",)
+    return Foreign(
+        options=options,
+        tensors=tensors,
+        channels=channels,
+        num_classes=num_classes,
+        image_size=(resolution, resolution),
+        **_preconditioning(outer),
+        notes=notes if label_dropout else (),
+    )
+
+
+def rules(
+    options: Options, names: list[str], resolution: int, stored: Mapping[str, Tensor]
+) -> dict[str, Rule]:
+    """Return the rule of each of our names, for a network built at `resolution`."""
+    if isinstance(options, SongOptions):
+        return song_rules(options, names, resolution)
+    return adm_rules(options, names, resolution)
+
+
+def song_rules(o: SongOptions, names: list[str], resolution: int) -> dict[str, Rule]:
+    """Return the rules from SongUNet to Song."""
+    prefixes = {"map_noise": "map_noise"}
+    top = len(o.channel_mult) - 1
+    aux = "aux_residual" if o.encoder == "residual" else "aux_skip"
+    for level in range(top + 1):
+        at = f"{resolution >> level}x{resolution >> level}"
+        prefixes[f"enc.{level}.entry"] = f"enc.{at}_down" if level else f"enc.{at}_conv"
+        prefixes[f"enc.{level}.aux"] = f"enc.{at}_{aux}"
+        ours = f"dec.{top - level}"
+        bottom = level == top
+        prefixes[f"{ours}.entry.0"] = f"dec.{at}_in0" if bottom else f"dec.{at}_up"
+        prefixes[f"{ours}.entry.1"] = f"dec.{at}_in1"
+        prefixes[f"{ours}.head.0"] = f"dec.{at}_aux_norm"
+        prefixes[f"{ours}.head.2"] = f"dec.{at}_aux_conv"
+        for index in range(o.num_blocks + 1):
+            prefixes[f"enc.{level}.blocks.{index}"] = f"enc.{at}_block{index}"
+            prefixes[f"{ours}.blocks.{index}"] = f"dec.{at}_block{index}"
+    leaves = {f"attention.{ours}": theirs for ours, theirs in ATTENTION.items()}
+    theirs = renamed([n for n in names if n != "frequencies"], prefixes, leaves)
+    out = {
+        name: interleaved(other, 1, order="hcq") if ".qkv." in name else same(other)
+        for name, other in theirs.items()
+    }
+    if "frequencies" in names:
+        out["frequencies"] = same("map_noise.freqs")
+    return out
+
+
+def adm_rules(o: AdmOptions, names: list[str], resolution: int) -> dict[str, Rule]:
+    """Return the rules from DhariwalUNet to Adm (exact; they are one network)."""
+    prefixes = {"time_embed.0": "map_layer0", "time_embed.2": "map_layer1"}
+    prefixes |= {"label_emb": "map_label", "augment_emb": "map_augment"}
+    widths = {}
+    for stage in adm_blocks(o):
+        shift = {"encoder": 1, "decoder": -1, "middle": 0}[stage.side]
+        level = stage.level + (shift if stage.role == "resample" else 0)
+        at = f"{resolution >> level}x{resolution >> level}"
+        widths[stage.prefix] = o.model_channels * o.channel_mult[stage.level]
+        prefixes[stage.prefix] = {
+            ("encoder", "stem"): f"enc.{at}_conv",
+            ("encoder", "block"): f"enc.{at}_block{stage.number}",
+            ("encoder", "attention"): f"enc.{at}_block{stage.number}",
+            ("encoder", "resample"): f"enc.{at}_down",
+            ("middle", "block"): f"dec.{at}_in{stage.number}",
+            ("middle", "attention"): f"dec.{at}_in0",
+            ("decoder", "block"): f"dec.{at}_block{stage.number}",
+            ("decoder", "attention"): f"dec.{at}_block{stage.number}",
+            ("decoder", "resample"): f"dec.{at}_up",
+            ("decoder", "out_norm"): "out_norm",
+            ("decoder", "out_conv"): "out_conv",
+        }[stage.side, stage.role]
+    leaves = {
+        **ATTENTION,
+        "in_layers.0": "norm0",
+        "in_layers.2": "conv0",
+        "emb_layers.1": "affine",
+        "out_layers.0": "norm1",
+        "out_layers.3": "conv1",
+        "skip_connection": "skip",
+    }
+    out = {}
+    for name, other in renamed(names, prefixes, leaves).items():
+        if ".qkv." in name:
+            heads = heads_of(o, 3 * widths[name.split(".qkv.")[0]])
+            out[name] = interleaved(other, heads, order="hcq")
+        else:
+            out[name] = transposed(other) if name == "label_emb.weight" else same(other)
+    return out
+
+
+def song_options(given: dict[str, Any], resolution: int, learn_sigma: bool) -> SongOptions:
+    """Return our options for the arguments of a SongUNet. Raises Malformed for unknown ones."""
+    mult = _list(given, "channel_mult", [1, 2, 2, 2])
+    return SongOptions(
+        model_channels=_whole(given, "model_channels", 128),
+        channel_mult=mult,
+        num_blocks=_whole(given, "num_blocks", 4),
+        attention_levels=_levels(given, [16], resolution, len(mult)),
+        embedding=_name(given, "embedding_type", ["positional", "fourier"]),
+        channel_mult_emb=_whole(given, "channel_mult_emb", 4),
+        channel_mult_noise=_whole(given, "channel_mult_noise", 1),
+        encoder=_name(given, "encoder_type", ["standard", "skip", "residual"]),
+        decoder=_name(given, "decoder_type", ["standard", "skip"]),
+        resample_filter=_list(given, "resample_filter", [1, 1]),
+        augment_dim=_whole(given, "augment_dim", 0),
+        learn_sigma=learn_sigma,
+        dropout=_fraction(given, "dropout", 0.10),
+    )
+
+
+def adm_options(given: dict[str, Any], resolution: int, learn_sigma: bool) -> AdmOptions:
+    """Return our options for the arguments of a DhariwalUNet. Raises Malformed for unknown ones."""
+    mult = _list(given, "channel_mult", [1, 2, 3, 4])
+    if _whole(given, "channel_mult_emb", 4) != 4:
+        raise Malformed("its channel_mult_emb is not 4")
+    return AdmOptions(
+        model_channels=_whole(given, "model_channels", 192),
+        channel_mult=mult,
+        num_res_blocks=_whole(given, "num_blocks", 3),
+        attention_levels=_levels(given, [32, 16, 8], resolution, len(mult)),
+        head_channels=64,
+        min_group_channels=4,
+        learn_sigma=learn_sigma,
+        augment_dim=_whole(given, "augment_dim", 0),
+        dropout=_fraction(given, "dropout", 0.10),
+    )
+
+
+def collect(
+    record: Record, tables: Sequence[str] = ("_parameters", "_buffers")
+) -> dict[str, StoredTensor]:
+    """Return the parameters and buffers of a module tree, or one of both, by dotted name.
+
+    Raises Malformed for a module or name met twice, a tree deeper than 32, or anything but tensors.
+    """
+    found: dict[str, StoredTensor] = {}
+    seen: set[int] = set()
+
+    def visit(module: Any, prefix: str, depth: int) -> None:
+        if not isinstance(module, Record | Box) or id(module) in seen or depth > MAX_DEPTH:
+            raise Malformed(f"its module {prefix or 'ema'} is shared, too deep, or no module")
+        seen.add(id(module))
+        skipped = module.state.get("_non_persistent_buffers_set", set())
+        if not isinstance(skipped, set) or len(seen) > MAX_TENSORS:
+            raise Malformed("its modules are too many, or badly described")
+        for table in tables:
+            for name, value in _table(module, table).items():
+                if value is None or (table == "_buffers" and name in skipped):
+                    continue
+                if not isinstance(value, StoredTensor):
+                    raise Malformed(f"its {prefix}{name} is no tensor")
+                if f"{prefix}{name}" in found:
+                    raise Malformed(f"its {prefix}{name} comes twice")
+                found[f"{prefix}{name}"] = value
+                if len(found) > MAX_TENSORS:
+                    raise Malformed(f"it has more than {MAX_TENSORS:,} tensors")
+        for name, child in _modules(module).items():
+            if child is not None:
+                visit(child, f"{prefix}{name}.", depth + 1)
+
+    visit(record, "", 0)
+    return found
+
+
+def _modules(module: Record | Box) -> dict[str, Any]:
+    return _table(module, "_modules")
+
+
+def _table(module: Record | Box, key: str) -> dict[str, Any]:
+    table = module.state.get(key, {})
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
+        raise Malformed(f"a module's {key} are no table")
+    return table
+
+
+def _without_filters(stored: dict[str, Tensor], taps: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return the tensors but the resampling filters, which must be the ones the options name."""
+    line = torch.tensor(taps, dtype=torch.float32) / sum(taps)
+    wanted = torch.outer(line, line)[None, None]
+    kept = {}
+    for name, tensor in stored.items():
+        if not name.endswith(".resample_filter"):
+            kept[name] = tensor
+        elif tensor.shape != wanted.shape or not torch.allclose(tensor.float(), wanted):
+            raise Malformed(f"its {name} is not made of resample_filter {list(taps)}")
+    return kept
+
+
+def _preconditioning(outer: Record) -> dict[str, Any]:
+    """Return kind, scalings, noise label and range of a preconditioner.
+
+    The range is the one EDM samples in: what the network supports, between 0.002 and 80.
+    """
+    state = outer.state
+    low, high = _number(state, "sigma_min", 0.0), _number(state, "sigma_max", float("inf"))
+    noise = {"sigma_min": max(low, 0.002), "sigma_max": min(high, 80.0)}
+    if outer.class_name in ("EDMPrecond", "ECMPrecond"):
+        kind = "teacher" if outer.class_name == "EDMPrecond" else "consistency"
+        sigma_data = _number(state, "sigma_data", 0.5)
+        return {"kind": kind, "noise_label": "log", "sigma_data": sigma_data, **noise}
+    family = {"VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}[outer.class_name]
+    names = {"vp": ["beta_d", "beta_min"], "ve": [], "iddpm": ["C_1", "C_2"]}[family]
+    label: dict[str, Any] = {"name": family}
+    for name in names:
+        if name in state:
+            label[name.lower()] = _number(state, name, 0.0)
+    if "M" in state:
+        label["steps"] = _whole(state, "M", None, 100_000)
+    if family == "iddpm":
+        _check_levels(_table(outer, "_buffers").get("u"), label)
+    return {"kind": "teacher", "scalings": family, "noise_label": label, **noise}
+
+
+def _check_levels(stored: Any, label: dict[str, Any]) -> None:
+    """Raise Malformed unless iDDPM's stored levels are those of its constants (in float32)."""
+    options = {key: value for key, value in label.items() if key != "name"}
+    levels = torch.tensor(iddpm_sigmas(**options))
+    if not isinstance(stored, StoredTensor) or tuple(stored.size) != (len(levels),):
+        raise Malformed("its table of noise levels is missing, or has another length")
+    if not torch.allclose(stored.tensor().float(), levels, rtol=5e-3, atol=1e-6):
+        raise Malformed("its table of noise levels is not the one of its constants")
+
+
+def _arguments(record: Record) -> dict[str, Any]:
+    given = record.state.get("_init_kwargs")
+    if not isinstance(given, dict) or record.state.get("_init_args", ()) != ():
+        raise Malformed(f"its {record.class_name} was not made with named arguments")
+    return given
+
+
+def _whole(given: dict[str, Any], key: str, default: int | None, most: int = 1 << 20) -> int:
+    value = given.get(key, default)
+    if type(value) is not int or not 0 <= value <= most:
+        raise Malformed(f"its {key} = {_short(value)} is not a whole number up to {most}")
+    return value
+
+
+def _number(given: dict[str, Any], key: str, default: float) -> float:
+    value = given.get(key, default)
+    if type(value) not in (int, float) or not value >= 0:
+        raise Malformed(f"its {key} = {_short(value)} is not a number")
+    return float(value)
+
+
+def _fraction(given: dict[str, Any], key: str, default: float) -> float:
+    value = _number(given, key, default)
+    if value >= 1:
+        raise Malformed(f"its {key} = {value} is not a fraction")
+    return value
+
+
+def _list(given: dict[str, Any], key: str, default: list[int]) -> tuple[int, ...]:
+    value = given.get(key, default)
+    if not isinstance(value, list | tuple) or not 1 <= len(value) <= 16:
+        raise Malformed(f"its {key} is not a short list")
+    return tuple(_whole({key: item}, key, None) for item in value)
+
+
+def _levels(
+    given: dict[str, Any], default: list[int], resolution: int, levels: int
+) -> tuple[int, ...]:
+    at = _list(given, "attn_resolutions", default) if given.get("attn_resolutions") != [] else ()
+    return tuple(level for level in range(levels) if resolution >> level in at)
+
+
+def _name(given: dict[str, Any], key: str, good: list[str]) -> Any:
+    value = given.get(key, good[0])
+    if value not in good:
+        raise Malformed(f"its {key} = {_short(value)} is not one of {', '.join(good)}")
+    return value
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:40] if isinstance(value, int | float | str | bool) else type(value).__name__

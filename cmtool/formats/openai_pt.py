@@ -1,0 +1,214 @@
+"""State dicts of the ADM U-Net: the consistency-model release (.pt), and guided-diffusion's.
+
+The release's names are ours. A state dict says nothing of itself, so the architecture is read off
+names and shapes; what shapes cannot say is assumed and told.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.formats.foreign import (
+    Foreign,
+    Malformed,
+    heads_of,
+    interleaved,
+    known_kind,
+    known_or_assumed,
+    same,
+    translate,
+    wrong_weights,
+)
+from cmtool.formats.native import check_header, first_bytes
+from cmtool.formats.torch_pickle import StoredTensor, load_archive, load_legacy
+
+MAX_PICKLE = 64 << 20
+MAX_MEMBERS = 20_000
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+NEEDED = ("time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight", "out.0.weight")
+
+
+def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
+    """Return the network of a state dict. Raises Malformed, InputError."""
+    if weights not in ("ema", "model"):
+        raise wrong_weights(weights, ["model"])
+    state = state_dict(path)
+    options, channels, num_classes = architecture(state)
+    notes: list[str] = []
+    side = 32 << min(options.attention_levels, default=0)
+    size = known_or_assumed(
+        known, "image_size", (side, side) if options.attention_levels else None,
+        f"the file does not give the image size: {side}x{side}, as ADM places attention", notes,
+    )  # fmt: skip
+    heads = known_or_assumed(
+        known, "head_channels", options.head_channels,
+        f"the file does not give the width of heads: {options.head_channels} channels", notes,
+    )  # fmt: skip
+    sigma_data = known_or_assumed(
+        known, "sigma_data", 0.5, "the file does not give sigma_data: 0.5, as in the paper", notes
+    )
+    options = replace(options, head_channels=heads)
+    kind = known_kind(known, path, notes)
+    with torch.device("meta"):
+        network = Adm(options, channels, num_classes)
+    rules = {}
+    for name in network.state_dict():
+        stored = state.get(name)
+        # guided-diffusion convolves sequences: (3C, C, 1), and orders rows by head
+        if stored is not None and stored.ndim == 3 and name.endswith("qkv.weight"):
+            heads = heads_of(options, stored.shape[0])
+            rules[name] = interleaved(name, heads, order="hqc")
+            bias = name.replace("weight", "bias")
+            rules[bias] = interleaved(bias, heads, order="hqc")
+        elif stored is not None and stored.ndim == 3 and name.endswith("proj_out.weight"):
+            rules[name] = same(name)._replace(read=lambda t: t[0][..., None])
+        else:
+            rules.setdefault(name, same(name))
+    return Foreign(
+        options=options,
+        tensors=translate(rules, state),
+        channels=channels,
+        num_classes=num_classes,
+        noise_label="iddpm" if options.learn_sigma else "log_1000",
+        scalings="iddpm" if options.learn_sigma else "edm",
+        image_size=size,
+        sigma_data=sigma_data,
+        kind="teacher" if options.learn_sigma else kind,
+        grid=40 if kind == "consistency" else None,
+        held=("model",),
+        weights="model",
+        notes=tuple(notes),
+    )
+
+
+def state_dict(path: Path) -> dict[str, Tensor]:
+    """Return the state dict of a torch.save archive or a safetensors file; no code can run.
+
+    Tensors are views of the mapped file. Raises Malformed for archives that lie, and for anything
+    but a flat table of tensors.
+    """
+    if first_bytes(path)[8:9] == b"{":
+        check_header(path)
+        try:
+            return load_file(path)
+        except safetensors.SafetensorError as error:
+            raise Malformed(str(error)) from None
+    if is_legacy(first_bytes(path)):
+        with path.open("rb") as opened:
+            content = load_legacy(opened, path.stat().st_size)
+    else:
+        content = _archive(path)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content:
+        raise Malformed("it holds no table of tensors")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
+            raise Malformed(f"its {str(name)[:60]!r} is no tensor")
+    size = path.stat().st_size
+    if sum(map(len, content.values())) > size:
+        raise Malformed(f"its tensors claim more bytes than the file's {size:,}")
+    return {name: tensor.tensor() for name, tensor in content.items()}
+
+
+def is_legacy(start: bytes) -> bool:
+    """Tell whether a file that starts so was saved by torch before 1.6."""
+    return start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
+
+
+def _archive(path: Path) -> Any:
+    """Return what a torch.save archive describes, its storages mapped, not read."""
+    with path.open("rb") as opened:
+        whole = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    members = {entry.filename: entry for entry in entries}
+    pickles = [name for name in members if name.endswith("/data.pkl")]
+    if len(members) < len(entries) or len(pickles) != 1 or len(entries) > MAX_MEMBERS:
+        raise Malformed("its archive is not one that torch.save writes")
+    if any(e.compress_type != zipfile.ZIP_STORED or e.flag_bits & 1 for e in entries):
+        raise Malformed("its archive is compressed, which torch.save never does")
+    root = pickles[0].removesuffix("data.pkl")
+
+    def member(name: str) -> memoryview:
+        entry = members.get(name)
+        if entry is None:
+            raise Malformed(f"its archive lacks {name[:80]!r}")
+        signature, name_bytes, extra_bytes = LOCAL_HEADER.unpack_from(whole, entry.header_offset)
+        start = entry.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
+        content = whole[start : start + entry.file_size]
+        if signature != b"PK\x03\x04" or len(content) != entry.file_size:
+            raise Malformed(f"its archive claims more for {name[:80]!r} than the file has")
+        return content
+
+    if f"{root}byteorder" in members and bytes(member(f"{root}byteorder")) != b"little":
+        raise Malformed("it is big-endian")
+    pickle = member(pickles[0])
+    if len(pickle) > MAX_PICKLE:
+        raise Malformed("its pickle is too large for a table of tensors")
+    return load_archive(bytes(pickle), lambda key: member(f"{root}data/{key}"))
+
+
+def architecture(state: dict[str, Tensor]) -> tuple[AdmOptions, int, int]:
+    """Return options, channels and number of classes, from names and shapes. Raises Malformed."""
+    for name in NEEDED:
+        if name not in state:
+            raise Malformed(f"it is no ADM U-Net: {name} is missing")
+
+    def shape(name: str, axis: int) -> int:
+        if name not in state or axis >= state[name].ndim:
+            raise Malformed(f"it is no ADM U-Net: {name} is missing, or has another shape")
+        return state[name].shape[axis]
+
+    def entries(side: str) -> int:
+        return len({name.split(".")[1] for name in state if name.startswith(f"{side}.")})
+
+    def has(name: str) -> bool:
+        return f"{name}.weight" in state
+
+    width = shape("time_embed.0.weight", 1)
+    ups = 0
+    for entry in range(entries("output_blocks")):
+        children = [f"output_blocks.{entry}.{child}" for child in (1, 2)]
+        ups += any(has(f"{child}.in_layers.0") or has(f"{child}.conv") for child in children)
+    levels = ups + 1
+    per_level, rest = divmod(entries("output_blocks"), levels)
+    if rest or per_level < 2 or entries("input_blocks") != levels * per_level or width < 1:
+        raise Malformed("it is no ADM U-Net: its levels are uneven")
+    first = [f"input_blocks.{1 + level * per_level}" for level in range(levels)]
+    widths = [shape(f"{entry}.0.out_layers.3.weight", 0) for entry in first]
+    if any(w % width for w in widths):
+        raise Malformed(f"it is no ADM U-Net: widths {widths} are no multiples of {width}")
+    channels = shape("input_blocks.0.0.weight", 1)
+    out_channels = shape("out.2.weight", 0)
+    if out_channels not in (channels, 2 * channels):
+        raise Malformed(f"it turns {channels} channels into {out_channels}")
+    attention = tuple(level for level in range(levels) if has(f"{first[level]}.1.qkv"))
+    attended = [widths[level] for level in (*attention, levels - 1)]
+    heads = next(h for h in (64, 32, 16, 8, 4, 2, 1) if all(w % h == 0 for w in attended))
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if all(w % g == 0 for w in widths))
+    options = AdmOptions(
+        model_channels=width,
+        channel_mult=tuple(w // width for w in widths),
+        num_res_blocks=per_level - 1,
+        attention_levels=attention,
+        head_channels=heads,
+        scale_shift=shape(f"{first[0]}.0.emb_layers.1.weight", 0) == 2 * widths[0],
+        resblock_updown=levels == 1 or not has(f"input_blocks.{per_level}.0.op"),
+        norm_groups=groups,
+        middle_norm=has("middle_block.1.norm"),
+        learn_sigma=out_channels == 2 * channels,
+    )
+    return options, channels, shape("label_emb.weight", 0) if "label_emb.weight" in state else 0

@@ -1,0 +1,307 @@
+"""What torch puts into pickles, by inert stand-ins: tensors, storages, and EDM's records.
+
+`torch.storage._load_from_bytes` is a pickle within the pickle; the real one would run it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from cmtool.formats.safe_pickle import (
+    Dtype,
+    Global,
+    Machine,
+    Refused,
+    expect,
+    new_box,
+    new_dict,
+    shown,
+    strings,
+)
+
+MAGIC = 0x1950A86A20F9469CFC6C
+"""Of torch's legacy layout."""
+
+
+@dataclass(eq=False)
+class Record:
+    """An object of EDM's `torch_utils.persistence`: its class by name, its state as plain data."""
+
+    class_name: str
+    state: dict[Any, Any]
+    source_sha256: str
+
+
+@dataclass(eq=False)
+class Storage:
+    """A tensor's storage, writable, of `count` elements; many tensors may be views of it.
+
+    In torch's legacy layout the content comes after what refers to it.
+    """
+
+    dtype: torch.dtype
+    count: int
+    content: memoryview = field(default=memoryview(b""), repr=False)
+
+    def __len__(self) -> int:
+        """Return the number of elements."""
+        return self.count
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A strided view of a storage, checked to lie inside it."""
+
+    storage: Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Return the number of bytes a copy of the tensor has."""
+        return math.prod(self.size) * self.storage.dtype.itemsize
+
+    def tensor(self) -> Tensor:
+        """Return the tensor, a view of the storage's memory."""
+        if not len(self):
+            return torch.zeros(self.size, dtype=self.storage.dtype)
+        flat = torch.frombuffer(self.storage.content, dtype=self.storage.dtype)
+        return flat.as_strided(self.size, self.stride, self.offset)
+
+
+def load(content: BinaryIO, size: int) -> Any:
+    """Return what the one pickle in `content`, `size` bytes in all, describes.
+
+    Raises Refused for anything outside the table, ValueError and its kin for a damaged stream.
+    """
+    machine = Machine(size, TABLE, STORAGES)
+    result = machine.run(content, size)
+    if content.tell() != size:
+        raise Refused(f"{size - content.tell()} bytes follow the end of the pickle")
+    return result
+
+
+def load_archive(pickle: bytes, storage: Callable[[str], memoryview]) -> Any:
+    """Return what the data.pkl of a torch.save archive describes; `storage` gives bytes by key.
+
+    Raises Refused for anything outside ARCHIVE_TABLE, ValueError and its kin for a damaged one.
+    """
+    storages: dict[str, Storage] = {}
+
+    def persistent(key: Any) -> Storage:
+        match key:
+            case ("storage", Global() as kind, str() as name, str(), int() as count):
+                pass
+            case _:
+                raise Refused("a storage is described in an unknown way")
+        if kind not in STORAGES:
+            raise Refused(f"a storage is of type {shown(kind)}")
+        if name not in storages:
+            storages[name] = Storage(STORAGES[kind], count, storage(name))
+        found = storages[name]
+        if found.dtype != STORAGES[kind] or len(found.content) != count * found.dtype.itemsize:
+            raise Refused(f"a storage says {count} elements and has {len(found.content)} bytes")
+        return found
+
+    machine = Machine(len(pickle), ARCHIVE_TABLE, STORAGES)
+    return machine.run(io.BytesIO(pickle), len(pickle), persistent)
+
+
+def load_legacy(stream: BinaryIO, size: int) -> Any:
+    """Return what a torch.save file of torch before 1.6 describes, `size` bytes in all.
+
+    Four pickles (magic number, version, machine, the object), the storages' keys in order, and
+    for each the number of elements and the elements. Raises Refused and its kin.
+    """
+    storages: dict[str, Storage] = {}
+
+    def persistent(key: Any) -> Storage:
+        match key:
+            case ("storage", Global() as kind, str() as name, str(), int() as count, None):
+                pass
+            case _:
+                raise Refused("a storage is described in an unknown way")
+        if kind not in STORAGES or not 0 <= count <= size:
+            raise Refused(f"a storage has {count} elements of {shown(kind)}")
+        found = storages.setdefault(name, Storage(STORAGES[kind], count))
+        if (found.dtype, found.count) != (STORAGES[kind], count):
+            raise Refused("a storage is described in two ways")
+        return found
+
+    machine = Machine(size, ARCHIVE_TABLE, STORAGES)
+    magic, version, system = (machine.run(stream, size) for _ in range(3))
+    if magic != MAGIC or version != 1001 or expect(system, dict).get("little_endian") is not True:
+        raise Refused("it is not in torch's legacy layout")
+    described = machine.run(stream, size, persistent)
+    keys = expect(machine.run(stream, size), list)
+    if sorted(strings(keys)) != sorted(storages):
+        raise Refused("its storages are not the ones it names")
+    for key in keys:
+        found = storages[key]
+        count = int.from_bytes(stream.read(8), "little", signed=True)
+        if count != found.count:
+            raise Refused(f"a storage says {found.count} elements, and {count}")
+        content = bytearray(min(count * found.dtype.itemsize, size - stream.tell()))
+        stream.readinto(content)  # type: ignore[attr-defined]  # a file, or BytesIO: both have it
+        if len(content) != count * found.dtype.itemsize:
+            raise Refused("a storage is cut short")
+        found.content = memoryview(content)
+    if stream.tell() != size:
+        raise Refused(f"{size - stream.tell()} bytes follow the end of the storages")
+    return described
+
+
+def _record(machine: Machine, meta: Any) -> Record:
+    """Stand in for EDM's `_reconstruct_persistent_obj`, which runs the source in the file."""
+    expect(meta, dict)
+    name, state, source = meta.get("class_name"), meta.get("state"), meta.get("module_src", "")
+    if meta.get("type") != "class" or type(name) is not str or type(state) is not dict:
+        raise Refused("a persistent object is not a class with a name and a state")
+    if id(source) not in machine.sources:  # one text, shared by all objects of a module
+        machine.spend(len(expect(source, str)))
+        content = source.encode("utf-8", "surrogatepass")
+        machine.sources[id(source)] = source, hashlib.sha256(content).hexdigest()
+    return Record(name, state, machine.sources[id(source)][1])
+
+
+def _tensor(
+    machine: Machine,
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any = False,
+    hooks: Any = None,
+) -> StoredTensor:
+    """Stand in for `torch._utils._rebuild_tensor_v2`: a view that must lie inside its storage."""
+    if not isinstance(storage, Storage) or hooks:
+        raise Refused("a tensor has no storage, or has hooks")
+    numbers = (offset, *expect(size, tuple), *expect(stride, tuple))
+    if any(type(n) is not int or n < 0 for n in numbers) or len(size) != len(stride):
+        raise Refused("a tensor's shape is not made of whole numbers")
+    if len(size) > 8:
+        raise Refused("a tensor has more than 8 dimensions")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    count = math.prod(size)
+    if count > len(storage) or (count and last >= len(storage)):
+        raise Refused("a tensor is larger than its storage")
+    return StoredTensor(storage, offset, size, stride)
+
+
+def _parameter(machine: Machine, data: Any, requires_grad: Any, hooks: Any) -> StoredTensor:
+    """Stand in for `torch._utils._rebuild_parameter`."""
+    if not isinstance(data, StoredTensor) or hooks:
+        raise Refused("a parameter is not a tensor, or has hooks")
+    return data
+
+
+def _storage(machine: Machine, content: Any) -> Storage:
+    """Stand in for `torch.storage._load_from_bytes`: torch's legacy layout, one storage in it.
+
+    Five pickles (magic number, version, machine, the storage's identity, its key), the number of
+    elements in 8 bytes, and the elements.
+    """
+    stream = io.BytesIO(expect(content, bytes))
+    found: list[tuple[Global, str, int]] = []
+
+    def persistent(key: Any) -> str:
+        match key:
+            case ("storage", Global() as kind, str() as name, str(), int() as count, None):
+                found.append((kind, name, count))
+                return name
+        raise Refused("a storage is described in an unknown way")
+
+    inner = Machine(len(content), {}, STORAGES)  # nothing may be called in it
+    inner.opcodes = machine.opcodes
+    machine.spend(len(content))
+
+    def pickle(persistent: Callable[[Any], Any] | None = None) -> Any:
+        return inner.run(stream, len(content), persistent)
+
+    magic, version, system = (pickle() for _ in range(3))
+    if magic != MAGIC or version != 1001 or type(system) is not dict:
+        raise Refused("a storage is not in torch's legacy layout")
+    if system.get("little_endian") is not True:
+        raise Refused("a storage is big-endian")
+    identity, keys = pickle(persistent), pickle()
+    machine.opcodes = inner.opcodes
+    if len(found) != 1 or found[0][0] not in STORAGES or identity != found[0][1]:
+        raise Refused("a storage is described in an unknown way")
+    kind, name, count = found[0]
+    dtype = STORAGES[kind]
+    start = stream.tell() + 8
+    if keys != [name] or count < 0 or len(content) - start != count * dtype.itemsize:
+        raise Refused(f"a storage says {count} elements and has another number of bytes")
+    if struct.unpack_from("<q", content, start - 8)[0] != count:
+        raise Refused("a storage gives two lengths")
+    return Storage(dtype, count, memoryview(bytearray(memoryview(content)[start:])))
+
+
+NUMBERS = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i", "b1": "<?"}
+
+
+def _dtype(machine: Machine, code: Any, align: Any = False, copy: Any = True) -> Dtype:
+    """Stand in for `numpy.dtype`: plain numbers only."""
+    if code not in list(NUMBERS):
+        raise Refused("a numpy value that is not a plain number")
+    return Dtype(code)
+
+
+def _scalar(machine: Machine, dtype: Any, content: Any) -> Any:
+    """Stand in for numpy's `scalar`: a Python number."""
+    return struct.unpack(NUMBERS[expect(dtype, Dtype).code], expect(content, bytes))[0]
+
+
+def _set(machine: Machine, items: Any = ()) -> set[str]:
+    machine.spend(len(expect(items, list)) if items else 0)
+    return set(strings(items or []))
+
+
+def _attribute(machine: Machine, owner: Any, name: Any) -> tuple[str, str]:
+    """Stand in for `getattr`, which ECT's loss needs: a name, never an attribute."""
+    return ("attribute", expect(name, str))
+
+
+_PERSISTENT = Global("torch_utils.persistence", "_reconstruct_persistent_obj")
+_MODULES = "torch.nn.modules.container"
+
+TABLE: dict[Global, Callable[..., Any]] = {
+    _PERSISTENT: _record,
+    Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    Global("torch._utils", "_rebuild_parameter"): _parameter,
+    Global("torch.storage", "_load_from_bytes"): _storage,
+    Global("collections", "OrderedDict"): new_dict,
+    Global("dnnlib.util", "EasyDict"): new_dict,
+    Global(_MODULES, "ModuleDict"): new_box,
+    Global(_MODULES, "ModuleList"): new_box,
+    Global(_MODULES, "Sequential"): new_box,
+    Global("numpy.core.multiarray", "scalar"): _scalar,
+    Global("numpy._core.multiarray", "scalar"): _scalar,
+    Global("numpy", "dtype"): _dtype,
+    Global("builtins", "getattr"): _attribute,
+    Global("builtins", "set"): _set,
+    Global("__builtin__", "set"): _set,
+}
+ARCHIVE_TABLE = {function: TABLE[function] for function in (
+    Global("torch._utils", "_rebuild_tensor_v2"), Global("torch._utils", "_rebuild_parameter"),
+    Global("collections", "OrderedDict"),
+)}  # fmt: skip
+STORAGES = {
+    Global("torch", "FloatStorage"): torch.float32,
+    Global("torch", "HalfStorage"): torch.float16,
+    Global("torch", "BFloat16Storage"): torch.bfloat16,
+    Global("torch", "DoubleStorage"): torch.float64,
+    Global("torch", "LongStorage"): torch.int64,
+    Global("torch", "IntStorage"): torch.int32,
+    Global("torch", "ByteStorage"): torch.uint8,
+    Global("torch", "BoolStorage"): torch.bool,
+}

@@ -1,0 +1,248 @@
+"""Presets as TOML: read with their `extends` chain and overrides, and written with their origins.
+
+Layers, weakest first: defaults, the `extends` chain, the file, and overrides in the order given.
+Every value keeps its origin.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import tomlkit
+from pydantic import BaseModel, ValidationError
+
+from cmtool.errors import InputError, UserError, nearest
+from cmtool.presets.schema import Preset
+
+_PACKAGED = Path(__file__).parents[1] / "_presets"
+FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "presets"
+
+
+class Resolved(NamedTuple):
+    """A preset, and for each dotted key where its value came from."""
+
+    preset: Preset
+    origins: dict[str, str]
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that come with cmtool, sorted."""
+    return sorted(file.stem for file in FOLDER.glob("*.toml"))
+
+
+def load_preset(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Preset:
+    """Return the preset `name_or_path` with dotted `overrides` such as {"loss.distance": "l1"}.
+
+    Raises UserError for an unknown name, key or type, naming the nearest good one.
+    """
+    return resolve(name_or_path, {"override": overrides or {}}).preset
+
+
+def resolve(name_or_path: str, layers: Mapping[str, Mapping[str, Any]]) -> Resolved:
+    """Return the preset with layers of dotted overrides {origin: {key: value}}, and all origins."""
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for path, table in _chain(name_or_path, ()):
+        _merge(tree, table, path.name, origins, "")
+    for origin, overrides in layers.items():
+        for key, value in overrides.items():
+            _merge(tree, _nested(key, value), origin, origins, "")
+    preset = _validated(tree, name_or_path)
+    found = {key: origin_of(key, origins) for key, _ in flat(preset.model_dump())}
+    return Resolved(preset, found)
+
+
+def packaged_value(name_or_path: str, key: str) -> Any:
+    """Return a dotted key's value in the nearest of cmtool's own presets this one is or extends.
+
+    None where there is no such preset, or none that has the key.
+    """
+    value = None
+    for path, table in _chain(name_or_path, ()):
+        if path.parent == FOLDER:
+            value = dict(flat(table)).get(key, value)
+    return value
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Return ("a.b", value) for "a.b=value"; the value is read as TOML, else taken as a string."""
+    key, equals, raw = text.partition("=")
+    if not equals or not re.fullmatch(r"[\w.\-]+", key.strip()):
+        raise UserError(f"--set {text!r} is not KEY=VALUE", "for example --set train.lr=1e-4")
+    try:
+        value = tomllib.loads(f"value = {raw.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    return key.strip(), value
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield (dotted key, value) for every leaf of a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _chain(name_or_path: str, seen: tuple[str, ...]) -> Iterable[tuple[Path, dict[str, Any]]]:
+    """Yield (file, table) from the furthest ancestor down to the preset itself."""
+    path = _find(name_or_path)
+    if str(path) in seen:
+        raise UserError(f"preset {path.name} extends itself", "break the circle of `extends`")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}", "mend the file") from None
+    parent = table.pop("extends", None)
+    if parent is not None:
+        beside = path.parent / f"{parent}.toml"
+        yield from _chain(str(beside) if beside.is_file() else str(parent), (*seen, str(path)))
+    yield path, table
+
+
+def _find(name_or_path: str) -> Path:
+    """Return the file of a preset's name or path."""
+    path = Path(name_or_path)
+    if path.suffix == ".toml" or "/" in name_or_path:
+        if not path.is_file():
+            raise InputError(f"no preset file {name_or_path}", "check the path")
+        return path
+    if name_or_path not in preset_names():
+        raise UserError(f"no preset {name_or_path!r}", nearest(name_or_path, preset_names()))
+    return FOLDER / f"{name_or_path}.toml"
+
+
+def _nested(dotted: str, value: Any) -> dict[str, Any]:
+    """Return {"a": {"b": value}} for "a.b"."""
+    for key in reversed(dotted.split(".")):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _merge(
+    tree: dict[str, Any], table: Mapping[str, Any], origin: str, origins: dict[str, str], at: str
+) -> None:
+    """Put `table` over `tree`. A component of another name brings its own options only."""
+    for key, value in table.items():
+        dotted = f"{at}{key}"
+        old = tree.get(key)
+        if isinstance(value, Mapping):
+            if isinstance(old, str):
+                old = {"name": old}
+            keep = isinstance(old, dict) and value.get("name", old.get("name")) == old.get("name")
+            tree[key] = dict(old) if keep and isinstance(old, dict) else {}
+            _merge(tree[key], value, origin, origins, f"{dotted}.")
+        else:
+            tree[key] = value
+        for stale in [k for k in origins if k.startswith(f"{dotted}.")]:
+            if not isinstance(value, Mapping):
+                del origins[stale]
+        if not isinstance(value, Mapping):
+            origins[dotted] = origin
+
+
+def origin_of(key: str, origins: Mapping[str, str]) -> str:
+    """Return where a key, or the nearest table above or value below it, was set."""
+    parts = key.split(".")
+    for end in range(len(parts), 0, -1):
+        if (above := ".".join(parts[:end])) in origins:
+            return origins[above]
+    below = [origin for k, origin in origins.items() if k.startswith(f"{key}.")]
+    return below[-1] if below else "default"
+
+
+def _validated(tree: dict[str, Any], shown: str) -> Preset:
+    try:
+        return Preset.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"] if part not in ("function-before", "tuple")]
+        key = ".".join(path)
+        if first["type"] == "extra_forbidden":
+            raise UserError(
+                f"unknown key {key!r} in preset {shown}", nearest(path[-1], _fields(path[:-1]))
+            ) from None
+        if first["type"] == "missing":
+            raise UserError(f"preset {shown} lacks {key!r}", "set it, or extend a preset") from None
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise UserError(
+            f"{key} = {first['input']!r}: {message}",
+            f"set it with --set {key}=VALUE, or in the file",
+        ) from None
+
+
+def _fields(path: list[str]) -> list[str]:
+    """Return the names of the keys a preset may have under `path`."""
+    model: type[BaseModel] = Preset
+    for part in path:
+        if part.isdigit():
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
+
+
+def to_toml(preset: Preset, origins: Mapping[str, str] | None = None) -> str:
+    """Return the preset as TOML that `--preset` takes again, origins as comments."""
+    document = tomlkit.document()
+    _fill(document, preset.model_dump(exclude_none=True), origins or {}, "")
+    return tomlkit.dumps(document)
+
+
+def with_values(text: str, values: Mapping[str, tuple[Any, str]]) -> str:
+    """Return TOML with the values of some dotted keys, and their origins; the rest untouched."""
+    document = tomlkit.parse(text)
+    for dotted, (value, origin) in values.items():
+        *names, key = dotted.split(".")
+        table: Any = document
+        for name in names:
+            table = table[name]
+        item = tomlkit.item(_plain(value))
+        item.comment(origin)
+        table[key] = item
+    return tomlkit.dumps(document)
+
+
+def _fill(table: Any, tree: Mapping[str, Any], origins: Mapping[str, str], prefix: str) -> None:
+    """Fill a TOML table: values first, then tables; a component without options is its name."""
+    short = {k: v["name"] if _is_bare(v) else v for k, v in tree.items()}
+    for key, value in sorted(short.items(), key=lambda entry: isinstance(entry[1], Mapping)):
+        dotted = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            section = tomlkit.table()
+            _fill(section, value, origins, f"{dotted}.")
+            table[key] = section
+            continue
+        item = tomlkit.item(_plain(value))
+        if origins:
+            item.comment(origin_of(dotted, origins))
+        table[key] = item
+
+
+def _is_bare(value: Any) -> bool:
+    """Tell whether a value is a component without options."""
+    return isinstance(value, Mapping) and set(value) == {"name"}
+
+
+def _plain(value: Any) -> Any:
+    """Return the value with tuples as lists, and tables inside lists as inline tables."""
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        array = tomlkit.array()
+        for entry in value:
+            if isinstance(entry, Mapping):
+                inline = tomlkit.inline_table()
+                inline.update(_plain(entry))
+                array.append(inline)
+            else:
+                array.append(_plain(entry))
+        return array
+    return value

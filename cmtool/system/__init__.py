@@ -1,0 +1,1 @@
+"""The machine: devices, processes, workers, files. Nothing here knows a model."""

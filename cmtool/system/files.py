@@ -1,0 +1,83 @@
+"""Files that exist whole or not at all, and what tells one from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cmtool.errors import InputError, ResourceError, is_full
+
+
+def file_facts(file: Path) -> dict[str, Any]:
+    """Return the size and sha256 of a file."""
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def write_json(path: Path, content: dict[str, Any], *, durable: bool = False) -> None:
+    """Write JSON by way of a temporary file, so that a reader never sees half of it."""
+    text = json.dumps(content, indent=1, sort_keys=True)
+    write_atomic(path, text.encode() + b"\n", durable=durable)
+
+
+def write_atomic(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Write a file by way of a temporary one beside it.
+
+    A killed process leaves the old file or the new one; a `durable` file, at the price of waiting
+    for the disk, is the new one after a power cut too. Raises InputError for a special file,
+    ResourceError when the disk is full.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a regular file", "give another name")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        if durable:
+            sync(temporary)
+        temporary.replace(path)
+        if durable:
+            sync(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and is_full(error):
+            raise ResourceError(f"no room on the disk for {path}", "free some") from None
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or what a folder says of its files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` to write to; it becomes `path` when the block ends well.
+
+    Raises ResourceError when the disk is full; then nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        if is_full(error):
+            raise ResourceError(f"no room on the disk for {path}", "free some") from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,71 @@
+"""Models in several processes: replicated or sharded, their gradients summed; in one, as they are.
+
+The loss of each microbatch is already divided by the number of microbatches of the step, so
+gradients are summed, not averaged: two processes and two accumulation rounds are the same run.
+Of a sharded model each process holds a part of every parameter, and what calls or copies it must
+be done by all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cmtool.core.tensors import local
+from cmtool.system.dist import Group
+
+
+def shared(module: nn.Module, group: Group) -> nn.Module:
+    """Return the module so that its gradients are summed over the processes after backward."""
+    if group.world_size == 1 or group.mesh is not None:
+        return module
+    wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    # torch reads a hook's annotations and takes none but its own: hence a lambda
+    wrapped.register_comm_hook(None, lambda _, bucket: summed(bucket.buffer()))
+    return wrapped
+
+
+def summed(gradients: Tensor) -> torch.futures.Future[Tensor]:
+    """Return, when it is there, the sum of the gradients over the processes."""
+    work = dist.all_reduce(gradients, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def shard(module: nn.Module, group: Group, blocks: Iterable[nn.Module]) -> None:
+    """Shard a module over the processes, in place, one block after the other; without a mesh, not.
+
+    Each of its `blocks`, and what is beside them, is whole only while it is at work. Parameters
+    stay float32 and autocast does with them what it does with a replica's, so that both are the
+    same run; they become contiguous, as FSDP wants them. Copies are to be made before, an
+    optimizer after.
+    """
+    if group.mesh is None:
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    module.to(memory_format=torch.contiguous_format)
+    for part in [*blocks, module]:
+        unit = fully_shard(part, mesh=group.mesh, reshard_after_forward=True)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor put together from all processes, which all must ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Set a tensor, or the part of it that this process holds, to values of the whole."""
+    if hasattr(tensor, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        values = distribute_tensor(values, mesh, placements, src_data_rank=None)
+    for part, new in zip(local([tensor]), local([values]), strict=True):
+        part.copy_(new)

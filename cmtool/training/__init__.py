@@ -1,0 +1,1 @@
+"""One training run: how it starts, its steps, its folder, its log and its report."""

@@ -1,0 +1,288 @@
+"""The training loop, as a generator: it owns the step, its caller owns everything every N steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+
+from cmtool.core.ema import update_average
+from cmtool.core.losses import Objective
+from cmtool.core.noise import Curriculum, Stage
+from cmtool.core.precond import Preconditioned
+from cmtool.core.rng import seeded, step_generator
+from cmtool.core.tensors import local
+from cmtool.data.batches import BatchFn
+from cmtool.errors import DivergedError
+from cmtool.system.devices import autocast
+from cmtool.system.dist import Group
+from cmtool.system.parallel import shared, whole
+from cmtool.training.state import FitSettings, TrainState
+
+MIN_SCALE = 1.0
+"""A loss that is scaled by less, and overflows still, is no matter of fp16's range any more."""
+
+
+class Batch(NamedTuple):
+    """What one process saw in one step: x0 (B, C, H, W), labels, sigma and loss, each (B,).
+
+    `shards` are the places of its microbatches in the global batch; with seed and step they key
+    their randomness.
+    """
+
+    x0: Tensor
+    labels: Tensor | None
+    sigma: Tensor
+    loss: Tensor
+    shards: tuple[int, ...]
+
+
+class Fault(NamedTuple):
+    """Why a step was skipped: the first parameter whose gradient is not finite, and an image.
+
+    The image is that of the largest loss, and NaN is larger than all; `image` is its place in the
+    microbatch `shard`.
+    """
+
+    parameter: str | None
+    shard: int
+    image: int
+    sigma: float
+    loss: float
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        where = f"image {self.image} of shard {self.shard} at sigma {self.sigma:.6g}"
+        if not math.isfinite(self.loss):
+            return f"the loss of {where} is {self.loss}"
+        what = f"of {self.parameter}" if self.parameter else "norm"
+        return f"the gradient {what} is not finite; the largest loss, {self.loss:.4g}, has {where}"
+
+
+class StepInfo(NamedTuple):
+    """What one step did; its tensors are on the device, for whoever wants to wait for them."""
+
+    step: int
+    loss: Tensor
+    """Of each image of this process, (B,)."""
+    sigma: Tensor
+    """The noise level of each image, (B,)."""
+    grad_norm: Tensor
+    """Before clipping, ()."""
+    lr: float
+    n: int
+    mu: float
+    skipped: bool
+    """The gradient was not finite, so nothing was changed."""
+    waited: float
+    """Seconds spent waiting for images."""
+    fault: str = ""
+    """Why the step was skipped, in words."""
+
+
+class Diverged(DivergedError):
+    """Too many steps in a row were not finite; `batch` is the last of them, `info` its news."""
+
+    def __init__(self, what: str, hint: str, info: StepInfo, batch: Batch) -> None:
+        super().__init__(what, hint)
+        self.info = info
+        self.batch = batch
+
+
+def learning_rate(settings: FitSettings, step: int, progress: float) -> float:
+    """Return the rate of a step: a linear warm-up, then a cosine from lr to decay_to lr.
+
+    `progress` in [0, 1] is the place on the cosine.
+    """
+    warm = min((step + 1) / settings.warmup_steps, 1.0) if settings.warmup_steps else 1.0
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return settings.lr * warm * (settings.decay_to + (1 - settings.decay_to) * cosine)
+
+
+def sync_in_last_round(learner: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Return a block in which gradients are summed over processes only in the `last` round."""
+    if last or not isinstance(learner, DistributedDataParallel):
+        return nullcontext()
+    return learner.no_sync()
+
+
+def start_anew(state: TrainState) -> None:
+    """Forget the optimizer's moments and set every weights EMA to the student."""
+    state.optimizer.state.clear()
+    for ema in state.emas.values():
+        update_average(ema.model.parameters(), state.student.parameters(), 0.0)
+
+
+def fit(
+    state: TrainState,
+    objective: Objective,
+    microbatch: BatchFn,
+    curriculum: Curriculum,
+    settings: FitSettings,
+) -> Iterator[StepInfo]:
+    """Yield after each optimizer step until `settings.steps`, changing `state` in place.
+
+    One step: the gradient of the mean loss, the optimizer, the weights EMAs, then the target
+    with mu(k) (Song et al. 2023, Alg. 2 and 3; k counts finished steps). A step whose loss or
+    gradient is not finite changes nothing but the counter. Raises Diverged after `max_bad_steps`
+    of them in a row. In fp16 a gradient that overflows halves the scale of the loss, and counts as
+    one of them only when that has sunk below 1.
+
+    The host waits for the device once a step, to read whether the gradient is finite, and before
+    the optimizer; what is yielded has not been read.
+    """
+    student, scaler = state.student, state.scaler
+    everything = list(student.parameters())  # to walk through the modules each step takes long
+    parameters = [p for p in everything if p.requires_grad]
+    averages = [(ema, list(ema.model.parameters())) for ema in state.emas.values()]
+    followers = [] if state.target is None else list(state.target.parameters())
+    student.train()
+    learner = shared(student, settings.group)
+    while state.step < settings.steps:
+        stage = curriculum(state.step, settings.steps)
+        if stage.fresh:
+            start_anew(state)
+        rate = learning_rate(settings, state.step, stage.progress)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        state.optimizer.zero_grad(set_to_none=True)
+        batch, waited = accumulate(state, learner, objective, microbatch, stage, settings)
+        if scaler is not None:
+            scaler.unscale_(state.optimizer)
+        total = torch.nn.utils.get_total_norm(  # of a list that nothing keeps until the next step
+            [p.grad for p in parameters if p.grad is not None], foreach=True
+        )
+        norm = whole(total)
+        settings.group.line_up()
+        good = bool(torch.isfinite(norm))  # here the host waits
+        fault = None if good else find_fault(student, batch, settings.group)
+        if scaler is not None:
+            scaler.update()
+        if good:
+            if settings.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(
+                    parameters, settings.max_grad_norm, total, foreach=True
+                )
+            state.optimizer.step()
+            seen = state.step * settings.batch
+            for ema, average in averages:
+                update_average(average, everything, ema.decay(settings.batch, seen))
+            state.bad_steps = 0
+        elif fault is not None and not is_overflow(fault, scaler):
+            state.bad_steps += 1
+        if followers and (good or stage.mu == 0):  # 0 hands on a stage's student
+            update_average(followers, everything, stage.mu)
+        info = StepInfo(
+            step=state.step + 1,
+            loss=batch.loss,
+            sigma=batch.sigma,
+            grad_norm=norm,
+            lr=rate,
+            n=stage.n,
+            mu=stage.mu,
+            skipped=not good,
+            fault=fault_text(fault, scaler),
+            waited=waited,
+        )
+        if state.bad_steps >= settings.max_bad_steps:
+            raise Diverged(
+                f"not finite {state.bad_steps} steps in a row, to step {info.step}: {info.fault}",
+                "start again with a lower train.lr, or --set train.max_grad_norm=1; the last"
+                " checkpoint is intact",
+                info,
+                batch,
+            )
+        state.step += 1
+        yield info
+
+
+def accumulate(
+    state: TrainState,
+    learner: nn.Module,
+    objective: Objective,
+    microbatch: BatchFn,
+    stage: Stage,
+    settings: FitSettings,
+) -> tuple[Batch, float]:
+    """Return a step's batch, and the seconds spent waiting for it; the gradients gain its own.
+
+    They are those of the mean loss over the global batch, times the scale of fp16.
+    """
+    group = settings.group
+    shards = tuple(range(group.rank, settings.rounds * group.world_size, group.world_size))
+    images, classes, sigmas, losses = [], [], [], []
+    waited = 0.0
+    for shard in shards:
+        generator = step_generator(settings.seed, state.step, shard)
+        asked = time.perf_counter()
+        x0, labels = microbatch(state.step, shard)
+        waited += time.perf_counter() - asked
+        with sync_in_last_round(learner, last=shard == shards[-1]):
+            with seeded(generator), autocast(x0.device.type, settings.precision):
+                target = state.target or state.student
+                loss, sigma = objective(learner, target, x0, labels, stage, generator)
+            mean = guarded_mean(loss) / (settings.rounds * group.world_size)
+            (state.scaler.scale(mean) if state.scaler is not None else mean).backward()
+        images.append(x0)
+        classes.append(labels)
+        sigmas.append(sigma)
+        losses.append(loss.detach())
+    known = [labels for labels in classes if labels is not None]
+    labels = torch.cat(known) if known else None
+    return Batch(torch.cat(images), labels, torch.cat(sigmas), torch.cat(losses), shards), waited
+
+
+def guarded_mean(loss: Tensor) -> Tensor:
+    """Return the mean of the losses (B,); unless it is finite, no gradient is.
+
+    So the sum of the gradients over processes tells all of them of a loss that is not.
+    """
+    mean = loss.mean()
+    return mean * torch.where(torch.isfinite(mean.detach()), 1.0, torch.nan)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether all of a tensor is finite; the host waits for the answer."""
+    return bool(torch.isfinite(tensor).all())
+
+
+def find_fault(student: Preconditioned, batch: Batch, group: Group) -> Fault:
+    """Return what is not finite in a step; all processes call this and get the same answer."""
+    place = int(batch.loss.argmax())
+    names = [name for name, _ in student.network.named_parameters()]
+    parameter = next(
+        (
+            name
+            for name, p in student.network.named_parameters()
+            if p.grad is not None and not all(map(is_finite, local([p.grad])))
+        ),
+        None,
+    )
+    round_, image = divmod(place, len(batch.loss) // len(batch.shards))
+    sigma, loss = float(batch.sigma[place]), float(batch.loss[place])
+    faults = group.gather(Fault(parameter, batch.shards[round_], image, sigma, loss))
+    found = [fault.parameter for fault in faults if fault.parameter is not None]
+    worst = max(faults, key=lambda f: f.loss if math.isfinite(f.loss) else math.inf)
+    return worst._replace(parameter=min(found, key=names.index, default=None))
+
+
+def is_overflow(fault: Fault, scaler: GradScaler | None) -> bool:
+    """Tell whether a smaller scale of the loss may mend the fault, and can still be had."""
+    if scaler is None or fault.parameter is None or not math.isfinite(fault.loss):
+        return False
+    return scaler.get_scale() >= MIN_SCALE
+
+
+def fault_text(fault: Fault | None, scaler: GradScaler | None) -> str:
+    """Return a fault in words, "" for none."""
+    if fault is None:
+        return ""
+    scale = f"; the loss is scaled by {scaler.get_scale():g} now" if scaler is not None else ""
+    return f"{fault}{scale}"

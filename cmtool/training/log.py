@@ -1,0 +1,259 @@
+"""What a run says of itself at each log line: means since the last one, speed, memory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from cmtool.core.noise import NoiseRange
+from cmtool.errors import (
+    ResourceError,
+    is_full,
+)
+from cmtool.presets.schema import Preset
+from cmtool.system.dist import Group
+from cmtool.training.fit import StepInfo
+
+
+class Progress(NamedTuple):
+    """One step's news for whoever watches: the last log line so far, empty before the first."""
+
+    step: int
+    steps: int
+    seconds_left: float
+    line: dict[str, Any]
+    is_log_line: bool
+
+
+class Watcher(Protocol):
+    """Somebody who is told how a run goes."""
+
+    def progress(self, news: Progress) -> None:
+        """Take the news of one step."""
+
+    def note(self, text: str) -> None:
+        """Take a remark worth a line."""
+
+
+def band_edges(noise_range: NoiseRange) -> list[float]:
+    """Return the levels between bands of noise: the decades above sigma_min, below sigma_max."""
+    decades = math.log10(noise_range.sigma_max / noise_range.sigma_min)
+    return [noise_range.sigma_min * 10**i for i in range(1, math.ceil(decades - 1e-9))]
+
+
+def band_names(edges: list[float]) -> list[str]:
+    """Return `<0.02`, `0.02-0.2`, ..., `>20`; of no edges, `all`."""
+    if not edges:
+        return ["all"]
+    texts = [f"{edge:g}" for edge in edges]
+    between = [f"{low}-{high}" for low, high in itertools.pairwise(texts)]
+    return [f"<{texts[0]}", *between, f">{texts[-1]}"]
+
+
+class Means(NamedTuple):
+    """Means over the steps since the last log line, None where there was none."""
+
+    loss: float | None
+    loss_by_sigma: dict[str, float | None]
+    images_by_sigma: dict[str, int]
+    grad_norm: float | None
+    skipped: int
+
+
+class Meter:
+    """Sums since the last log line; they stay on the device, and between lines nothing is read.
+
+    A skipped step counts as skipped and in no mean.
+    """
+
+    def __init__(self, noise_range: NoiseRange, device: str) -> None:
+        edges = band_edges(noise_range)
+        self.names = band_names(edges)
+        self.edges = torch.tensor(edges, dtype=torch.float64, device=device)
+        self.bands = torch.arange(len(self.names), device=device)[:, None]
+        self.loss = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self.images = torch.zeros_like(self.loss)
+        self.norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.steps = self.skipped = 0
+
+    def add(self, info: StepInfo) -> None:
+        """Take one step in."""
+        if info.skipped:
+            self.skipped += 1
+            return
+        place = torch.bucketize(info.sigma.double(), self.edges, right=True)  # (B,)
+        inside = place == self.bands  # (bands, B)
+        self.loss += torch.where(inside, info.loss.double(), 0).sum(1)
+        self.images += inside.sum(1)
+        self.norm += info.grad_norm
+        self.steps += 1
+
+    def held(self, group: Group) -> dict[str, Any]:
+        """Return the sums over all processes, each of which calls this, as JSON takes them."""
+        loss, images = group.sum(torch.stack([self.loss, self.images])).tolist()
+        norm = float(self.norm)
+        sums = {"loss": loss, "images": images, "grad_norm": norm}
+        return {**sums, "steps": self.steps, "skipped": self.skipped}
+
+    def go_on(self, held: Mapping[str, Any] | None, *, leads: bool) -> None:
+        """Start from what an interrupted run held; of its sums one process takes them all."""
+        if held is None or len(held["loss"]) != len(self.names):
+            return
+        if leads:
+            self.loss += self.loss.new_tensor(held["loss"])
+            self.images += self.images.new_tensor(held["images"])
+        self.norm += held["grad_norm"]
+        self.steps, self.skipped = held["steps"], held["skipped"]
+
+    def take(self, group: Group) -> Means:
+        """Return the means over all processes, each of which calls this, and start anew."""
+        held = self.held(group)
+        loss, images = held["loss"], held["images"]
+        for total in (self.loss, self.images, self.norm):
+            total.zero_()
+        self.steps = self.skipped = 0
+        by_sigma = [mean(total, count) for total, count in zip(loss, images, strict=True)]
+        return Means(
+            loss=mean(sum(loss), sum(images)),
+            loss_by_sigma=dict(zip(self.names, by_sigma, strict=True)),
+            images_by_sigma={n: int(c) for n, c in zip(self.names, images, strict=True)},
+            grad_norm=mean(held["grad_norm"], held["steps"]),
+            skipped=held["skipped"],
+        )
+
+
+def mean(total: float, count: float) -> float | None:
+    """Return total / count; None, JSON's null, for a mean of nothing and what is not finite."""
+    return total / count if count and math.isfinite(total) else None
+
+
+class Clock:
+    """The time a run takes, from its start or resumption on."""
+
+    def __init__(self, step: int, preset: Preset) -> None:
+        self.steps, self.batch = preset.train.steps, preset.train.batch
+        self.first = self.step = step
+        self.start = self.since = time.monotonic()
+        self.waited = 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Take out of the speed, but not of the time left, what the block takes."""
+        began = time.monotonic()
+        yield
+        self.since += time.monotonic() - began
+
+    def seconds_left(self, step: int) -> float:
+        """Return the time to the last step at the pace so far."""
+        pace = (time.monotonic() - self.start) / (step - self.first)
+        return (self.steps - step) * pace
+
+    def lap(self, step: int) -> tuple[float, float]:
+        """Return the seconds a step took and waited for images since the last lap; start anew."""
+        now, steps = time.monotonic(), step - self.step
+        seconds, waited = max(now - self.since, 1e-9) / steps, self.waited / steps
+        self.step, self.since, self.waited = step, now, 0.0
+        return seconds, waited
+
+
+def log_line(
+    info: StepInfo,
+    meter: Meter,
+    clock: Clock,
+    group: Group,
+    device: str,
+    ideal_seconds: float | None = None,
+) -> dict[str, Any]:
+    """Return the line for log.jsonl and start the next one; every process calls this.
+
+    It has an `mfu` if the `ideal_seconds` of a step are known.
+    """
+    means = meter.take(group)  # waits for the device, so before the clock is read
+    seconds, waited = clock.lap(info.step)
+    line = {
+        "step": info.step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "images": info.step * clock.batch,
+        "loss": means.loss,
+        "loss_by_sigma": means.loss_by_sigma,
+        "images_by_sigma": means.images_by_sigma,
+        "grad_norm": means.grad_norm,
+        "lr": info.lr,
+        "n": info.n,
+        "mu": info.mu,
+        "skipped": means.skipped,
+        "images_per_second": round(clock.batch / seconds, 1),
+        "data_wait": round(waited / seconds, 4),
+        "memory_gib": round(peak_memory(device) / 2**30, 3),
+    }
+    if ideal_seconds is not None:
+        line["mfu"] = round(ideal_seconds / seconds, 4)
+    return line
+
+
+def peak_memory(device: str) -> int:
+    """Return the most bytes this process has held: of the GPU's memory, else resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of log.jsonl by step, which no clock can turn back, each step's last.
+
+    A line that was cut short or holds rubbish is left out.
+    """
+    if not path.is_file():
+        return []
+    lines: dict[int, dict[str, Any]] = {}
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            lines[int(line["step"])] = line
+        except (ValueError, TypeError, LookupError, RecursionError):
+            continue
+    return [lines[step] for step in sorted(lines)]
+
+
+class LogFile:
+    """log.jsonl; lines that find no room wait for the next one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.waiting: list[str] = []
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line and those that wait, or nothing. Raises ResourceError on a full disk."""
+        self.waiting.append(json.dumps(line) + "\n")
+        content = "".join(self.waiting).encode()
+        with self.path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                written = file.write(content)
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                written = 0
+            if written < len(content):
+                file.truncate(end)
+                raise ResourceError(f"no room on the disk for {self.path}", "free some")
+        self.waiting.clear()
+
+
+class Notes(Protocol):
+    """Somebody who takes remarks."""
+
+    def note(self, text: str) -> None:
+        """Take a remark worth a line."""

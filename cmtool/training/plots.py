@@ -1,0 +1,158 @@
+"""Pictures of a run for people: its curves as SVG, its summary.png."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from cmtool.data.images import display_scale, grid, to_uint8
+from cmtool.system.files import replacing
+
+MAX_POINTS = 400
+"""Points of a curve; of more, neighbours are averaged."""
+
+Log = Sequence[Mapping[str, Any]]
+"""Lines of log.jsonl, by step."""
+
+
+class Curve(NamedTuple):
+    """Points (step, value) under a name."""
+
+    name: str
+    steps: list[float]
+    values: list[float]
+
+
+class Plot(NamedTuple):
+    """Curves that share their axes, each against the step."""
+
+    title: str
+    curves: list[Curve]
+    log_scale: bool = False
+
+
+def picture(images: Tensor, columns: int) -> Tensor:
+    """Return images (B, C, H, W) in [-1, 1] as one uint8 picture, enlarged for people."""
+    return grid(to_uint8(images), columns, scale=display_scale(images.shape[-1]))
+
+
+def run_plots(log: Log) -> list[Plot]:
+    """Return what a log can be plotted as; a plot that would be empty is left out."""
+    bands = list(dict.fromkeys(band for line in log for band in line.get("loss_by_sigma", {})))
+    by_band = [
+        curve(band, [(x["step"], x.get("loss_by_sigma", {}).get(band)) for x in log])
+        for band in bands
+    ]
+    found = [line["eval"] for line in log if "eval" in line]
+    metrics = list(dict.fromkeys(verdict["metric"] for verdict in found))
+    judged = [
+        Plot(f"{metric}, lower is better",
+             [curve(metric, [(v["step"], v["value"]) for v in found if v["metric"] == metric])])
+        for metric in metrics
+    ]  # fmt: skip
+    plots = [
+        Plot("loss", [of(log, "loss")], log_scale=True),
+        Plot("loss by noise level sigma", by_band, log_scale=True),
+        *judged,
+        Plot("gradient norm", [of(log, "grad_norm")], log_scale=True),
+        Plot("learning rate", [of(log, "lr")]),
+        Plot("points of the noise grid, N", varying(of(log, "n"))),
+        Plot("decay of the target, mu", varying(of(log, "mu"))),
+        Plot("images a second", [of(log, "images_per_second")]),
+        Plot("share of the peak (MFU)", [of(log, "mfu")]),
+    ]
+    drawn = (plot._replace(curves=[c for c in plot.curves if c.values]) for plot in plots)
+    return [plot for plot in drawn if plot.curves]
+
+
+def of(log: Log, key: str) -> Curve:
+    """Return the curve of one key."""
+    return curve(key, [(line["step"], line.get(key)) for line in log])
+
+
+def varying(curve: Curve) -> list[Curve]:
+    """Return the curve, or nothing where it is a constant, which the preset tells as well."""
+    return [curve] if len(set(curve.values)) > 1 else []
+
+
+def curve(name: str, points: Sequence[tuple[float, float | None]]) -> Curve:
+    """Return the points that have a value, as a curve of at most MAX_POINTS."""
+    known = [(step, value) for step, value in points if value is not None]
+    size = -(-len(known) // MAX_POINTS) or 1
+    parts = [known[i : i + size] for i in range(0, len(known), size)]
+    steps = [part[-1][0] for part in parts]
+    return Curve(name, steps, [sum(value for _, value in part) / len(part) for part in parts])
+
+
+def svgs(plots: Sequence[Plot]) -> Iterator[str]:
+    """Yield each plot as an SVG document."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.fonttype": "none", "font.size": 9}):
+        for plot in plots:
+            figure = Figure(figsize=(4.6, 2.6))
+            several = len(plot.curves) > 1
+            right = 0.8 if several else 0.97
+            figure.subplots_adjust(left=0.14, right=right, bottom=0.17, top=0.88)
+            axis = figure.subplots()
+            for name, steps, values in plot.curves:
+                dots = "." if len(values) == 1 else ""
+                axis.plot(steps, values, label=name, linewidth=1.2, marker=dots)
+            positive = all(value > 0 for each in plot.curves for value in each.values)
+            axis.set(
+                title=plot.title,
+                xlabel="step",
+                yscale="log" if plot.log_scale and positive else "linear",
+            )
+            axis.grid(alpha=0.3)
+            if several:
+                axis.legend(
+                    fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1),
+                    handlelength=1, borderaxespad=0.2,
+                )  # fmt: skip
+            svg = io.StringIO()
+            figure.savefig(svg, format="svg", metadata={"Date": None})
+            yield svg.getvalue()
+
+
+def write_summary(path: Path, log: Log, panels: dict[str, Tensor], title: str) -> None:
+    """Write summary.png: the training curve, and each panel's images (B, C, H, W) beside it."""
+    from matplotlib.figure import Figure
+
+    plot = Figure(figsize=(4.6 + 4.2 * len(panels), 3.4), layout="constrained")
+    ratios = [4.2, *[4.2] * len(panels)]
+    axes = plot.subplots(1, 1 + len(panels), width_ratios=ratios, squeeze=False)
+    loss, *rest = axes[0]
+    known = of(log, "loss")
+    loss.plot(known.steps, known.values)
+    loss.set(xlabel="step", ylabel="loss", title=title, yscale="log")
+    loss.grid(alpha=0.3)
+    for axis, (name, images) in zip(rest, panels.items(), strict=True):
+        axis.imshow(picture(images, 10).permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set(title=name)
+        axis.set_axis_off()
+    temporary = path.with_name(f".{path.name}.tmp.png")
+    plot.savefig(temporary, dpi=110)
+    temporary.replace(path)
+
+
+def write_curves(
+    path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str
+) -> None:
+    """Write curves of (x, y), both on a logarithmic scale, as the picture that `path` ends in."""
+    from matplotlib.figure import Figure
+
+    plot = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axis = plot.subplots()
+    for name, points in curves.items():
+        axis.plot(*zip(*points, strict=True), label=name, marker=".", linewidth=1.2)
+    axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, frameon=False)
+    with replacing(path) as temporary:
+        plot.savefig(temporary, dpi=110, format=path.suffix[1:])

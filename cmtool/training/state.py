@@ -1,0 +1,171 @@
+"""What a training run changes, built from a preset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from cmtool.core.ema import Ema, frozen_copy
+from cmtool.core.networks import NETWORKS
+from cmtool.core.optimizers import OPTIMIZERS
+from cmtool.core.precond import Preconditioned
+from cmtool.core.rng import keyed_generator, seeded
+from cmtool.errors import UserError
+from cmtool.models import Model
+from cmtool.presets.build import build_denoiser, build_network, pick
+from cmtool.presets.schema import Preset
+from cmtool.system.devices import on_device
+from cmtool.system.dist import ALONE, Group
+from cmtool.system.parallel import shard
+
+
+def build_state(
+    preset: Preset, teacher: Model | None, device: str, group: Group = ALONE
+) -> TrainState:
+    """Return the start of a run: the student has the teacher's weights, or random ones without.
+
+    The networks, the teacher's too, are put where and how the device, `preset.train` and the group
+    want them: sharded ones go to the device block by block, and in main memory is one whole copy
+    beside the student. Raises UserError for a network without blocks that can be computed again,
+    and for models that are to be sharded and compiled.
+    """
+    if preset.train.compile and group.mesh is not None:
+        raise UserError(
+            "train.compile with run.sharding = 'fsdp': models are whole in parts only",
+            "leave one of them out",
+        )
+
+    def spread(model: Preconditioned) -> None:
+        kinds = NETWORKS[preset.model.network.name].blocks
+        shard(model, group, blocks_of(model, kinds))
+
+    with seeded(keyed_generator("init", preset.train.seed)):
+        network = build_network(preset.model)
+    student = build_denoiser(preset, preset.kind, network)
+    if teacher is not None:
+        student.network.load_state_dict(teacher.f.network.state_dict())
+        spread(teacher.f)
+    student = on_device(student, device if group.mesh is None else "cpu").requires_grad_(True)
+    if preset.train.checkpoint_activations:
+        recompute_activations(network, preset.model.network.name)
+    target = None
+    if preset.loss.target in ("ema", "previous"):  # an earlier student drops out no more
+        target = frozen_copy(student).train(preset.loss.target == "ema")
+        spread(target)
+    emas = {}
+    for ema in preset.train.ema:
+        emas[ema.name] = Ema(
+            student, rate=ema.rate, halflife_images=ema.halflife_images, rampup=ema.rampup
+        )
+        spread(emas[ema.name].model)
+    spread(student)
+    optimizer = pick(OPTIMIZERS, preset.train.optimizer, "train.optimizer")
+    scaler = GradScaler(torch.device(device).type) if preset.train.precision == "fp16" else None
+    state = TrainState(
+        student, target, emas, optimizer(student.parameters(), lr=preset.train.lr), scaler
+    )
+    if preset.train.compile:
+        for model in (student, target, teacher.f if teacher else None):
+            if model is not None:
+                model.network.compile()  # in place: the names of its tensors stay
+    return state
+
+
+def blocks_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.Module]:
+    """Return the modules of these kinds within a module."""
+    return [part for part in module.modules() if isinstance(part, kinds)]
+
+
+def recompute_activations(network: nn.Module, name: str) -> None:
+    """Make the residual blocks of a network keep only their inputs for the backward pass."""
+    blocks = blocks_of(network, NETWORKS[name].blocks)
+    if not blocks:
+        raise UserError(
+            f"network {name!r} has no residual blocks", "leave train.checkpoint_activations out"
+        )
+    for block in blocks:
+        block.recompute = True  # type: ignore[assignment]  # of a module, torch says: Tensor or Module
+
+
+def fit_settings(preset: Preset, group: Group = ALONE) -> FitSettings:
+    """Return the numbers of a run."""
+    t = preset.train
+    return FitSettings(
+        steps=t.steps,
+        batch=t.batch,
+        seed=t.seed,
+        lr=t.lr,
+        warmup_steps=t.warmup_steps,
+        decay_to=t.decay_to,
+        rounds=t.accumulate,
+        max_grad_norm=t.max_grad_norm,
+        max_bad_steps=t.max_bad_steps,
+        precision=t.precision,
+        group=group,
+    )
+
+
+@dataclass
+class TrainState:
+    """Everything a run changes. `step` counts finished optimizer steps.
+
+    Without a `target` the loss compares the student with itself (mu = 0) or needs none.
+    """
+
+    student: Preconditioned
+    target: Preconditioned | None
+    emas: dict[str, Ema]
+    optimizer: Optimizer
+    scaler: GradScaler | None = None
+    """Of the loss, in fp16."""
+    step: int = 0
+    bad_steps: int = 0
+    """Steps in a row, up to this one, that were skipped for what is not finite."""
+    unlogged: dict[str, Any] | None = None
+    """What the next log line has summed up so far, as JSON; for whoever writes it."""
+
+
+def counters(state: TrainState) -> dict[str, Any]:
+    """Return what a state holds beside tensors, as JSON takes it."""
+    scaler = state.scaler.state_dict() if state.scaler is not None else None
+    return {
+        "step": state.step,
+        "bad_steps": state.bad_steps,
+        "scaler": scaler,
+        "unlogged": state.unlogged,
+    }
+
+
+def set_counters(state: TrainState, facts: Mapping[str, Any]) -> None:
+    """Set what `counters` returned; what an older version did not know is as at the start."""
+    state.step = facts["step"]
+    state.bad_steps = facts.get("bad_steps", 0)
+    state.unlogged = facts.get("unlogged")
+    if state.scaler is not None and facts.get("scaler") is not None:
+        state.scaler.load_state_dict(facts["scaler"])
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """The numbers of a run. Losses are means over the global batch."""
+
+    steps: int
+    batch: int
+    seed: int
+    lr: float
+    warmup_steps: int = 0
+    decay_to: float = 1.0
+    """Learning rate at the last step as a share of `lr`, reached along a cosine."""
+    rounds: int = 1
+    """Microbatches a step, accumulated."""
+    max_grad_norm: float | None = None
+    max_bad_steps: int = 5
+    """Skipped steps in a row before the run ends; overflows of fp16 are not among them."""
+    precision: str = "fp32"
+    group: Group = ALONE

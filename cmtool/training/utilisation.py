@@ -1,0 +1,107 @@
+"""How much of a machine's arithmetic training uses: the FLOPs of a step, and a measured peak."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from cmtool.core.precond import Preconditioned
+from cmtool.core.rng import step_generator
+from cmtool.models import Model
+from cmtool.presets.build import build_curriculum, build_denoiser, build_network, build_objective
+from cmtool.presets.schema import Card, Kind, Preset
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEASURED_SECONDS = 0.05
+"""Each of two kernels is repeated for as long."""
+
+
+def step_flops(preset: Preset, teacher: Model | None) -> int | None:
+    """Return the FLOPs of an optimizer step over the global batch, None if they cannot be counted.
+
+    Counted are the matrix products and convolutions of the objective and its backward pass, on the
+    meta device, which knows shapes only, for one image: teacher, target, student and the network
+    of LPIPS as the method uses them. An operation the counter does not know counts as nothing.
+    """
+    with suppress(Exception):  # a network that the meta device cannot run is trained all the same
+        student = shape_of(preset, preset.kind).requires_grad_(True).train()
+        objective = build_objective(
+            preset, shape_of(teacher.preset, "teacher") if teacher else None, "meta"
+        )
+        x0 = torch.empty(1, preset.model.channels, *preset.model.image_size, device="meta")
+        classes = preset.model.num_classes
+        labels = torch.empty(1, dtype=torch.int64, device="meta") if classes else None
+        stage = build_curriculum(preset)(0, preset.train.steps)
+        with FlopCounterMode(display=False) as counter:
+            target = student
+            if preset.loss.target in ("ema", "previous"):
+                target = shape_of(preset, preset.kind)
+            loss, _ = objective(student, target, x0, labels, stage, step_generator(0, 0, 0))
+            loss.sum().backward()
+        return counter.get_total_flops() * preset.train.batch or None
+    return None
+
+
+def shape_of(card: Card, kind: Kind) -> Preconditioned:
+    """Return a card's model on the meta device, without gradients: it has shapes and no numbers."""
+    with torch.device("meta"):
+        return build_denoiser(card, kind, build_network(card.model)).requires_grad_(False)
+
+
+@lru_cache
+def peak_flops(device: str, precision: str) -> float:
+    """Return the FLOP/s that a large matrix product or convolution reaches here, the better one.
+
+    Measured once a process, with the threads and the settings in force.
+    """
+    gpu = device.startswith("cuda")
+    side, batch, channels = (8192, 64, 256) if gpu else (384, 2, 128)
+    dtype = DTYPES[precision]
+    a = torch.ones(side, side, device=device, dtype=dtype)
+    x = torch.ones(batch, channels, 32, 32, device=device, dtype=dtype)
+    kernel = torch.ones(channels, channels, 3, 3, device=device, dtype=dtype)
+    if gpu:
+        x = x.contiguous(memory_format=torch.channels_last)
+    rates = [
+        2 * side**3 / seconds_of(lambda: a @ a, gpu),
+        2 * 9 * x.numel() * channels / seconds_of(lambda: F.conv2d(x, kernel, padding=1), gpu),
+    ]
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    return max(rates)
+
+
+@torch.no_grad()
+def seconds_of(work: Callable[[], object], gpu: bool) -> float:
+    """Return the shortest time `work` takes, after one call that does not count."""
+    rounds = 10 if gpu else 1  # so that a launch does not count
+    best, until = float("inf"), None
+    while until is None or time.perf_counter() < until:
+        began = time.perf_counter()
+        for _ in range(rounds):
+            work()
+        if gpu:
+            torch.cuda.synchronize()
+        ended = time.perf_counter()
+        if until is None:
+            until = ended + MEASURED_SECONDS
+        else:
+            best = min(best, (ended - began) / rounds)
+    return best
+
+
+def ideal_seconds(
+    preset: Preset, teacher: Model | None, device: str, processes: int
+) -> float | None:
+    """Return the seconds of a step on so many devices at their peak; None if it is not known.
+
+    Over the seconds that a step takes, this is MFU (Chowdhery et al. 2022, App. B).
+    """
+    flops = step_flops(preset, teacher)
+    return flops and flops / (peak_flops(device, preset.train.precision) * processes)

@@ -1,0 +1,130 @@
+import pytest
+import torch
+
+from cmtool.data.batches import batches
+from cmtool.data.datasets import Dataset, digits, load_dataset
+from cmtool.data.images import from_uint8, png_bytes
+from cmtool.errors import InputError
+
+
+def test_digits_are_what_they_were():
+    train, held_out = digits("train"), digits("held-out")
+    assert train.images.shape == (11536, 3, 8, 8)
+    assert held_out.images.shape == (2840, 3, 8, 8)
+    assert train.fingerprint() == "3f88216483b88251"
+    assert held_out.fingerprint() == "915555431be2f4ff"
+
+
+def test_the_split_is_disjoint_and_balanced():
+    train, held_out = digits("train"), digits("held-out")
+    counts = held_out.labels.bincount()
+    assert counts.min() >= 0.9 * counts.max()
+    shapes = {ink(image) for image in train.images}
+    assert sum(ink(image) in shapes for image in held_out.images) == 0
+
+
+def ink(image):
+    grey = image.float().sum(0)
+    level = (grey - grey.min()) / (grey.max() - grey.min())
+    return tuple((level * 8).round().int().flatten().tolist())
+
+
+def test_sigma_data_fits():
+    assert float(from_uint8(digits().images).std()) == pytest.approx(0.5, abs=0.02)
+
+
+def tiny(n=10):
+    images = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1)
+    return Dataset("tiny", images, torch.arange(n), n)
+
+
+def epoch(step_fn, steps):
+    return torch.cat([step_fn(step, 0)[1] for step in range(steps)])
+
+
+def test_an_epoch_sees_each_image_once_and_the_next_in_another_order():
+    labels = epoch(batches(tiny(), batch=5, shards=1, seed=0, device="cpu"), 4)
+    assert sorted(labels[:10].tolist()) == sorted(labels[10:].tolist()) == list(range(10))
+    assert labels[:10].tolist() != labels[10:].tolist()
+
+
+def test_batches_may_cross_the_end_of_an_epoch():
+    labels = epoch(batches(tiny(), batch=4, shards=1, seed=0, device="cpu"), 5)
+    assert sorted(labels[:10].tolist()) == sorted(labels[10:].tolist()) == list(range(10))
+
+
+def test_a_batch_may_hold_several_epochs():
+    labels = batches(tiny(), batch=25, shards=1, seed=0, device="cpu")(0, 0)[1]
+    assert sorted(labels[:20].tolist()) == sorted([*range(10), *range(10)])
+    ones = epoch(batches(tiny(), batch=1, shards=1, seed=0, device="cpu"), 25)
+    assert torch.equal(ones, labels)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="without a GPU there is no memory of one to keep images in",
+)
+@pytest.mark.parametrize("flip", [False, True])
+def test_images_kept_on_a_gpu_are_those_kept_in_memory(flip):
+    here, there = (
+        batches(digits(), batch=64, shards=2, seed=0, device=device, flip=flip)
+        for device in ("cpu", "cuda")
+    )
+    for step in (0, 1, 400):
+        for shard in range(2):
+            for a, b in zip(here(step, shard), there(step, shard), strict=True):
+                assert b.is_cuda
+                assert torch.equal(a, b.cpu())
+
+
+def test_shards_are_the_parts_of_the_same_batch():
+    whole = batches(tiny(), batch=6, shards=1, seed=3, device="cpu")
+    parts = batches(tiny(), batch=6, shards=3, seed=3, device="cpu")
+    for step in range(5):
+        together = torch.cat([parts(step, shard)[0] for shard in range(3)])
+        assert torch.equal(together, whole(step, 0)[0])
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(InputError, match="batch of 6 cannot be split into 4"):
+        batches(tiny(), batch=6, shards=4, seed=0, device="cpu")
+
+
+def test_a_folder_takes_its_classes_from_sub_folders(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            picture = torch.full((3, 4, 6), 10 * i, dtype=torch.uint8)
+            (tmp_path / name / f"{i}.png").write_bytes(png_bytes(picture))
+    data = load_dataset(str(tmp_path))
+    assert data.images.shape == (4, 3, 4, 6)
+    assert data.labels.tolist() == [0, 0, 1, 1]
+    assert data.num_classes == 2
+    assert data.images[:, 0, 0, 0].tolist() == [0, 10, 0, 10]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "no images in"),
+        (lambda p: (p / "a.png").write_bytes(b"not a picture"), "a.png is not an image"),
+        (
+            lambda p: [
+                (p / f"{n}.png").write_bytes(png_bytes(torch.zeros(3, n, n, dtype=torch.uint8)))
+                for n in (4, 5)
+            ],
+            "5.png is 5x5 but .*4.png is 4x4",
+        ),
+    ],
+)
+def test_a_bad_folder_names_the_file(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(InputError, match=message):
+        load_dataset(str(tmp_path))
+
+
+def test_an_unknown_data_set_names_the_nearest():
+    with pytest.raises(InputError, match="no data set or folder 'digts'") as caught:
+        load_dataset("digts")
+    assert "did you mean 'digits'" in caught.value.hint

@@ -1,0 +1,446 @@
+import io
+import json
+import multiprocessing
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmtool.data import datasets as data_module
+from cmtool.data.batches import batches
+from cmtool.data.datasets import load_dataset
+from cmtool.data.images import fitted, png_bytes
+from cmtool.data.sources import LazyImages, Names
+from cmtool.errors import InputError
+
+N, SIDE = 12, 6
+LABELS = [i % 3 for i in range(N)]
+
+
+def picture(i):
+    generator = torch.Generator().manual_seed(i)
+    return torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+
+
+PICTURES = torch.stack([picture(i) for i in range(N)])
+NAMES = [f"{i:03d}.png" for i in range(N)]
+
+
+def write(folder, names=NAMES):
+    for name, image in zip(names, PICTURES, strict=True):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png_bytes(image))
+    return folder
+
+
+def zipped(path, names=NAMES, more=None):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, image in zip(names, PICTURES, strict=True):
+            archive.writestr(name, png_bytes(image))
+        for name, content in (more or {}).items():
+            archive.writestr(name, content)
+    return path
+
+
+def by_class(root, _):
+    return write(root / "x", [f"c{label}/{n}" for label, n in zip(LABELS, NAMES, strict=True)])
+
+
+def edm_zip(root, _):
+    names = [f"{i // 10:05d}/img{i:08d}.png" for i in range(N)]
+    table = {"labels": list(map(list, zip(names, LABELS, strict=True)))}
+    return zipped(root / "x.zip", names, {"dataset.json": json.dumps(table)})
+
+
+def csv_folder(root, _):
+    folder = write(root / "x")
+    rows = [f"{n},kind {label}" for n, label in zip(NAMES, LABELS, strict=True)]
+    (folder / "labels.csv").write_text("name,class\n" + "\n".join(rows))
+    return folder
+
+
+def npz(root, _):
+    np.savez(root / "x.npz", PICTURES.permute(0, 2, 3, 1).numpy(), np.array(LABELS))
+    return root / "x.npz"
+
+
+def lmdb(root, _):
+    import lmdb
+
+    with lmdb.open(str(root / "x"), map_size=1 << 20) as database, database.begin(write=True) as t:
+        for i, image in enumerate(PICTURES):
+            t.put(f"key{i:03d}".encode(), png_bytes(image))
+    return root / "x"
+
+
+SOURCES = {
+    "folder": (lambda root, _: write(root / "x"), None),
+    "class folders": (by_class, LABELS),
+    "csv": (csv_folder, LABELS),
+    "zip": (lambda root, _: zipped(root / "x.zip"), None),
+    "EDM's zip": (edm_zip, LABELS),
+    "npz": (npz, LABELS),
+    "lmdb": (lmdb, None),
+}
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 0], ids=["in memory", "streamed"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_gives_the_same_images_and_classes(name, limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "MAX_IN_MEMORY", limit)
+    make, labels = SOURCES[name]
+    found = load_dataset(str(make(tmp_path, None)), size=(SIDE, SIDE))
+    order = sorted(range(N), key=lambda i: LABELS[i]) if name == "class folders" else range(N)
+    assert len(found) == N
+    assert torch.equal(found.images[torch.arange(N)], PICTURES[list(order)])
+    assert torch.equal(torch.cat(list(found.chunks(5))), PICTURES[list(order)])
+    if labels is None:
+        assert (found.labels, found.num_classes) == (None, 0)
+    else:
+        assert found.labels.tolist() == [labels[i] for i in order]
+        assert found.num_classes == 3
+    assert len(found.fingerprint()) == 16
+
+
+def test_imagenet_as_downloaded(tmp_path):
+    """Folders of wordnet ids, .JPEG whatever they are: one is a PNG, some are CMYK."""
+    for kind in ("n01440764", "n01443537"):
+        for i in range(3):
+            path = tmp_path / "train" / kind / f"{kind}_{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(np.full((7, 9, 3), 60 * i, np.uint8))
+            format_ = ("JPEG", "JPEG", "PNG")[i]
+            (image.convert("CMYK") if i == 1 else image).save(path, format=format_)
+    for name in ("._n01440764_0.JPEG", ".DS_Store"):
+        (tmp_path / "train" / "n01440764" / name).write_bytes(b"macOS")
+    for path in (tmp_path, tmp_path / "train"):
+        found = load_dataset(str(path), size=(4, 4), fit="adm")
+        assert (len(found), found.labels.tolist(), found.num_classes) == (6, [0, 0, 0, 1, 1, 1], 2)
+        assert (found.images[2] == 120).all()
+        assert (found.images[4].float() - 60).abs().max() <= 2
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(png_bytes(PICTURES[0]))
+    with pytest.raises(InputError, match="holds train, val") as caught:
+        load_dataset(str(tmp_path))
+    assert str(tmp_path / "train") in caught.value.hint
+
+
+def test_macos_puts_no_images_into_a_zip(tmp_path):
+    path = zipped(tmp_path / "x.zip", more={"__MACOSX/._000.png": b"x", "a/.b.png": b"x"})
+    assert len(load_dataset(str(path))) == N
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 0], ids=["in memory", "streamed"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_arrays_become_grey_or_coloured_and_fit_as_files_do(
+    tmp_path, monkeypatch, limit, compressed
+):
+    monkeypatch.setattr(data_module, "MAX_IN_MEMORY", limit)
+    save = np.savez_compressed if compressed else np.savez
+    save(tmp_path / "x.npz", PICTURES.permute(0, 2, 3, 1).numpy())
+    folder = write(tmp_path / "x")
+    whole = torch.arange(N)
+    for options in ({"channels": 1}, {"size": (3, 3), "fit": "edm"}):
+        a = load_dataset(str(tmp_path / "x.npz"), **options).images[whole]
+        assert torch.equal(a, load_dataset(str(folder), **options).images[whole])
+    save(tmp_path / "x.npz", PICTURES[:, :1].permute(0, 2, 3, 1).numpy())
+    coloured = load_dataset(str(tmp_path / "x.npz")).images[whole]
+    assert torch.equal(coloured, PICTURES[:, :1].expand(-1, 3, -1, -1))
+
+
+def test_an_uncompressed_npz_stays_in_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "MAX_IN_MEMORY", 0)
+    fortran = np.asfortranarray(PICTURES.permute(0, 2, 3, 1).numpy())
+    np.savez(tmp_path / "x.npz", fortran, np.array(LABELS))
+    found = load_dataset(str(tmp_path / "x.npz"))
+    assert str(tmp_path / "x.npz") in Path("/proc/self/maps").read_text()
+    assert torch.equal(found.images[torch.arange(N)], PICTURES)
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    folder = write(tmp_path / "x")
+    (folder / "003.png").unlink()
+    (folder / "003.png").symlink_to("gone.png")
+    with pytest.raises(InputError, match=r"003\.png cannot be read: No such file"):
+        load_dataset(str(folder))
+
+
+def test_packed_names_are_the_names():
+    names = ["", "a.png", "deep/é/\udcff.png", "a.png"]
+    packed = Names(names)
+    assert [packed[i] for i in range(len(packed))] == names
+
+
+def test_folders_of_five_digits_are_no_classes(tmp_path):
+    names = [f"{i // 10:05d}/img{i:08d}.png" for i in range(N)]
+    assert load_dataset(str(zipped(tmp_path / "x.zip", names))).labels is None
+    table = json.dumps({"labels": None})
+    with_json = zipped(tmp_path / "y.zip", names, {"dataset.json": table})
+    assert load_dataset(str(with_json)).labels is None
+
+
+def cifar_pickle(rows, labels):
+    """One batch as the archive has it: a table with numpy's array, written by Python 2."""
+
+    def text(value):
+        return b"U" + bytes([len(value)]) + value
+
+    content = b"\x80\x02}(" + text(b"data") + b"cnumpy.core.multiarray\n_reconstruct\n"
+    content += b"cnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R("
+    content += b"K\x01M" + struct.pack("<H", len(rows)) + b"M\x00\x0c\x86"
+    content += b"cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R(K\x03" + text(b"|")
+    content += b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+    content += b"T" + struct.pack("<i", rows.size) + rows.tobytes() + b"tb"
+    content += text(b"labels") + b"](" + b"".join(b"K" + bytes([n]) for n in labels) + b"eu."
+    return content
+
+
+def test_cifars_tarball_is_read_without_unpickling(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 256, (10, 3072), dtype=np.uint8)
+    labels = rng.integers(0, 10, 10).tolist()
+    path = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for batch in (2, 1):
+            part = slice(5 * batch - 5, 5 * batch)
+            content = cifar_pickle(rows[part], labels[part])
+            member = tarfile.TarInfo(f"cifar-10-batches-py/data_batch_{batch}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    found = load_dataset(str(path), size=(32, 32))
+    assert torch.equal(found.images, torch.from_numpy(rows).reshape(10, 3, 32, 32))
+    assert found.labels.tolist() == labels
+
+
+def test_code_in_cifars_tarball_does_not_run(tmp_path):
+    canary = tmp_path / "canary"
+    content = b"\x80\x02cposix\nsystem\nX" + struct.pack("<I", 6 + len(str(canary)))
+    content += f"touch {canary}".encode() + b"\x85R."
+    path = tmp_path / "cifar.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        member = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(InputError, match=r"posix\.system"):
+        load_dataset(str(path))
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_and_streaming_change_nothing(tmp_path, monkeypatch, workers, shards):
+    path = str(by_class(tmp_path, None))
+    wanted = batches(load_dataset(path), batch=4, shards=shards, seed=1, device="cpu", flip=True)
+    monkeypatch.setattr(data_module, "MAX_IN_MEMORY", 0)
+    ahead = batches(
+        load_dataset(path), batch=4, shards=shards, seed=1, device="cpu", flip=True,
+        workers=workers,
+    )  # fmt: skip
+    for step in [0, 1, 2, 7, 8]:  # a run that resumes jumps
+        for shard in range(shards):
+            x, y = ahead(step, shard)
+            assert torch.equal(x, wanted(step, shard)[0])
+            assert torch.equal(y, wanted(step, shard)[1])
+
+
+def test_a_step_waits_for_no_image_that_a_worker_has_time_to_decode(tmp_path, monkeypatch):
+    """12 images take 0.12 s, a step 0.3 s: beside it, not before it."""
+    monkeypatch.setattr(data_module, "MAX_IN_MEMORY", 0)
+    decode = LazyImages.image
+    monkeypatch.setattr(LazyImages, "image", lambda *a: (time.sleep(0.01), decode(*a))[1])
+    waited = {}
+    for workers in (0, 1):
+        data = load_dataset(str(write(tmp_path / "x")))
+        fetch = batches(data, batch=N, shards=1, seed=0, device="cpu", workers=workers)
+        fetch(0, 0)
+        waited[workers] = 0.0
+        for step in range(1, 5):
+            time.sleep(0.3)
+            asked = time.perf_counter()
+            fetch(step, 0)
+            waited[workers] += time.perf_counter() - asked
+    assert waited[0] > 4 * 0.12
+    assert waited[1] < 0.25 * waited[0]
+
+
+def test_a_bad_image_met_by_a_worker_is_named(tmp_path, monkeypatch):
+    folder = write(tmp_path / "x")
+    (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:60])
+    monkeypatch.setattr(data_module, "MAX_IN_MEMORY", 0)
+    ahead = batches(load_dataset(str(folder)), batch=N, shards=1, seed=0, device="cpu", workers=1)
+    for _ in range(2):  # asked again, it says so again
+        with pytest.raises(InputError, match=r"007\.png cannot be decoded"):
+            ahead(0, 0)
+        assert multiprocessing.active_children() == []
+
+
+def test_half_of_the_images_are_mirrored_and_the_same_ones_again(tmp_path):
+    found = load_dataset(str(write(tmp_path / "x")))
+    plain = batches(found, batch=N, shards=1, seed=0, device="cpu")
+    flipped = batches(found, batch=N, shards=1, seed=0, device="cpu", flip=True)
+    mirrored = []
+    for step in range(40):
+        x, y = plain(step, 0)[0], flipped(step, 0)[0]
+        for a, b in zip(x, y, strict=True):
+            assert torch.equal(a, b) or torch.equal(a.flip(2), b)
+            mirrored.append(torch.equal(a.flip(2), b))
+        assert torch.equal(y, flipped(step, 0)[0])
+    assert 0.4 < sum(mirrored) / len(mirrored) < 0.6
+
+
+def test_fits_are_those_of_the_tools_they_are_named_after():
+    image = torch.zeros(3, 40, 80, dtype=torch.uint8)
+    image[:, :, 20:60] = 200  # the centred square
+    for how in ("edm", "adm", "box"):
+        out = fitted(image, (10, 10), how)
+        assert out.shape == (3, 10, 10)
+        assert (out == 200).all()
+    picture = Image.fromarray(PICTURES[0].permute(1, 2, 0).numpy()).resize((50, 40))
+    wide = torch.from_numpy(np.array(picture).transpose(2, 0, 1).copy())
+    square = picture.crop((5, 0, 45, 40)).resize((12, 12), Image.Resampling.LANCZOS)
+    assert torch.equal(
+        fitted(wide, (12, 12), "edm").permute(1, 2, 0), torch.tensor(np.array(square))
+    )
+    half = picture.resize((25, 20), Image.Resampling.BOX)
+    small = half.resize((15, 12), Image.Resampling.BICUBIC).crop((1, 0, 13, 12))
+    assert torch.equal(
+        fitted(wide, (12, 12), "adm").permute(1, 2, 0), torch.tensor(np.array(small))
+    )
+
+
+def bad_json(root, change):
+    table = [[name, label] for name, label in zip(NAMES, LABELS, strict=True)]
+    return zipped(root / "x.zip", more={"dataset.json": json.dumps({"labels": change(table)})})
+
+
+def bomb(root):
+    with zipfile.ZipFile(root / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(50_000_000))
+    return root / "x.zip"
+
+
+def twice(root):
+    with pytest.warns(UserWarning, match="Duplicate"):
+        return zipped(root / "x.zip", more={NAMES[0]: b"again"})
+
+
+def cut(root):
+    path = zipped(root / "x.zip")
+    path.write_bytes(path.read_bytes()[:-30])
+    return path
+
+
+def broken_member(root):
+    path = zipped(root / "x.zip")
+    content = bytearray(path.read_bytes())
+    content[60] ^= 255
+    path.write_bytes(content)
+    return path
+
+
+def lying_npz(root):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 64, 64, 3)}
+    )
+    with zipfile.ZipFile(root / "x.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue())
+    return root / "x.npz"
+
+
+def saved(root, **arrays):
+    np.savez(root / "x.npz", **arrays)
+    return root / "x.npz"
+
+
+def mixed(root):
+    folder = write(root / "x")
+    (folder / "999.png").write_bytes(png_bytes(torch.zeros(3, 9, 9, dtype=torch.uint8)))
+    return folder
+
+
+BAD = {
+    "entry missing": (lambda r: bad_json(r, lambda t: t[1:]), "gives no class for '000.png'"),
+    "negative": (lambda r: bad_json(r, lambda t: [[t[0][0], -1], *t[1:]]), "the class -1 for"),
+    "not whole": (lambda r: bad_json(r, lambda t: [[t[0][0], 0.5], *t[1:]]), "class 0.5 for"),
+    "no list": (lambda r: bad_json(r, lambda t: 7), "is not {'labels'"),
+    "bomb": (bomb, "unpacks from"),
+    "name twice": (twice, "holds a name twice"),
+    "cut zip": (cut, "is not a data set"),
+    "broken member": (broken_member, "000.png' in .* is damaged|cannot be decoded"),
+    "npz of 12 TB": (lying_npz, "claims 12,288,000,000,000 bytes"),
+    "npz of floats": (lambda r: saved(r, arr_0=np.zeros((2, 4, 4, 3))), "float64"),
+    "npz of objects": (lambda r: saved(r, arr_0=np.array([{}], object)), "claims|holds no images"),
+    "npz of nothing": (lambda r: saved(r, x=np.zeros(2)), "holds no images"),
+    "odd labels": (
+        lambda r: saved(r, arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.array([0, -1])),
+        "arr_1",
+    ),
+    "mixed sizes": (mixed, r"999\.png is 9x9, not 6x6"),
+    "text": (lambda r: [(r / "x").mkdir(), (r / "x" / "a.txt").write_text("a")] and r / "x",
+             "no images in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_used_is_named(name, tmp_path):
+    make, message = BAD[name]
+    with pytest.raises(InputError, match=message):
+        load_dataset(str(make(tmp_path)), size=(SIDE, SIDE))
+
+
+def test_names_that_climb_out_are_only_names(tmp_path):
+    path = zipped(tmp_path / "x.zip", [f"../../{name}" for name in NAMES])
+    assert len(load_dataset(str(path))) == N
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.zip"]
+
+
+STREAM = """
+import json, os, resource, sys
+from pathlib import Path
+from cmtool.core.data import batches, load_dataset
+
+def resident(pid="self"):
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+load_dataset("digits")
+before = resident()
+data = load_dataset(sys.argv[1], size=(32, 32))
+fetch = batches(data, batch=256, shards=1, seed=0, device="cpu", workers=2)
+for step in range(100):
+    x, labels = fetch(step, 0)
+children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+# a worker begins with what its parent holds; how much of that a kernel copies is not ours
+grown = resident() - before + sum(max(resident(child) - before, 0) for child in children)
+print(json.dumps({"images": len(data), "lazy": type(data.images).__name__, "grown": grown}))
+"""
+
+
+@pytest.mark.slow
+def test_200_000_images_stream_from_a_zip_in_little_memory(tmp_path):
+    """Twice CIFAR's pixels, by two workers."""
+    side, count = 32, 200_000
+    content = [
+        png_bytes(torch.randint(0, 256, (3, side, side), dtype=torch.uint8)) for _ in range(16)
+    ]
+    names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(count)]
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for i, name in enumerate(names):
+            archive.writestr(name, content[i % 16])
+        table = {"labels": [[name, i % 10] for i, name in enumerate(names)]}
+        archive.writestr("dataset.json", json.dumps(table))
+    out = subprocess.run(
+        [sys.executable, "-c", STREAM, str(tmp_path / "x.zip")], capture_output=True, check=True
+    )
+    told = json.loads(out.stdout)
+    assert (told["images"], told["lazy"]) == (count, "LazyImages")
+    assert told["grown"] < 300e6

@@ -1,0 +1,57 @@
+import pytest
+
+from cmtool.errors import UserError
+from cmtool.evaluation.search import search_indices, ternary_search
+
+TRACE = {5: 3.649, 9: 3.319, 10: 3.051, 11: 2.928, 12: 3.049, 13: 3.277, 14: 3.460}
+"""FIDs of the published CIFAR-10 model by the second index of 18, from the release's notebook."""
+
+
+@pytest.mark.parametrize("high", range(2, 40))
+def test_the_bottom_of_a_valley_is_found_in_few_steps(high):
+    for bottom in range(1, high):
+        asked = []
+
+        def value(i, bottom=bottom, asked=asked):
+            asked.append(i)
+            return abs(i - bottom)
+
+        assert ternary_search(value, 0, high) == bottom
+        assert len(asked) == len(set(asked))
+        assert len(asked) <= 14
+
+
+def test_the_published_search_ends_where_it_ended():
+    def fid(i):
+        return TRACE.get(i, 4.0 + 0.1 * abs(i - 11))
+
+    assert ternary_search(fid, 0, 17) == 11
+
+
+def test_the_best_of_all_that_were_asked_is_returned():
+    values = {1: 0.0, 2: 9.0, 3: 5.0, 4: 4.0, 5: 5.0, 6: 9.0, 7: 9.0}  # two valleys
+    asked = []
+
+    def value(i):
+        asked.append(i)
+        return values[i]
+
+    found = ternary_search(value, 0, 8)
+    assert values[found] == min(values[i] for i in asked)
+
+
+def test_levels_are_added_one_at_a_time():
+    asked = []
+
+    def score(indices):
+        asked.append(indices)
+        return sum(abs(i - best) for i, best in zip(indices, (0, 7, 12), strict=False))
+
+    assert search_indices(score, 3, 18) == (0, 7, 12)
+    assert {len(i) for i in asked} == {2, 3}
+    assert all(i[:2] == (0, 7) for i in asked if len(i) == 3)
+
+
+def test_no_room_for_a_level_is_told():
+    with pytest.raises(UserError, match="no level between 0 and 1"):
+        search_indices(lambda _: 0.0, 2, 2)
