@@ -31,6 +31,7 @@ from cmtool.presets.schema import (
     SampleSection,
 )
 from cmtool.presets.toml import load_preset
+from cmtool.presets.upgrade import of_kind, upgraded
 from cmtool.system.devices import on_device
 from cmtool.system.files import file_sha256
 
@@ -39,6 +40,7 @@ BUNDLED = ("digits-edm", "digits-cd")
 SAMPLING: dict[Kind, SampleSection] = {
     "teacher": SampleSection(sampler=Choice(name="heun"), steps=18),
     "consistency": SampleSection(sampler=Choice(name="multistep"), steps=1),
+    "flow map": SampleSection(sampler=Choice(name="multistep"), steps=1),
 }
 """How a model is sampled that does not say."""
 
@@ -115,11 +117,7 @@ def load_model(
             f"{path} does not say if it is a teacher or a consistency model",
             "say it: --kind teacher or --kind consistency",
         )
-    if card.kind != chosen:
-        card = Card(
-            description=card.description, model=card.model, noise=card.noise,
-            sample=SAMPLING[chosen].model_copy(update={"grid": card.sample.grid}),
-        )  # fmt: skip
+    card = as_kind(card, chosen)
     with torch.device("meta"):
         try:
             network = build_network(card.model)
@@ -133,7 +131,7 @@ def load_model(
         first = str(error).splitlines()[-1].strip()
         raise InputError(f"{file} is not the network it names: {first}", "make it again") from None
     try:
-        f = build_denoiser(card, chosen, network)
+        f = build_denoiser(card, network)
     except Stopped:
         raise
     except UserError as error:
@@ -145,6 +143,26 @@ def load_model(
     levels = card.sample.levels | searched_levels(path, weights, sha256)
     card = card.model_copy(update={"sample": card.sample.model_copy(update={"levels": levels})})
     return Model(f, card, chosen, str(path), sha256, held, name, choices, notes, is_said)
+
+
+def as_kind(card: Card, kind: Kind) -> Card:
+    """Return the card of a model that is taken for one of another kind: its sampler, its scalings.
+
+    A teacher has EDM's scalings, unless its file says others; a consistency model has its boundary
+    at sigma_min.
+    """
+    if card.kind == kind:
+        return card
+    name = card.model.scalings.name
+    if kind == "consistency":
+        name = "consistency"
+    elif name == "consistency":
+        name = "edm"
+    return Card(
+        description=card.description, kind=kind, noise=card.noise,
+        model=card.model.model_copy(update={"scalings": Choice(name=name)}),
+        sample=SAMPLING[kind].model_copy(update={"grid": card.sample.grid}),
+    )  # fmt: skip
 
 
 def _siblings(file: Path, held: str) -> tuple[str, ...]:
@@ -159,11 +177,12 @@ def _read_native(file: Path) -> tuple[Card, Kind | None, dict[str, Tensor], str]
     about = read_about(file)
     try:
         section = Preset if "loss" in about["preset"] else Card
-        card = section.model_validate(about["preset"])
         said, held = about["kind"], about["weights"]
+        tables = upgraded(about["preset"])
+        card = section.model_validate(tables if "kind" in tables else of_kind(tables, said))
         if said not in SAMPLING or not re.fullmatch(r"[\w-]{1,60}", held):
             raise ValueError
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, UserError):
         raise InputError(
             f"{file} does not hold a denoiser", "give a model made by cmtool train or distill"
         ) from None
@@ -190,7 +209,8 @@ def _card(foreign: Foreign, preset: Preset | None) -> Card:
     """Return the card of a foreign model. Raises InputError where file and preset disagree."""
     if foreign.image_size is None:
         raise UserError("the file does not give the image size", "say it with --preset")
-    name = next(n for n, kind in NETWORKS.items() if kind.options is type(foreign.options))
+    kind = foreign.kind or (preset.kind if preset is not None else "teacher")
+    name = next(n for n, row in NETWORKS.items() if row.options is type(foreign.options))
     default = type(foreign.options)()
     given = {k: v for k, v in asdict(foreign.options).items() if v != getattr(default, k)}
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
@@ -201,17 +221,20 @@ def _card(foreign: Foreign, preset: Preset | None) -> Card:
         num_classes=foreign.num_classes,
         sigma_data=foreign.sigma_data,
         noise_label=Choice.model_validate(foreign.noise_label),
-        scalings=Choice(name=foreign.scalings),
+        scalings=Choice(name="consistency" if kind == "consistency" else foreign.scalings),
     )
     if preset is not None:
         check_same_network(model, preset.model)
+        kept: dict[str, Any] = {"sigma_data": preset.model.sigma_data}
+        if kind == preset.kind != "teacher":
+            kept |= {"scalings": preset.model.scalings}
         return Card(
-            description=preset.description, noise=preset.noise, sample=preset.sample,
-            model=model.model_copy(update={"sigma_data": preset.model.sigma_data}),
+            description=preset.description, kind=kind, noise=preset.noise, sample=preset.sample,
+            model=model.model_copy(update=kept),
         )  # fmt: skip
     noise = NoiseSection(sigma_min=foreign.sigma_min, sigma_max=foreign.sigma_max, rho=foreign.rho)
-    sample = SAMPLING[foreign.kind or "teacher"].model_copy(update={"grid": foreign.grid})
-    return Card(model=model, noise=noise, sample=sample)
+    sample = SAMPLING[kind].model_copy(update={"grid": foreign.grid})
+    return Card(kind=kind, model=model, noise=noise, sample=sample)
 
 
 def check_same_network(found: ModelSection, named: ModelSection) -> None:

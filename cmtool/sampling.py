@@ -66,9 +66,9 @@ def plan(
     chosen = sampler or preset.sample.sampler
     if chosen.name not in SAMPLERS:
         raise UserError(f"no sampler {chosen.name!r}", nearest(chosen.name, SAMPLERS))
-    if chosen.name != "multistep" and preset.kind == "consistency":
+    if chosen.name != "multistep" and preset.kind != "teacher":
         raise UserError(
-            f"sampler {chosen.name!r} walks a teacher's ODE; this is a consistency model",
+            f"sampler {chosen.name!r} walks a teacher's ODE; this is a {preset.kind} model",
             "use multistep, or leave --sampler out",
         )
     if chosen.name == "multistep" and preset.kind == "teacher":
@@ -85,7 +85,7 @@ def plan(
     tuned = preset.sample.levels.get(str(n))
     if tuned is not None:
         return Plan(chosen, tuple(tuned))
-    if preset.kind == "consistency":
+    if preset.kind != "teacher":
         return Plan(chosen, tuple(trained_levels(preset, n)))
     return Plan(chosen, tuple(sampling_levels(n, noise_range(preset))))
 
@@ -155,7 +155,7 @@ def grid_size(preset: Card) -> int:
     if preset.sample.grid is not None:
         return preset.sample.grid
     if isinstance(preset, Preset):
-        return build_curriculum(preset)(preset.train.steps, preset.train.steps).n
+        return build_curriculum(preset)(preset.train.steps, preset.train.steps).n or PUBLISHED_GRID
     return PUBLISHED_GRID
 
 
@@ -176,9 +176,9 @@ def computing_in(f: Denoiser, precision: str, device: torch.device | str) -> Den
         return f
     kind = torch.device(device).type
 
-    def mixed(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+    def mixed(x: Tensor, sigma: Tensor, *given: Tensor | None) -> Tensor:
         with autocast(kind, precision):
-            return f(x, sigma, labels)
+            return f(x, sigma, *given)
 
     return mixed
 

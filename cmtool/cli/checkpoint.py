@@ -117,7 +117,7 @@ def describe(model: Model) -> dict[str, Any]:
             "max": card.noise.sigma_max,
             "data": card.model.sigma_data,
         },
-        "scalings": card.model.scalings.name if model.kind == "teacher" else "consistency",
+        "scalings": card.model.scalings.name,
         "noise_label": card.model.noise_label.name,
         "weights": model.weights,
         "held": list(model.held),

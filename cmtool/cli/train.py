@@ -103,7 +103,9 @@ def train(
              "--compile": ("train.compile", compile_),
              "--eval-every": ("run.eval_every", eval_every)}  # fmt: skip
     resolved = _resolve(preset, set_, flags, out, resume)
-    if resolved.preset.distills:
+    from cmtool.presets.build import needs_teacher
+
+    if needs_teacher(resolved.preset):
         raise UserError(
             f"preset {preset} distills a teacher, or starts from one",
             f"cmtool distill --preset {preset}",
@@ -158,7 +160,9 @@ def distill(
              "--compile": ("train.compile", compile_),
              "--eval-every": ("run.eval_every", eval_every)}  # fmt: skip
     resolved = _resolve(preset, set_, flags, out, resume)
-    if not resolved.preset.distills:
+    from cmtool.presets.build import needs_teacher
+
+    if not needs_teacher(resolved.preset):
         raise UserError(f"preset {preset} has no teacher", f"cmtool train --preset {preset}")
     from cmtool.models import load_model
     from cmtool.training.start import with_teacher

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cmtool.core.types import Distance
 from cmtool.errors import MissingError
 
 
@@ -42,9 +43,12 @@ def linf(x: Tensor, y: Tensor) -> Tensor:
 def pseudo_huber(x: Tensor, y: Tensor, *, c: float | None = None) -> Tensor:
     """Return sqrt(|x - y|^2 + c^2) - c with the norm over the whole image.
 
-    c is 0.00054 sqrt(D) for D values an image when None (Song & Dhariwal 2023, sec. 3.3).
+    c is 0.00054 sqrt(D) for D values an image when None (Song & Dhariwal 2023, sec. 3.3). With
+    c = 0 it is the norm, whose gradient at 0 is taken as 0 (Geng et al. 2024).
     """
     scale = 0.00054 * math.sqrt(x[0].numel()) if c is None else c
+    if scale == 0:
+        return torch.linalg.vector_norm((x - y).flatten(1), dim=1)
     return ((x - y).square().flatten(1).sum(1) + scale**2).sqrt() - scale
 
 
@@ -131,5 +135,10 @@ DISTANCES: dict[str, Callable[..., Tensor]] = {
     "pseudo_huber": pseudo_huber,
 }
 
-NORMS = frozenset({"l1", "linf"})
+NORMS: frozenset[Distance] = frozenset({l1, linf})
 """Those that are a norm of x - y: they have a kink at x = y, where the others have a curvature."""
+
+
+def is_norm(distance: Distance) -> bool:
+    """Tell whether a distance, with options bound or not, is one of NORMS."""
+    return (distance.func if isinstance(distance, partial) else distance) in NORMS

@@ -1,7 +1,6 @@
-"""Losses: a teacher learns to denoise; a consistency model learns to agree with itself.
+"""Losses: the formulas that methods use. A teacher learns to denoise, a consistency model to agree.
 
-An `Objective` is one microbatch of a method: it picks levels, makes the pair, and returns the
-loss per image. A method is a choice of functions, not a class.
+Every function returns one value per image, (B,), or the points of a path that are compared.
 """
 
 from __future__ import annotations
@@ -10,14 +9,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from cmtool.core.augment import Augment
-from cmtool.core.noise import LevelPicker, NoiseRange, Stage
+from cmtool.core.distances import is_norm
 from cmtool.core.rng import same_dropout
 from cmtool.core.solvers import euler, slope
 from cmtool.core.tangents import OdePoint, curvature, half_square, tangent
-from cmtool.core.tensors import expand, to_device
+from cmtool.core.tensors import expand
 from cmtool.core.types import Denoiser, Distance, Solver, Weighting
 
 
@@ -28,19 +26,6 @@ class Pair(NamedTuple):
     sigma_hi: Tensor
     x_lo: Tensor
     sigma_lo: Tensor
-
-
-class LossBatch(NamedTuple):
-    """The loss of each image (B,), and the higher noise level it was measured at (B,)."""
-
-    loss: Tensor
-    sigma: Tensor
-
-
-Objective = Callable[
-    [Denoiser, Denoiser | None, Tensor, Tensor | None, Stage, Generator], LossBatch
-]
-"""`(student, target, x0, labels, stage, generator) -> LossBatch`."""
 
 
 def noise_pair(x0: Tensor, sigma_hi: Tensor, sigma_lo: Tensor, noise: Tensor) -> Pair:
@@ -93,16 +78,19 @@ def consistency_loss(
 ) -> Tensor:
     """Return lambda d(f(x_hi), f_target(x_lo)), (B,) (Song et al. 2023, eq. 7 and 10).
 
-    Only the student is differentiated; both passes see the same dropout masks. The weight is
-    taken at sigma_hi, as in the released code; the paper writes the lower level (the published
-    weighting is 1).
+    Only the student is differentiated; both passes see the same dropout masks. Where sigma_lo is 0
+    the target is x_lo itself, the end of the path, whatever the network would say. The weight is a
+    function of both levels; the released code takes it at the higher one, the paper writes the
+    lower (the published weighting is 1).
     """
     with same_dropout() as replay:
         x0_student = student(pair.x_hi, pair.sigma_hi, labels)
         replay()
         with torch.no_grad():
-            x0_target = target(pair.x_lo, pair.sigma_lo, labels)
-    return weight(pair.sigma_hi).to(x0_student) * distance(x0_student, x0_target)
+            at_end = pair.sigma_lo == 0
+            x0_target = target(pair.x_lo, torch.where(at_end, pair.sigma_hi, pair.sigma_lo), labels)
+            x0_target = torch.where(expand(at_end, pair.x_lo) > 0, pair.x_lo, x0_target)
+    return weight(pair.sigma_hi, pair.sigma_lo).to(x0_student) * distance(x0_student, x0_target)
 
 
 def continuous_loss(
@@ -126,7 +114,8 @@ def continuous_loss(
         with torch.no_grad():
             x0_target, g = tangent(target, point, labels)
     h_g = curvature(distance, x0_target, g)
-    return weight(point.sigma).to(x0) * ((x0 - x0.detach() + g / 2) * h_g).flatten(1).sum(1)
+    scale = weight(point.sigma, torch.zeros_like(point.sigma)).to(x0)
+    return scale * ((x0 - x0.detach() + g / 2) * h_g).flatten(1).sum(1)
 
 
 def live_loss(
@@ -136,8 +125,6 @@ def live_loss(
     labels: Tensor | None,
     distance: Distance,
     weight: Weighting,
-    *,
-    norm: bool,
 ) -> Tensor:
     """Return lambda g^T H g / 2, or lambda d(g, 0) of a norm, (B,) (Song et al. 2023, Th. 3 and 4).
 
@@ -148,8 +135,9 @@ def live_loss(
     """
     student(point.x[:1], point.sigma[:1], None if labels is None else labels[:1])
     x0, g = tangent(target, point, labels)
-    near = distance(g, torch.zeros_like(g)) if norm else half_square(distance, x0, g)
-    return weight(point.sigma).to(g) * near
+    is_kinked = is_norm(distance)
+    near = distance(g, torch.zeros_like(g)) if is_kinked else half_square(distance, x0, g)
+    return weight(point.sigma, torch.zeros_like(point.sigma)).to(g) * near
 
 
 def progressive_loss(
@@ -172,7 +160,7 @@ def progressive_loss(
         x_lo = euler(previous, x_mid, sigma_mid, sigma_lo, labels)
         chord = (x_lo - x) / expand(sigma_lo - sigma_hi, x)
         x0 = x - expand(sigma_hi, x) * chord
-    return weight(sigma_hi).to(x) * distance(student(x, sigma_hi, labels), x0)
+    return weight(sigma_hi, sigma_lo).to(x) * distance(student(x, sigma_hi, labels), x0)
 
 
 def denoising_loss(
@@ -185,159 +173,46 @@ def denoising_loss(
 ) -> Tensor:
     """Return lambda mean (D(x0 + sigma noise) - x0)^2 over pixels, (B,) (Karras et al., eq. 2)."""
     denoised = denoiser(x0 + expand(sigma, x0) * noise, sigma, labels)
-    return weight(sigma).to(x0) * (denoised - x0).square().flatten(1).mean(1)
+    scale = weight(sigma, torch.zeros_like(sigma)).to(x0)
+    return scale * (denoised - x0).square().flatten(1).mean(1)
 
 
-def uniform_weight(sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
-    """Return 1: every published consistency model."""
-    return torch.ones_like(sigma)
+def uniform_weight(sigma_hi: Tensor, sigma_lo: Tensor) -> Tensor:
+    """Return 1: every consistency model of the 2023 paper."""
+    return torch.ones_like(sigma_hi)
 
 
-def snr(sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
+def snr(sigma_hi: Tensor, sigma_lo: Tensor) -> Tensor:
     """Return the signal-to-noise ratio sigma^-2."""
-    return sigma**-2
+    return sigma_hi**-2
 
 
-def snr_plus_one(sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
+def snr_plus_one(sigma_hi: Tensor, sigma_lo: Tensor) -> Tensor:
     """Return sigma^-2 + 1."""
-    return sigma**-2 + 1
+    return sigma_hi**-2 + 1
 
 
-def karras(sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
-    """Return sigma^-2 + sigma_data^-2, which makes the network's own error unit-weighted (EDM)."""
-    return sigma**-2 + sigma_data**-2
+def karras(sigma_hi: Tensor, sigma_lo: Tensor, *, sigma_data: float = 0.5) -> Tensor:
+    """Return sigma^-2 + sigma_data^-2 = 1 / c_out^2 (EDM; ECT on ImageNet).
+
+    It makes the network's own error unit-weighted.
+    """
+    return sigma_hi**-2 + sigma_data**-2
 
 
-def truncated_snr(sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
+def truncated_snr(sigma_hi: Tensor, sigma_lo: Tensor) -> Tensor:
     """Return max(sigma^-2, 1) (Salimans & Ho 2022)."""
-    return torch.clamp(sigma**-2, min=1)
+    return torch.clamp(sigma_hi**-2, min=1)
 
 
-def with_warps(network: Callable[..., Tensor], warps: Tensor) -> Denoiser:
-    """Return the denoiser of images that were warped: the network hears how, (B, LABELS)."""
-
-    def denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
-        return network(x, sigma, labels, warps)
-
-    return denoiser
-
-
-def noise_like(x0: Tensor, generator: Generator) -> Tensor:
-    """Return unit noise of x0's shape, dtype and device, drawn on the CPU."""
-    return to_device(torch.randn(x0.shape, generator=generator), x0.device).to(x0.dtype)
-
-
-def denoising_objective(
-    levels: LevelPicker,
-    weight: Weighting,
-    noise_range: NoiseRange,
-    augment: Augment | None = None,
-) -> Objective:
-    """Return the objective of a teacher: one level, one denoising loss, no target.
-
-    With `augment` the images are warped first, and the student takes labels that say how.
-    """
-
-    def objective(
-        student: Denoiser,
-        target: Denoiser | None,
-        x0: Tensor,
-        labels: Tensor | None,
-        stage: Stage,
-        generator: Generator,
-    ) -> LossBatch:
-        sigma = to_device(levels(x0.shape[0], stage.n, noise_range, generator).sigma_hi, x0.device)
-        noise = noise_like(x0, generator)
-        denoiser = student
-        if augment is not None:
-            x0, warps = augment(x0, generator)
-            denoiser = with_warps(student, warps)
-        return LossBatch(denoising_loss(denoiser, x0, sigma, noise, labels, weight), sigma)
-
-    return objective
-
-
-def consistency_objective(
-    levels: LevelPicker,
-    make_pair: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Pair],
-    distance: Distance,
-    weight: Weighting,
-    noise_range: NoiseRange,
-) -> Objective:
-    """Return the objective of CD or CT: `make_pair(x0, sigma_hi, sigma_lo, noise, labels)` decides.
-
-    Without a target network the target is the student itself, not differentiated (mu = 0).
-    """
-
-    def objective(
-        student: Denoiser,
-        target: Denoiser | None,
-        x0: Tensor,
-        labels: Tensor | None,
-        stage: Stage,
-        generator: Generator,
-    ) -> LossBatch:
-        sigma_hi, sigma_lo = levels(x0.shape[0], stage.n, noise_range, generator)
-        noise = noise_like(x0, generator)
-        sigma_hi, sigma_lo = (to_device(sigma, x0.device) for sigma in (sigma_hi, sigma_lo))
-        pair = make_pair(x0, sigma_hi, sigma_lo, noise, labels)
-        loss = consistency_loss(student, target or student, pair, labels, distance, weight)
-        return LossBatch(loss, pair.sigma_hi)
-
-    return objective
-
-
-def continuous_objective(
-    levels: LevelPicker,
-    make_point: Callable[[Tensor, Tensor, Tensor, Tensor | None], OdePoint],
-    loss: Callable[[Denoiser, Denoiser, OdePoint, Tensor | None], Tensor],
-    noise_range: NoiseRange,
-) -> Objective:
-    """Return the objective of continuous-time CD or CT: `make_point(x0, sigma, noise, labels)`."""
-
-    def objective(
-        student: Denoiser,
-        target: Denoiser | None,
-        x0: Tensor,
-        labels: Tensor | None,
-        stage: Stage,
-        generator: Generator,
-    ) -> LossBatch:
-        sigma = levels(x0.shape[0], stage.n, noise_range, generator).sigma_hi.to(x0.device)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
-        point = make_point(x0, sigma, noise, labels)
-        return LossBatch(loss(student, target or student, point, labels), sigma)
-
-    return objective
-
-
-def progressive_objective(
-    levels: LevelPicker, distance: Distance, weight: Weighting, noise_range: NoiseRange
-) -> Objective:
-    """Return the objective of progressive distillation; the target is the previous student."""
-
-    def objective(
-        student: Denoiser,
-        target: Denoiser | None,
-        x0: Tensor,
-        labels: Tensor | None,
-        stage: Stage,
-        generator: Generator,
-    ) -> LossBatch:
-        assert target is not None
-        hi, lo = levels(x0.shape[0], stage.n, noise_range, generator)
-        root = (hi ** (1 / noise_range.rho) + lo ** (1 / noise_range.rho)) / 2
-        hi, mid, lo = (to_device(s, x0.device) for s in (hi, root**noise_range.rho, lo))
-        noise = noise_like(x0, generator)
-        x = x0 + expand(hi, x0) * noise
-        loss = progressive_loss(student, target, x, hi, mid, lo, labels, distance, weight)
-        return LossBatch(loss, hi)
-
-    return objective
+def inverse_gap(sigma_hi: Tensor, sigma_lo: Tensor) -> Tensor:
+    """Return 1 / (sigma_hi - sigma_lo) (Song & Dhariwal 2023, sec. 3.2; ECT on CIFAR-10)."""
+    return 1 / (sigma_hi - sigma_lo)
 
 
 WEIGHTINGS: dict[str, Callable[..., Tensor]] = {
     "uniform": uniform_weight,
+    "inverse_gap": inverse_gap,
     "karras": karras,
     "snr": snr,
     "snr_plus_one": snr_plus_one,

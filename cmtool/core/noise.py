@@ -34,20 +34,24 @@ class Levels(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Where a curriculum stands: n grid points and the decay mu of the target network.
+    """Where a run stands, as its curriculum and level picker see it.
 
-    At a `fresh` step optimizer and weights EMAs start anew; `progress` in [0, 1] is what the
-    learning rate follows.
+    `images` were seen before this step (training fills them in), `progress` in [0, 1] is what the
+    learning rate follows, `n` are the points of the grid (0 without one), `mu` is the decay of the
+    target network, `stage` counts the stages of a curriculum that has some. At a `fresh` step the
+    optimizer and the weights EMAs start anew.
     """
 
-    n: int
-    mu: float
+    images: int = 0
     progress: float = 0.0
+    n: int = 0
+    mu: float = 0.0
+    stage: int = 0
     fresh: bool = False
 
 
-LevelPicker = Callable[[int, int, NoiseRange, Generator], Levels]
-"""`(batch, n, noise_range, generator) -> Levels`."""
+LevelPicker = Callable[[int, Stage, NoiseRange, Generator], Levels]
+"""`(batch, stage, noise_range, generator) -> Levels`."""
 
 Curriculum = Callable[[int, int], Stage]
 """`(step, total_steps) -> Stage`."""
@@ -78,7 +82,7 @@ def karras_sigmas(
 
 def lognormal(
     batch: int,
-    n: int,
+    stage: Stage,
     noise_range: NoiseRange,
     generator: Generator,
     *,
@@ -91,14 +95,14 @@ def lognormal(
     return Levels(sigma, torch.zeros_like(sigma))
 
 
-def uniform(batch: int, n: int, noise_range: NoiseRange, generator: Generator) -> Levels:
+def uniform(batch: int, stage: Stage, noise_range: NoiseRange, generator: Generator) -> Levels:
     """Return neighbours on the n-point Karras grid, index uniform (Song et al. 2023, Alg. 2, 3)."""
-    sigmas = karras_sigmas(n, *noise_range)
-    index = torch.randint(n - 1, (batch,), generator=generator)
+    sigmas = karras_sigmas(stage.n, *noise_range)
+    index = torch.randint(stage.n - 1, (batch,), generator=generator)
     return Levels(sigmas[index + 1], sigmas[index])
 
 
-def ramp(batch: int, n: int, noise_range: NoiseRange, generator: Generator) -> Levels:
+def ramp(batch: int, stage: Stage, noise_range: NoiseRange, generator: Generator) -> Levels:
     """Return u^rho, u uniform between the roots of both ends: the grid of n -> infinity points.
 
     For continuous time (Song et al. 2023, App. B; the released code's law). The other level of a
@@ -114,7 +118,7 @@ def fixed(step: int, total_steps: int, *, n: int = 18, mu: float = 0.0) -> Stage
     """Return the same grid and target decay at every step (Song et al. 2023, Table 3, CD)."""
     if n < 2 or not 0 <= mu < 1:
         raise UserError(f"n = {n}, mu = {mu}", "n must be 2 or more, and 0 <= mu < 1")
-    return Stage(n, mu, min(step / total_steps, 1.0))
+    return Stage(progress=min(step / total_steps, 1.0), n=n, mu=mu)
 
 
 def consistency_training(
@@ -138,7 +142,7 @@ def consistency_training(
     intervals = math.ceil(math.sqrt(progress * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1)
     n = max(intervals, 1) + 1
     mu = math.exp(s0 * math.log(mu0) / (n - 1 if as_released else n))
-    return Stage(n, mu, min(step / total_steps, 1.0))
+    return Stage(progress=progress, n=n, mu=mu)
 
 
 def halving(step: int, total_steps: int, *, start: int = 4096, stage_steps: int = 50_000) -> Stage:
@@ -152,14 +156,15 @@ def halving(step: int, total_steps: int, *, start: int = 4096, stage_steps: int 
         raise UserError(f"start = {start}", "a power of 2, 2 or more, and stage_steps 1 or more")
     long = stage_steps * (start.bit_length() - 2)  # steps before the stage of two intervals
     if step < long:
-        index, into = divmod(step, stage_steps)
-        length, intervals = stage_steps, start >> index
+        stage, into = divmod(step, stage_steps)
+        length, intervals = stage_steps, start >> stage
     else:
-        index, into = divmod(step - long, 2 * stage_steps)
-        length, intervals = 2 * stage_steps, max(2 >> index, 1)
+        later, into = divmod(step - long, 2 * stage_steps)
+        stage = long // stage_steps + min(later, 1)
+        length, intervals = 2 * stage_steps, 2 >> min(later, 1)
     last = into == length - 1 and intervals > 1
-    fresh = into == 0 and step > 0 and (intervals > 1 or index == 1)
-    return Stage(intervals + 1, 0.0 if last else 1.0, into / length, fresh)
+    fresh = into == 0 and step > 0 and (intervals > 1 or step == long + 2 * stage_steps)
+    return Stage(0, into / length, intervals + 1, 0.0 if last else 1.0, stage, fresh)
 
 
 LEVELS: dict[str, Callable[..., Levels]] = {

@@ -141,26 +141,38 @@ class Preconditioned(nn.Module):
         x: Tensor,
         sigma: Tensor,
         labels: Tensor | None = None,
+        sigma_to: Tensor | None = None,
+        *,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
         """Return x0 (B, C, H, W) for x (B, C, H, W), sigma (B,) and labels (B,) or None.
 
+        `sigma_to` (B,) is heard by the network of a flow map alone; None is 0, the end of the path.
         `augment_labels` (B, 9) say how a teacher's training images were warped.
         """
         c_skip, c_out, c_in = self.scalings(sigma, self.sigma_data, self.sigma_min)
         label = self.noise_label(sigma).to(x.device, x.dtype)
-        warp = () if augment_labels is None else (augment_labels,)
-        raw = self.network(channels_last(expand(c_in, x) * x), label, labels, *warp)
+        more = {} if augment_labels is None else {"augment_labels": augment_labels}
+        if is_two_time(self.network):
+            to = torch.zeros_like(sigma) if sigma_to is None else sigma_to
+            more["label_to"] = self.noise_label(to.clamp_min(self.sigma_min)).to(label)
+        raw = self.network(channels_last(expand(c_in, x) * x), label, labels, **more)
         return expand(c_skip, x) * x + expand(c_out, x) * raw.to(x.dtype)
 
 
+def is_two_time(network: nn.Module) -> bool:
+    """Tell whether a raw network takes a second noise label, as that of a flow map does."""
+    return bool(getattr(network, "two_time", False))
+
+
 SCALINGS: dict[str, ScalingsFn] = {
+    "consistency": consistency_scalings,
     "edm": edm_scalings,
     "vp": vp_scalings,
     "ve": ve_scalings,
     "iddpm": vp_scalings,
 }
-"""Of teachers; a consistency model always has `consistency_scalings`."""
+"""A student has its boundary f(x, sigma) = x at sigma_min (`consistency`), or at 0 (`edm`)."""
 
 NOISE_LABELS: dict[str, Callable[..., Tensor]] = {
     "log": log_label,

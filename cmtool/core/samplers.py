@@ -158,7 +158,7 @@ def count_calls(sampler: Callable[..., Tensor], sigmas: Sequence[float]) -> int:
     """Return how often a sampler calls the network for an image, by running it on one pixel."""
     calls = 0
 
-    def counting(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+    def counting(x: Tensor, sigma: Tensor, *given: Tensor | None) -> Tensor:
         nonlocal calls
         calls += 1
         return x
@@ -191,8 +191,8 @@ def check_levels(sigmas: Sequence[float] | Tensor, sigma_min: float) -> None:
 def clipped(denoiser: Denoiser) -> Denoiser:
     """Return the denoiser with every answer clamped to [-1, 1]."""
 
-    def clipped_denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
-        return clip(denoiser(x, sigma, labels))
+    def clipped_denoiser(x: Tensor, sigma: Tensor, *given: Tensor | None) -> Tensor:
+        return clip(denoiser(x, sigma, *given))
 
     return clipped_denoiser
 
@@ -204,14 +204,14 @@ def tiled(denoiser: Denoiser, size: tuple[int, int]) -> Denoiser:
     2023). An image of the size itself is passed on.
     """
 
-    def tiled_denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+    def tiled_denoiser(x: Tensor, sigma: Tensor, *given: Tensor | None) -> Tensor:
         if tuple(x.shape[-2:]) == size:
-            return denoiser(x, sigma, labels)
+            return denoiser(x, sigma, *given)
         total, count = torch.zeros_like(x), torch.zeros_like(x)
         for top in _offsets(x.shape[-2], size[0]):
             for left in _offsets(x.shape[-1], size[1]):
                 part = (..., slice(top, top + size[0]), slice(left, left + size[1]))
-                total[part] += denoiser(x[part], sigma, labels)
+                total[part] += denoiser(x[part], sigma, *given)
                 count[part] += 1
         return total / count
 
@@ -225,9 +225,9 @@ def in_chunks(denoiser: Denoiser, size: int) -> Denoiser:
     batches is the answer for an image, to the last bit, a function of that image.
     """
 
-    def chunked_denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
-        classes = itertools.repeat(None) if labels is None else chunks_of(labels, size)
-        parts = zip(chunks_of(x, size), chunks_of(sigma, size), classes, strict=False)
+    def chunked_denoiser(x: Tensor, sigma: Tensor, *given: Tensor | None) -> Tensor:
+        more = ([None] * len(x) if t is None else chunks_of(t, size) for t in given)
+        parts = zip(chunks_of(x, size), chunks_of(sigma, size), *more, strict=False)
         return torch.cat([denoiser(*part) for part in parts])[: len(x)]
 
     return chunked_denoiser

@@ -13,49 +13,36 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from cmtool.core.augment import LABELS, Augment, augmented
-from cmtool.core.distances import DISTANCES, NORMS
-from cmtool.core.losses import (
-    WEIGHTINGS,
-    Objective,
-    Pair,
-    consistency_objective,
-    continuous_loss,
-    continuous_objective,
-    denoising_objective,
-    live_loss,
-    noise_pair,
-    noise_point,
-    progressive_objective,
-    teacher_pair,
-    teacher_point,
-)
+from cmtool.core.distances import DISTANCES, is_norm
+from cmtool.core.losses import WEIGHTINGS
+from cmtool.core.methods import METHODS, MethodRow, Objective, make_objective
 from cmtool.core.networks import NETWORKS
 from cmtool.core.networks.layers import MAX_BLOCKS
-from cmtool.core.noise import CURRICULA, LEVELS, Curriculum, LevelPicker, NoiseRange
+from cmtool.core.noise import CURRICULA, LEVELS, Curriculum, NoiseRange
 from cmtool.core.precond import (
     NOISE_LABELS,
     SCALINGS,
     Preconditioned,
-    consistency_scalings,
+    is_two_time,
 )
 from cmtool.core.samplers import SAMPLERS
 from cmtool.core.solvers import SOLVERS
-from cmtool.core.tangents import OdePoint
-from cmtool.core.types import Denoiser, Distance, Weighting
+from cmtool.core.types import Denoiser, Distance
 from cmtool.errors import UserError, nearest
-from cmtool.presets.schema import Card, Choice, Kind, ModelSection, Preset
+from cmtool.presets.schema import Card, Choice, ModelSection, Preset
 
 
 def pick(
     registry: Mapping[str, Callable[..., Any]],
     choice: Choice,
     key: str,
-    given: Collection[str] = (),
+    given: Mapping[str, Any] | Collection[str] = (),
 ) -> Callable[..., Any]:
-    """Return the component a preset names, with its options bound.
+    """Return the component a preset names, with its options bound, and what it takes of `given`.
 
-    Options are its keyword-only parameters but those `given` by the caller. Raises UserError for
-    an unknown name or option, naming the good ones, and for an option of the wrong type.
+    Options are its keyword-only parameters but those `given` by the caller; of a mapping, the
+    values are bound too. Raises UserError for an unknown name or option, naming the good ones, and
+    for an option of the wrong type.
     """
     if choice.name not in registry:
         raise UserError(f"{key} = {choice.name!r}", nearest(choice.name, registry))
@@ -73,6 +60,8 @@ def pick(
         except ValidationError as error:
             reason = error.errors()[0]["msg"].lower()
             raise UserError(f"{key}.{option} = {value!r}: {reason}", "mend its type") from None
+    if isinstance(given, Mapping):
+        options |= {name: value for name, value in given.items() if name in types}
     return partial(component, **options) if options else component
 
 
@@ -114,111 +103,103 @@ def noise_range(preset: Card) -> NoiseRange:
     return NoiseRange(preset.noise.sigma_min, preset.noise.sigma_max, preset.noise.rho)
 
 
-def build_denoiser(preset: Card, kind: Kind, network: nn.Module) -> Preconditioned:
-    """Return a Denoiser of the preset: its plain scalings for a teacher, else shifted ones."""
-    plain = pick(SCALINGS, preset.model.scalings, "model.scalings")
+def build_denoiser(card: Card, network: nn.Module) -> Preconditioned:
+    """Return the Denoiser of a card. Raises UserError for a network that is not of its kind."""
+    if is_two_time(network) != (card.kind == "flow map"):
+        good = "takes two noise levels" if card.kind == "flow map" else "takes one noise level"
+        raise UserError(
+            f"kind = {card.kind!r} with the network {card.model.network.name!r}",
+            f"choose a network that {good}",
+        )
     return Preconditioned(
         network,
-        plain if kind == "teacher" else consistency_scalings,
-        pick(NOISE_LABELS, preset.model.noise_label, "model.noise_label"),
-        sigma_data=preset.model.sigma_data,
-        sigma_min=preset.noise.sigma_min,
+        pick(SCALINGS, card.model.scalings, "model.scalings"),
+        pick(NOISE_LABELS, card.model.noise_label, "model.noise_label"),
+        sigma_data=card.model.sigma_data,
+        sigma_min=card.noise.sigma_min,
     )
+
+
+def method_row(preset: Preset) -> MethodRow:
+    """Return the row of the preset's method. Raises UserError for an unknown one."""
+    name = preset.loss.method.name
+    if name not in METHODS:
+        raise UserError(f"loss.method = {name!r}", nearest(name, METHODS))
+    return METHODS[name]
+
+
+def needs_teacher(preset: Preset) -> bool:
+    """Tell whether training takes a teacher: for its loss, or to start from its weights."""
+    return method_row(preset).needs_teacher or preset.train.from_teacher
 
 
 def build_objective(preset: Preset, teacher: Denoiser | None, device: str = "cpu") -> Objective:
-    """Return the preset's training objective. Raises UserError if it lacks the teacher it needs."""
-    loss = preset.loss
-    levels = pick(LEVELS, loss.levels, "loss.levels")
-    weight = partial(
-        pick(WEIGHTINGS, loss.weight, "loss.weight", given=["sigma_data"]),
-        sigma_data=preset.model.sigma_data,
-    )
-    augment = build_augment(preset)
-    if loss.continuous and loss.pair not in ("noise", "teacher"):
-        raise UserError(f"loss.pair = {loss.pair!r} in continuous time", "use noise or teacher")
-    if loss.pair == "none":
-        return denoising_objective(levels, weight, noise_range(preset), augment)
+    """Return the preset's training objective.
+
+    Raises UserError for a choice that its method does not take, or a teacher that is missing,
+    MissingError for a distance that lacks a file.
+    """
+    loss, row, levels = preset.loss, method_row(preset), noise_range(preset)
+    weight = pick(WEIGHTINGS, loss.weight, "loss.weight", {"sigma_data": preset.model.sigma_data})
     distance = pick(DISTANCES, loss.distance, "loss.distance")
-    if (loss.pair == "progressive") != (loss.target == "previous"):
-        raise UserError(
-            f"loss.pair = {loss.pair!r} with loss.target = {loss.target!r}",
-            "progressive goes with previous, and with nothing else",
-        )
-    if loss.pair == "progressive":
-        return progressive_objective(levels, distance, weight, noise_range(preset))
-    blank = torch.zeros(1, preset.model.channels, *preset.model.image_size, device=device)
-    distance(blank, blank)  # what it lacks, such as a weight file, it says now
-    if loss.pair == "teacher" and teacher is None:
+    check_method(preset, row, distance)
+    augment = build_augment(preset, row)
+    if row.needs_teacher and teacher is None:
         raise UserError("this preset distills a teacher", "run it with cmtool distill")
-    if loss.continuous:
-        return _continuous_objective(preset, levels, distance, weight, teacher)
-    if loss.target == "live":
-        raise UserError("loss.target = 'live' with two levels", "set loss.continuous = true")
-    if teacher is None or loss.pair == "noise":
+    choices = {
+        "distance": distance, "weight": weight, "noise_range": levels,
+        "solver": pick(SOLVERS, loss.solver, "loss.solver"),
+    }  # fmt: skip
+    losses = {name: each.loss for name, each in METHODS.items()}
+    method = pick(losses, loss.method, "loss.method", choices)
+    if "distance" in inspect.signature(row.loss).parameters:
+        blank = torch.zeros(1, preset.model.channels, *preset.model.image_size, device=device)
+        distance(blank, blank)  # what it lacks, such as a weight file, it says now
+    return make_objective(
+        method,
+        pick(LEVELS, loss.levels, "loss.levels"),
+        levels,
+        teacher=teacher if row.needs_teacher else None,
+        augment=augment,
+    )
 
-        def make_pair(x0: Tensor, hi: Tensor, lo: Tensor, noise: Tensor, _: Tensor | None) -> Pair:
-            return noise_pair(x0, hi, lo, noise)
 
-    else:
-        make_pair = partial(
-            teacher_pair, teacher=teacher, solver=pick(SOLVERS, loss.solver, "loss.solver")
-        )
-    return consistency_objective(levels, make_pair, distance, weight, noise_range(preset))
-
-
-def _continuous_objective(
-    preset: Preset,
-    levels: LevelPicker,
-    distance: Distance,
-    weight: Weighting,
-    teacher: Denoiser | None,
-) -> Objective:
-    """Return the objective of continuous time, where pairs and targets of two levels differ."""
-    loss, norm = preset.loss, preset.loss.distance.name in NORMS
-    if loss.target not in ("student", "live"):
+def check_method(preset: Preset, row: MethodRow, distance: Distance) -> None:
+    """Raise UserError for choices of a preset that the row of its method does not allow."""
+    loss, name = preset.loss, preset.loss.method.name
+    if preset.kind != row.makes:
         raise UserError(
-            f"loss.target = {loss.target!r} in continuous time",
-            "use student (its output held fixed) or live (differentiated too)",
+            f"kind = {preset.kind!r} with loss.method = {name!r}, which makes a {row.makes} model",
+            f"--set kind={row.makes!r}",
         )
-    if loss.target == "live" and loss.pair == "noise":
+    if loss.target not in row.targets:
+        good = " or ".join(row.targets)
         raise UserError(
-            "loss.target = 'live' without a teacher: the noise's own variance would be minimised",
-            "set loss.target = 'student'",
+            f"loss.target = {loss.target!r} with loss.method = {name!r}",
+            f"--set loss.target={row.targets[0]}; it takes {good}",
         )
-    if loss.target == "live" and preset.train.checkpoint_activations:
+    if row.needs_curvature and is_norm(distance):
         raise UserError(
-            "loss.target = 'live' with train.checkpoint_activations: what is computed again cannot"
-            " be differentiated forwards",
+            f"loss.distance = {loss.distance.name!r} has no curvature, which {name} needs",
+            "use another, such as l2, or distill with loss.method = live_distillation",
+        )
+    if preset.train.checkpoint_activations and not row.recomputes:
+        raise UserError(
+            f"train.checkpoint_activations with loss.method = {name!r}: what is computed again"
+            " cannot be differentiated forwards",
             "leave train.checkpoint_activations out, and split the batch with --accumulate",
         )
-    if loss.target == "student" and norm:
-        raise UserError(
-            f"loss.distance = {loss.distance.name!r} has no curvature, which a target held fixed"
-            " needs in continuous time",
-            "use another, such as l2, or distill with loss.target = 'live'",
-        )
-    if teacher is None or loss.pair == "noise":
-
-        def make_point(x0: Tensor, sigma: Tensor, noise: Tensor, _: Tensor | None) -> OdePoint:
-            return noise_point(x0, sigma, noise)
-
-    else:
-        make_point = partial(teacher_point, teacher=teacher)
-    which = partial(live_loss, norm=norm) if loss.target == "live" else continuous_loss
-    near = partial(which, distance=distance, weight=weight)
-    return continuous_objective(levels, make_point, near, noise_range(preset))
 
 
-def build_augment(preset: Preset) -> Augment | None:
+def build_augment(preset: Preset, row: MethodRow) -> Augment | None:
     """Return how training images are warped, None for not at all.
 
-    Raises UserError unless a teacher is trained whose network takes the labels of EDM's warps.
+    Raises UserError unless the method takes warped images and its network their labels.
     """
     if not preset.data.augment:
         return None
     what = f"data.augment = {preset.data.augment}"
-    if preset.loss.pair != "none":
+    if not row.warps:
         raise UserError(f"{what} for a model that is not an EDM teacher", "--set data.augment=0")
     known = preset.model.network.options.get("augment_dim", 0)
     if known != LABELS:

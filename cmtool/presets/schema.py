@@ -22,7 +22,7 @@ def _sequence(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-Kind = Literal["teacher", "consistency"]
+Kind = Literal["teacher", "consistency", "flow map"]
 Count = Annotated[int, BeforeValidator(_count), Field(ge=0)]
 Side = Annotated[int, Field(gt=0, le=1 << 14)]
 Positive = Annotated[int, BeforeValidator(_count), Field(gt=0)]
@@ -61,7 +61,11 @@ class ModelSection(Section):
     num_classes: Count = 0
     sigma_data: float = Field(0.5, gt=0, allow_inf_nan=False)
     noise_label: Choice = Choice(name="log_1000")
-    scalings: Choice = Field(Choice(name="edm"), description="of a teacher")
+    scalings: Choice = Field(
+        Choice(name="edm"),
+        description="edm, vp, ve or iddpm for teachers; students: consistency (f(x) = x at"
+        " sigma_min) or edm (at 0)",
+    )
 
 
 class NoiseSection(Section):
@@ -92,14 +96,14 @@ class DataSection(Section):
 
 
 class LossSection(Section):
-    """A method: which levels, which pair, which target, which distance, which weight."""
+    """A method, and its choices: which levels, which target, which distance, which weight."""
 
-    pair: Literal["none", "noise", "teacher", "progressive"]
+    method: Choice
     levels: Choice
-    solver: Choice = Choice(name="heun")
-    continuous: bool = Field(False, description="the two points of a pair are infinitely near")
-    target: Literal["none", "student", "live", "ema", "previous"] = Field(
-        "none", description="live: the student, differentiated on both sides (continuous time)"
+    solver: Choice = Field(Choice(name="heun"), description="step of the teacher's ODE")
+    target: str = Field(
+        "none",
+        description="what the student is compared with: student (itself), ema, previous, or none",
     )
     distance: Choice = Choice(name="l2")
     weight: Choice = Choice(name="uniform")
@@ -178,17 +182,13 @@ class SampleSection(Section):
 
 
 class Card(Section):
-    """What a model is: its network, its noise levels, and how to sample it."""
+    """What a model is: its kind, its network, its noise levels, and how to sample it."""
 
     description: str = ""
+    kind: Kind = Field(description="teacher, consistency or flow map")
     model: ModelSection
     noise: NoiseSection = NoiseSection()
     sample: SampleSection
-
-    @property
-    def kind(self) -> Kind:
-        """Teacher or consistency model: only the second is sampled by multistep."""
-        return "consistency" if self.sample.sampler.name == "multistep" else "teacher"
 
 
 class Preset(Card):
@@ -198,13 +198,3 @@ class Preset(Card):
     loss: LossSection
     train: TrainSection
     run: RunSection = RunSection()
-
-    @property
-    def kind(self) -> Kind:
-        """What training with this preset makes."""
-        return "teacher" if self.loss.pair in ("none", "progressive") else "consistency"
-
-    @property
-    def distills(self) -> bool:
-        """Whether training needs a teacher."""
-        return self.loss.pair in ("teacher", "progressive") or self.train.from_teacher

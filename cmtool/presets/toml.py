@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from cmtool.errors import InputError, UserError, nearest
 from cmtool.presets.schema import Preset
+from cmtool.presets.upgrade import upgraded
 
 _PACKAGED = Path(__file__).parents[1] / "_presets"
 FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "presets"
@@ -51,7 +52,7 @@ def resolve(name_or_path: str, layers: Mapping[str, Mapping[str, Any]]) -> Resol
     for origin, overrides in layers.items():
         for key, value in overrides.items():
             _merge(tree, _nested(key, value), origin, origins, "")
-    preset = _validated(tree, name_or_path)
+    preset = _validated(upgraded(tree), name_or_path)
     found = {key: origin_of(key, origins) for key, _ in flat(preset.model_dump())}
     return Resolved(preset, found)
 
@@ -128,7 +129,10 @@ def _nested(dotted: str, value: Any) -> dict[str, Any]:
 def _merge(
     tree: dict[str, Any], table: Mapping[str, Any], origin: str, origins: dict[str, str], at: str
 ) -> None:
-    """Put `table` over `tree`. A component of another name brings its own options only."""
+    """Put `table` over `tree`; an empty table within a section empties the one below it.
+
+    A component of another name brings its own options only.
+    """
     for key, value in table.items():
         dotted = f"{at}{key}"
         old = tree.get(key)
@@ -136,12 +140,13 @@ def _merge(
             if isinstance(old, str):
                 old = {"name": old}
             keep = isinstance(old, dict) and value.get("name", old.get("name")) == old.get("name")
+            keep = keep and (bool(value) or not at)  # a section without keys says nothing
             tree[key] = dict(old) if keep and isinstance(old, dict) else {}
             _merge(tree[key], value, origin, origins, f"{dotted}.")
         else:
             tree[key] = value
-        for stale in [k for k in origins if k.startswith(f"{dotted}.")]:
-            if not isinstance(value, Mapping):
+        if not isinstance(value, Mapping) or (at and not value):
+            for stale in [k for k in origins if k.startswith(f"{dotted}.")]:
                 del origins[stale]
         if not isinstance(value, Mapping):
             origins[dotted] = origin

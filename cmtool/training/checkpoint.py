@@ -306,6 +306,9 @@ def state_tensors(
     if fill_optimizer and not state.optimizer.state:
         _fill_buffers(state)
     names: dict[Tensor, str] = {p: name for name, p in state.student.network.named_parameters()}
+    if state.own is not None:
+        files["method"] = dict(state.own.state_dict())
+        names |= {p: f"method/{name}" for name, p in state.own.named_parameters()}
     files["optimizer"] = {
         f"{names[p]}.{key}": value
         for p, buffers in state.optimizer.state.items()

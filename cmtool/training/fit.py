@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from cmtool.core.ema import update_average
-from cmtool.core.losses import Objective
+from cmtool.core.methods import Models, Objective
 from cmtool.core.noise import Curriculum, Stage
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import seeded, step_generator
@@ -106,11 +106,14 @@ def learning_rate(settings: FitSettings, step: int, progress: float) -> float:
     return settings.lr * warm * (settings.decay_to + (1 - settings.decay_to) * cosine)
 
 
-def sync_in_last_round(learner: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Return a block in which gradients are summed over processes only in the `last` round."""
-    if last or not isinstance(learner, DistributedDataParallel):
-        return nullcontext()
-    return learner.no_sync()
+@contextmanager
+def sync_in_last_round(models: Models, *, last: bool) -> Iterator[None]:
+    """Sum the gradients over processes after the backward pass of the `last` round only."""
+    with ExitStack() as stack:
+        for model in (models.student, models.own):
+            if not last and isinstance(model, DistributedDataParallel):
+                stack.enter_context(model.no_sync())
+        yield
 
 
 def start_anew(state: TrainState) -> None:
@@ -140,20 +143,23 @@ def fit(
     """
     student, scaler = state.student, state.scaler
     everything = list(student.parameters())  # to walk through the modules each step takes long
-    parameters = [p for p in everything if p.requires_grad]
+    learned = everything if state.own is None else [*everything, *state.own.parameters()]
+    parameters = [p for p in learned if p.requires_grad]
     averages = [(ema, list(ema.model.parameters())) for ema in state.emas.values()]
     followers = [] if state.target is None else list(state.target.parameters())
     student.train()
-    learner = shared(student, settings.group)
+    own = None if state.own is None else shared(state.own, settings.group)
+    models = Models(shared(student, settings.group), state.target or student, own=own)
     while state.step < settings.steps:
-        stage = curriculum(state.step, settings.steps)
+        seen = state.step * settings.batch
+        stage = curriculum(state.step, settings.steps)._replace(images=seen)
         if stage.fresh:
             start_anew(state)
         rate = learning_rate(settings, state.step, stage.progress)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
-        batch, waited = accumulate(state, learner, objective, microbatch, stage, settings)
+        batch, waited = accumulate(state, models, objective, microbatch, stage, settings)
         if scaler is not None:
             scaler.unscale_(state.optimizer)
         total = torch.nn.utils.get_total_norm(  # of a list that nothing keeps until the next step
@@ -171,7 +177,6 @@ def fit(
                     parameters, settings.max_grad_norm, total, foreach=True
                 )
             state.optimizer.step()
-            seen = state.step * settings.batch
             for ema, average in averages:
                 update_average(average, everything, ema.decay(settings.batch, seen))
             state.bad_steps = 0
@@ -205,7 +210,7 @@ def fit(
 
 def accumulate(
     state: TrainState,
-    learner: nn.Module,
+    models: Models,
     objective: Objective,
     microbatch: BatchFn,
     stage: Stage,
@@ -224,10 +229,9 @@ def accumulate(
         asked = time.perf_counter()
         x0, labels = microbatch(state.step, shard)
         waited += time.perf_counter() - asked
-        with sync_in_last_round(learner, last=shard == shards[-1]):
+        with sync_in_last_round(models, last=shard == shards[-1]):
             with seeded(generator), autocast(x0.device.type, settings.precision):
-                target = state.target or state.student
-                loss, sigma = objective(learner, target, x0, labels, stage, generator)
+                loss, sigma = objective(models, x0, labels, stage, generator)
             mean = guarded_mean(loss) / (settings.rounds * group.world_size)
             (state.scaler.scale(mean) if state.scaler is not None else mean).backward()
         images.append(x0)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cmtool import __version__
-from cmtool.core.losses import Objective
+from cmtool.core.methods import Objective
 from cmtool.core.noise import Curriculum
 from cmtool.core.precond import Preconditioned
 from cmtool.core.samplers import check_levels

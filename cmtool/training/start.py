@@ -45,7 +45,7 @@ def with_precision(
 
 
 def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
-    """Return the preset with the teacher's model and noise sections, dropout excepted.
+    """Return the preset with the teacher's model and noise sections, but for dropout and scalings.
 
     A student copies its teacher's weights, so it must be the same network on the same levels.
     """
@@ -61,7 +61,8 @@ def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
     options.pop("dropout", None)
     if "dropout" in ours.network.options:
         options["dropout"] = ours.network.options["dropout"]
-    model = theirs.model_copy(update={"network": Choice(name=theirs.network.name, **options)})
+    network = Choice(name=theirs.network.name, **options)
+    model = theirs.model_copy(update={"network": network, "scalings": ours.scalings})
     preset = resolved.preset.model_copy(update={"model": model, "noise": teacher.preset.noise})
     origins = dict(resolved.origins)
     before = dict(flat(resolved.preset.model_dump()))

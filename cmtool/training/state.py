@@ -18,7 +18,7 @@ from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import keyed_generator, seeded
 from cmtool.errors import UserError
 from cmtool.models import Model
-from cmtool.presets.build import build_denoiser, build_network, pick
+from cmtool.presets.build import build_denoiser, build_network, method_row, pick
 from cmtool.presets.schema import Preset
 from cmtool.system.devices import on_device
 from cmtool.system.dist import ALONE, Group
@@ -47,7 +47,7 @@ def build_state(
 
     with seeded(keyed_generator("init", preset.train.seed)):
         network = build_network(preset.model)
-    student = build_denoiser(preset, preset.kind, network)
+    student = build_denoiser(preset, network)
     if teacher is not None:
         student.network.load_state_dict(teacher.f.network.state_dict())
         spread(teacher.f)
@@ -65,16 +65,29 @@ def build_state(
         )
         spread(emas[ema.name].model)
     spread(student)
+    own = build_own(preset, device, group)
     optimizer = pick(OPTIMIZERS, preset.train.optimizer, "train.optimizer")
+    parameters = [*student.parameters(), *(own.parameters() if own is not None else ())]
     scaler = GradScaler(torch.device(device).type) if preset.train.precision == "fp16" else None
     state = TrainState(
-        student, target, emas, optimizer(student.parameters(), lr=preset.train.lr), scaler
+        student, target, emas, optimizer(parameters, lr=preset.train.lr), scaler, own
     )
     if preset.train.compile:
         for model in (student, target, teacher.f if teacher else None):
             if model is not None:
                 model.network.compile()  # in place: the names of its tensors stay
     return state
+
+
+def build_own(preset: Preset, device: str, group: Group) -> nn.Module | None:
+    """Return the module that the preset's method owns, where the student is; None without one."""
+    owns = method_row(preset).owns
+    if owns is None:
+        return None
+    with seeded(keyed_generator("own", preset.train.seed)):
+        own = on_device(owns(), device if group.mesh is None else "cpu")
+    shard(own, group, ())
+    return own
 
 
 def blocks_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.Module]:
@@ -123,7 +136,9 @@ class TrainState:
     emas: dict[str, Ema]
     optimizer: Optimizer
     scaler: GradScaler | None = None
-    """Of the loss, in fp16."""
+    """Scales the loss in fp16."""
+    own: nn.Module | None = None
+    """The module that belongs to the method, if it has one; the optimizer has its parameters."""
     step: int = 0
     bad_steps: int = 0
     """Steps in a row, up to this one, that were skipped for what is not finite."""

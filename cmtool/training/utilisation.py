@@ -11,11 +11,18 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from cmtool.core.methods import Models
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import step_generator
 from cmtool.models import Model
-from cmtool.presets.build import build_curriculum, build_denoiser, build_network, build_objective
-from cmtool.presets.schema import Card, Kind, Preset
+from cmtool.presets.build import (
+    build_curriculum,
+    build_denoiser,
+    build_network,
+    build_objective,
+    method_row,
+)
+from cmtool.presets.schema import Card, Preset
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEASURED_SECONDS = 0.05
@@ -30,28 +37,30 @@ def step_flops(preset: Preset, teacher: Model | None) -> int | None:
     of LPIPS as the method uses them. An operation the counter does not know counts as nothing.
     """
     with suppress(Exception):  # a network that the meta device cannot run is trained all the same
-        student = shape_of(preset, preset.kind).requires_grad_(True).train()
-        objective = build_objective(
-            preset, shape_of(teacher.preset, "teacher") if teacher else None, "meta"
-        )
+        student = shape_of(preset).requires_grad_(True).train()
+        objective = build_objective(preset, shape_of(teacher.preset) if teacher else None, "meta")
         x0 = torch.empty(1, preset.model.channels, *preset.model.image_size, device="meta")
         classes = preset.model.num_classes
         labels = torch.empty(1, dtype=torch.int64, device="meta") if classes else None
         stage = build_curriculum(preset)(0, preset.train.steps)
         with FlopCounterMode(display=False) as counter:
-            target = student
-            if preset.loss.target in ("ema", "previous"):
-                target = shape_of(preset, preset.kind)
-            loss, _ = objective(student, target, x0, labels, stage, step_generator(0, 0, 0))
+            kept = preset.loss.target in ("ema", "previous")
+            own = method_row(preset).owns
+            models = Models(
+                student,
+                shape_of(preset) if kept else student,
+                own=own().to("meta") if own else None,
+            )
+            loss, _ = objective(models, x0, labels, stage, step_generator(0, 0, 0))
             loss.sum().backward()
         return counter.get_total_flops() * preset.train.batch or None
     return None
 
 
-def shape_of(card: Card, kind: Kind) -> Preconditioned:
+def shape_of(card: Card) -> Preconditioned:
     """Return a card's model on the meta device, without gradients: it has shapes and no numbers."""
     with torch.device("meta"):
-        return build_denoiser(card, kind, build_network(card.model)).requires_grad_(False)
+        return build_denoiser(card, build_network(card.model)).requires_grad_(False)
 
 
 @lru_cache

@@ -14,11 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cmtool.core.distances import l2
 from cmtool.core.ema import frozen_copy
-from cmtool.core.losses import consistency_objective, noise_pair, uniform_weight
 from cmtool.core.networks.adm import Adm, AdmOptions
-from cmtool.core.noise import NoiseRange, Stage, uniform
+from cmtool.core.noise import Stage
 from cmtool.core.precond import Preconditioned, consistency_scalings, log_label_1000
 from cmtool.data import datasets as data_module
 from cmtool.data.batches import batches
@@ -26,6 +24,7 @@ from cmtool.data.datasets import load_dataset
 from cmtool.data.images import png_bytes
 from cmtool.training.fit import fit
 from cmtool.training.state import FitSettings, TrainState
+from tests.objectives import objective_of
 
 WIDTHS = {"small": (32, (1, 2), 1), "b": (64, (1, 2, 2), 2)}
 """Networks: channels, their multiples by level, blocks a level; b is that of tests.bench.step."""
@@ -84,12 +83,14 @@ def trained(path, side, batch, workers, width, steps):
     )
     optimizer = torch.optim.RAdam(student.parameters(), lr=1e-4)
     state = TrainState(student, frozen_copy(student), {}, optimizer)
-    objective = consistency_objective(
-        uniform, lambda x, hi, lo, z, _: noise_pair(x, hi, lo, z), l2, uniform_weight, NoiseRange()
-    )
+    objective = objective_of("consistency_training")
     settings = FitSettings(steps=steps + 1, batch=batch, seed=0, lr=1e-4)
     run = fit(
-        state, objective, stream(path, side, batch, workers), lambda *_: Stage(18, 0.9), settings
+        state,
+        objective,
+        stream(path, side, batch, workers),
+        lambda *_: Stage(n=18, mu=0.9),
+        settings,
     )
     next(run)  # starts the workers
     start = time.perf_counter()

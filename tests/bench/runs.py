@@ -10,20 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cmtool.core.distances import l2
 from cmtool.core.ema import Ema, frozen_copy
 from cmtool.core.losses import (
-    Objective,
-    consistency_objective,
-    denoising_objective,
     karras,
     noise_pair,
-    teacher_pair,
-    uniform_weight,
 )
+from cmtool.core.methods import Objective
 from cmtool.core.networks.adm import Adm, AdmOptions
 from cmtool.core.networks.song import Song, SongOptions
-from cmtool.core.noise import NoiseRange, fixed, lognormal, uniform
+from cmtool.core.noise import fixed, lognormal
 from cmtool.core.optimizers import adam, radam
 from cmtool.core.precond import (
     Preconditioned,
@@ -32,10 +27,10 @@ from cmtool.core.precond import (
     log_label,
     log_label_1000,
 )
-from cmtool.core.solvers import heun
 from cmtool.system.devices import on_device
 from cmtool.training.fit import StepInfo, fit
 from cmtool.training.state import FitSettings, TrainState, recompute_activations
+from tests.objectives import objective_of
 
 RATES = (0.999, 0.9999, 0.9999432189950708)
 LEARNING_RATE = 1e-5
@@ -120,12 +115,12 @@ def start(config: Config, method: str, precision: str, network: nn.Module) -> Ru
     if method == "edm":
         target = None
         emas = {"ema": Ema(student, halflife_images=500_000, rampup=0.05)}
-        objective = denoising_objective(lognormal, partial(karras, sigma_data=0.5), NoiseRange())
+        objective = objective_of("denoising", lognormal, weight=karras)
     else:
         target = frozen_copy(student)
         emas = {f"ema-{rate}": Ema(student, rate=rate) for rate in RATES}
-        pair = partial(teacher_pair, teacher=teacher, solver=heun) if teacher else without_teacher
-        objective = consistency_objective(uniform, pair, l2, uniform_weight, NoiseRange())
+        name = "consistency_distillation" if teacher else "consistency_training"
+        objective = objective_of(name, teacher=teacher)
     optimizer = (adam if method == "edm" else radam)(student.parameters(), LEARNING_RATE)
     state = TrainState(student, target, emas, optimizer)
     x0, labels = config.images()

@@ -17,11 +17,12 @@ from cmtool.core.augment import (
     warp_labels,
     warped,
 )
-from cmtool.core.losses import denoising_objective, karras
+from cmtool.core.losses import karras
 from cmtool.core.networks.song import Song, SongOptions
-from cmtool.core.noise import NoiseRange, Stage, lognormal
+from cmtool.core.noise import Stage, lognormal
 from cmtool.core.precond import Preconditioned, edm_scalings, log_label
 from cmtool.core.rng import step_generator
+from tests.objectives import alone, objective_of
 
 SIZES = [(8, 8), (32, 32), (10, 14), (1, 5), (2, 3)]
 
@@ -190,9 +191,9 @@ def test_the_network_hears_in_training_how_its_images_were_warped():
     def augment(x, generator):
         return warped(x, fixed), warp_labels(fixed).to(x)
 
-    objective = denoising_objective(lognormal, karras, NoiseRange(), augment)
+    objective = objective_of("denoising", lognormal, weight=karras, augment=augment)
     x0 = noise(4, 3, 16, 16)
-    objective(denoiser, None, x0, None, Stage(2, 0), step_generator(0, 0, 0)).loss.mean().backward()
+    objective(alone(denoiser), x0, None, Stage(), step_generator(0, 0, 0)).loss.mean().backward()
     assert torch.equal(heard[0], warp_labels(fixed).float())
     assert network.map_augment.weight.grad.abs().sum(0)[[2, 7]].min() > 0
     assert network.map_augment.weight.grad[:, [0, 1, 3, 4, 5, 6, 8]].abs().max() == 0
@@ -203,19 +204,19 @@ def test_the_network_hears_in_training_how_its_images_were_warped():
 def test_the_loss_is_that_of_the_warped_images():
     seen = []
 
-    def student(x, sigma, labels, warps):
+    def student(x, sigma, labels, *, augment_labels):
         seen.append((x, sigma))
         return torch.zeros_like(x)
 
     def augment(x, generator):
         return x + 1, torch.zeros(len(x), LABELS)
 
-    objective = denoising_objective(lognormal, torch.ones_like, NoiseRange(), augment)
+    objective = objective_of("denoising", lognormal, augment=augment)
     x0 = noise(2, 3, 4, 4)
-    loss = objective(student, None, x0, None, Stage(2, 0), step_generator(0, 0, 0)).loss
+    loss = objective(alone(student), x0, None, Stage(), step_generator(0, 0, 0)).loss
     assert torch.allclose(loss, (x0 + 1).square().flatten(1).mean(1))
-    plain = denoising_objective(lognormal, torch.ones_like, NoiseRange())
+    plain = objective_of("denoising", lognormal)
     clean = []
-    plain(lambda x, sigma, labels: clean.append(x) or x, None, x0, None, Stage(2, 0),
-          step_generator(0, 0, 0))  # fmt: skip
+    student = lambda x, sigma, labels: clean.append(x) or x  # noqa: E731
+    plain(alone(student), x0, None, Stage(), step_generator(0, 0, 0))
     assert torch.allclose(seen[0][0], clean[0] + 1, atol=1e-5)

@@ -9,21 +9,20 @@ from cmtool.core.losses import (
     WEIGHTINGS,
     Pair,
     consistency_loss,
-    consistency_objective,
     denoising_loss,
-    denoising_objective,
     karras,
     noise_pair,
     teacher_pair,
     truncated_snr,
     uniform_weight,
 )
-from cmtool.core.noise import NoiseRange, Stage, karras_sigmas, lognormal, uniform
+from cmtool.core.noise import NoiseRange, Stage, karras_sigmas, lognormal
 from cmtool.core.rng import seeded
 from cmtool.core.solvers import SOLVERS
 from cmtool.core.tensors import expand, level
 from cmtool.system.devices import autocast
 from tests.networks import network
+from tests.objectives import alone, objective_of
 from tests.problems import Gaussian, slope
 
 
@@ -112,13 +111,13 @@ def test_every_network_drops_the_same_units_in_both_passes(name, precision):
     assert (apart > 0).all()
 
 
-def test_the_weight_is_taken_at_the_higher_level():
+def test_the_weight_is_a_function_of_both_levels():
     pair = noise_pair(torch.zeros(1, 1, 1, 1), torch.tensor([2.0]), torch.tensor([0.5]),
                       torch.ones(1, 1, 1, 1))  # fmt: skip
     loss = consistency_loss(
-        lambda x, s, y: x, lambda x, s, y: x, pair, None, l2, lambda sigma: sigma
+        lambda x, s, y: x, lambda x, s, y: x, pair, None, l2, lambda hi, lo: hi + 10 * lo
     )
-    assert float(loss) == pytest.approx(2.0 * 1.5**2)
+    assert float(loss) == pytest.approx(7.0 * 1.5**2)
 
 
 def test_denoising_loss_by_hand():
@@ -148,31 +147,26 @@ def test_the_posterior_mean_minimises_the_denoising_loss():
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_every_weighting_is_positive_and_per_image(name):
-    weight = WEIGHTINGS[name](torch.tensor([0.01, 0.5, 80.0]), sigma_data=0.5)
+    hi = torch.tensor([0.01, 0.5, 80.0])
+    weight = WEIGHTINGS[name](hi, hi / 2)
     assert weight.shape == (3,)
     assert (weight > 0).all()
 
 
 def test_truncated_snr_is_cut_at_one():
-    assert truncated_snr(torch.tensor([0.5, 4.0])).tolist() == [4.0, 1.0]
+    assert truncated_snr(torch.tensor([0.5, 4.0]), torch.zeros(2)).tolist() == [4.0, 1.0]
 
 
 def test_objectives_are_functions_of_their_generator():
     f, x0 = Gaussian().denoiser, drawn(8, 1, 2, 2)
     for objective in (
-        denoising_objective(lognormal, karras, NoiseRange()),
-        consistency_objective(
-            uniform,
-            lambda x, h, lo, z, y: noise_pair(x, h, lo, z),
-            l2,
-            uniform_weight,
-            NoiseRange(),
-        ),
+        objective_of("denoising", lognormal, weight=karras),
+        objective_of("consistency_training"),
     ):
 
         def run(seed, objective=objective):
             generator = torch.Generator().manual_seed(seed)
-            return objective(f, None, x0, None, Stage(18, 0.0), generator)
+            return objective(alone(f), x0, None, Stage(n=18), generator)
 
         assert torch.equal(run(1).loss, run(1).loss)
         assert not torch.equal(run(1).loss, run(2).loss)
@@ -206,19 +200,18 @@ def test_distillation_nears_the_exact_map_as_the_grid_gets_finer(solver):
         span = NoiseRange(problem.eps, 10.0)
         sigmas = karras_sigmas(n, *span)
         student = Table(sigmas, problem.eps)
-        objective = consistency_objective(
-            uniform,
-            partial(teacher_pair, teacher=problem.denoiser, solver=SOLVERS[solver]),
-            l2,
-            uniform_weight,
-            span,
+        objective = objective_of(
+            "consistency_distillation",
+            noise_range=span,
+            teacher=problem.denoiser,
+            solver=SOLVERS[solver],
         )
         optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=STEPS)
         for step in range(STEPS):
             generator = torch.Generator().manual_seed(step)
             x0 = problem.m + problem.s * torch.randn(256, 1, 1, 1, generator=generator).double()
-            loss = objective(student, None, x0, None, Stage(n, 0.0), generator).loss.mean()
+            loss = objective(alone(student), x0, None, Stage(n=n), generator).loss.mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -8,11 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmtool.core.distances import DISTANCES, NORMS, l1, l2, pseudo_huber
+from cmtool.core.distances import DISTANCES, NORMS, is_norm, l1, l2, pseudo_huber
 from cmtool.core.losses import (
     consistency_loss,
     continuous_loss,
-    continuous_objective,
     live_loss,
     noise_pair,
     noise_point,
@@ -28,10 +27,11 @@ from cmtool.core.solvers import SOLVERS
 from cmtool.core.tangents import OdePoint, curvature, half_square, tangent
 from cmtool.core.tensors import expand
 from tests.networks import network
+from tests.objectives import alone, objective_of
 from tests.problems import Gaussian, slope
 
 PROBLEM = Gaussian()
-CURVED = [name for name in DISTANCES if name not in NORMS and name != "lpips"]
+CURVED = [n for n, distance in DISTANCES.items() if not is_norm(distance) and n != "lpips"]
 
 
 def drawn(*shape, seed=0):
@@ -135,8 +135,8 @@ def test_values_by_hand():
     point = OdePoint(x0, torch.tensor([2.0]), v)
     live = partial(live_loss, f, f, point, None, weight=lambda sigma: 10 * sigma)
     g = 3 * v + 4
-    assert float(live(distance=l1, norm=True)) == pytest.approx(float(20 * g.abs().mean()))
-    assert float(live(distance=l2, norm=False)) == pytest.approx(float(20 * (g**2).mean()))
+    assert float(live(distance=l1)) == pytest.approx(float(20 * g.abs().mean()))
+    assert float(live(distance=l2)) == pytest.approx(float(20 * (g**2).mean()))
     held = continuous_loss(f, f, point, None, l2, lambda sigma: 10 * sigma)
     assert float(held) == pytest.approx(float(20 * (g**2).mean()))  # shifted to the other's value
 
@@ -281,28 +281,19 @@ class Family(nn.Module):
         return shrink * x + (1 - shrink) * self.centre
 
 
-def distilled(x0, sigma, noise, labels):
-    return teacher_point(x0, sigma, noise, labels, PROBLEM.denoiser)
-
-
-def from_data(x0, sigma, noise, labels):
-    return noise_point(x0, sigma, noise)
-
-
 @pytest.mark.parametrize(
-    ("make_point", "loss", "bound"),
+    ("method", "distance", "bound"),
     [
-        (distilled, partial(continuous_loss, distance=l2), 1e-4),
-        (distilled, partial(live_loss, distance=l2, norm=False), 1e-4),
-        (distilled, partial(live_loss, distance=l1, norm=True), 1e-3),
-        (from_data, partial(continuous_loss, distance=l2), 0.03),  # the noise's variance is left
+        ("continuous_distillation", l2, 1e-4),
+        ("live_distillation", l2, 1e-4),
+        ("live_distillation", l1, 1e-3),
+        ("continuous_training", l2, 0.03),  # the noise's variance is left
     ],
-    ids=["cd", "cd-live-l2", "cd-live-l1", "ct"],
 )
-def test_training_finds_the_exact_map(make_point, loss, bound):
+def test_training_finds_the_exact_map(method, distance, bound):
     f, steps = Family(), 250
-    objective = continuous_objective(
-        ramp, make_point, partial(loss, weight=uniform_weight), NoiseRange(PROBLEM.eps, 10.0)
+    objective = objective_of(
+        method, ramp, NoiseRange(PROBLEM.eps, 10.0), PROBLEM.denoiser, distance=distance
     )
     optimizer = torch.optim.Adam(f.parameters(), lr=0.03)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
@@ -310,7 +301,7 @@ def test_training_finds_the_exact_map(make_point, loss, bound):
         generator = torch.Generator().manual_seed(step)
         x0 = PROBLEM.m + PROBLEM.s * torch.randn(256, 1, 1, 1, generator=generator).double()
         optimizer.zero_grad()
-        objective(f, None, x0, None, Stage(2, 0.0), generator).loss.mean().backward()
+        objective(alone(f), x0, None, Stage(), generator).loss.mean().backward()
         optimizer.step()
         schedule.step()
     power, centre = f.power.item(), f.centre.item()

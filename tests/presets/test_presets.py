@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from cmtool.core.methods import METHODS
 from cmtool.core.noise import karras_sigmas
 from cmtool.errors import MissingError, UserError
 from cmtool.presets.build import (
@@ -9,6 +10,7 @@ from cmtool.presets.build import (
     build_network,
     build_objective,
     build_sampler,
+    needs_teacher,
 )
 from cmtool.presets.toml import load_preset, parse_override, preset_names, resolve, to_toml
 from cmtool.sampling import plan
@@ -22,13 +24,12 @@ def test_every_preset_builds(name, tmp_path, monkeypatch):
     assert preset.description
     if preset.loss.distance.name == "lpips":  # its weights are not there, and it says so
         with pytest.raises(MissingError, match="vgg16"):
-            build_objective(preset, None if not preset.distills else lambda *_: None)
+            build_objective(preset, lambda *_: None)
         preset = load_preset(name, {"loss.distance": "l2"})
     with torch.device("meta"):  # full-size ones need no memory
         network = build_network(preset.model)
-    build_denoiser(preset, preset.kind, network)
-    teacher = build_denoiser(preset, "teacher", network) if preset.loss.pair == "teacher" else None
-    build_objective(preset, teacher)
+    build_objective(preset, build_denoiser(preset, network))
+    assert METHODS[preset.loss.method.name].makes == preset.kind
     stage = build_curriculum(preset)(0, preset.train.steps)
     assert stage.n >= 2
     assert fit_settings(preset).steps == preset.train.steps
@@ -168,7 +169,8 @@ CONSISTENCY = [name for name in preset_names() if load_preset(name).kind == "con
 def test_tuned_levels_lie_on_the_final_training_grid(name):
     preset = load_preset(name)
     steps = preset.train.steps
-    grid = karras_sigmas(build_curriculum(preset)(steps, steps).n).tolist()
+    points = preset.sample.grid or build_curriculum(preset)(steps, steps).n
+    grid = karras_sigmas(points).tolist()
     for sigmas in preset.sample.levels.values():
         for sigma in sigmas:
             assert min(abs(level / sigma - 1) for level in grid) < 2e-3
@@ -215,7 +217,9 @@ def test_consistency_presets_are_the_papers_table_3(name):
     assert (train.warmup_steps, train.decay_to, train.max_grad_norm) == (0, 1.0, None)
     assert (loss.weight.name, loss.levels.name) == ("uniform", "uniform")
     method = name.split("-")[1]
-    assert loss.pair == {"cd": "teacher", "ct": "noise"}[method]
+    kinds = {"cd": "consistency_distillation", "ct": "consistency_training"}
+    assert loss.method.name == kinds[method]
+    assert preset.model.scalings.name == "consistency"
     assert loss.solver.name == "heun"
     assert loss.target == ("student" if row["curriculum"].get("mu") == 0 else "ema")
     distance = name.split("-")[2] if method == "cd" else "lpips"
@@ -277,13 +281,13 @@ def test_progressive_distillation_is_the_published_configuration():
     assert preset.model.network.options["dropout"] == 0.0
 
 
-CONTINUOUS = {  # pair, target, distance, lr, dropout (App. B.3); "live" is without stop-gradient
-    "cifar10-cd-continuous-l1": ("teacher", "live", "l1", 1e-3, 0.3),
-    "cifar10-cd-continuous-l2": ("teacher", "live", "l2", 1e-3, 0.13),
-    "cifar10-cd-continuous-l2-stopgrad": ("teacher", "student", "l2", 5e-6, 0.0),
-    "cifar10-cd-continuous-lpips-stopgrad": ("teacher", "student", "lpips", 5e-6, 0.0),
-    "cifar10-ct-continuous-l2": ("noise", "student", "l2", 5e-6, 0.0),
-    "cifar10-ct-continuous-lpips": ("noise", "student", "lpips", 5e-6, 0.0),
+CONTINUOUS = {  # method, distance, lr, dropout (App. B.3); "live" is without stop-gradient
+    "cifar10-cd-continuous-l1": ("live_distillation", "l1", 1e-3, 0.3),
+    "cifar10-cd-continuous-l2": ("live_distillation", "l2", 1e-3, 0.13),
+    "cifar10-cd-continuous-l2-stopgrad": ("continuous_distillation", "l2", 5e-6, 0.0),
+    "cifar10-cd-continuous-lpips-stopgrad": ("continuous_distillation", "lpips", 5e-6, 0.0),
+    "cifar10-ct-continuous-l2": ("continuous_training", "l2", 5e-6, 0.0),
+    "cifar10-ct-continuous-lpips": ("continuous_training", "lpips", 5e-6, 0.0),
 }
 
 
@@ -292,19 +296,19 @@ def test_continuous_presets_are_those_of_appendix_b3(name):
     preset = load_preset(name)
     loss, train = preset.loss, preset.train
     dropout = preset.model.network.options["dropout"]
-    assert (loss.pair, loss.target, loss.distance.name, train.lr, dropout) == CONTINUOUS[name]
-    assert loss.continuous
+    assert (loss.method.name, loss.distance.name, train.lr, dropout) == CONTINUOUS[name]
+    assert loss.target == "student"
     assert (loss.levels.name, loss.weight.name) == ("ramp", "uniform")
     assert (train.batch, train.steps) == (512, 800_000)
     assert [e.rate for e in train.ema] == [0.9999]
-    assert preset.distills  # CT too starts from a teacher's weights
-    assert train.from_teacher == (loss.pair == "noise")
+    assert needs_teacher(preset)  # CT too starts from a teacher's weights
+    assert train.from_teacher == (loss.method.name == "continuous_training")
 
 
 def test_fixed_consistency_training_is_that_of_appendix_b3():
     preset = load_preset("cifar10-ct-fixed")
     assert preset.loss.curriculum.options == {"n": 120, "mu": 0.99}
     assert (preset.train.lr, preset.train.from_teacher) == (4e-4, True)
-    assert (preset.loss.pair, preset.loss.target, preset.loss.distance.name) == (
-        "noise", "ema", "lpips",
+    assert (preset.loss.method.name, preset.loss.target, preset.loss.distance.name) == (
+        "consistency_training", "ema", "lpips",
     )  # fmt: skip

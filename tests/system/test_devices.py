@@ -1,5 +1,6 @@
 import ctypes
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -7,27 +8,22 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmtool.core.distances import DISTANCES, l2
+from cmtool.core.distances import DISTANCES
 from cmtool.core.losses import (
     WEIGHTINGS,
-    consistency_objective,
-    denoising_objective,
     karras,
-    noise_pair,
-    progressive_objective,
-    teacher_pair,
     truncated_snr,
-    uniform_weight,
 )
+from cmtool.core.methods import Models
 from cmtool.core.networks.adm import Adm, AdmOptions
 from cmtool.core.networks.cpu.normalise import is_channels_last
 from cmtool.core.networks.song import Song, SongOptions
-from cmtool.core.noise import NoiseRange, Stage, lognormal, uniform
+from cmtool.core.noise import Stage, lognormal, uniform
 from cmtool.core.precond import Preconditioned, consistency_scalings, edm_scalings, log_label
-from cmtool.core.solvers import heun
 from cmtool.core.tensors import to_device
 from cmtool.system.devices import autocast, best_precision, is_out_of_memory, on_device
 from tests.networks import network
+from tests.objectives import alone, objective_of
 
 NETWORKS = {
     "adm": lambda: Adm(AdmOptions(16, (1, 2), 1, (1,), 16, norm_groups=4, dropout=0.1), 3, 10),
@@ -38,17 +34,10 @@ NETWORKS = {
 }  # fmt: skip
 
 
-def from_teacher(teacher):
-    def make_pair(x0, hi, lo, noise, labels):
-        return teacher_pair(x0, hi, lo, noise, labels, teacher, heun)
-
-    return consistency_objective(uniform, make_pair, l2, uniform_weight, NoiseRange())
-
-
 METHODS = {
-    "edm": lambda teacher: denoising_objective(lognormal, karras, NoiseRange()),
-    "cd": from_teacher,
-    "pd": lambda teacher: progressive_objective(uniform, l2, truncated_snr, NoiseRange()),
+    "edm": partial(objective_of, "denoising", lognormal, weight=karras),
+    "cd": partial(objective_of, "consistency_distillation"),
+    "pd": partial(objective_of, "progressive_distillation", weight=truncated_snr),
 }
 
 
@@ -94,11 +83,11 @@ def test_a_loss_waits_for_no_device(network, method):
     """A meta device has no values: reading one raises."""
     student = on_meta(NETWORKS[network](), consistency_scalings)
     teacher = on_meta(NETWORKS[network](), edm_scalings)
-    objective = METHODS[method](teacher)
+    objective = METHODS[method](teacher=teacher)
     x0, labels = torch.zeros(4, 3, 8, 8, device="meta"), torch.arange(4).to("meta")
     generator = torch.Generator().manual_seed(0)
     with Copies() as copies, Lists() as lists:
-        loss, sigma = objective(student, teacher, x0, labels, Stage(5, 0.9), generator)
+        loss, sigma = objective(Models(student, teacher), x0, labels, Stage(n=5), generator)
         loss.mean().backward()
     assert (loss.shape, sigma.shape) == ((4,), (4,))
     assert all(p.grad is not None for p in student.parameters())
@@ -121,24 +110,18 @@ def loss_of(method, distance, weight, precision):
         Preconditioned(Constant(), scalings, log_label, sigma_data=0.5, sigma_min=0.002)
         for scalings in (consistency_scalings, edm_scalings)
     )
-    levels = NoiseRange()
-    if method == "edm":
-        objective = denoising_objective(lognormal, weight, levels)
-    elif method == "pd":
-        objective = progressive_objective(uniform, distance, weight, levels)
-    else:
-        pair = {
-            "cd": lambda x, hi, lo, z, y: teacher_pair(x, hi, lo, z, y, teacher, heun),
-            "ct": lambda x, hi, lo, z, y: noise_pair(x, hi, lo, z),
-        }[method]
-        objective = consistency_objective(uniform, pair, distance, weight, levels)
+    levels = lognormal if method == "denoising" else uniform
+    objective = objective_of(method, levels, teacher=teacher, distance=distance, weight=weight)
     x0 = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with autocast("cpu", precision):
         generator = torch.Generator().manual_seed(0)
-        return objective(student, teacher, x0, None, Stage(9, 0.9), generator).loss
+        return objective(Models(student, teacher), x0, None, Stage(n=9), generator).loss
 
 
-@pytest.mark.parametrize("method", ["edm", "cd", "ct", "pd"])
+@pytest.mark.parametrize(
+    "method",
+    ["denoising", "consistency_distillation", "consistency_training", "progressive_distillation"],
+)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_only_the_network_is_rounded(method, precision):
     """Scalings, solver, distance and weight do not see autocast: every bit is that of fp32."""
@@ -160,13 +143,13 @@ def test_gradients_in_half_precision_point_the_same_way(network, precision, cosi
     for p in f.parameters():
         p.data.add_(0.02 * torch.randn_like(p))
     x0, labels = torch.rand(8, 3, 8, 8) * 2 - 1, torch.arange(8)
-    objective = denoising_objective(lognormal, karras, NoiseRange())
+    objective = objective_of("denoising", lognormal, weight=karras)
 
     def gradient(precision):
         f.zero_grad()
         generator = torch.Generator().manual_seed(0)
         with autocast("cpu", precision):
-            loss, _ = objective(f, None, x0, labels, Stage(9, 0.9), generator)
+            loss, _ = objective(alone(f), x0, labels, Stage(), generator)
         loss.mean().backward()
         assert {p.grad.dtype for p in f.parameters()} == {torch.float32}
         return torch.cat([p.grad.flatten() for p in f.parameters()])

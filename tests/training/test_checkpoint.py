@@ -24,7 +24,7 @@ from tests.training.test_fit import data, model, objective, settings, train_stat
 
 def trained(steps=3):
     state = train_state(model())
-    list(fit(state, objective(), data, lambda k, n: Stage(5, 0.9), settings(steps=steps)))
+    list(fit(state, objective(), data, lambda k, n: Stage(n=5, mu=0.9), settings(steps=steps)))
     return state
 
 
@@ -58,9 +58,11 @@ def test_a_run_in_fp16_goes_on_bit_equal_with_its_scale(tmp_path):
         return state
 
     def go_on(state, steps):
-        heavy = objective(lambda sigma: torch.full_like(sigma, 100.0))
+        heavy = objective(lambda hi, lo: torch.full_like(hi, 100.0))
         half = settings(steps=steps, precision="fp16")
-        return [info.skipped for info in fit(state, heavy, data, lambda k, n: Stage(5, 0.9), half)]
+        return [
+            info.skipped for info in fit(state, heavy, data, lambda k, n: Stage(n=5, mu=0.9), half)
+        ]
 
     straight, stopped, resumed = start(), start(), start()
     skipped = go_on(straight, 30)
@@ -90,7 +92,7 @@ def test_a_resumed_run_ends_bit_equal(tmp_path):
     path = save_checkpoint(tmp_path, trained(7), {})
     resumed = train_state(model())
     load_checkpoint(path, resumed)
-    list(fit(resumed, objective(), data, lambda k, n: Stage(5, 0.9), settings(steps=20)))
+    list(fit(resumed, objective(), data, lambda k, n: Stage(n=5, mu=0.9), settings(steps=20)))
     # 7 steps of a 7-step run and of a 20-step run are the same here: the rate is constant
     same(straight, resumed)
 

@@ -16,21 +16,20 @@ from cmtool.core.distances import l2
 from cmtool.core.ema import Ema, frozen_copy
 from cmtool.core.losses import (
     LossBatch,
-    consistency_objective,
     karras,
-    noise_pair,
-    teacher_pair,
     uniform_weight,
 )
+from cmtool.core.methods import make_objective
 from cmtool.core.networks.mlp import Mlp, MlpOptions
 from cmtool.core.noise import NoiseRange, Stage, consistency_training, karras_sigmas, uniform
 from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.precond import Preconditioned, consistency_scalings, edm_scalings, log_label
 from cmtool.core.rng import step_generator
-from cmtool.core.solvers import heun
 from cmtool.errors import DivergedError
+from cmtool.presets.upgrade import METHODS
 from cmtool.training.fit import Diverged, fit, learning_rate
 from cmtool.training.state import FitSettings, TrainState, counters, set_counters
+from tests.objectives import objective_of
 
 BATCH = 8
 
@@ -47,9 +46,7 @@ def data(step, shard, size=BATCH):
 
 
 def objective(weight=uniform_weight):
-    return consistency_objective(
-        uniform, lambda x, h, lo, z, y: noise_pair(x, h, lo, z), l2, weight, NoiseRange()
-    )
+    return objective_of("consistency_training", weight=weight)
 
 
 def train_state(student, lr=1e-2):
@@ -109,10 +106,8 @@ def test_twenty_steps_equal_algorithm_2_written_out():
     )  # fmt: skip
     state = train_state(model())
     state.optimizer = OPTIMIZERS["radam"](state.student.parameters(), 1e-2)
-    distilling = consistency_objective(
-        uniform, partial(teacher_pair, teacher=teacher, solver=heun), l2, karras, NoiseRange()
-    )
-    infos = list(fit(state, distilling, data, lambda k, n: Stage(18, 0.95), settings()))
+    distilling = objective_of("consistency_distillation", teacher=teacher, weight=karras)
+    infos = list(fit(state, distilling, data, lambda k, n: Stage(n=18, mu=0.95), settings()))
 
     student = model()
     target, ema = copy.deepcopy(student), copy.deepcopy(student)
@@ -162,7 +157,7 @@ def assert_same_run(state, infos, student, target, ema, losses):
 def test_each_average_has_a_rate_of_its_own():
     state = train_state(model())
     state.emas["slow"] = Ema(state.student, rate=0.99)
-    next(fit(state, objective(), data, lambda k, n: Stage(18, 0.95), settings(lr=1.0)))
+    next(fit(state, objective(), data, lambda k, n: Stage(n=18, mu=0.95), settings(lr=1.0)))
     for average, rate in (
         (state.target, 0.95), (state.emas["ema"].model, 0.9), (state.emas["slow"].model, 0.99)
     ):  # fmt: skip
@@ -179,22 +174,31 @@ def test_two_rounds_see_the_whole_batch():
         seen.append((step, shard))
         return data(step, shard, BATCH // 2)
 
-    list(fit(two, objective(), halves, lambda k, n: Stage(5, 0.9), settings(steps=1, rounds=2)))
+    list(
+        fit(two, objective(), halves, lambda k, n: Stage(n=5, mu=0.9), settings(steps=1, rounds=2))
+    )
     assert seen == [(0, 0), (0, 1)]
 
 
 def test_the_gradient_is_that_of_the_mean_over_rounds():
     def run(rounds):
         state = train_state(model())
-        quiet = consistency_objective(  # one level, no noise: nothing depends on the split
-            lambda b, n, r, g: uniform(b, 2, r, g),
-            lambda x, h, lo, z, y: noise_pair(x, h, lo, z * 0),
-            l2, uniform_weight, NoiseRange(),
-        )  # fmt: skip
+        loud = partial(METHODS["consistency_training"].loss, distance=l2, weight=uniform_weight)
+        quiet = make_objective(  # one level, no noise: nothing depends on the split
+            lambda models, given: loud(models, given._replace(noise=given.noise * 0)),
+            lambda b, stage, r, g: uniform(b, stage._replace(n=2), r, g),
+            NoiseRange(),
+        )
         state.target = frozen_copy(model())
         batches = lambda step, shard: data(step, shard, BATCH // rounds)  # noqa: E731
         list(
-            fit(state, quiet, batches, lambda k, n: Stage(2, 0.9), settings(steps=3, rounds=rounds))
+            fit(
+                state,
+                quiet,
+                batches,
+                lambda k, n: Stage(n=2, mu=0.9),
+                settings(steps=3, rounds=rounds),
+            )
         )
         return torch.nn.utils.parameters_to_vector(state.student.parameters())
 
@@ -209,7 +213,7 @@ def test_gradients_are_gone_when_the_next_step_begins():
         return data(step, shard)
 
     seen = []
-    for _ in fit(state, objective(), watched, lambda k, n: Stage(5, 0.9), settings(steps=3)):
+    for _ in fit(state, objective(), watched, lambda k, n: Stage(n=5, mu=0.9), settings(steps=3)):
         seen = [weakref.ref(p.grad) for p in state.student.parameters()]
     assert all(seen)
     assert not any(itertools.chain(*alive))
@@ -217,12 +221,12 @@ def test_gradients_are_gone_when_the_next_step_begins():
 
 def test_a_run_stopped_and_gone_on_is_the_same_run():
     straight = train_state(model())
-    list(fit(straight, objective(), data, lambda k, n: Stage(5, 0.9), settings()))
+    list(fit(straight, objective(), data, lambda k, n: Stage(n=5, mu=0.9), settings()))
     state = train_state(model())
-    steps = fit(state, objective(), data, lambda k, n: Stage(5, 0.9), settings())
+    steps = fit(state, objective(), data, lambda k, n: Stage(n=5, mu=0.9), settings())
     for _ in range(7):
         next(steps)
-    list(fit(state, objective(), data, lambda k, n: Stage(5, 0.9), settings()))
+    list(fit(state, objective(), data, lambda k, n: Stage(n=5, mu=0.9), settings()))
     for p, q in zip(straight.student.parameters(), state.student.parameters(), strict=True):
         assert torch.equal(p, q)
 
@@ -236,7 +240,15 @@ def test_a_step_that_is_not_finite_changes_nothing():
         return x * float("nan"), labels
 
     with pytest.raises(DivergedError, match="3 steps in a row, to step 3"):
-        list(fit(state, objective(), broken, lambda k, n: Stage(5, 0.9), settings(max_bad_steps=3)))
+        list(
+            fit(
+                state,
+                objective(),
+                broken,
+                lambda k, n: Stage(n=5, mu=0.9),
+                settings(max_bad_steps=3),
+            )
+        )
     for name, tensor in state.student.state_dict().items():
         assert torch.equal(tensor, before[name])
     for ema in [state.target, state.emas["ema"].model]:
@@ -261,7 +273,7 @@ def broken_at(*steps):
 
 
 def fixed(k, total):
-    return Stage(5, 0.9)
+    return Stage(n=5, mu=0.9)
 
 
 def test_a_skipped_step_leaves_every_bit():
@@ -323,8 +335,8 @@ def test_a_run_that_diverges_hands_over_what_its_last_step_saw():
         x[2] *= torch.nan if step > 2 and shard else 1
         return x, torch.arange(4)
 
-    def unlabelled(student, target, x0, labels, stage, generator):
-        return blind(student, target, x0, None, stage, generator)
+    def unlabelled(models, x0, labels, stage, generator):
+        return blind(models, x0, None, stage, generator)
 
     with pytest.raises(Diverged) as raised:
         list(fit(state, unlabelled, halves, fixed, settings(max_bad_steps=2, rounds=2)))
@@ -374,7 +386,7 @@ def test_the_host_reads_one_value_a_step(scaled):
 def test_an_overflow_lowers_the_scale_and_is_no_bad_step():
     state = train_state(model())
     state.scaler = GradScaler("cpu", init_scale=2.0**127)
-    heavy = objective(lambda sigma: torch.full_like(sigma, 1e6))
+    heavy = objective(lambda hi, lo: torch.full_like(hi, 1e6))
     infos = list(fit(state, heavy, data, fixed, settings(max_bad_steps=1)))
     count = sum(info.skipped for info in infos)
     assert infos[0].skipped
@@ -439,7 +451,13 @@ def test_one_bad_step_is_skipped_and_forgiven():
         return (x * float("nan") if step in (3, 9) else x), labels
 
     infos = list(
-        fit(state, objective(), broken_once, lambda k, n: Stage(5, 0.9), settings(max_bad_steps=2))
+        fit(
+            state,
+            objective(),
+            broken_once,
+            lambda k, n: Stage(n=5, mu=0.9),
+            settings(max_bad_steps=2),
+        )
     )
     assert [info.step - 1 for info in infos if info.skipped] == [3, 9]
     assert all(torch.isfinite(info.grad_norm) != info.skipped for info in infos)
@@ -470,7 +488,9 @@ def test_dropout_is_keyed_by_the_step_and_leaves_the_global_state():
         )
         state = train_state(f)
         torch.manual_seed(int(torch.randint(1000, ())))
-        infos = list(fit(state, objective(), data, lambda k, n: Stage(5, 0.9), settings(steps=3)))
+        infos = list(
+            fit(state, objective(), data, lambda k, n: Stage(n=5, mu=0.9), settings(steps=3))
+        )
         return [float(i.loss.mean()) for i in infos]
 
     assert run() == run()
@@ -482,7 +502,13 @@ def test_a_step_says_how_long_it_waited_for_images():
         return data(step, shard)
 
     infos = list(
-        fit(train_state(model()), objective(), slow, lambda *_: Stage(4, 0.9), settings(steps=3))
+        fit(
+            train_state(model()),
+            objective(),
+            slow,
+            lambda *_: Stage(n=4, mu=0.9),
+            settings(steps=3),
+        )
     )
     assert infos[1].waited >= 0.05
     assert max(infos[0].waited, infos[2].waited) < 0.05

@@ -30,8 +30,8 @@ METHODS = {
     ],
 }  # fmt: skip
 METHODS["cd, continuous and live"] = [
-    *METHODS["cd"][:-4], "--set", "loss.continuous=true", "--set", "loss.levels=ramp",
-    "--set", "loss.target=live", "--set", "model.network.dropout=0.1",
+    *METHODS["cd"][:-4], "--set", "loss.method=live_distillation", "--set", "loss.levels=ramp",
+    "--set", "model.network.dropout=0.1",
 ]  # fmt: skip
 SHARDED = ["--set", "run.sharding=fsdp"]
 AGAIN = ["--set", "train.checkpoint_activations=true"]

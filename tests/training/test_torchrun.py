@@ -18,7 +18,7 @@ from tests.cli.conftest import TINY
 
 pytestmark = pytest.mark.slow
 
-NEAR = ["--set", "loss.continuous=true", "--set", "loss.levels=ramp"]
+NEAR = ["--set", "loss.levels=ramp", "--set"]
 METHODS = {
     "edm": ["train", "--preset", "digits-edm"],
     "edm, warped": [
@@ -38,10 +38,13 @@ METHODS = {
         *["--set", "train.checkpoint_activations=true", "--set", "model.network.dropout=0.1"],
     ],
     "cd": ["distill", "--preset", "digits-cd", "--teacher", "digits-edm"],
-    "ct, continuous": ["train", "--preset", "digits-ct", "--set", "loss.target=student", *NEAR],
+    "ct, continuous": [
+        *["train", "--preset", "digits-ct", "--set", "loss.target=student", *NEAR],
+        "loss.method=continuous_training",
+    ],
     "cd, continuous and live": [
         *["distill", "--preset", "digits-cd", "--teacher", "digits-edm"],
-        *["--set", "loss.target=live", "--set", "model.network.dropout=0.1", *NEAR],
+        *["--set", "model.network.dropout=0.1", *NEAR, "loss.method=live_distillation"],
     ],
 }
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

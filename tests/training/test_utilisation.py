@@ -8,11 +8,12 @@ from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import Stage
 from cmtool.core.rng import step_generator
 from cmtool.models import load_model
-from cmtool.presets.build import build_denoiser, build_network, build_objective
+from cmtool.presets.build import build_denoiser, build_network, build_objective, needs_teacher
 from cmtool.presets.toml import load_preset
 from cmtool.training import utilisation
 from cmtool.training.utilisation import ideal_seconds, peak_flops, step_flops
 from tests.core.test_distances import hub, squeeze  # noqa: F401  # fixtures
+from tests.objectives import alone
 
 FORWARD_UNITS = {"digits-edm": 3, "digits-ct": 4, "digits-cd": 6, "digits-pd": 5}
 
@@ -29,7 +30,7 @@ def test_a_step_costs_the_passes_of_its_method(name, teacher):
     network = build_network(preset.model).eval()
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
-    counted = step_flops(preset, teacher if preset.distills else None)
+    counted = step_flops(preset, teacher if needs_teacher(preset) else None)
     forward = counter.get_total_flops()
     assert counted / (7 * forward) == pytest.approx(FORWARD_UNITS[name], rel=0.01)
 
@@ -41,27 +42,27 @@ def test_continuous_time_costs_a_tangent_more(teacher):
     through the student.
     """
 
-    def cost(**more):
-        near = {"loss.continuous": True, "loss.levels": "ramp", "train.batch": 1}
-        named = {f"loss.{key}": value for key, value in more.items()}
-        return step_flops(load_preset("digits-cd", near | named), teacher)
+    def cost(method, distance="l2"):
+        near = {"loss.method": method, "loss.levels": "ramp", "loss.distance": distance}
+        return step_flops(load_preset("digits-cd", near | {"train.batch": 1}), teacher)
 
     unit = step_flops(load_preset("digits-cd", {"train.batch": 1}), teacher) / 6
-    assert cost() / unit == pytest.approx(7, rel=0.01)
-    assert cost(pair="noise") / unit == pytest.approx(6, rel=0.01)
-    assert cost(target="live") / unit == pytest.approx(10, rel=0.01)
-    assert cost(target="live") == cost(target="live", distance="l1")
+    assert cost("continuous_distillation") / unit == pytest.approx(7, rel=0.01)
+    assert cost("continuous_training") / unit == pytest.approx(6, rel=0.01)
+    live = cost("live_distillation")
+    assert live / unit == pytest.approx(10, rel=0.01)
+    assert live == cost("live_distillation", "l1")
 
 
 def test_shapes_alone_count_as_much_as_a_step_with_numbers():
     preset = load_preset("digits-ct", {"train.batch": 3, "loss.target": "student"})
-    student = build_denoiser(preset, "consistency", build_network(preset.model))
+    student = build_denoiser(preset, build_network(preset.model))
     objective = build_objective(preset, None)
     # PyTorch counts other products for a CPU's fused attention than for its formula
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         labels = torch.zeros(3, dtype=torch.int64)
         x0 = torch.zeros(3, 3, 8, 8)
-        loss, _ = objective(student, None, x0, labels, Stage(2, 0.9), step_generator(0, 0, 0))
+        loss, _ = objective(alone(student), x0, labels, Stage(n=2), step_generator(0, 0, 0))
         loss.sum().backward()
     assert step_flops(preset, None) == counter.get_total_flops()
 

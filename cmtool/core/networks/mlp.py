@@ -17,6 +17,8 @@ class MlpOptions:
 
     width: int = 64
     depth: int = 3
+    two_time: bool = False
+    """The network also takes the label of the level that it jumps to: a flow map."""
 
 
 class Mlp(nn.Module):
@@ -26,15 +28,28 @@ class Mlp(nn.Module):
         super().__init__()
         check_options((channels, options.width), [1], options.depth)
         self.num_classes = num_classes
-        widths = [channels + 1 + num_classes, *[options.width] * options.depth]
+        self.two_time = options.two_time
+        widths = [channels + 1 + options.two_time + num_classes, *[options.width] * options.depth]
         layers: list[nn.Module] = []
         for c_in, c_out in itertools.pairwise(widths):
             layers += [nn.Conv2d(c_in, c_out, kernel_size=1), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], channels, kernel_size=1))
 
-    def forward(self, x: Tensor, noise_label: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return F (B, C, H, W) for x (B, C, H, W), noise_label (B,) and labels (B,) or None."""
+    def forward(
+        self,
+        x: Tensor,
+        noise_label: Tensor,
+        labels: Tensor | None = None,
+        *,
+        label_to: Tensor | None = None,
+    ) -> Tensor:
+        """Return F (B, C, H, W) for x (B, C, H, W), noise_label (B,) and labels (B,) or None.
+
+        `label_to` (B,) is the noise label of the level that a two-time network jumps to.
+        """
         features = [noise_label[:, None]]
+        if label_to is not None:
+            features.append(label_to[:, None])
         if labels is not None:
             features.append(nn.functional.one_hot(labels, self.num_classes).to(x.dtype))
         planes = torch.cat(features, dim=1)[:, :, None, None].expand(-1, -1, *x.shape[-2:])

@@ -1,0 +1,29 @@
+"""Training objectives for tests, by the name of a method and the choices it takes."""
+
+import inspect
+from functools import partial
+
+from cmtool.core.distances import l2
+from cmtool.core.losses import uniform_weight
+from cmtool.core.methods import METHODS, Models, make_objective
+from cmtool.core.noise import NoiseRange, uniform
+from cmtool.core.solvers import heun
+
+
+def objective_of(
+    name, levels=uniform, noise_range=NoiseRange(), teacher=None, augment=None, **choices
+):
+    """`make_objective` with l2, weight 1 and Heun's steps where nothing else is said."""
+    choices = {
+        "distance": l2, "weight": uniform_weight, "solver": heun, "noise_range": noise_range,
+        **choices,
+    }  # fmt: skip
+    loss = METHODS[name].loss
+    taken = inspect.signature(loss).parameters
+    method = partial(loss, **{key: value for key, value in choices.items() if key in taken})
+    return make_objective(method, levels, noise_range, teacher=teacher, augment=augment)
+
+
+def alone(student):
+    """The models of a student that is compared with itself."""
+    return Models(student, student)
