@@ -102,6 +102,31 @@ def uniform(batch: int, stage: Stage, noise_range: NoiseRange, generator: Genera
     return Levels(sigmas[index + 1], sigmas[index])
 
 
+def lognormal_mass(
+    batch: int,
+    stage: Stage,
+    noise_range: NoiseRange,
+    generator: Generator,
+    *,
+    mean: float = -1.1,
+    std: float = 2.0,
+) -> Levels:
+    """Return neighbours on the n-point Karras grid, by the log-normal mass between the two.
+
+    Song & Dhariwal (2023), sec. 3.5: low levels are picked more often than by `uniform`.
+    """
+    sigmas = karras_sigmas(stage.n, *noise_range)
+    law = mass_between(sigmas, mean, std)
+    index = torch.multinomial(law, batch, replacement=True, generator=generator)
+    return Levels(sigmas[index + 1], sigmas[index])
+
+
+def mass_between(sigmas: Tensor, mean: float, std: float) -> Tensor:
+    """Return the share of ln sigma ~ N(mean, std^2) between neighbours of a grid (n,), (n - 1,)."""
+    mass = torch.erf((sigmas.log() - mean) / (math.sqrt(2) * std)).diff()
+    return mass / mass.sum()
+
+
 def ramp(batch: int, stage: Stage, noise_range: NoiseRange, generator: Generator) -> Levels:
     """Return u^rho, u uniform between the roots of both ends: the grid of n -> infinity points.
 
@@ -145,6 +170,20 @@ def consistency_training(
     return Stage(progress=progress, n=n, mu=mu)
 
 
+def doubling(step: int, total_steps: int, *, s0: int = 10, s1: int = 1280) -> Stage:
+    """Return N(k) of improved consistency training (Song & Dhariwal 2023, sec. 3.4).
+
+    N(k) = min(s0 2^floor(k / K'), s1) + 1 with K' = floor(K / (log2 floor(s1 / s0) + 1)): stages of
+    equal length, from s0 + 1 points to s1 + 1. There is no other target than the student: mu is 0.
+    """
+    if not 1 <= s0 <= s1:
+        raise UserError(f"s0 = {s0}, s1 = {s1}", "1 <= s0 <= s1")
+    length = max(int(total_steps / (math.log2(s1 // s0) + 1)), 1)
+    stage = step // length
+    n = min(s0 * 2 ** min(stage, 64), s1) + 1
+    return Stage(progress=min(step / total_steps, 1.0), n=n, stage=stage)
+
+
 def halving(step: int, total_steps: int, *, start: int = 4096, stage_steps: int = 50_000) -> Stage:
     """Return the stages of progressive distillation (Salimans & Ho 2022, Alg. 2).
 
@@ -169,6 +208,7 @@ def halving(step: int, total_steps: int, *, start: int = 4096, stage_steps: int 
 
 LEVELS: dict[str, Callable[..., Levels]] = {
     "lognormal": lognormal,
+    "lognormal_mass": lognormal_mass,
     "ramp": ramp,
     "uniform": uniform,
 }
@@ -176,5 +216,6 @@ LEVELS: dict[str, Callable[..., Levels]] = {
 CURRICULA: dict[str, Callable[..., Stage]] = {
     "fixed": fixed,
     "consistency_training": consistency_training,
+    "doubling": doubling,
     "halving": halving,
 }
