@@ -127,6 +127,36 @@ def mass_between(sigmas: Tensor, mean: float, std: float) -> Tensor:
     return mass / mass.sum()
 
 
+def tightening(
+    batch: int,
+    stage: Stage,
+    noise_range: NoiseRange,
+    generator: Generator,
+    *,
+    mean: float = -1.1,
+    std: float = 2.0,
+    q: float = 2.0,
+    k: float = 8.0,
+    b: float = 1.0,
+    stage_images: int = 3_200_000,
+) -> Levels:
+    """Return ln sigma ~ N(mean, std^2) with a level below that nears it stage by stage.
+
+    Easy consistency tuning (Geng et al. 2024): a stage begins every `stage_images` images.
+    """
+    hi, _ = lognormal(batch, stage, noise_range, generator, mean=mean, std=std)
+    return Levels(hi, tightened(hi, stage.images // stage_images, q=q, k=k, b=b))
+
+
+def tightened(sigma: Tensor, stage: int, *, q: float, k: float, b: float) -> Tensor:
+    """Return sigma max(0, 1 - n(sigma) / q^(stage + 1)), n(sigma) = 1 + k sigmoid(-b sigma), (B,).
+
+    With k = 0 the ratio is the same at all levels (ECT's mapping `const`).
+    """
+    n = 1 + k * torch.sigmoid(-b * sigma)
+    return sigma * (1 - n / q ** (stage + 1)).clamp_min(0)
+
+
 def ramp(batch: int, stage: Stage, noise_range: NoiseRange, generator: Generator) -> Levels:
     """Return u^rho, u uniform between the roots of both ends: the grid of n -> infinity points.
 
@@ -210,6 +240,7 @@ LEVELS: dict[str, Callable[..., Levels]] = {
     "lognormal": lognormal,
     "lognormal_mass": lognormal_mass,
     "ramp": ramp,
+    "tightening": tightening,
     "uniform": uniform,
 }
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from cmtool.core.distances import pseudo_huber
-from cmtool.core.losses import consistency_loss, inverse_gap, noise_pair
+from cmtool.core.losses import consistency_loss, inverse_gap, karras, noise_pair
+from cmtool.core.networks import layers
 from cmtool.core.noise import (
     NoiseRange,
     Stage,
@@ -19,10 +20,13 @@ from cmtool.core.noise import (
     karras_sigmas,
     lognormal_mass,
     mass_between,
+    tightened,
+    tightening,
 )
 from cmtool.core.precond import (
     Preconditioned,
     consistency_scalings,
+    edm_scalings,
     log_label,
 )
 from cmtool.models import load_model
@@ -31,7 +35,10 @@ from tests.golden import GOLDEN
 FOLDER = GOLDEN / "successors"
 ICT = json.loads((FOLDER / "ict.json").read_text())
 VERIFIED = json.loads((FOLDER / "verified.json").read_text())
-NUMBERS = {name: load_file(FOLDER / f"{name}.safetensors") for name in ("ict", "ect_cifar")}
+CASES = ("ict", "ect_cifar", "ect_imgnet")
+NUMBERS = {
+    name: load_file(FOLDER / f"{name}.safetensors") for name in ("ict", "ect_cifar", "ect_imgnet")
+}
 
 
 @pytest.fixture(scope="module", params=[0])
@@ -99,3 +106,90 @@ def test_ict_loss_and_gradient(networks, name):
     loss, norm = loss_and_norm(f, pair, n.get(f"{which}.labels"), distance, inverse_gap)
     torch.testing.assert_close(loss, n[f"{name}.loss"], rtol=1e-6, atol=0)
     assert norm == pytest.approx(row["grad_norm"], rel=1e-6)
+
+
+ECT = {
+    (case, name): row
+    for case in ("ect_cifar", "ect_imgnet")
+    for name, row in json.loads((FOLDER / f"{case}.json").read_text())["cases"].items()
+    if "q" in row
+}
+"""What ECT's two branches computed, by file and name."""
+
+
+@pytest.mark.parametrize("key", ECT, ids="-".join)
+def test_ect_levels(key):
+    """r of the recorded t: in float32 by ECT, in float64 by us."""
+    row, n = ECT[key], NUMBERS[key[0]]
+    t, r = n[f"{key[1]}.t"].double(), n[f"{key[1]}.r"].double()
+    k = row["k"] if row["mapping"] == "sigmoid" else 0.0
+    found = tightened(t, row["stage"], q=row["q"], k=k, b=row["b"])
+    assert torch.equal(found == 0, r == 0)
+    torch.testing.assert_close(found, r, rtol=2e-6, atol=1e-7)
+
+
+def test_ect_stages_are_counted_in_images():
+    def lower(images, **options):
+        generator = torch.Generator().manual_seed(0)
+        stage = Stage(images=images)
+        return tightening(64, stage, NoiseRange(), generator, stage_images=100, **options)
+
+    assert (lower(0).sigma_lo == 0).any()
+    assert torch.equal(lower(99).sigma_lo, lower(0).sigma_lo)
+    assert (lower(100).sigma_lo >= lower(99).sigma_lo).all()
+    fine = lower(700)  # stage 7 of q = 2 is stage 0 of q = 256
+    torch.testing.assert_close(fine, lower(0, q=256.0))
+    assert (fine.sigma_lo < fine.sigma_hi).all()
+
+
+@pytest.fixture
+def dropped(monkeypatch):
+    """Have every dropout of a network take recorded masks, in order, the same in every pass."""
+
+    def record(masks, p):
+        turn = iter([])
+
+        def forward(self, x):
+            nonlocal turn
+            mask = next(turn, None)
+            if mask is None:
+                turn = iter(masks)
+                mask = next(turn)
+            return x * mask / (1 - p)
+
+        monkeypatch.setattr(layers.Dropout, "forward", forward)
+
+    return record
+
+
+@pytest.mark.parametrize("key", [k for k in ECT if not k[1].startswith("edm2")], ids="-".join)
+def test_ect_loss_and_gradient(networks, dropped, key):
+    (case, name), row = key, ECT[key]
+    n, verified = NUMBERS[case], VERIFIED[case][name]
+    which = row["network"]
+    f = student(networks[which], edm_scalings)
+    if row["dropout"]:
+        masks = [n[k] for k in sorted(n) if k.startswith(f"{name}.mask.")]
+        dropped(masks, row["dropout"])
+    t = n[f"{name}.t"].double()
+    k = row["k"] if row["mapping"] == "sigmoid" else 0.0
+    r = tightened(t, row["stage"], q=row["q"], k=k, b=row["b"])
+    pair = noise_pair(n[f"{which}.x0"].double(), t, r, n[f"{which}.noise"].double())
+    weight = inverse_gap if case == "ect_cifar" else karras
+    distance = partial(pseudo_huber, c=row["c"])
+    loss, norm = loss_and_norm(f, pair, n.get(f"{which}.labels"), distance, weight)
+    expected = torch.tensor(verified["loss_f64"], dtype=torch.float64)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert norm == pytest.approx(verified["grad_norm_f64"], rel=1e-6)
+
+
+@pytest.mark.parametrize("key", [k for k in ECT if k[1].startswith("edm2")], ids="-".join)
+def test_ect_loss_of_recorded_answers(key):
+    """The networks of EDM2 are not ours yet: the formula, on the answers that theirs gave."""
+    (case, name), row = key, ECT[key]
+    n = NUMBERS[case]
+    t, r = n[f"{name}.t"].double(), n[f"{name}.r"].double()
+    distance = pseudo_huber(n[f"{name}.D_t"].double(), n[f"{name}.D_r"].double(), c=row["c"])
+    torch.testing.assert_close(
+        karras(t, r) * distance, n[f"{name}.loss"].double(), rtol=2e-3, atol=0
+    )
