@@ -7,7 +7,7 @@ from typing import Any
 
 from cmtool.errors import UserError
 
-METHODS: dict[tuple[str, bool, bool], str] = {
+METHOD_OF: dict[tuple[str, bool, bool], str] = {
     ("none", False, False): "denoising",
     ("noise", False, False): "consistency_training",
     ("teacher", False, False): "consistency_distillation",
@@ -30,15 +30,15 @@ def upgraded(tree: Mapping[str, Any]) -> dict[str, Any]:
         return dict(tree)
     method = loss.get("method")
     name = method.get("name") if isinstance(method, Mapping) else method
-    before = {value: key for key, value in METHODS.items()}.get(str(name), ("none", False, False))
+    before = {value: key for key, value in METHOD_OF.items()}.get(str(name), ("none", False, False))
     key = (loss.pop("pair", before[0]), bool(loss.pop("continuous", before[1])), live)
-    if key not in METHODS:
+    if key not in METHOD_OF:
         raise UserError(
             f"loss.pair = {key[0]!r} with loss.continuous = {str(key[1]).lower()} and"
             f" loss.target = {loss.get('target')!r}, as presets of version 0.1 put it",
-            f"say loss.method instead: one of {', '.join(METHODS.values())}",
+            f"say loss.method instead: one of {', '.join(METHOD_OF.values())}",
         )
-    loss["method"] = METHODS[key]
+    loss["method"] = METHOD_OF[key]
     if live:
         loss["target"] = "student"
     kind = "teacher" if key[0] in ("none", "progressive") else "consistency"

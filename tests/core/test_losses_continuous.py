@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmtool.core.distances import DISTANCES, NORMS, is_norm, l1, l2, pseudo_huber
+from cmtool.core.distances import DISTANCES, is_norm, l1, l2, pseudo_huber
 from cmtool.core.losses import (
     consistency_loss,
     continuous_loss,
@@ -115,9 +115,9 @@ def test_the_tangent_goes_through_fused_attention():
 def test_a_distance_is_a_norm_or_has_a_curvature(name):
     x0, v = drawn(2, 4, 3, 40, 32)
     h_v = curvature(DISTANCES[name], x0, v)
-    assert bool((h_v == 0).all()) == (name in NORMS)
+    assert bool((h_v == 0).all()) == is_norm(DISTANCES[name])
     near = [DISTANCES[name](x0 + h * v, x0) / h for h in (1e-4, 2e-4)]
-    if name in NORMS:
+    if is_norm(DISTANCES[name]):
         torch.testing.assert_close(near[0], near[1])
         torch.testing.assert_close(near[0], DISTANCES[name](v, torch.zeros_like(v)))
     else:
@@ -133,11 +133,11 @@ def test_values_by_hand():
     assert float(half_square(partial(pseudo_huber, c=0.1), x0, v)) == pytest.approx(5.25 / 0.2)
     f = lambda x, sigma, labels=None: 3 * x + expand(sigma**2, x)  # noqa: E731
     point = OdePoint(x0, torch.tensor([2.0]), v)
-    live = partial(live_loss, f, f, point, None, weight=lambda sigma: 10 * sigma)
+    live = partial(live_loss, f, f, point, None, weight=lambda hi, lo: 10 * hi)
     g = 3 * v + 4
     assert float(live(distance=l1)) == pytest.approx(float(20 * g.abs().mean()))
     assert float(live(distance=l2)) == pytest.approx(float(20 * (g**2).mean()))
-    held = continuous_loss(f, f, point, None, l2, lambda sigma: 10 * sigma)
+    held = continuous_loss(f, f, point, None, l2, lambda hi, lo: 10 * hi)
     assert float(held) == pytest.approx(float(20 * (g**2).mean()))  # shifted to the other's value
 
 
@@ -151,7 +151,6 @@ def test_the_target_is_held_fixed_and_live_is_not():
     assert target.weight.grad is None
     live_loss(
         lambda x, s, y: student(x), lambda x, s, y: target(x), point, None, l2, uniform_weight,
-        norm=False,
     ).sum().backward()  # fmt: skip
     assert target.weight.grad is not None
 
@@ -195,7 +194,8 @@ def test_live_is_the_limit_of_a_pair_differentiated_on_both_sides(name):
     teacher = network("mlp", 2, 0, edm_scalings).double()
     x0, noise = drawn(2, 8, 2, 4, 4)
     sigma = torch.linspace(0.8, 5, 8).double()
-    norm, distance = name in NORMS, DISTANCES[name]
+    distance = DISTANCES[name]
+    norm = is_norm(distance)
     distance = partial(pseudo_huber, c=1.0) if name == "pseudo_huber" else distance
     values, limits = [], []
     for h in STEPS:
@@ -205,7 +205,7 @@ def test_live_is_the_limit_of_a_pair_differentiated_on_both_sides(name):
         values.append(loss.detach())
         limits.append(gradient(loss, f))
     point = teacher_point(x0, sigma, noise, None, teacher)
-    live = live_loss(f, f, point, None, distance, uniform_weight, norm=norm)
+    live = live_loss(f, f, point, None, distance, uniform_weight)
     assert order_and_error(values, live.detach())[0] == pytest.approx(1, abs=0.1)
     order, error = order_and_error(limits, gradient(live, f))
     assert order == pytest.approx(1, abs=0.15)
@@ -218,7 +218,7 @@ def test_the_ramp_is_the_limit_of_the_grids():
     x0, noise = drawn(2, 1, 2, 4, 4)
     low, high = (s ** (1 / span.rho) for s in span[:2])
 
-    def thinning(sigma):  # du/dsigma, u the place on the ramp in [0, 1]
+    def thinning(sigma, _):  # du/dsigma, u the place on the ramp in [0, 1]
         return 1 / (span.rho * (high - low) * sigma ** (1 - 1 / span.rho))
 
     def expanded(sigmas):
@@ -241,7 +241,7 @@ def test_the_ramp_is_the_limit_of_the_grids():
 
 def test_the_ramp_covers_its_range_evenly_in_the_root():
     span = NoiseRange(0.002, 80.0)
-    sigma, _ = ramp(100_000, 2, span, torch.Generator().manual_seed(0))
+    sigma, _ = ramp(100_000, Stage(), span, torch.Generator().manual_seed(0))
     low, high = (s ** (1 / span.rho) for s in span[:2])
     place = (sigma ** (1 / span.rho) - low) / (high - low)
     assert 0 <= float(place.min()) < 1e-4

@@ -7,7 +7,7 @@ import pytest
 from cmtool.errors import UserError
 from cmtool.presets.schema import Preset
 from cmtool.presets.toml import load_preset, resolve
-from cmtool.presets.upgrade import METHODS, of_kind, upgraded
+from cmtool.presets.upgrade import METHOD_OF, of_kind, upgraded
 from tests.golden import GOLDEN
 
 OLD = json.loads((GOLDEN / "presets_0_1.json").read_text())
@@ -28,7 +28,7 @@ def test_a_preset_of_today_stays_as_it_is():
     assert upgraded(tables) == tables
 
 
-@pytest.mark.parametrize(("old", "method"), METHODS.items(), ids=str)
+@pytest.mark.parametrize(("old", "method"), METHOD_OF.items(), ids=str)
 def test_pair_continuous_and_live_are_a_method(old, method, tmp_path):
     pair, continuous, live = old
     (tmp_path / "own.toml").write_text(f"""

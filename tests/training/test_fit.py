@@ -15,18 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cmtool.core.distances import l2
 from cmtool.core.ema import Ema, frozen_copy
 from cmtool.core.losses import (
-    LossBatch,
     karras,
     uniform_weight,
 )
-from cmtool.core.methods import make_objective
+from cmtool.core.methods import METHODS, LossBatch, make_objective
 from cmtool.core.networks.mlp import Mlp, MlpOptions
 from cmtool.core.noise import NoiseRange, Stage, consistency_training, karras_sigmas, uniform
 from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.precond import Preconditioned, consistency_scalings, edm_scalings, log_label
 from cmtool.core.rng import step_generator
 from cmtool.errors import DivergedError
-from cmtool.presets.upgrade import METHODS
 from cmtool.training.fit import Diverged, fit, learning_rate
 from cmtool.training.state import FitSettings, TrainState, counters, set_counters
 from tests.objectives import objective_of
@@ -298,8 +296,9 @@ def test_a_fault_names_step_image_and_level():
 
 
 def test_a_fault_names_the_first_parameter_whose_gradient_is_not_finite():
-    def steep(student, target, x0, labels, stage, generator):
+    def steep(models, x0, labels, stage, generator):
         """A finite loss whose slope is infinite, as that of a root at 0."""
+        student = models.student
         weight = student.network.layers[2].weight
         loss = (weight - weight.detach()).square().sum().sqrt() + student(x0, torch.ones(BATCH))
         return LossBatch(loss.square().flatten(1).mean(1), torch.arange(BATCH) + 1.0)
@@ -316,7 +315,8 @@ def test_a_fault_names_the_first_parameter_whose_gradient_is_not_finite():
 def test_a_loss_that_is_not_finite_is_never_passed_by():
     """The slope of |x - y| at infinity is 1: the gradient alone would not tell."""
 
-    def far(student, target, x0, labels, stage, generator):
+    def far(models, x0, labels, stage, generator):
+        student = models.student
         out = student(x0, torch.ones(BATCH)).flatten(1).sum(1)
         return LossBatch((out + torch.inf).abs(), torch.ones(BATCH))
 
@@ -352,7 +352,7 @@ def test_a_run_that_diverges_hands_over_what_its_last_step_saw():
 
 def test_a_skipped_last_step_of_a_stage_hands_its_student_on():
     state = train_state(model())
-    stages = lambda k, total: Stage(5, 0.0 if k == 2 else 1.0)  # noqa: E731
+    stages = lambda k, total: Stage(n=5, mu=0.0 if k == 2 else 1.0)  # noqa: E731
     steps = fit(state, objective(), broken_at(2), stages, settings())
     for _ in range(3):
         next(steps)
@@ -412,7 +412,8 @@ def test_a_loss_that_is_not_finite_is_a_bad_step_at_any_scale():
 
 
 def test_an_overflow_counts_when_the_scale_has_collapsed():
-    def steep(student, target, x0, labels, stage, generator):
+    def steep(models, x0, labels, stage, generator):
+        student = models.student
         weight = student.network.layers[0].weight
         loss = (weight - weight.detach()).square().sum().sqrt() + torch.ones(BATCH)
         return LossBatch(loss, torch.ones(BATCH))
