@@ -19,8 +19,10 @@ import traceback
 import torch
 
 from cmtool.cli import main
+from cmtool.core.methods import METHODS
 from cmtool.data import datasets as data
 from cmtool.training import checkpoint, run
+from tests.training.test_state import WEIGHED
 
 
 def boom():
@@ -130,4 +132,5 @@ def ends(job):
 
 
 if __name__ == "__main__":
+    METHODS["weighed"] = WEIGHED  # a method that owns a module
     print(json.dumps([ends(job) for job in json.loads(sys.argv[1])]))

@@ -33,6 +33,7 @@ METHODS["cd, continuous and live"] = [
     *METHODS["cd"][:-4], "--set", "loss.method=live_distillation", "--set", "loss.levels=ramp",
     "--set", "model.network.dropout=0.1",
 ]  # fmt: skip
+METHODS["with a module of its own"] = [*METHODS["ct"], "--set", "loss.method=weighed"]
 SHARDED = ["--set", "run.sharding=fsdp"]
 AGAIN = ["--set", "train.checkpoint_activations=true"]
 
