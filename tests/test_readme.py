@@ -79,7 +79,7 @@ def test_the_first_command_is_the_tour():
 
 
 @pytest.mark.parametrize(
-    ("file", "name"), found(r"`((?:cmtool|tests|\.ci|\.github)/[\w./-]+(?::\w+)?)`")
+    ("file", "name"), found(r"(?m)(?:`|^)((?:cmtool|tests|\.ci|\.github)/[\w./-]+(?::\w+)?)(?:`| )")
 )
 def test_files_and_what_is_named_in_them_exist(file, name):
     path, _, thing = name.partition(":")
