@@ -1,5 +1,6 @@
-"""The README is true: its commands parse, its files exist, its set-up is what CI runs."""
+"""README and pages are true: commands parse; the files, names and presets they name exist."""
 
+import fnmatch
 import re
 import shlex
 from pathlib import Path
@@ -8,18 +9,39 @@ import pytest
 from typer.main import get_command
 
 from cmtool.cli import app
-from cmtool.presets.toml import FOLDER, preset_names
+from cmtool.docs import FOLDER as PAGES
+from cmtool.docs import page, titles
+from cmtool.presets.toml import preset_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+FILES = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", *sorted(PAGES.glob("*.md"))]
+DATA_SETS = "digits|cifar10|imagenet64|bedroom256|cat256|ffhq64|afhq64"
+
+
+def found(pattern):
+    """Each distinct match of a pattern in README and pages, with its file, as parameters."""
+    return [
+        pytest.param(file, match, id=f"{file.stem}: {match}")
+        for file in FILES
+        for match in dict.fromkeys(re.findall(pattern, file.read_text()))
+    ]
+
+
+def blocks(language, files=FILES):
+    """The blocks of code of a language."""
+    pattern = rf"```{language}\n(.*?)```"
+    return [b for file in files for b in re.findall(pattern, file.read_text(), re.DOTALL)]
 
 
 def commands():
-    for line in "\n".join(BLOCKS).splitlines():
+    """The words after `cmtool` of every command, whoever starts it."""
+    for line in "".join(blocks("sh")).splitlines():
         for part in re.split(r"&&|\||>", line):
             words = shlex.split(part)
-            if words and words[0] == "cmtool":
+            if words[:1] == ["torchrun"]:
+                words = words[words.index("cmtool") :]
+            if words[:1] == ["cmtool"]:
                 yield words[1:]
 
 
@@ -35,6 +57,13 @@ def test_every_command_parses(words):
 
 
 @pytest.mark.parametrize(
+    "file", [file for file in FILES if blocks("python", [file])], ids=lambda file: file.stem
+)
+def test_the_python_of_a_page_runs(file):
+    exec("".join(blocks("python", [file])), {})
+
+
+@pytest.mark.parametrize(
     "setup", [README.split("```sh\n")[1].split("\n")[0], "pip install '.[test]'"]
 )
 def test_set_up_is_what_ci_runs(setup):
@@ -45,27 +74,43 @@ def test_set_up_is_what_ci_runs(setup):
 
 
 def test_the_first_command_is_the_tour():
-    assert BLOCKS[0] == "pip install . && cmtool demo\n"
+    assert blocks("sh")[0] == "pip install . && cmtool demo\n"
 
 
-def test_files_and_folders_it_names_exist():
-    for name in re.findall(r"`(cmtool/[\w./]+|\.ci/run)`|\]\((\.github/[\w./]+)\)", README):
-        path = next(filter(None, name))
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize(
+    ("file", "name"), found(r"(?m)(?:`|^)((?:cmtool|tests|\.ci|\.github)/[\w./-]+(?::\w+)?)(?:`| )")
+)
+def test_files_and_what_is_named_in_them_exist(file, name):
+    path, _, thing = name.partition(":")
+    assert (ROOT / path).exists()
+    if thing:
+        written = rf"^(?:def|class) {thing}\b|^{thing}\b.* ="
+        assert re.search(written, (ROOT / path).read_text(), re.MULTILINE)
 
 
-def test_presets_it_names_exist():
-    for name in re.findall(r"--preset (\S+)", README):
-        assert name in preset_names()
+@pytest.mark.parametrize(("file", "target"), found(r"\]\((?!https?:)([^)]+)\)"))
+def test_links_lead_somewhere(file, target):
+    assert (file.parent / target).exists()
 
 
-def test_every_command_is_in_the_readme_and_has_help():
-    group = get_command(app)
-    for name, command in group.commands.items():
-        assert f"cmtool {name}" in README
-        assert command.help
+@pytest.mark.parametrize(
+    ("file", "name"), found(rf"--preset ([\w-]+)|`((?:{DATA_SETS}|\*)-[\w*-]+)`")
+)
+def test_presets_that_are_named_exist(file, name):
+    assert fnmatch.filter(preset_names(), "".join(name))
 
 
-def test_presets_ship_with_the_package():
-    assert FOLDER.is_dir()
-    assert 'presets = "cmtool/_presets"' in (ROOT / "pyproject.toml").read_text()
+@pytest.mark.parametrize("command", get_command(app).commands)
+def test_every_command_is_in_the_readme_and_has_help(command):
+    assert f"cmtool {command}" in README
+    assert get_command(app).commands[command].help
+
+
+@pytest.mark.parametrize("topic", titles())
+def test_a_page_has_a_title_and_a_page_of_words(topic):
+    assert page(topic).startswith("# ")
+    assert 250 <= len(page(topic).split()) <= 620
+
+
+def test_every_page_is_linked_from_the_readme():
+    assert [topic for topic in titles() if f"(cmtool/docs/{topic}.md)" not in README] == []

@@ -11,7 +11,18 @@ from types import FrameType
 import typer
 
 from cmtool import __version__
-from cmtool.cli import checkpoint, data, demo, edit, evaluate, preset, sample, search, train
+from cmtool.cli import (
+    checkpoint,
+    data,
+    demo,
+    edit,
+    evaluate,
+    explain,
+    preset,
+    sample,
+    search,
+    train,
+)
 from cmtool.cli._output import say
 from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError, is_full
 
@@ -43,6 +54,7 @@ app.add_typer(preset.app, name="preset")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
 app.command("demo")(demo.demo)
+app.command("explain")(explain.explain)
 
 
 def _version(wanted: bool) -> None:
