@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -272,18 +271,19 @@ def _parse_indices(ts: str) -> list[int]:
 
 def newest_run(kind: Kind | None = None) -> str | None:
     """Return the newest finished run folder under runs/ that holds a model of `kind`."""
-    from cmtool.formats.native import read_about
-    from cmtool.models import find_weights
+    from cmtool.formats.find import kind_of_run
+    from cmtool.formats.native import read_table
 
-    done = []
-    for status in Path("runs").glob("*/status.json"):
+    found = [(status.stat().st_mtime, status) for status in Path("runs").glob("*/status.json")]
+    for _, status in sorted(found, reverse=True):
         try:
-            finished = json.loads(status.read_text()).get("state") == "done"
-            if finished and kind in (None, read_about(find_weights(status.parent))["kind"]):
-                done.append((status.stat().st_mtime, str(status.parent)))
+            done = read_table(status).get("state") == "done"
+            made = kind_of_run(status.parent) if done else None
         except (OSError, ValueError, InputError):
             continue
-    return max(done)[1] if done else None
+        if made is not None and kind in (None, made):
+            return str(status.parent)
+    return None
 
 
 def check_class(index: int | None, num_classes: int) -> None:

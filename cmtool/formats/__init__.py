@@ -90,9 +90,9 @@ def identify(path: Path) -> str:
     )
 
 
-def read_foreign(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
-    """Return the model of a foreign file, whichever format it is. Raises InputError."""
-    kind = FORMATS[identify(path)]
+def read_foreign(name: str, path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
+    """Return the model of a file of the format FORMATS[name]. Raises InputError."""
+    kind = FORMATS[name]
     if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path} is larger than {MAX_BYTES >> 30} GiB", "give the right file")
     try:

@@ -9,15 +9,21 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from cmtool.errors import InputError
 from cmtool.formats.native import read_table
-from cmtool.system.files import file_facts, write_json
+from cmtool.system.files import file_sha256, write_json
 
 MANIFEST = "manifest.json"
 BEST = "best.json"
+T = TypeVar("T")
+
+
+class Damaged(InputError):
+    """A checkpoint that is not whole."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -28,29 +34,71 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest undamaged checkpoint, and why newer ones were passed over."""
-    complaints = []
+def newest(folder: Path, read: Callable[[Path], T]) -> tuple[T | None, list[str]]:
+    """Return what `read` makes of the newest whole checkpoint, and why newer ones were passed over.
+
+    `read` raises Damaged for a checkpoint that is not whole.
+    """
+    complaints: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
-            verify(path)
-        except InputError as error:
+            return read(path), complaints
+        except Damaged as error:
             complaints.append(error.what)
-            continue
-        return path, complaints
     return None, complaints
 
 
-def verify(path: Path) -> None:
-    """Raise InputError unless every file of the checkpoint has the size and hash it was given."""
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest undamaged checkpoint, and why newer ones were passed over."""
+    return newest(folder, verify)
+
+
+def verify(path: Path) -> Path:
+    """Return the checkpoint. Raises Damaged unless every file has its size and hash."""
+    for name, sha256 in whole_files(path).items():
+        if file_sha256(path / name) != sha256:
+            raise Damaged(f"{path / name} is damaged", "give an earlier checkpoint")
+    return path
+
+
+def whole_files(path: Path) -> dict[str, str]:
+    """Return the hash that each file of a checkpoint should have, by the manifest.
+
+    Raises Damaged unless all are there and have their sizes.
+    """
     try:
-        manifest = dict(read_table(path / MANIFEST)["files"])
-    except (OSError, ValueError, LookupError, TypeError):
-        raise InputError(f"{path} is not a whole checkpoint: no manifest", "use another") from None
-    for name, facts in manifest.items():
+        listed = read_table(path / MANIFEST)["files"]
+        facts = {name: (fact["bytes"], fact["sha256"]) for name, fact in listed.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        what = f"{path} is not a whole checkpoint: no manifest"
+        raise Damaged(what, "give another checkpoint") from None
+    for name, (size, _) in facts.items():
         file = path / name
-        if not file.is_file() or file_facts(file) != facts:
-            raise InputError(f"{file} is damaged", "use the checkpoint before it")
+        if not file.is_file() or file.stat().st_size != size:
+            raise Damaged(f"{file} is damaged", "give an earlier checkpoint")
+    return {name: sha256 for name, (_, sha256) in facts.items()}
+
+
+def weight_file(path: Path, weights: str) -> Path:
+    """Return the file of the named weights in a checkpoint. Raises InputError if there is none.
+
+    "ema" also stands for the only EMA of another name, and for "model" where there is no EMA.
+    """
+    file = path / f"{weights}.safetensors"
+    if not file.is_file() and weights == "ema":
+        emas = sorted(path.glob("ema-*.safetensors"))
+        file = emas[0] if len(emas) == 1 else path / "model.safetensors" if not emas else file
+    if not file.is_file():
+        held = ", ".join(weights_in(path))
+        raise InputError(f"{path} holds no weights {weights!r}", f"it holds {held}")
+    return file
+
+
+def weights_in(path: Path) -> tuple[str, ...]:
+    """Return the names of the weights in a checkpoint, () for another folder."""
+    if not (path / MANIFEST).is_file():
+        return ()
+    return tuple(sorted(f.stem for f in path.glob("*.safetensors") if f.stem != "optimizer"))
 
 
 def point_to(folder: Path, final: Path) -> None:

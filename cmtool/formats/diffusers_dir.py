@@ -5,6 +5,7 @@ Its UNet2DModel is the raw network, an Adm; scalings and noise label live in its
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from cmtool.formats.foreign import (
 )
 from cmtool.formats.native import read_table
 from cmtool.formats.openai_pt import state_dict
+from cmtool.system.files import file_sha256
 
 INDEX = "model_index.json"
 CONFIG = "unet/config.json"
@@ -153,10 +155,18 @@ def write(
     (folder / "unet" / WEIGHTS[0]).chmod((folder / INDEX).stat().st_mode)
 
 
-def files(path: Path) -> list[Path]:
-    """Return the files of a pipeline folder that make the model."""
-    names = [INDEX, CONFIG, SCHEDULER, *(f"unet/{name}" for name in WEIGHTS)]
-    return [path / name for name in names if (path / name).is_file()]
+def sha256(path: Path) -> str:
+    """Return the hash of the names and hashes of a pipeline's files, those that are read."""
+    names = (INDEX, CONFIG, SCHEDULER)
+    files = [path / name for name in names if (path / name).is_file()] + _weight_files(path)[:1]
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(f"{file.relative_to(path)} {file_sha256(file)}\n".encode())
+    return whole.hexdigest()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    return [file for name in WEIGHTS if (file := path / "unet" / name).is_file()]
 
 
 def rules(o: AdmOptions, names: list[str]) -> dict[str, Rule]:

@@ -155,7 +155,7 @@ class Stem(nn.Conv2d):
 
 
 class ClassEmbedding(nn.Embedding):
-    """A vector for each class. On the meta device nothing is drawn: that would import a compiler."""
+    """A vector for each class; drawing on the meta device would import torch's compiler."""
 
     def reset_parameters(self) -> None:
         """Draw the vectors, where they have values."""
