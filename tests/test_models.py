@@ -1,4 +1,4 @@
-"""A path becomes a model once: what is read and hashed on the way, and which checkpoint is taken."""
+"""A path becomes a model: what is hashed on the way, and which checkpoint is taken."""
 
 import hashlib
 import json
