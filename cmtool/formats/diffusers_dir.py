@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.core.networks.adm import AdmOptions
 from cmtool.formats.foreign import (
     Foreign,
     Malformed,
@@ -24,6 +23,7 @@ from cmtool.formats.foreign import (
     renamed,
     same,
     squeezed,
+    tensor_names,
     thirds,
     translate,
     translate_back,
@@ -74,19 +74,12 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     config = read_table(path / CONFIG)
     scheduler = read_table(path / SCHEDULER)
     options, channels, num_classes = _options(config)
-    file = next((f for name in WEIGHTS if (f := path / "unet" / name).is_file()), None)
-    if file is None:
+    files = _weight_files(path)
+    if not files:
         raise Malformed(f"it holds none of {', '.join(WEIGHTS)} under unet/")
-    stored = state_dict(file)
-    with torch.device("meta"):
-        network = Adm(options, channels, num_classes)
-    tensors = translate(rules(options, list(network.state_dict())), stored)
-    size = config.get("sample_size")
-    sides = [size, size] if type(size) is int else size
-    if sides is not None and (
-        not isinstance(sides, list) or len(sides) != 2 or any(type(n) is not int for n in sides)
-    ):
-        raise Malformed("its sample_size is neither a number nor two")
+    stored = state_dict(files[0])
+    names = tensor_names(options, channels, num_classes)
+    tensors = translate(rules(options, names), stored)
     grid = _positive(scheduler, "num_train_timesteps", 40)
     if grid < 2 or grid != int(grid):
         raise Malformed("its num_train_timesteps is not a whole number of 2 or more")
@@ -107,7 +100,7 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         channels=channels,
         num_classes=num_classes,
         noise_label="log_1000",
-        image_size=None if sides is None else (sides[0], sides[1]),
+        image_size=_image_size(config),
         kind="consistency" if is_consistency else None,
         sigma_data=_positive(scheduler, "sigma_data", 0.5),
         sigma_min=_positive(scheduler, "sigma_min", 0.002),
@@ -118,6 +111,18 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         weights="model",
         notes=tuple(notes),
     )
+
+
+def _image_size(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Return height and width of the images of a UNet2DModel, None if its config lacks them."""
+    match config.get("sample_size"):
+        case None:
+            return None
+        case int(side) if type(side) is int:
+            return side, side
+        case [int(height), int(width)] if type(height) is type(width) is int:
+            return height, width
+    raise Malformed("its sample_size is neither a number nor two")
 
 
 def write(
@@ -175,8 +180,8 @@ def rules(o: AdmOptions, names: list[str]) -> dict[str, Rule]:
     prefixes = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
+        "label_emb": "class_embedding",
     }
-    prefixes["label_emb"] = "class_embedding"
     for stage in adm_blocks(o):
         down, up = f"down_blocks.{stage.level}", f"up_blocks.{top - stage.level}"
         prefixes[stage.prefix] = {

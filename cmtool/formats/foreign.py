@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from cmtool.core.networks.adm import AdmOptions
-from cmtool.core.networks.song import SongOptions
+from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.core.networks.song import Song, SongOptions
 from cmtool.errors import InputError
 
 Options = AdmOptions | SongOptions
@@ -46,6 +46,14 @@ class Foreign:
     held: tuple[str, ...] = ("ema",)
     weights: str = "ema"
     notes: tuple[str, ...] = field(default=())
+
+
+def tensor_names(options: Options, channels: int, num_classes: int = 0) -> list[str]:
+    """Return the names of the tensors of our network with these options."""
+    with torch.device("meta"):
+        if isinstance(options, SongOptions):
+            return list(Song(options, channels, num_classes).state_dict())
+        return list(Adm(options, channels, num_classes).state_dict())
 
 
 def known_or_assumed(

@@ -15,7 +15,7 @@ import msgpack
 import torch
 from torch import Tensor
 
-from cmtool.core.networks.song import Song, SongOptions
+from cmtool.core.networks.song import SongOptions
 from cmtool.formats.foreign import (
     Foreign,
     Malformed,
@@ -24,6 +24,7 @@ from cmtool.formats.foreign import (
     known_or_assumed,
     matrix,
     same,
+    tensor_names,
     translate,
     transposed,
     wrong_weights,
@@ -50,8 +51,6 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         raise wrong_weights(weights, held)
     stored = _flatten(state[TREES[weights]])
     options, channels = architecture(stored)
-    with torch.device("meta"):
-        network = Song(options, channels)
     side = 16 << min(options.attention_levels, default=1)
     notes: list[str] = []
     size = known_or_assumed(
@@ -61,12 +60,10 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     sigma_data = known_or_assumed(
         known, "sigma_data", 0.5, "the file does not give sigma_data: 0.5, as in the paper", notes
     )
-    kind = known_kind(known, path, notes)
-    if "target" in held:
-        kind = "consistency"
+    kind = "consistency" if "target" in held else known_kind(known, path, notes)
     return Foreign(
         options=options,
-        tensors=translate(rules(options, list(network.state_dict())), stored),
+        tensors=translate(rules(options, tensor_names(options, channels)), stored),
         channels=channels,
         num_classes=0,
         noise_label="log",

@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.core.networks.adm import AdmOptions
 from cmtool.formats.foreign import (
     Foreign,
     Malformed,
+    Rule,
     heads_of,
     interleaved,
     known_kind,
     known_or_assumed,
     same,
+    tensor_names,
     translate,
     wrong_weights,
 )
@@ -61,21 +62,7 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     )
     options = replace(options, head_channels=heads)
     kind = known_kind(known, path, notes)
-    with torch.device("meta"):
-        network = Adm(options, channels, num_classes)
-    rules = {}
-    for name in network.state_dict():
-        stored = state.get(name)
-        # guided-diffusion convolves sequences: (3C, C, 1), and orders rows by head
-        if stored is not None and stored.ndim == 3 and name.endswith("qkv.weight"):
-            heads = heads_of(options, stored.shape[0])
-            rules[name] = interleaved(name, heads, order="hqc")
-            bias = name.replace("weight", "bias")
-            rules[bias] = interleaved(bias, heads, order="hqc")
-        elif stored is not None and stored.ndim == 3 and name.endswith("proj_out.weight"):
-            rules[name] = same(name)._replace(read=lambda t: t[0][..., None])
-        else:
-            rules.setdefault(name, same(name))
+    rules = _rules(options, tensor_names(options, channels, num_classes), state)
     return Foreign(
         options=options,
         tensors=translate(rules, state),
@@ -91,6 +78,24 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         weights="model",
         notes=tuple(notes),
     )
+
+
+def _rules(options: AdmOptions, names: list[str], state: Mapping[str, Tensor]) -> dict[str, Rule]:
+    """Return the rule of each of our names.
+
+    guided-diffusion's attention convolves sequences: (3C, C, 1), with rows ordered by head.
+    """
+    rules = {name: same(name) for name in names}
+    for name in names:
+        if name not in state or state[name].ndim != 3:
+            continue
+        if name.endswith("qkv.weight"):
+            heads = heads_of(options, state[name].shape[0])
+            for part in (name, name.replace("weight", "bias")):
+                rules[part] = interleaved(part, heads, order="hqc")
+        elif name.endswith("proj_out.weight"):
+            rules[name] = same(name)._replace(read=lambda t: t[0][..., None])
+    return rules
 
 
 def state_dict(path: Path) -> dict[str, Tensor]:
