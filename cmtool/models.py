@@ -39,7 +39,7 @@ SAMPLING: dict[Kind, SampleSection] = {
     "teacher": SampleSection(sampler=Choice(name="heun"), steps=18),
     "consistency": SampleSection(sampler=Choice(name="multistep"), steps=1),
 }
-"""How a model is sampled that does not say."""
+"""How to sample a model whose file does not say it."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,18 @@ def load_model(
     levels_file = None if found.path.parent == ASSETS else found.levels_file
     card = _with_searched_levels(card, levels_file, found)
     return Model(
-        f, card, card.kind, str(name_or_path), found.sha256, stored.weights, found.format,
-        stored.held, (*(f"passed over: {what}" for what in passed_over), *stored.notes, *guessed),
-        (kind or stored.kind) is not None, levels_file,
-    )  # fmt: skip
+        f=f,
+        preset=card,
+        kind=card.kind,
+        source=str(name_or_path),
+        sha256=found.sha256,
+        weights=stored.weights,
+        format=found.format,
+        held=stored.held,
+        notes=(*(f"passed over: {what}" for what in passed_over), *stored.notes, *guessed),
+        kind_is_said=not guessed,
+        levels_file=levels_file,
+    )
 
 
 def find_model(name_or_path: str | Path, weights: str = "ema") -> tuple[Found, list[str]]:
@@ -144,16 +152,22 @@ def with_kind(
     if chosen is None:
         raise UserError(
             f"{source} does not say if it is a teacher or a consistency model",
-            "say it: --kind teacher or --kind consistency",
+            "add --kind teacher or --kind consistency",
         )
     notes: tuple[str, ...] = ()
     if not said and not stored.kind:
-        notes = (f"the file does not say its kind: taken as a {chosen} model; or --kind",)
-    card = stored.card
-    if card.kind != chosen:
-        sample = SAMPLING[chosen].model_copy(update={"grid": card.sample.grid})
-        card = Card(description=card.description, model=card.model, noise=card.noise, sample=sample)
-    return card, notes
+        notes = (f"the file does not say its kind: read as a {chosen} model (--kind overrides it)",)
+    return as_kind(stored.card, chosen), notes
+
+
+def as_kind(card: Card, kind: Kind) -> Card:
+    """Return the card of the model when it is used as a model of a kind, maybe another one."""
+    if card.kind == kind:
+        return card
+    return Card(
+        description=card.description, model=card.model, noise=card.noise,
+        sample=SAMPLING[kind].model_copy(update={"grid": card.sample.grid}),
+    )  # fmt: skip
 
 
 def _denoiser(path: Path, card: Card, tensors: dict[str, Tensor]) -> Preconditioned:
@@ -204,7 +218,7 @@ def _read_foreign(found: Found, weights: str, kind: Kind | None, preset: str | N
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "noise"
         raise InputError(
-            f"{found.path} has a bad {key}: {first['msg'].lower()}", "fetch it again"
+            f"{found.path} has a bad {key}: {first['msg'].lower()}", "download it again"
         ) from None
     return Stored(card, foreign.kind, foreign.tensors, foreign.weights, foreign.held, foreign.notes)
 
@@ -224,7 +238,7 @@ def _known(preset: Preset | None) -> dict[str, Any]:
 def _card(foreign: Foreign, preset: Preset | None) -> Card:
     """Return the card of a foreign model. Raises InputError where file and preset disagree."""
     if foreign.image_size is None:
-        raise UserError("the file does not give the image size", "say it with --preset")
+        raise UserError("the file does not give the image size", "give a --preset that does")
     name = next(n for n, kind in NETWORKS.items() if kind.options is type(foreign.options))
     default = type(foreign.options)()
     given = {k: v for k, v in asdict(foreign.options).items() if v != getattr(default, k)}

@@ -10,9 +10,10 @@ import pytest
 from cmtool.cli._options import newest_run
 from cmtool.errors import InputError
 from cmtool.formats import diffusers_dir
+from cmtool.formats.checkpoints import newest_checkpoint
 from cmtool.models import ASSETS, find_model, load_model
 from cmtool.presets.toml import load_preset
-from cmtool.training.checkpoint import save_checkpoint
+from cmtool.training.checkpoint import load_checkpoint, save_checkpoint
 from cmtool.training.state import build_state
 from tests.golden import golden
 
@@ -169,6 +170,14 @@ def test_the_newest_finished_run_of_a_kind_is_found_and_nothing_is_hashed(run, h
     shutil.rmtree(run / "checkpoints")
     assert newest_run("consistency") == "runs/old"
     assert hashed == []
+
+
+def test_a_resumed_run_hashes_each_file_once(run, hashed):
+    path, complaints = newest_checkpoint(run / "checkpoints")
+    load_checkpoint(path, build_state(load_preset("digits-ct"), None, "cpu"))
+    assert (path, complaints) == (step(run, 3), [])
+    files = set(path.iterdir()) - {path / "manifest.json"}
+    assert sorted(hashed) == sorted(map(str, files))
 
 
 def test_a_path_without_a_model_is_refused(tmp_path):

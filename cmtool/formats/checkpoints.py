@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are there, which of them are whole, and which stay.
+"""The checkpoints of a run: which are there, which of them are whole, and which are kept.
 
 A folder without a complete manifest is not a checkpoint.
 """
@@ -19,6 +19,8 @@ from cmtool.system.files import file_sha256, write_json
 
 MANIFEST = "manifest.json"
 BEST = "best.json"
+NOT_WEIGHTS = {"optimizer", "method"}
+"""Tensor files of a checkpoint that hold no network."""
 T = TypeVar("T")
 
 
@@ -86,8 +88,8 @@ def weight_file(path: Path, weights: str) -> Path:
     """
     file = path / f"{weights}.safetensors"
     if not file.is_file() and weights == "ema":
-        emas = sorted(path.glob("ema-*.safetensors"))
-        file = emas[0] if len(emas) == 1 else path / "model.safetensors" if not emas else file
+        emas = list(path.glob("ema-*.safetensors")) or [path / "model.safetensors"]
+        file = emas[0] if len(emas) == 1 else file
     if not file.is_file():
         held = ", ".join(weights_in(path))
         raise InputError(f"{path} holds no weights {weights!r}", f"it holds {held}")
@@ -98,7 +100,7 @@ def weights_in(path: Path) -> tuple[str, ...]:
     """Return the names of the weights in a checkpoint, () for another folder."""
     if not (path / MANIFEST).is_file():
         return ()
-    return tuple(sorted(f.stem for f in path.glob("*.safetensors") if f.stem != "optimizer"))
+    return tuple(sorted({f.stem for f in path.glob("*.safetensors")} - NOT_WEIGHTS))
 
 
 def point_to(folder: Path, final: Path) -> None:
@@ -135,7 +137,8 @@ def is_best(folder: Path, score: Score, keep: int) -> bool:
 def best(folder: Path, like: Score | None = None) -> dict[str, float]:
     """Return the checkpoints that best.json names, and their values.
 
-    Those only that are there, and by the metric and number of images of `like`, if given.
+    A checkpoint that is gone is left out. With `like`, scores by another metric or number of images
+    are left out too.
     """
     try:
         facts = read_table(folder / BEST)
@@ -149,7 +152,8 @@ def best(folder: Path, like: Score | None = None) -> dict[str, float]:
 def prune(folder: Path, keep: int, newest: int | None = None) -> None:
     """Remove all but the newest `keep` checkpoints and the best ones.
 
-    Those after step `newest` do not count and stay: a resumed run passed them over as damaged.
+    Those after step `newest` are not counted and not removed: they are damaged ones, which a
+    resumed run has passed over.
     """
     found = checkpoints(folder)
     if newest is not None:
@@ -169,7 +173,7 @@ def prune_all(folder: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint, which is no longer one from the first moment on."""
+    """Remove a checkpoint. Its first step, a renaming, makes it no checkpoint."""
     doomed = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -87,7 +87,7 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     if not options.middle_norm:
         notes.append(
             "its middle attention has no norm, as in exports by diffusers before 0.21: published"
-            " ImageNet-64 weights need one, so fetch the folder anew if these are such"
+            " ImageNet-64 weights need one: download them again if you use those"
         )
     is_consistency = pipeline == "ConsistencyModelPipeline"
     if not is_consistency:
@@ -220,7 +220,7 @@ def _options(config: dict[str, Any]) -> tuple[AdmOptions, int, int]:
     blocks: Any = config.get("layers_per_block", 2)
     classes: Any = config.get("num_class_embeds")
     if not isinstance(widths, list):
-        raise Malformed("its block_out_channels is no list")
+        raise Malformed("its block_out_channels is not a list")
     numbers = [*widths, channels, groups, heads, blocks, 1 if classes is None else classes]
     if any(type(n) is not int or not 0 < n <= 1 << 20 for n in numbers):
         raise Malformed("its config has sizes that are not whole numbers")

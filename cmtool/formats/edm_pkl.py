@@ -1,7 +1,7 @@
 """EDM's snapshots: a pickle of persistent objects around SongUNet or DhariwalUNet.
 
 ECT's files have the same layout with a consistency preconditioner. Nothing in them is executed:
-see safe_pickle.py. Layouts: Karras et al. (2022), `training/networks.py`, read for facts.
+see safe_pickle.py. Source of the layouts: `training/networks.py` of Karras et al. (2022).
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def collect(
 
     def visit(module: Any, prefix: str, depth: int) -> None:
         if not isinstance(module, Record | Box) or id(module) in seen or depth > MAX_DEPTH:
-            raise Malformed(f"its module {prefix or 'ema'} is shared, too deep, or no module")
+            raise Malformed(f"its module {prefix or 'ema'} is shared, too deep, or not a module")
         seen.add(id(module))
         skipped = module.state.get("_non_persistent_buffers_set", set())
         if not isinstance(skipped, set) or len(seen) > MAX_TENSORS:
@@ -243,7 +243,7 @@ def collect(
                 if value is None or (table == "_buffers" and name in skipped):
                     continue
                 if not isinstance(value, StoredTensor):
-                    raise Malformed(f"its {prefix}{name} is no tensor")
+                    raise Malformed(f"its {prefix}{name} is not a tensor")
                 if f"{prefix}{name}" in found:
                     raise Malformed(f"its {prefix}{name} comes twice")
                 found[f"{prefix}{name}"] = value
@@ -264,7 +264,7 @@ def _modules(module: Record | Box) -> dict[str, Any]:
 def _table(module: Record | Box, key: str) -> dict[str, Any]:
     table = module.state.get(key, {})
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
-        raise Malformed(f"a module's {key} are no table")
+        raise Malformed(f"a module's {key} are not a table")
     return table
 
 

@@ -85,23 +85,23 @@ def architecture(stored: Mapping[str, Tensor]) -> tuple[SongOptions, int]:
 
     def shape(name: str) -> torch.Size:
         if name not in stored:
-            raise Malformed(f"it is no NCSN++: {name} is missing")
+            raise Malformed(f"it is not an NCSN++: {name} is missing")
         return stored[name].shape
 
     levels = count(r"Downsample_\d+/") + 1
     # n blocks and a down per level but the last, 2 in the middle, n + 1 and an up on the way back
     blocks, rest = divmod(count(rf"{BLOCK}_\d+/") - 3 * levels, 2 * levels)
     if rest or blocks < 1:
-        raise Malformed("it is no NCSN++: its levels are uneven")
+        raise Malformed("it is not an NCSN++: its levels are uneven")
     _, _, channels, width = shape("Conv_0/kernel")
     firsts = [level * (blocks + 1) for level in range(levels)]
     widths = [shape(f"{BLOCK}_{first}/Conv_1/kernel")[3] for first in firsts]
     if width < 1 or any(w % width for w in widths):
-        raise Malformed(f"it is no NCSN++: widths {widths} are no multiples of {width}")
+        raise Malformed(f"it is not an NCSN++: widths {widths} are not multiples of {width}")
     # one attention a block at some levels on the way down, one in the middle, one a level back
     attended, rest = divmod(count(r"AttnBlockpp_\d+/") - 1, blocks + 1)
     if rest or attended not in (0, 1):
-        raise Malformed("it is no NCSN++ with attention at one resolution")
+        raise Malformed("it is not an NCSN++ with attention at one resolution")
     options = SongOptions(
         model_channels=width,
         channel_mult=tuple(w // width for w in widths),
@@ -206,7 +206,7 @@ def _unpack(content: bytes) -> dict[str, Any]:
         reason = DAMAGE.get(type(error).__name__) or str(error) or "it cannot be read"
         raise Malformed(f"its msgpack is damaged: {reason}") from None
     if not isinstance(state, dict):
-        raise Malformed("it is no table")
+        raise Malformed("it is not a table")
     return state
 
 
@@ -266,5 +266,5 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict[
         elif isinstance(value, dict) and depth < MAX_DEPTH:
             out |= _flatten(value, f"{prefix}{name}/", depth + 1)
         else:
-            raise Malformed(f"its {prefix}{name} is no array")
+            raise Malformed(f"its {prefix}{name} is not an array")
     return out

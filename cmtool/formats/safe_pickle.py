@@ -1,9 +1,9 @@
 """A reader of pickles that executes nothing: its own small stack machine over plain data.
 
-Unpickling runs whatever the file says. Here opcodes are decoded by the standard library's
-`pickletools` (which executes nothing) and played on a machine that knows only literals,
-containers, and a fixed table of names. Each name has an inert stand-in; the real object is never
-imported. What comes out is Python's plain types, and inert records.
+Python's own unpickling runs any code that the file names. Here `pickletools` of the standard
+library decodes the opcodes, and a small machine plays them. It knows literals, containers and a
+fixed table of names. Each name has an inert stand-in; the real object is never imported. The
+result is made of Python's plain types and of inert records.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ LITERALS = (
 
 
 class Refused(ValueError):
-    """The pickle holds something that plain weights do not need."""
+    """The pickle holds something that weights do not need."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """A name the pickle refers to; only those of TABLE may be called."""
+    """A name the pickle refers to; only those of the machine's table may be called."""
 
     module: str
     name: str
@@ -211,16 +211,12 @@ def _drop(pickle: Pickle, arg: None) -> None:
         pickle.pop(1)
 
 
-def _set_items(pickle: Pickle, items: list[Any]) -> None:
-    _updated(pickle.top(), items)
+def _extend(items: list[Any], target: Any) -> None:
+    expect(target, list).extend(items)
 
 
-def _append(pickle: Pickle, items: list[Any]) -> None:
-    expect(pickle.top(), list).extend(items)
-
-
-def _add_items(pickle: Pickle, items: list[Any]) -> None:
-    expect(pickle.top(), set).update(strings(items))
+def _add(items: list[Any], target: Any) -> None:
+    expect(target, set).update(strings(items))
 
 
 def _new_object(pickle: Pickle, cls: Any, args: Any) -> None:
@@ -271,7 +267,7 @@ def strings(items: list[Any]) -> list[str]:
     return [expect(item, str) for item in items]
 
 
-def _updated(target: Any, items: list[Any]) -> dict[Any, Any]:
+def _update(items: list[Any], target: Any) -> dict[Any, Any]:
     """Return the dict `target` with alternating keys and values added; no key comes twice."""
     expect(target, dict)
     if len(items) % 2:
@@ -330,7 +326,7 @@ OPCODES: dict[str, Callable[[Pickle, Any], object]] = {
     "TUPLE3": lambda p, arg: p.push(tuple(p.pop(3))),
     "TUPLE": lambda p, arg: p.push(tuple(p.pop_mark())),
     "LIST": lambda p, arg: p.push(p.pop_mark()),
-    "DICT": lambda p, arg: p.push(_updated({}, p.pop_mark())),
+    "DICT": lambda p, arg: p.push(_update(p.pop_mark(), {})),
     "MARK": lambda p, arg: p.marks.append(len(p.stack)),
     "POP": _drop,
     "POP_MARK": lambda p, arg: p.pop_mark(),
@@ -339,11 +335,11 @@ OPCODES: dict[str, Callable[[Pickle, Any], object]] = {
     "BINPUT": _put,
     "LONG_BINPUT": _put,
     "MEMOIZE": lambda p, arg: _put(p, len(p.memo)),
-    "SETITEM": lambda p, arg: _set_items(p, p.pop(2)),
-    "SETITEMS": lambda p, arg: _set_items(p, p.pop_mark()),
-    "APPEND": lambda p, arg: _append(p, p.pop(1)),
-    "APPENDS": lambda p, arg: _append(p, p.pop_mark()),
-    "ADDITEMS": lambda p, arg: _add_items(p, p.pop_mark()),
+    "SETITEM": lambda p, arg: _update(p.pop(2), p.top()),
+    "SETITEMS": lambda p, arg: _update(p.pop_mark(), p.top()),
+    "APPEND": lambda p, arg: _extend(p.pop(1), p.top()),
+    "APPENDS": lambda p, arg: _extend(p.pop_mark(), p.top()),
+    "ADDITEMS": lambda p, arg: _add(p.pop_mark(), p.top()),
     "GLOBAL": lambda p, arg: p.push(p.machine.known(*arg.split(" ", 1))),
     "STACK_GLOBAL": lambda p, arg: p.push(p.machine.known(*p.pop(2))),
     "REDUCE": lambda p, arg: p.push(p.machine.call(*p.pop(2))),
