@@ -180,7 +180,7 @@ def _denoiser(path: Path, card: Card, tensors: dict[str, Tensor]) -> Preconditio
     except Stopped:
         raise
     except UserError as error:
-        raise InputError(f"{path} names no network: {error.what}", error.hint) from None
+        raise InputError(f"{path} describes no model: {error.what}", error.hint) from None
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise InputError(f"{path} is not the network it names: {first}", "make it again") from None

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -178,6 +180,20 @@ def test_a_resumed_run_hashes_each_file_once(run, hashed):
     assert (path, complaints) == (step(run, 3), [])
     files = set(path.iterdir()) - {path / "manifest.json"}
     assert sorted(hashed) == sorted(map(str, files))
+
+
+LOAD = """
+import sys
+from cmtool.models import load_model
+load_model("digits-cd")
+print(*sys.modules)
+"""
+
+
+def test_loading_imports_no_compiler_and_no_plots():
+    out = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, check=True, text=True)
+    unused = {"torch._dynamo", "sympy", "matplotlib", "scipy", "torchvision", "lpips"}
+    assert not unused & set(out.stdout.split())
 
 
 def test_a_path_without_a_model_is_refused(tmp_path):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cmtool.cli._output import processes, say
+from cmtool.cli._startup import importing_torch
 from cmtool.errors import InputError, ResourceError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ def pick_device(name: str) -> str:
     Raises UserError for a device that is not there or not for all of them, ResourceError for too
     few GPUs; the first process on each machine says it.
     """
-    import torch
+    with importing_torch():
+        import torch
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
