@@ -459,7 +459,7 @@ def test_no_tensor_is_lost_in_silence(weights, tmp_path):
     state = torch.load(weights("openai_unet_cond"), weights_only=True)
     path = tmp_path / "more.pt"
     torch.save({**state, "extra.weight": torch.zeros(3)}, path)
-    with pytest.raises(InputError, match="1 tensors have no place in it, the first is extra"):
+    with pytest.raises(InputError, match="1 tensors are unknown, the first is extra"):
         load_model(path, kind="teacher")
     state.pop("input_blocks.1.0.in_layers.0.weight")
     torch.save(state, path)
