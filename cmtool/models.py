@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -16,8 +15,9 @@ from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import NoiseRange
 from cmtool.core.precond import Preconditioned
 from cmtool.errors import InputError, Stopped, UserError
-from cmtool.formats import diffusers_dir, identify, read_foreign
-from cmtool.formats.checkpoints import MANIFEST, newest_checkpoint, verify
+from cmtool.formats import read_foreign
+from cmtool.formats.checkpoints import weights_in
+from cmtool.formats.find import Found, find
 from cmtool.formats.foreign import Foreign
 from cmtool.formats.native import read_about, read_table, read_weights
 from cmtool.presets.build import build_denoiser, build_network, noise_range
@@ -33,7 +33,6 @@ from cmtool.presets.schema import (
 from cmtool.presets.toml import load_preset
 from cmtool.presets.upgrade import of_kind, upgraded
 from cmtool.system.devices import on_device
-from cmtool.system.files import file_sha256
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("digits-edm", "digits-cd")
@@ -42,15 +41,16 @@ SAMPLING: dict[Kind, SampleSection] = {
     "consistency": SampleSection(sampler=Choice(name="multistep"), steps=1),
     "flow map": SampleSection(sampler=Choice(name="multistep"), steps=1),
 }
-"""How a model is sampled that does not say."""
+"""How to sample a model whose file does not say it."""
 
 
 @dataclass(frozen=True)
 class Model:
     """A loaded model: `f` is a Denoiser, in eval mode, without gradients.
 
-    `preset` is a whole Preset for models trained with cmtool, else a Card. `held` are the choices
-    of weights where the model came from, `notes` what had to be assumed about it.
+    `preset` is a whole Preset for models trained with cmtool, else a Card. `held` are the names of
+    all weights where the model came from, `notes` what had to be assumed about it. `levels_file`
+    is for searched noise levels; a bundled model has none.
     """
 
     f: Preconditioned
@@ -63,6 +63,7 @@ class Model:
     held: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     kind_is_said: bool = True
+    levels_file: Path | None = None
 
     @property
     def noise_range(self) -> NoiseRange:
@@ -70,8 +71,19 @@ class Model:
         return noise_range(self.preset)
 
 
+class Stored(NamedTuple):
+    """A model as its file tells it; `kind` is None if the file does not say it."""
+
+    card: Card
+    kind: Kind | None
+    tensors: dict[str, Tensor]
+    weights: str
+    held: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
 def load_model(
-    path: str | Path,
+    name_or_path: str | Path,
     *,
     device: str = "cpu",
     weights: str = "ema",
@@ -88,61 +100,66 @@ def load_model(
     size, noise range, head width, how to sample. Raises InputError for a path that is no model,
     UserError when the kind remains unknown.
     """
-    file = find_weights(path, weights)
-    name = identify(file)
-    if name == "native":
+    found, passed_over = find_model(name_or_path, weights)
+    if found.format == "native":
         if preset is not None:
-            raise UserError(f"--preset {preset} for {path}", "the file has its own: leave it out")
-        card, said, tensors, held = _read_native(file)
-        foreign = None
+            raise UserError(
+                f"--preset {preset} for {name_or_path}", "the file has one: leave it out"
+            )
+        stored = _read_native(found.path)
     else:
-        wanted = load_preset(preset) if preset is not None else None
-        known = _known(wanted) | ({} if kind is None else {"kind": kind})
-        foreign = read_foreign(file, weights, known)
-        try:
-            card = _card(foreign, wanted)
-        except ValidationError as error:
-            first_error = error.errors()[0]
-            key = ".".join(map(str, first_error["loc"])) or "noise"
-            raise InputError(
-                f"{file} has a bad {key}: {first_error['msg'].lower()}", "fetch it again"
-            ) from None
-        said, tensors, held = foreign.kind, foreign.tensors, foreign.weights
-    chosen = kind or said or otherwise
-    notes = foreign.notes if foreign else ()
-    if kind is None and said is None and otherwise is not None:
-        notes = (*notes, f"the file does not say its kind: taken as a {otherwise} model; or --kind")
+        stored = _read_foreign(found, weights, kind, preset)
+    card, guessed = with_kind(stored, name_or_path, kind, otherwise)
+    f = _denoiser(found.path, card, stored.tensors)
+    f = on_device(f, device).eval().requires_grad_(False)
+    levels_file = None if found.path.parent == ASSETS else found.levels_file
+    card = _with_searched_levels(card, levels_file, found)
+    return Model(
+        f=f,
+        preset=card,
+        kind=card.kind,
+        source=str(name_or_path),
+        sha256=found.sha256,
+        weights=stored.weights,
+        format=found.format,
+        held=stored.held,
+        notes=(*(f"passed over: {what}" for what in passed_over), *stored.notes, *guessed),
+        kind_is_said=not guessed,
+        levels_file=levels_file,
+    )
+
+
+def find_model(name_or_path: str | Path, weights: str = "ema") -> tuple[Found, list[str]]:
+    """Return the weights of a bundled name or a path, and why newer checkpoints are passed over."""
+    path = Path(name_or_path)
+    if str(name_or_path) in BUNDLED and not path.exists():
+        return Found(ASSETS / f"{name_or_path}.safetensors"), []
+    if not path.exists():
+        raise InputError(
+            f"no model {str(name_or_path)!r}",
+            f"give a run folder, a weight file, or one of {', '.join(BUNDLED)}",
+        )
+    return find(path, weights)
+
+
+def with_kind(
+    stored: Stored, source: str | Path, said: Kind | None, otherwise: Kind | None
+) -> tuple[Card, tuple[str, ...]]:
+    """Return the card with its kind, and a note if the kind is a guess.
+
+    `said` is the user's word, which overrides the file's; `otherwise` stands in for both. Raises
+    UserError if nobody says.
+    """
+    chosen = said or stored.kind or otherwise
     if chosen is None:
         raise UserError(
-            f"{path} does not say if it is a teacher or a consistency model",
-            "say it: --kind teacher or --kind consistency",
+            f"{source} does not say if it is a teacher or a consistency model",
+            "add --kind teacher or --kind consistency",
         )
-    card = as_kind(card, chosen)
-    with torch.device("meta"):
-        try:
-            network = build_network(card.model)
-        except Stopped:
-            raise
-        except UserError as error:
-            raise InputError(f"{file} names no network: {error.what}", error.hint) from None
-    try:
-        network.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()
-        raise InputError(f"{file} is not the network it names: {first}", "make it again") from None
-    try:
-        f = build_denoiser(card, network)
-    except Stopped:
-        raise
-    except UserError as error:
-        raise InputError(f"{file} names no model: {error.what}", error.hint) from None
-    f = on_device(f, device).eval().requires_grad_(False)
-    choices = foreign.held if foreign else _siblings(file, held)
-    is_said = (kind or said) is not None
-    sha256 = digest(file)
-    levels = card.sample.levels | searched_levels(path, weights, sha256)
-    card = card.model_copy(update={"sample": card.sample.model_copy(update={"levels": levels})})
-    return Model(f, card, chosen, str(path), sha256, held, name, choices, notes, is_said)
+    notes: tuple[str, ...] = ()
+    if not said and not stored.kind:
+        notes = (f"the file does not say its kind: read as a {chosen} model (--kind overrides it)",)
+    return as_kind(stored.card, chosen), notes
 
 
 def as_kind(card: Card, kind: Kind) -> Card:
@@ -165,22 +182,31 @@ def as_kind(card: Card, kind: Kind) -> Card:
     )  # fmt: skip
 
 
-def _siblings(file: Path, held: str) -> tuple[str, ...]:
-    """Return the weights that stand beside a file in its checkpoint, itself included."""
-    if not (file.parent / MANIFEST).is_file():
-        return (held,)
-    return tuple(sorted(f.stem for f in file.parent.glob("*.safetensors") if f.stem != "optimizer"))
+def _denoiser(path: Path, card: Card, tensors: dict[str, Tensor]) -> Preconditioned:
+    """Return the denoiser of a card with these tensors. Raises InputError if they do not fit."""
+    try:
+        with torch.device("meta"):
+            network = build_network(card.model)
+        network.load_state_dict(tensors, assign=True)
+        return build_denoiser(card, network)
+    except Stopped:
+        raise
+    except UserError as error:
+        raise InputError(f"{path} describes no model: {error.what}", error.hint) from None
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise InputError(f"{path} is not the network it names: {first}", "make it again") from None
 
 
-def _read_native(file: Path) -> tuple[Card, Kind | None, dict[str, Tensor], str]:
-    """Return card, kind, tensors (float32) and the name of the weights of a file of ours."""
+def _read_native(file: Path) -> Stored:
+    """Return what a file of ours holds, with tensors in float32."""
     about = read_about(file)
     try:
         section = Preset if "loss" in about["preset"] else Card
-        said, held = about["kind"], about["weights"]
+        kind, weights = about["kind"], about["weights"]
         tables = upgraded(about["preset"])
-        card = section.model_validate(tables if "kind" in tables else of_kind(tables, said))
-        if said not in SAMPLING or not re.fullmatch(r"[\w-]{1,60}", held):
+        card = section.model_validate(tables if "kind" in tables else of_kind(tables, kind))
+        if kind not in SAMPLING or not re.fullmatch(r"[\w-]{1,60}", weights):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, UserError):
         raise InputError(
@@ -190,7 +216,24 @@ def _read_native(file: Path) -> tuple[Card, Kind | None, dict[str, Tensor], str]
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise InputError(f"{file} holds {name} as {tensor.dtype}", "make it again")
-    return card, said, {name: t.float() for name, t in tensors.items()}, held
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    return Stored(card, kind, tensors, weights, weights_in(file.parent) or (weights,))
+
+
+def _read_foreign(found: Found, weights: str, kind: Kind | None, preset: str | None) -> Stored:
+    """Return what a foreign file holds; `kind` and `preset` are the user's."""
+    wanted = load_preset(preset) if preset is not None else None
+    known = _known(wanted) | ({} if kind is None else {"kind": kind})
+    foreign = read_foreign(found.format, found.path, weights, known)
+    try:
+        card = _card(foreign, wanted)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "noise"
+        raise InputError(
+            f"{found.path} has a bad {key}: {first['msg'].lower()}", "download it again"
+        ) from None
+    return Stored(card, foreign.kind, foreign.tensors, foreign.weights, foreign.held, foreign.notes)
 
 
 def _known(preset: Preset | None) -> dict[str, Any]:
@@ -208,7 +251,7 @@ def _known(preset: Preset | None) -> dict[str, Any]:
 def _card(foreign: Foreign, preset: Preset | None) -> Card:
     """Return the card of a foreign model. Raises InputError where file and preset disagree."""
     if foreign.image_size is None:
-        raise UserError("the file does not give the image size", "say it with --preset")
+        raise UserError("the file does not give the image size", "give a --preset that does")
     kind = foreign.kind or (preset.kind if preset is not None else "teacher")
     name = next(n for n, row in NETWORKS.items() if row.options is type(foreign.options))
     default = type(foreign.options)()
@@ -257,64 +300,16 @@ def check_same_network(found: ModelSection, named: ModelSection) -> None:
             )
 
 
-def digest(path: Path) -> str:
-    """Return the sha256 of a file; of a pipeline folder, that of its files' names and hashes."""
-    if path.is_file():
-        return file_sha256(path)
-    whole = hashlib.sha256()
-    for file in diffusers_dir.files(path):
-        whole.update(f"{file.relative_to(path)} {digest(file)}\n".encode())
-    return whole.hexdigest()
-
-
-def levels_file(path: str | Path, weights: str = "ema") -> Path | None:
-    """Return the file beside a model's weights that holds its searched levels.
-
-    None for the models that come with cmtool, which nobody changes.
-    """
-    file = find_weights(path, weights)
-    if file.parent == ASSETS:
-        return None
-    return file / "levels.json" if file.is_dir() else file.with_name(f"{file.name}.levels.json")
-
-
-def searched_levels(path: str | Path, weights: str, sha256: str) -> dict[str, list[float]]:
-    """Return the levels by number of steps that `cmtool search` found for this very model."""
-    file = levels_file(path, weights)
+def _with_searched_levels(card: Card, file: Path | None, found: Found) -> Card:
+    """Return the card with the levels that `cmtool search` found for this very model."""
     if file is None or not file.is_file():
-        return {}
+        return card
     try:
-        found = read_table(file, most=16 << 20)
-        same = found["model"] == sha256
-        levels = {str(n): [float(s) for s in sigmas] for n, sigmas in found["levels"].items()}
+        searched = read_table(file, most=16 << 20)
+        levels = {str(n): [float(s) for s in sigmas] for n, sigmas in searched["levels"].items()}
+        if searched["model"] != found.sha256:
+            return card
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{file} holds no searched levels", "remove it") from None
-    return levels if same else {}
-
-
-def find_weights(path: str | Path, weights: str = "ema") -> Path:
-    """Return the weight file that a bundled name, run, checkpoint or file stands for."""
-    if str(path) in BUNDLED and not Path(path).exists():
-        return ASSETS / f"{path}.safetensors"
-    path = Path(path)
-    if not path.exists():
-        raise InputError(
-            f"no model {str(path)!r}",
-            f"give a run folder, a weight file, or one of {', '.join(BUNDLED)}",
-        )
-    if path.is_file() or (path / diffusers_dir.INDEX).is_file():
-        return path
-    folder: Path | None = path
-    if (path / "checkpoints").is_dir():
-        folder, _ = newest_checkpoint(path / "checkpoints")
-    if folder is None or not (folder / "model.safetensors").is_file():
-        raise InputError(f"no checkpoint in {path}", "give a run folder or a checkpoint folder")
-    verify(folder)
-    file = folder / f"{weights}.safetensors"
-    if not file.is_file() and weights == "ema":  # one EMA of another name, or none at all
-        emas = sorted(folder.glob("ema-*.safetensors"))
-        file = emas[0] if len(emas) == 1 else folder / "model.safetensors" if not emas else file
-    if not file.is_file():
-        held = sorted(f.stem for f in folder.glob("*.safetensors") if f.stem != "optimizer")
-        raise InputError(f"{folder} holds no weights {weights!r}", f"it holds {', '.join(held)}")
-    return file
+    sample = card.sample.model_copy(update={"levels": card.sample.levels | levels})
+    return card.model_copy(update={"sample": sample})

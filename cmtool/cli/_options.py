@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cmtool.cli._output import processes, say
+from cmtool.cli._startup import importing_torch
 from cmtool.errors import InputError, ResourceError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ def pick_device(name: str) -> str:
     Raises UserError for a device that is not there or not for all of them, ResourceError for too
     few GPUs; the first process on each machine says it.
     """
-    import torch
+    with importing_torch():
+        import torch
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -272,18 +273,19 @@ def _parse_indices(ts: str) -> list[int]:
 
 def newest_run(kind: Kind | None = None) -> str | None:
     """Return the newest finished run folder under runs/ that holds a model of `kind`."""
-    from cmtool.formats.native import read_about
-    from cmtool.models import find_weights
+    from cmtool.formats.find import kind_of_run
+    from cmtool.formats.native import read_table
 
-    done = []
-    for status in Path("runs").glob("*/status.json"):
+    found = [(status.stat().st_mtime, status) for status in Path("runs").glob("*/status.json")]
+    for _, status in sorted(found, reverse=True):
         try:
-            finished = json.loads(status.read_text()).get("state") == "done"
-            if finished and kind in (None, read_about(find_weights(status.parent))["kind"]):
-                done.append((status.stat().st_mtime, str(status.parent)))
+            done = read_table(status).get("state") == "done"
+            made = kind_of_run(status.parent) if done else None
         except (OSError, ValueError, InputError):
             continue
-    return max(done)[1] if done else None
+        if made is not None and kind in (None, made):
+            return str(status.parent)
+    return None
 
 
 def check_class(index: int | None, num_classes: int) -> None:

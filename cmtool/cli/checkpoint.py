@@ -13,7 +13,7 @@ from cmtool.cli._output import emit, emit_json, make_folder, printable, say
 if TYPE_CHECKING:
     from cmtool.models import Model
 
-app = typer.Typer(no_args_is_help=True, help="Look into a model file, or convert it.")
+app = typer.Typer(no_args_is_help=True, help="Describe a model file, or convert it.")
 
 Source = Annotated[
     str,
@@ -32,13 +32,13 @@ def info(
     kind: KindOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a file holds: format, architecture, parameters, kind, image size, classes, weights.
+    """Describe a model file: format, architecture, parameters, kind, image size, classes, weights.
 
     `cmtool checkpoint info edm-cifar10-32x32-cond-vp.pkl`
 
     `cmtool checkpoint info cd_imagenet64_lpips.pt --json`
 
-    Nothing in the file is executed, whatever it is.
+    No code in the file is executed.
     """
     from cmtool.models import load_model
 
@@ -76,7 +76,7 @@ def convert(
 
     `cmtool checkpoint convert cd_imagenet64_lpips.pt cd.safetensors --kind consistency`
 
-    Every tensor arrives or the command fails; before it ends, source and result are run on the
+    Every tensor is converted, or the command fails. At the end, source and result are run on the
     same input and must agree to the last bit.
     """
     from cmtool.convert import check_out
@@ -99,7 +99,7 @@ def convert(
 
 
 def describe(model: Model) -> dict[str, Any]:
-    """Return what there is to know of a model, as plain data."""
+    """Return the facts of a model as plain data."""
     card = model.preset
     h, w = card.model.image_size
     return {

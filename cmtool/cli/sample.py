@@ -43,6 +43,7 @@ from cmtool.cli._output import (
     refuse_terminal,
     say,
 )
+from cmtool.cli._startup import importing_torch
 from cmtool.errors import ResourceError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def sample(
     else:
         make_folder(Path(out))
 
-    from cmtool.data.images import ROUNDINGS
+    with importing_torch():
+        from cmtool.data.images import ROUNDINGS
     from cmtool.system import dist
 
     if rounding not in ROUNDINGS:

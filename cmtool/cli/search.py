@@ -59,7 +59,6 @@ def search(
     """
     from cmtool.evaluation.during_training import EVALUATORS
     from cmtool.evaluation.search import search_indices
-    from cmtool.models import levels_file
     from cmtool.sampling import indexed_levels, plan
     from cmtool.system.files import write_json
 
@@ -70,7 +69,7 @@ def search(
     points = grid or _grid(model)
     if points - 1 < steps:
         raise UserError(f"--steps {steps} on a grid of {points}", f"at most {points - 1}")
-    file = out or levels_file(model.source, weights)
+    file = out or model.levels_file
     if file is None:
         raise UserError(f"{model.source} comes with cmtool and is not changed", "give an --out")
     about = {"model": model.sha256, "metric": metric, "reference": reference, "num": num,

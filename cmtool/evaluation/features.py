@@ -20,8 +20,9 @@ from cmtool.data.images import from_uint8
 from cmtool.errors import InputError, MissingError
 from cmtool.evaluation.inception import WIDTH, clean_resized, folded, tf_resized
 from cmtool.formats.native import read_weights
-from cmtool.models import ASSETS, digest
+from cmtool.models import ASSETS
 from cmtool.system.devices import autocast, full_float32, on_device
+from cmtool.system.files import file_sha256
 
 Resize = Literal["tf", "clean"]
 VGG_WIDTH = 4096
@@ -217,4 +218,4 @@ def load_digits_features() -> tuple[DigitsFeatures, str]:
     file = ASSETS / "digits-features.safetensors"
     network = DigitsFeatures().eval().requires_grad_(False)
     network.load_state_dict({name: t.float() for name, t in read_weights(file).items()})
-    return network, digest(file)
+    return network, file_sha256(file)

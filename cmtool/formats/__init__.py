@@ -1,6 +1,6 @@
-"""Weight files, ours and other people's, to and from our networks. Which is which: by content.
+"""Readers of weight files. The content of a file tells its format, not its name.
 
-A foreign format is one file here and one line in FORMATS.
+A foreign format is one file here and one entry in FORMATS.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ DAMAGE = (
     ValueError, TypeError, AttributeError, LookupError, EOFError, ArithmeticError, MemoryError,
     RecursionError, RuntimeError, struct.error, zipfile.BadZipFile, NotImplementedError,
 )  # fmt: skip
-"""What reading a damaged file may raise; none of them is a reason for a traceback."""
+"""What a reader may raise for a damaged file; the user sees a message and no traceback."""
 
 
 class Format(NamedTuple):
-    """How a format is called, recognised and read."""
+    """The title of a format, and how it is recognised and read."""
 
     title: str
     reads: str
-    """What of the kind is read, for people whose file is not."""
+    """Which files of the format are read; the message for any other file says it."""
     is_it: Callable[[Path, bytes], bool]
     """`(path, its first bytes; empty for a folder) -> bool`."""
     read: Callable[[Path, str, Mapping[str, Any]], Foreign]
@@ -79,22 +79,22 @@ def identify(path: Path) -> str:
     The first format whose test holds is the one.
     """
     start = b"" if path.is_dir() else native.first_bytes(path)
-    if start[8:9] == b"{" and native.is_ours(path):
+    if start[8:9] == b"{" and native.KEY in native.check_header(path):
         return "native"
     for name, kind in FORMATS.items():
         if kind.is_it(path, start):
             return name
     raise InputError(
         f"{path} is not a model that cmtool knows",
-        f"it reads its own, and: {', '.join(kind.title for kind in FORMATS.values())}",
+        f"it reads its own format, and: {', '.join(kind.title for kind in FORMATS.values())}",
     )
 
 
-def read_foreign(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
-    """Return the model of a foreign file, whichever format it is. Raises InputError."""
-    kind = FORMATS[identify(path)]
+def read_foreign(name: str, path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
+    """Return the model of a file of the format FORMATS[name]. Raises InputError."""
+    kind = FORMATS[name]
     if path.is_file() and path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{path} is larger than {MAX_BYTES >> 30} GiB", "give the right file")
+        raise InputError(f"{path} is larger than {MAX_BYTES >> 30} GiB", "give a file of weights")
     try:
         return kind.read(path, weights, known)
     except UserError:
@@ -103,5 +103,5 @@ def read_foreign(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise InputError(
             f"{path} is not a usable {kind.title}: {reason}",
-            f"fetch or convert it again; read are {kind.reads}",
+            f"download or convert it again; cmtool reads {kind.reads}",
         ) from None

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are there, which of them are whole, and which stay.
+"""The checkpoints of a run: which are there, which of them are whole, and which are kept.
 
 A folder without a complete manifest is not a checkpoint.
 """
@@ -9,15 +9,23 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from cmtool.errors import InputError
 from cmtool.formats.native import read_table
-from cmtool.system.files import file_facts, write_json
+from cmtool.system.files import file_sha256, write_json
 
 MANIFEST = "manifest.json"
 BEST = "best.json"
+NOT_WEIGHTS = {"optimizer", "method"}
+"""Tensor files of a checkpoint that hold no network."""
+T = TypeVar("T")
+
+
+class Damaged(InputError):
+    """A checkpoint that is not whole."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -28,29 +36,71 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest undamaged checkpoint, and why newer ones were passed over."""
-    complaints = []
+def newest(folder: Path, read: Callable[[Path], T]) -> tuple[T | None, list[str]]:
+    """Return what `read` makes of the newest whole checkpoint, and why newer ones were passed over.
+
+    `read` raises Damaged for a checkpoint that is not whole.
+    """
+    complaints: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
-            verify(path)
-        except InputError as error:
+            return read(path), complaints
+        except Damaged as error:
             complaints.append(error.what)
-            continue
-        return path, complaints
     return None, complaints
 
 
-def verify(path: Path) -> None:
-    """Raise InputError unless every file of the checkpoint has the size and hash it was given."""
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest undamaged checkpoint, and why newer ones were passed over."""
+    return newest(folder, verify)
+
+
+def verify(path: Path) -> Path:
+    """Return the checkpoint. Raises Damaged unless every file has its size and hash."""
+    for name, sha256 in whole_files(path).items():
+        if file_sha256(path / name) != sha256:
+            raise Damaged(f"{path / name} is damaged", "give an earlier checkpoint")
+    return path
+
+
+def whole_files(path: Path) -> dict[str, str]:
+    """Return the hash that each file of a checkpoint should have, by the manifest.
+
+    Raises Damaged unless all are there and have their sizes.
+    """
     try:
-        manifest = dict(read_table(path / MANIFEST)["files"])
-    except (OSError, ValueError, LookupError, TypeError):
-        raise InputError(f"{path} is not a whole checkpoint: no manifest", "use another") from None
-    for name, facts in manifest.items():
+        listed = read_table(path / MANIFEST)["files"]
+        facts = {name: (fact["bytes"], fact["sha256"]) for name, fact in listed.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        what = f"{path} is not a whole checkpoint: no manifest"
+        raise Damaged(what, "give another checkpoint") from None
+    for name, (size, _) in facts.items():
         file = path / name
-        if not file.is_file() or file_facts(file) != facts:
-            raise InputError(f"{file} is damaged", "use the checkpoint before it")
+        if not file.is_file() or file.stat().st_size != size:
+            raise Damaged(f"{file} is damaged", "give an earlier checkpoint")
+    return {name: sha256 for name, (_, sha256) in facts.items()}
+
+
+def weight_file(path: Path, weights: str) -> Path:
+    """Return the file of the named weights in a checkpoint. Raises InputError if there is none.
+
+    "ema" also stands for the only EMA of another name, and for "model" where there is no EMA.
+    """
+    file = path / f"{weights}.safetensors"
+    if not file.is_file() and weights == "ema":
+        emas = list(path.glob("ema-*.safetensors")) or [path / "model.safetensors"]
+        file = emas[0] if len(emas) == 1 else file
+    if not file.is_file():
+        held = ", ".join(weights_in(path))
+        raise InputError(f"{path} holds no weights {weights!r}", f"it holds {held}")
+    return file
+
+
+def weights_in(path: Path) -> tuple[str, ...]:
+    """Return the names of the weights in a checkpoint, () for another folder."""
+    if not (path / MANIFEST).is_file():
+        return ()
+    return tuple(sorted({f.stem for f in path.glob("*.safetensors")} - NOT_WEIGHTS))
 
 
 def point_to(folder: Path, final: Path) -> None:
@@ -87,7 +137,8 @@ def is_best(folder: Path, score: Score, keep: int) -> bool:
 def best(folder: Path, like: Score | None = None) -> dict[str, float]:
     """Return the checkpoints that best.json names, and their values.
 
-    Those only that are there, and by the metric and number of images of `like`, if given.
+    A checkpoint that is gone is left out. With `like`, scores by another metric or number of images
+    are left out too.
     """
     try:
         facts = read_table(folder / BEST)
@@ -101,7 +152,8 @@ def best(folder: Path, like: Score | None = None) -> dict[str, float]:
 def prune(folder: Path, keep: int, newest: int | None = None) -> None:
     """Remove all but the newest `keep` checkpoints and the best ones.
 
-    Those after step `newest` do not count and stay: a resumed run passed them over as damaged.
+    Those after step `newest` are not counted and not removed: they are damaged ones, which a
+    resumed run has passed over.
     """
     found = checkpoints(folder)
     if newest is not None:
@@ -121,7 +173,7 @@ def prune_all(folder: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint, which is no longer one from the first moment on."""
+    """Remove a checkpoint. Its first step, a renaming, makes it no checkpoint."""
     doomed = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

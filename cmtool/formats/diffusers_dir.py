@@ -5,16 +5,16 @@ Its UNet2DModel is the raw network, an Adm; scalings and noise label live in its
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.core.networks.adm import AdmOptions
 from cmtool.formats.foreign import (
     Foreign,
     Malformed,
@@ -23,6 +23,7 @@ from cmtool.formats.foreign import (
     renamed,
     same,
     squeezed,
+    tensor_names,
     thirds,
     translate,
     translate_back,
@@ -30,6 +31,7 @@ from cmtool.formats.foreign import (
 )
 from cmtool.formats.native import read_table
 from cmtool.formats.openai_pt import state_dict
+from cmtool.system.files import file_sha256
 
 INDEX = "model_index.json"
 CONFIG = "unet/config.json"
@@ -72,19 +74,12 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     config = read_table(path / CONFIG)
     scheduler = read_table(path / SCHEDULER)
     options, channels, num_classes = _options(config)
-    file = next((f for name in WEIGHTS if (f := path / "unet" / name).is_file()), None)
-    if file is None:
+    files = _weight_files(path)
+    if not files:
         raise Malformed(f"it holds none of {', '.join(WEIGHTS)} under unet/")
-    stored = state_dict(file)
-    with torch.device("meta"):
-        network = Adm(options, channels, num_classes)
-    tensors = translate(rules(options, list(network.state_dict())), stored)
-    size = config.get("sample_size")
-    sides = [size, size] if type(size) is int else size
-    if sides is not None and (
-        not isinstance(sides, list) or len(sides) != 2 or any(type(n) is not int for n in sides)
-    ):
-        raise Malformed("its sample_size is neither a number nor two")
+    stored = state_dict(files[0])
+    names = tensor_names(options, channels, num_classes)
+    tensors = translate(rules(options, names), stored)
     grid = _positive(scheduler, "num_train_timesteps", 40)
     if grid < 2 or grid != int(grid):
         raise Malformed("its num_train_timesteps is not a whole number of 2 or more")
@@ -92,7 +87,7 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     if not options.middle_norm:
         notes.append(
             "its middle attention has no norm, as in exports by diffusers before 0.21: published"
-            " ImageNet-64 weights need one, so fetch the folder anew if these are such"
+            " ImageNet-64 weights need one: download them again if you use those"
         )
     is_consistency = pipeline == "ConsistencyModelPipeline"
     if not is_consistency:
@@ -105,7 +100,7 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         channels=channels,
         num_classes=num_classes,
         noise_label="log_1000",
-        image_size=None if sides is None else (sides[0], sides[1]),
+        image_size=_image_size(config),
         kind="consistency" if is_consistency else None,
         sigma_data=_positive(scheduler, "sigma_data", 0.5),
         sigma_min=_positive(scheduler, "sigma_min", 0.002),
@@ -116,6 +111,18 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         weights="model",
         notes=tuple(notes),
     )
+
+
+def _image_size(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Return height and width of the images of a UNet2DModel, None if its config lacks them."""
+    match config.get("sample_size"):
+        case None:
+            return None
+        case int(side) if type(side) is int:
+            return side, side
+        case [int(height), int(width)] if type(height) is type(width) is int:
+            return height, width
+    raise Malformed("its sample_size is neither a number nor two")
 
 
 def write(
@@ -153,10 +160,18 @@ def write(
     (folder / "unet" / WEIGHTS[0]).chmod((folder / INDEX).stat().st_mode)
 
 
-def files(path: Path) -> list[Path]:
-    """Return the files of a pipeline folder that make the model."""
-    names = [INDEX, CONFIG, SCHEDULER, *(f"unet/{name}" for name in WEIGHTS)]
-    return [path / name for name in names if (path / name).is_file()]
+def sha256(path: Path) -> str:
+    """Return the hash of the names and hashes of a pipeline's files, those that are read."""
+    names = (INDEX, CONFIG, SCHEDULER)
+    files = [path / name for name in names if (path / name).is_file()] + _weight_files(path)[:1]
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(f"{file.relative_to(path)} {file_sha256(file)}\n".encode())
+    return whole.hexdigest()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    return [file for name in WEIGHTS if (file := path / "unet" / name).is_file()]
 
 
 def rules(o: AdmOptions, names: list[str]) -> dict[str, Rule]:
@@ -165,8 +180,8 @@ def rules(o: AdmOptions, names: list[str]) -> dict[str, Rule]:
     prefixes = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
+        "label_emb": "class_embedding",
     }
-    prefixes["label_emb"] = "class_embedding"
     for stage in adm_blocks(o):
         down, up = f"down_blocks.{stage.level}", f"up_blocks.{top - stage.level}"
         prefixes[stage.prefix] = {
@@ -205,7 +220,7 @@ def _options(config: dict[str, Any]) -> tuple[AdmOptions, int, int]:
     blocks: Any = config.get("layers_per_block", 2)
     classes: Any = config.get("num_class_embeds")
     if not isinstance(widths, list):
-        raise Malformed("its block_out_channels is no list")
+        raise Malformed("its block_out_channels is not a list")
     numbers = [*widths, channels, groups, heads, blocks, 1 if classes is None else classes]
     if any(type(n) is not int or not 0 < n <= 1 << 20 for n in numbers):
         raise Malformed("its config has sizes that are not whole numbers")

@@ -1,7 +1,7 @@
 """EDM's snapshots: a pickle of persistent objects around SongUNet or DhariwalUNet.
 
 ECT's files have the same layout with a consistency preconditioner. Nothing in them is executed:
-see safe_pickle.py. Layouts: Karras et al. (2022), `training/networks.py`, read for facts.
+see safe_pickle.py. Source of the layouts: `training/networks.py` of Karras et al. (2022).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmtool.core.networks.adm import Adm, AdmOptions
-from cmtool.core.networks.song import Song, SongOptions
+from cmtool.core.networks.adm import AdmOptions
+from cmtool.core.networks.song import SongOptions
 from cmtool.core.precond import iddpm_sigmas
 from cmtool.formats import torch_pickle
 from cmtool.formats.foreign import (
@@ -28,6 +28,7 @@ from cmtool.formats.foreign import (
     interleaved,
     renamed,
     same,
+    tensor_names,
     translate,
     transposed,
     wrong_weights,
@@ -55,57 +56,56 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     if not isinstance(outer, Record):
         raise Malformed("it holds no network under 'ema'")
     if outer.class_name not in PRECONDITIONERS:
-        given = _arguments(outer)
-        kwargs = ", ".join(f"{str(key)[:40]} {_short(given[key])}" for key in list(given)[:8])
-        count = sum(math.prod(t.size) for t in collect(outer, ("_parameters",)).values())
-        whose = "EDM2's" if outer.class_name == "Precond" else "a"
-        raise Malformed(
-            f"its network is {whose} {outer.class_name[:40]} of {count:,} parameters ({kwargs}),"
-            f" not one of {', '.join(sorted(PRECONDITIONERS))}"
-        )
+        raise _other_network(outer)
     inner = _modules(outer).get("model")
     if not isinstance(inner, Record):
         raise Malformed("its preconditioner holds no network 'model'")
+    if inner.class_name not in READ_OPTIONS:
+        known_networks = " or ".join(READ_OPTIONS)
+        raise Malformed(f"its network is a {inner.class_name[:40]}, not {known_networks}")
     given = _arguments(inner)
     resolution = _whole(given, "img_resolution", None, 4096)
     channels, num_classes = _whole(given, "in_channels", None), _whole(given, "label_dim", 0)
     learn_sigma = _whole(given, "out_channels", channels) == 2 * channels
-    read_options: dict[str, Callable[..., Options]] = {
-        "SongUNet": song_options,
-        "DhariwalUNet": adm_options,
-    }
-    if inner.class_name not in read_options:
-        raise Malformed(f"its network is a {inner.class_name[:40]}, not SongUNet or DhariwalUNet")
-    options: Options = read_options[inner.class_name](given, resolution, learn_sigma)
-    found = collect(inner)
-    if sum(map(len, found.values())) > size:
-        raise Malformed(f"its tensors claim more bytes than the file's {size:,}")
-    stored = {name: t.tensor() for name, t in found.items()}
-    taps = tuple(options.resample_filter) if isinstance(options, SongOptions) else (1, 1)
-    stored = _without_filters(stored, taps)
-    with torch.device("meta"):
-        network = (
-            Song(options, channels, num_classes)
-            if isinstance(options, SongOptions)
-            else Adm(options, channels, num_classes)
-        )
-    tensors = translate(rules(options, list(network.state_dict()), resolution, stored), stored)
+    options = READ_OPTIONS[inner.class_name](given, resolution, learn_sigma)
+    stored = _stored(inner, options, size)
+    names = tensor_names(options, channels, num_classes)
     label_dropout = _fraction(given, "label_dropout", 0)
-    notes = (f"its label_dropout {label_dropout} is for training: not taken over",)
+    note = f"its label_dropout {label_dropout} is for training: not taken over"
     return Foreign(
         options=options,
-        tensors=tensors,
+        tensors=translate(rules(options, names, resolution), stored),
         channels=channels,
         num_classes=num_classes,
         image_size=(resolution, resolution),
         **_preconditioning(outer),
-        notes=notes if label_dropout else (),
+        notes=(note,) if label_dropout else (),
     )
 
 
-def rules(
-    options: Options, names: list[str], resolution: int, stored: Mapping[str, Tensor]
-) -> dict[str, Rule]:
+def _other_network(outer: Record) -> Malformed:
+    """Return the error for a network in a preconditioner that we do not have."""
+    given = _arguments(outer)
+    kwargs = ", ".join(f"{str(key)[:40]} {_short(given[key])}" for key in list(given)[:8])
+    count = sum(math.prod(t.size) for t in collect(outer, ("_parameters",)).values())
+    whose = "EDM2's" if outer.class_name == "Precond" else "a"
+    return Malformed(
+        f"its network is {whose} {outer.class_name[:40]} of {count:,} parameters ({kwargs}),"
+        f" not one of {', '.join(sorted(PRECONDITIONERS))}"
+    )
+
+
+def _stored(inner: Record, options: Options, size: int) -> dict[str, Tensor]:
+    """Return the tensors of a network in a file of so many bytes, without resampling filters."""
+    found = collect(inner)
+    if sum(map(len, found.values())) > size:
+        raise Malformed(f"its tensors claim more bytes than the file's {size:,}")
+    tensors = {name: t.tensor() for name, t in found.items()}
+    taps = tuple(options.resample_filter) if isinstance(options, SongOptions) else (1, 1)
+    return _without_filters(tensors, taps)
+
+
+def rules(options: Options, names: list[str], resolution: int) -> dict[str, Rule]:
     """Return the rule of each of our names, for a network built at `resolution`."""
     if isinstance(options, SongOptions):
         return song_rules(options, names, resolution)
@@ -233,7 +233,7 @@ def collect(
 
     def visit(module: Any, prefix: str, depth: int) -> None:
         if not isinstance(module, Record | Box) or id(module) in seen or depth > MAX_DEPTH:
-            raise Malformed(f"its module {prefix or 'ema'} is shared, too deep, or no module")
+            raise Malformed(f"its module {prefix or 'ema'} is shared, too deep, or not a module")
         seen.add(id(module))
         skipped = module.state.get("_non_persistent_buffers_set", set())
         if not isinstance(skipped, set) or len(seen) > MAX_TENSORS:
@@ -243,7 +243,7 @@ def collect(
                 if value is None or (table == "_buffers" and name in skipped):
                     continue
                 if not isinstance(value, StoredTensor):
-                    raise Malformed(f"its {prefix}{name} is no tensor")
+                    raise Malformed(f"its {prefix}{name} is not a tensor")
                 if f"{prefix}{name}" in found:
                     raise Malformed(f"its {prefix}{name} comes twice")
                 found[f"{prefix}{name}"] = value
@@ -264,7 +264,7 @@ def _modules(module: Record | Box) -> dict[str, Any]:
 def _table(module: Record | Box, key: str) -> dict[str, Any]:
     table = module.state.get(key, {})
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
-        raise Malformed(f"a module's {key} are no table")
+        raise Malformed(f"a module's {key} are not a table")
     return table
 
 
@@ -367,3 +367,9 @@ def _name(given: dict[str, Any], key: str, good: list[str]) -> Any:
 
 def _short(value: Any) -> str:
     return repr(value)[:40] if isinstance(value, int | float | str | bool) else type(value).__name__
+
+
+READ_OPTIONS: dict[str, Callable[[dict[str, Any], int, bool], Options]] = {
+    "SongUNet": song_options,
+    "DhariwalUNet": adm_options,
+}

@@ -1,4 +1,4 @@
-"""What every reader of foreign weights returns, and the renaming of tensors that they share."""
+"""What each reader of foreign weights returns, and how they rename tensors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from cmtool.core.networks.adm import AdmOptions
-from cmtool.core.networks.song import SongOptions
+from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.core.networks.song import Song, SongOptions
 from cmtool.errors import InputError
 
 Options = AdmOptions | SongOptions
@@ -24,10 +24,10 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True)
 class Foreign:
-    """A model as another tool's file tells it; tensors are float32 and carry our names.
+    """A model read from the file of another tool; tensors are float32 and have our names.
 
-    `image_size` and `kind` are None where neither file nor user say; `notes` tell the user what
-    was assumed. `held` are the choices of weights in the file, `weights` the one that was read.
+    `image_size` and `kind` are None if neither the file nor the user says them. `notes` tell the
+    user what was assumed. `held` names all weights in the file, `weights` those that were read.
     """
 
     options: Options
@@ -48,30 +48,38 @@ class Foreign:
     notes: tuple[str, ...] = field(default=())
 
 
+def tensor_names(options: Options, channels: int, num_classes: int = 0) -> list[str]:
+    """Return the names of the tensors of our network with these options."""
+    with torch.device("meta"):
+        if isinstance(options, SongOptions):
+            return list(Song(options, channels, num_classes).state_dict())
+        return list(Adm(options, channels, num_classes).state_dict())
+
+
 def known_or_assumed(
     known: Mapping[str, Any], key: str, assumed: Any, note: str, notes: list[str]
 ) -> Any:
-    """Return what the user's preset says of `key`, else what is assumed, and note that it is."""
+    """Return the value of `key` in the user's preset, else the assumed one, and add a note."""
     if key in known:
         return known[key]
-    notes.append(f"{note} (checkpoint convert --preset says otherwise)")
+    notes.append(f"{note} (--preset overrides it)")
     return assumed
 
 
 def known_kind(
     known: Mapping[str, Any], path: Path, notes: list[str]
 ) -> Literal["teacher", "consistency"] | None:
-    """Return the kind that the user says, else the one its name suggests, and note that it does."""
+    """Return the kind that the user says, else the kind that the name suggests, with a note."""
     if "kind" in known:
         return cast(Literal["teacher", "consistency"], known["kind"])
     kind = kind_by_name(path)
     if kind is not None:
-        notes.append(f"by its name it is a {kind} model; --kind says otherwise")
+        notes.append(f"by its name it is a {kind} model (--kind overrides it)")
     return kind
 
 
 def kind_by_name(path: Path) -> Literal["teacher", "consistency"] | None:
-    """Return what the names of released files mean: edm a teacher; cd, ct a consistency model."""
+    """Return the kind by the name of a released file: edm is a teacher; cd and ct are students."""
     for part in (path.stem, path.parent.name, path.parent.parent.name):
         words = set(re.split(r"[_\-.]", part.lower()))
         if "edm" in words:
@@ -82,7 +90,7 @@ def kind_by_name(path: Path) -> Literal["teacher", "consistency"] | None:
 
 
 class Rule(NamedTuple):
-    """How one of our tensors is made of foreign ones, and they of it."""
+    """How one of our tensors is made from foreign ones, and the other way round."""
 
     names: tuple[str, ...]
     read: Callable[[Sequence[Tensor]], Tensor]
@@ -95,7 +103,7 @@ def same(name: str) -> Rule:
 
 
 def transposed(name: str) -> Rule:
-    """Return the rule of a matrix stored the other way round."""
+    """Return the rule of a matrix that is stored transposed."""
     return Rule((name,), lambda t: matrix(t[0]).T, lambda t: [t.T])
 
 
@@ -152,14 +160,14 @@ def interleaved(name: str, heads: int, *, order: Literal["hcq", "hqc"]) -> Rule:
 def translate(rules: Mapping[str, Rule], foreign: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return our tensors, float32 and contiguous. Raises Malformed unless all are there and used.
 
-    Nothing is lost in silence: a foreign tensor that no rule asks for is an error.
+    A foreign tensor that no rule uses is an error.
     """
     wanted = {name for rule in rules.values() for name in rule.names}
     missing, left = sorted(wanted - foreign.keys()), sorted(foreign.keys() - wanted)
     if missing:
         raise Malformed(f"{len(missing)} tensors are missing, the first is {missing[0]}")
     if left:
-        raise Malformed(f"{len(left)} tensors have no place in it, the first is {left[0]}")
+        raise Malformed(f"{len(left)} tensors are unknown, the first is {left[0]}")
     out = {}
     for name, rule in rules.items():
         for n in rule.names:
@@ -182,7 +190,7 @@ def translate_back(rules: Mapping[str, Rule], ours: Mapping[str, Tensor]) -> dic
 
 
 class AdmBlock(NamedTuple):
-    """One block of an Adm network and where it stands; `number` counts within its level."""
+    """One block of an Adm network and its position; `number` counts within its level."""
 
     prefix: str
     side: Literal["encoder", "middle", "decoder"]

@@ -15,7 +15,7 @@ import msgpack
 import torch
 from torch import Tensor
 
-from cmtool.core.networks.song import Song, SongOptions
+from cmtool.core.networks.song import SongOptions
 from cmtool.formats.foreign import (
     Foreign,
     Malformed,
@@ -24,6 +24,7 @@ from cmtool.formats.foreign import (
     known_or_assumed,
     matrix,
     same,
+    tensor_names,
     translate,
     transposed,
     wrong_weights,
@@ -50,8 +51,6 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         raise wrong_weights(weights, held)
     stored = _flatten(state[TREES[weights]])
     options, channels = architecture(stored)
-    with torch.device("meta"):
-        network = Song(options, channels)
     side = 16 << min(options.attention_levels, default=1)
     notes: list[str] = []
     size = known_or_assumed(
@@ -61,12 +60,10 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     sigma_data = known_or_assumed(
         known, "sigma_data", 0.5, "the file does not give sigma_data: 0.5, as in the paper", notes
     )
-    kind = known_kind(known, path, notes)
-    if "target" in held:
-        kind = "consistency"
+    kind = "consistency" if "target" in held else known_kind(known, path, notes)
     return Foreign(
         options=options,
-        tensors=translate(rules(options, list(network.state_dict())), stored),
+        tensors=translate(rules(options, tensor_names(options, channels)), stored),
         channels=channels,
         num_classes=0,
         noise_label="log",
@@ -88,23 +85,23 @@ def architecture(stored: Mapping[str, Tensor]) -> tuple[SongOptions, int]:
 
     def shape(name: str) -> torch.Size:
         if name not in stored:
-            raise Malformed(f"it is no NCSN++: {name} is missing")
+            raise Malformed(f"it is not an NCSN++: {name} is missing")
         return stored[name].shape
 
     levels = count(r"Downsample_\d+/") + 1
     # n blocks and a down per level but the last, 2 in the middle, n + 1 and an up on the way back
     blocks, rest = divmod(count(rf"{BLOCK}_\d+/") - 3 * levels, 2 * levels)
     if rest or blocks < 1:
-        raise Malformed("it is no NCSN++: its levels are uneven")
+        raise Malformed("it is not an NCSN++: its levels are uneven")
     _, _, channels, width = shape("Conv_0/kernel")
     firsts = [level * (blocks + 1) for level in range(levels)]
     widths = [shape(f"{BLOCK}_{first}/Conv_1/kernel")[3] for first in firsts]
     if width < 1 or any(w % width for w in widths):
-        raise Malformed(f"it is no NCSN++: widths {widths} are no multiples of {width}")
+        raise Malformed(f"it is not an NCSN++: widths {widths} are not multiples of {width}")
     # one attention a block at some levels on the way down, one in the middle, one a level back
     attended, rest = divmod(count(r"AttnBlockpp_\d+/") - 1, blocks + 1)
     if rest or attended not in (0, 1):
-        raise Malformed("it is no NCSN++ with attention at one resolution")
+        raise Malformed("it is not an NCSN++ with attention at one resolution")
     options = SongOptions(
         model_channels=width,
         channel_mult=tuple(w // width for w in widths),
@@ -209,7 +206,7 @@ def _unpack(content: bytes) -> dict[str, Any]:
         reason = DAMAGE.get(type(error).__name__) or str(error) or "it cannot be read"
         raise Malformed(f"its msgpack is damaged: {reason}") from None
     if not isinstance(state, dict):
-        raise Malformed("it is no table")
+        raise Malformed("it is not a table")
     return state
 
 
@@ -269,5 +266,5 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict[
         elif isinstance(value, dict) and depth < MAX_DEPTH:
             out |= _flatten(value, f"{prefix}{name}/", depth + 1)
         else:
-            raise Malformed(f"its {prefix}{name} is no array")
+            raise Malformed(f"its {prefix}{name} is not an array")
     return out

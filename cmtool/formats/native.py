@@ -1,6 +1,6 @@
 """Our weight file: safetensors, with one JSON object about the model in its header.
 
-One such file is a whole model: `{"kind", "weights", "step", "preset", "cmtool"}` says what it is.
+Such a file is a whole model. The object has the keys kind, weights, step, preset and cmtool.
 """
 
 from __future__ import annotations
@@ -37,44 +37,30 @@ def read_weights(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         return load_file(path, device=device)
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(
-            f"{path} cannot be read: {error}", "fetch or make the file again"
+            f"{path} cannot be read: {error}", "download or make the file again"
         ) from None
 
 
 def read_about(path: Path) -> dict[str, Any]:
     """Return what the header says of the model. Raises InputError for a file that is not ours."""
-    first_bytes(path)
     try:
-        with safetensors.safe_open(path, "pt") as opened:
-            metadata = opened.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path} is not a model file: {error}", "give a .safetensors file written by cmtool"
-        ) from None
-    try:
-        about = json.loads(metadata[KEY])
-    except (KeyError, ValueError, RecursionError):
+        about = json.loads(check_header(path)[KEY])
+    except (LookupError, TypeError, ValueError, RecursionError):
+        about = None
+    if not isinstance(about, dict):
         raise InputError(
             f"{path} does not say which model it holds", "give a file written by cmtool"
-        ) from None
-    if not isinstance(about, dict):
-        raise InputError(f"{path} does not say which model it holds", "make it again")
+        )
     return about
 
 
-def is_ours(path: Path) -> bool:
-    """Tell whether a safetensors file has our header. Raises InputError for a damaged one."""
-    return KEY in check_header(path)
-
-
 def check_header(path: Path) -> dict[str, Any]:
-    """Return the metadata of a safetensors file, none of whose tensors comes twice.
+    """Return the metadata of a safetensors file. Raises InputError if a tensor comes twice.
 
-    The library takes the last of two; it checks everything else when it opens the file. Raises
-    InputError.
+    The library takes the last of two; it checks everything else when it opens the file.
     """
     first_bytes(path)
-    again = "fetch or make the file again"
+    hint = "download or make the file again"
     try:
         with path.open("rb") as opened:
             content = opened.read(int.from_bytes(opened.read(8), "little"))
@@ -83,9 +69,9 @@ def check_header(path: Path) -> dict[str, Any]:
             pass
     except (safetensors.SafetensorError, OSError, MemoryError, ValueError, RecursionError) as error:
         reason = "it nests too deep" if isinstance(error, RecursionError) else str(error)
-        raise InputError(f"{path} cannot be read: {reason or 'it is too large'}", again) from None
+        raise InputError(f"{path} cannot be read: {reason or 'it is too large'}", hint) from None
     if len(header) > MAX_TENSORS:
-        raise InputError(f"{path} describes {len(header):,} tensors", again)
+        raise InputError(f"{path} describes {len(header):,} tensors", hint)
     metadata = header.get("__metadata__")
     return metadata if isinstance(metadata, dict) else {}
 
@@ -100,7 +86,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_table(path: Path, *, most: int = 1 << 20) -> dict[str, Any]:
     """Return the object in a JSON file of at most so many bytes.
 
-    Raises ValueError for any other file, which is not read if it is larger, or no regular file.
+    Raises ValueError for any other file. A larger file is not read, nor is a pipe or a device.
     """
     if not path.is_file():
         raise ValueError(f"{path.name} is missing")
@@ -111,14 +97,14 @@ def read_table(path: Path, *, most: int = 1 << 20) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise ValueError(f"{path.name} is not JSON") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is no table")
+        raise ValueError(f"{path.name} is not a JSON object")
     return content
 
 
 def first_bytes(path: Path) -> bytes:
     """Return the first 64 bytes of a file.
 
-    Raises InputError for what is plainly something else: a page, a pointer, an empty file.
+    Raises InputError for an HTML page, a Git LFS pointer, and an empty file.
     """
     if not path.is_file():
         raise InputError(f"no such file: {path}", "check the path")
@@ -126,14 +112,16 @@ def first_bytes(path: Path) -> bytes:
         with path.open("rb") as opened:
             start = opened.read(64)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", "check its rights") from None
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}", "check its permissions"
+        ) from None
     if not start:
-        raise InputError(f"{path} is empty", "fetch or make the file again")
+        raise InputError(f"{path} is empty", "download or make the file again")
     if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
-        raise InputError(f"{path} is an HTML page, not a checkpoint", "fetch the file itself")
+        raise InputError(f"{path} is an HTML page, not a checkpoint", "download the file itself")
     if start.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a Git LFS pointer, not a checkpoint", "run git lfs pull")
     header = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and header > MAX_HEADER:
-        raise InputError(f"{path} has a header of {header:,} bytes", "no model needs that")
+        raise InputError(f"{path} has a header of {header:,} bytes", "give a file of weights")
     return start

@@ -1,7 +1,7 @@
 """State dicts of the ADM U-Net: the consistency-model release (.pt), and guided-diffusion's.
 
-The release's names are ours. A state dict says nothing of itself, so the architecture is read off
-names and shapes; what shapes cannot say is assumed and told.
+The release's names are ours. A state dict does not describe its network. The architecture follows
+from names and shapes; what they do not say is assumed, with a note to the user.
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.core.networks.adm import AdmOptions
 from cmtool.formats.foreign import (
     Foreign,
     Malformed,
+    Rule,
     heads_of,
     interleaved,
     known_kind,
     known_or_assumed,
     same,
+    tensor_names,
     translate,
     wrong_weights,
 )
-from cmtool.formats.native import check_header, first_bytes
+from cmtool.formats.native import check_header, first_bytes, read_weights
 from cmtool.formats.torch_pickle import StoredTensor, load_archive, load_legacy
 
 MAX_PICKLE = 64 << 20
@@ -61,21 +60,7 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     )
     options = replace(options, head_channels=heads)
     kind = known_kind(known, path, notes)
-    with torch.device("meta"):
-        network = Adm(options, channels, num_classes)
-    rules = {}
-    for name in network.state_dict():
-        stored = state.get(name)
-        # guided-diffusion convolves sequences: (3C, C, 1), and orders rows by head
-        if stored is not None and stored.ndim == 3 and name.endswith("qkv.weight"):
-            heads = heads_of(options, stored.shape[0])
-            rules[name] = interleaved(name, heads, order="hqc")
-            bias = name.replace("weight", "bias")
-            rules[bias] = interleaved(bias, heads, order="hqc")
-        elif stored is not None and stored.ndim == 3 and name.endswith("proj_out.weight"):
-            rules[name] = same(name)._replace(read=lambda t: t[0][..., None])
-        else:
-            rules.setdefault(name, same(name))
+    rules = _rules(options, tensor_names(options, channels, num_classes), state)
     return Foreign(
         options=options,
         tensors=translate(rules, state),
@@ -93,6 +78,24 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     )
 
 
+def _rules(options: AdmOptions, names: list[str], state: Mapping[str, Tensor]) -> dict[str, Rule]:
+    """Return the rule of each of our names.
+
+    guided-diffusion's attention convolves sequences: (3C, C, 1), with rows ordered by head.
+    """
+    rules = {name: same(name) for name in names}
+    for name in names:
+        if name not in state or state[name].ndim != 3:
+            continue
+        if name.endswith("qkv.weight"):
+            heads = heads_of(options, state[name].shape[0])
+            for part in (name, name.replace("weight", "bias")):
+                rules[part] = interleaved(part, heads, order="hqc")
+        elif name.endswith("proj_out.weight"):
+            rules[name] = same(name)._replace(read=lambda t: t[0][..., None])
+    return rules
+
+
 def state_dict(path: Path) -> dict[str, Tensor]:
     """Return the state dict of a torch.save archive or a safetensors file; no code can run.
 
@@ -101,10 +104,7 @@ def state_dict(path: Path) -> dict[str, Tensor]:
     """
     if first_bytes(path)[8:9] == b"{":
         check_header(path)
-        try:
-            return load_file(path)
-        except safetensors.SafetensorError as error:
-            raise Malformed(str(error)) from None
+        return read_weights(path)
     if is_legacy(first_bytes(path)):
         with path.open("rb") as opened:
             content = load_legacy(opened, path.stat().st_size)
@@ -116,7 +116,7 @@ def state_dict(path: Path) -> dict[str, Tensor]:
         raise Malformed("it holds no table of tensors")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
-            raise Malformed(f"its {str(name)[:60]!r} is no tensor")
+            raise Malformed(f"its {str(name)[:60]!r} is not a tensor")
     size = path.stat().st_size
     if sum(map(len, content.values())) > size:
         raise Malformed(f"its tensors claim more bytes than the file's {size:,}")
@@ -165,11 +165,11 @@ def architecture(state: dict[str, Tensor]) -> tuple[AdmOptions, int, int]:
     """Return options, channels and number of classes, from names and shapes. Raises Malformed."""
     for name in NEEDED:
         if name not in state:
-            raise Malformed(f"it is no ADM U-Net: {name} is missing")
+            raise Malformed(f"it is not an ADM U-Net: {name} is missing")
 
     def shape(name: str, axis: int) -> int:
         if name not in state or axis >= state[name].ndim:
-            raise Malformed(f"it is no ADM U-Net: {name} is missing, or has another shape")
+            raise Malformed(f"it is not an ADM U-Net: {name} is missing, or has another shape")
         return state[name].shape[axis]
 
     def entries(side: str) -> int:
@@ -186,11 +186,11 @@ def architecture(state: dict[str, Tensor]) -> tuple[AdmOptions, int, int]:
     levels = ups + 1
     per_level, rest = divmod(entries("output_blocks"), levels)
     if rest or per_level < 2 or entries("input_blocks") != levels * per_level or width < 1:
-        raise Malformed("it is no ADM U-Net: its levels are uneven")
+        raise Malformed("it is not an ADM U-Net: its levels are uneven")
     first = [f"input_blocks.{1 + level * per_level}" for level in range(levels)]
     widths = [shape(f"{entry}.0.out_layers.3.weight", 0) for entry in first]
     if any(w % width for w in widths):
-        raise Malformed(f"it is no ADM U-Net: widths {widths} are no multiples of {width}")
+        raise Malformed(f"it is not an ADM U-Net: widths {widths} are no multiples of {width}")
     channels = shape("input_blocks.0.0.weight", 1)
     out_channels = shape("out.2.weight", 0)
     if out_channels not in (channels, 2 * channels):

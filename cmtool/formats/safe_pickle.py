@@ -1,9 +1,9 @@
 """A reader of pickles that executes nothing: its own small stack machine over plain data.
 
-Unpickling runs whatever the file says. Here opcodes are decoded by the standard library's
-`pickletools` (which executes nothing) and played on a machine that knows only literals,
-containers, and a fixed table of names. Each name has an inert stand-in; the real object is never
-imported. What comes out is Python's plain types, and inert records.
+Python's own unpickling runs any code that the file names. Here `pickletools` of the standard
+library decodes the opcodes, and a small machine plays them. It knows literals, containers and a
+fixed table of names. Each name has an inert stand-in; the real object is never imported. The
+result is made of Python's plain types and of inert records.
 """
 
 from __future__ import annotations
@@ -16,26 +16,20 @@ from typing import Any, BinaryIO, cast
 MAX_OPCODES = 200_000
 MAX_LINE = 1024
 MAX_KEY = 2**31
-
-LITERALS = {
+LITERALS = (
     "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
     "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
     "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "SHORT_BINSTRING", "BINSTRING",
-}  # fmt: skip
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-EMPTY: dict[str, Callable[[], Any]] = {
-    "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set,
-}  # fmt: skip
-TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+)  # fmt: skip
 
 
 class Refused(ValueError):
-    """The pickle holds something that plain weights do not need."""
+    """The pickle holds something that weights do not need."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """A name the pickle refers to; only those of TABLE may be called."""
+    """A name the pickle refers to; only those of the machine's table may be called."""
 
     module: str
     name: str
@@ -126,108 +120,21 @@ class Machine:
     ) -> Any:
         """Return the value of the pickle at the content's position, which moves past it.
 
-        `size` is the whole length of the content.
+        `size` is the whole length of the content; `persistent` resolves persistent identities.
         """
-        stack: list[Any] = []
-        marks: list[int] = []
-        memo: dict[int, Any] = {}
-
-        def pop(count: int) -> list[Any]:
-            floor = marks[-1] if marks else 0
-            if count < 0 or len(stack) - count < floor:
-                raise Refused("the pickle's stack runs empty")
-            taken = stack[len(stack) - count :]
-            del stack[len(stack) - count :]
-            return taken
-
-        def pop_mark() -> list[Any]:
-            if not marks:
-                raise Refused("the pickle's stack runs empty")
-            taken = stack[marks[-1] :]
-            del stack[marks.pop() :]
-            return taken
-
-        def top() -> Any:
-            if len(stack) <= (marks[-1] if marks else 0):
-                raise Refused("the pickle's stack runs empty")
-            return stack[-1]
-
-        arg: Any
+        pickle = Pickle(self, persistent)
         for opcode, arg, _ in pickletools.genops(cast(BinaryIO, Bounded(content, size))):
-            name = opcode.name
             self.opcodes += 1
             if self.opcodes > MAX_OPCODES:
                 raise Refused(f"more than {MAX_OPCODES:,} opcodes: too many for weights")
-            if name in LITERALS:
-                stack.append(_literal(arg))
-            elif name in ("BINGET", "LONG_BINGET"):
-                if arg not in memo:
-                    raise Refused("the pickle refers to what it has not stored")
-                stack.append(memo[arg])
-            elif name in ("BINPUT", "LONG_BINPUT"):
-                if arg > len(memo) + 8:
-                    raise Refused(f"memo index {arg} is far beyond the {len(memo)} in use")
-                memo[arg] = top()
-            elif name == "MEMOIZE":
-                memo[len(memo)] = top()
-            elif name in CONSTANTS:
-                stack.append(CONSTANTS[name])
-            elif name in EMPTY:
-                stack.append(EMPTY[name]())
-            elif name in TUPLES:
-                stack.append(tuple(pop(TUPLES[name])))
-            elif name == "TUPLE":
-                stack.append(tuple(pop_mark()))
-            elif name == "LIST":
-                stack.append(pop_mark())
-            elif name == "DICT":
-                stack.append(_updated({}, pop_mark()))
-            elif name == "MARK":
-                marks.append(len(stack))
-            elif name == "POP":
-                if marks and marks[-1] == len(stack):
-                    marks.pop()
-                else:
-                    pop(1)
-            elif name == "POP_MARK":
-                pop_mark()
-            elif name in ("SETITEM", "SETITEMS"):
-                items = pop(2) if name == "SETITEM" else pop_mark()
-                _updated(top(), items)
-            elif name in ("APPEND", "APPENDS"):
-                items = pop(1) if name == "APPEND" else pop_mark()
-                expect(top(), list).extend(items)
-            elif name == "ADDITEMS":
-                items = pop_mark()
-                expect(top(), set).update(strings(items))
-            elif name == "GLOBAL":
-                stack.append(self.known(*arg.split(" ", 1)))
-            elif name == "STACK_GLOBAL":
-                stack.append(self.known(*pop(2)))
-            elif name == "REDUCE":
-                function, args = pop(2)
-                stack.append(self._call(function, args))
-            elif name == "NEWOBJ":
-                cls, args = pop(2)
-                container = isinstance(cls, Global) and self.table.get(cls) in (new_box, new_dict)
-                if not container or args != ():
-                    raise Refused("the pickle makes an object of another class than containers")
-                stack.append(self._call(cls, args))
-            elif name == "BUILD":
-                (state,) = pop(1)
-                _build(top(), state)
-            elif name == "BINPERSID" and persistent is not None:
-                stack.append(persistent(pop(1)[0]))
-            elif name == "STOP":
-                (result,) = pop(1)
-                if stack or marks:
-                    raise Refused("the pickle leaves things behind")
-                return result
-            elif name not in ("PROTO", "FRAME"):
-                raise Refused(f"opcode {name} has no place among weights")
+            if opcode.name == "STOP":
+                return pickle.result()
+            if opcode.name not in OPCODES:
+                raise Refused(f"opcode {opcode.name} has no place among weights")
+            OPCODES[opcode.name](pickle, arg)
         raise Refused("the pickle does not end")
 
-    def _call(self, function: Any, args: Any) -> Any:
+    def call(self, function: Any, args: Any) -> Any:
         """Return what the stand-in of `function` makes of `args`."""
         if not isinstance(function, Global) or function not in self.table:
             raise Refused(f"the pickle calls {shown(function)}, which is not a function")
@@ -236,10 +143,109 @@ class Machine:
         return self.table[function](self, *args)
 
 
-def _literal(arg: Any) -> Any:
+class Pickle:
+    """A pickle while it is played: its stack, marks and memo."""
+
+    def __init__(self, machine: Machine, persistent: Callable[[Any], Any] | None) -> None:
+        self.machine = machine
+        self.persistent = persistent
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def push(self, value: Any) -> None:
+        """Put a value on the stack."""
+        self.stack.append(value)
+
+    def pop(self, count: int) -> list[Any]:
+        """Take so many values, all above the last mark, from the stack."""
+        start = len(self.stack) - count
+        if start < (self.marks[-1] if self.marks else 0):
+            raise Refused("the pickle's stack runs empty")
+        taken = self.stack[start:]
+        del self.stack[start:]
+        return taken
+
+    def pop_mark(self) -> list[Any]:
+        """Take the last mark, and all above it, from the stack."""
+        if not self.marks:
+            raise Refused("the pickle's stack runs empty")
+        return self.pop(len(self.stack) - self.marks.pop())
+
+    def top(self) -> Any:
+        """Return the value on top of the stack, which stays there."""
+        (value,) = self.pop(1)
+        self.push(value)
+        return value
+
+    def result(self) -> Any:
+        """Return the one value that is left when the pickle ends."""
+        (value,) = self.pop(1)
+        if self.stack or self.marks:
+            raise Refused("the pickle leaves things behind")
+        return value
+
+
+def _literal(pickle: Pickle, arg: Any) -> None:
     if isinstance(arg, int) and abs(arg) >= 2**80:  # torch's magic number has 80 bits
         raise Refused("an integer of more than 80 bits")
-    return arg
+    pickle.push(arg)
+
+
+def _get(pickle: Pickle, index: int) -> None:
+    if index not in pickle.memo:
+        raise Refused("the pickle refers to what it has not stored")
+    pickle.push(pickle.memo[index])
+
+
+def _put(pickle: Pickle, index: int) -> None:
+    if index > len(pickle.memo) + 8:
+        raise Refused(f"memo index {index} is far beyond the {len(pickle.memo)} in use")
+    pickle.memo[index] = pickle.top()
+
+
+def _drop(pickle: Pickle, arg: None) -> None:
+    if pickle.marks and pickle.marks[-1] == len(pickle.stack):
+        pickle.marks.pop()
+    else:
+        pickle.pop(1)
+
+
+def _extend(items: list[Any], target: Any) -> None:
+    expect(target, list).extend(items)
+
+
+def _add(items: list[Any], target: Any) -> None:
+    expect(target, set).update(strings(items))
+
+
+def _new_object(pickle: Pickle, cls: Any, args: Any) -> None:
+    machine = pickle.machine
+    container = isinstance(cls, Global) and machine.table.get(cls) in (new_box, new_dict)
+    if not container or args != ():
+        raise Refused("the pickle makes an object of another class than containers")
+    pickle.push(machine.call(cls, args))
+
+
+def _build(pickle: Pickle, arg: None) -> None:
+    (state,) = pickle.pop(1)
+    target = pickle.top()
+    if isinstance(target, Box) and not target.state:
+        target.state = expect(state, dict)
+    elif isinstance(target, Array) and not target.state:
+        target.state = expect(state, tuple)
+    elif isinstance(target, Dtype) and type(state) is tuple and state[1:2] in (("<",), ("|",)):
+        return  # the byte order, which is ours
+    elif type(target) is dict and type(state) is dict and list(state) == ["_metadata"]:
+        return  # an attribute of every state dict: the versions of its layers
+    else:
+        raise Refused(f"the pickle sets the state of {shown(target)}")
+
+
+def _persistent(pickle: Pickle, arg: None) -> None:
+    if pickle.persistent is None:
+        raise Refused("opcode BINPERSID has no place among weights")
+    pickle.push(pickle.persistent(pickle.pop(1)[0]))
 
 
 def shown(value: Any) -> str:
@@ -261,7 +267,7 @@ def strings(items: list[Any]) -> list[str]:
     return [expect(item, str) for item in items]
 
 
-def _updated(target: Any, items: list[Any]) -> dict[Any, Any]:
+def _update(items: list[Any], target: Any) -> dict[Any, Any]:
     """Return the dict `target` with alternating keys and values added; no key comes twice."""
     expect(target, dict)
     if len(items) % 2:
@@ -273,19 +279,6 @@ def _updated(target: Any, items: list[Any]) -> dict[Any, Any]:
             raise Refused("a dictionary's key comes twice")
         target[key] = value
     return target
-
-
-def _build(target: Any, state: Any) -> None:
-    if isinstance(target, Box) and not target.state:
-        target.state = expect(state, dict)
-    elif isinstance(target, Array) and not target.state:
-        target.state = expect(state, tuple)
-    elif isinstance(target, Dtype) and type(state) is tuple and state[1:2] in (("<",), ("|",)):
-        return  # the byte order, which is ours
-    elif type(target) is dict and type(state) is dict and list(state) == ["_metadata"]:
-        return  # an attribute of every state dict: the versions of its layers
-    else:
-        raise Refused(f"the pickle sets the state of {shown(target)}")
 
 
 def new_box(machine: Machine) -> Box:
@@ -316,3 +309,42 @@ NUMPY_TABLE: dict[Global, Callable[..., Any]] = {
     Global("numpy", "dtype"): _dtype,
 }
 """The names in a pickle of numpy arrays, under numpy 1 and 2."""
+
+OPCODES: dict[str, Callable[[Pickle, Any], object]] = {
+    "PROTO": lambda p, arg: None,
+    "FRAME": lambda p, arg: None,
+    **dict.fromkeys(LITERALS, _literal),
+    "NONE": lambda p, arg: p.push(None),
+    "NEWTRUE": lambda p, arg: p.push(True),
+    "NEWFALSE": lambda p, arg: p.push(False),
+    "EMPTY_DICT": lambda p, arg: p.push({}),
+    "EMPTY_LIST": lambda p, arg: p.push([]),
+    "EMPTY_TUPLE": lambda p, arg: p.push(()),
+    "EMPTY_SET": lambda p, arg: p.push(set()),
+    "TUPLE1": lambda p, arg: p.push(tuple(p.pop(1))),
+    "TUPLE2": lambda p, arg: p.push(tuple(p.pop(2))),
+    "TUPLE3": lambda p, arg: p.push(tuple(p.pop(3))),
+    "TUPLE": lambda p, arg: p.push(tuple(p.pop_mark())),
+    "LIST": lambda p, arg: p.push(p.pop_mark()),
+    "DICT": lambda p, arg: p.push(_update(p.pop_mark(), {})),
+    "MARK": lambda p, arg: p.marks.append(len(p.stack)),
+    "POP": _drop,
+    "POP_MARK": lambda p, arg: p.pop_mark(),
+    "BINGET": _get,
+    "LONG_BINGET": _get,
+    "BINPUT": _put,
+    "LONG_BINPUT": _put,
+    "MEMOIZE": lambda p, arg: _put(p, len(p.memo)),
+    "SETITEM": lambda p, arg: _update(p.pop(2), p.top()),
+    "SETITEMS": lambda p, arg: _update(p.pop_mark(), p.top()),
+    "APPEND": lambda p, arg: _extend(p.pop(1), p.top()),
+    "APPENDS": lambda p, arg: _extend(p.pop_mark(), p.top()),
+    "ADDITEMS": lambda p, arg: _add(p.pop_mark(), p.top()),
+    "GLOBAL": lambda p, arg: p.push(p.machine.known(*arg.split(" ", 1))),
+    "STACK_GLOBAL": lambda p, arg: p.push(p.machine.known(*p.pop(2))),
+    "REDUCE": lambda p, arg: p.push(p.machine.call(*p.pop(2))),
+    "NEWOBJ": lambda p, arg: _new_object(p, *p.pop(2)),
+    "BUILD": _build,
+    "BINPERSID": _persistent,
+}
+"""What each opcode does, given the pickle and the opcode's argument; no other may occur."""

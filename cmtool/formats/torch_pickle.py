@@ -1,6 +1,6 @@
-"""What torch puts into pickles, by inert stand-ins: tensors, storages, and EDM's records.
+"""Inert stand-ins for what torch puts into pickles: tensors, storages, and EDM's records.
 
-`torch.storage._load_from_bytes` is a pickle within the pickle; the real one would run it.
+`torch.storage._load_from_bytes` holds a pickle within the pickle, which torch itself would run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from cmtool.formats.safe_pickle import (
     expect,
     new_box,
     new_dict,
-    shown,
     strings,
 )
 
@@ -98,17 +97,11 @@ def load_archive(pickle: bytes, storage: Callable[[str], memoryview]) -> Any:
     storages: dict[str, Storage] = {}
 
     def persistent(key: Any) -> Storage:
-        match key:
-            case ("storage", Global() as kind, str() as name, str(), int() as count):
-                pass
-            case _:
-                raise Refused("a storage is described in an unknown way")
-        if kind not in STORAGES:
-            raise Refused(f"a storage is of type {shown(kind)}")
+        dtype, name, count = _identity(key, [])
         if name not in storages:
-            storages[name] = Storage(STORAGES[kind], count, storage(name))
+            storages[name] = Storage(dtype, count, storage(name))
         found = storages[name]
-        if found.dtype != STORAGES[kind] or len(found.content) != count * found.dtype.itemsize:
+        if found.dtype != dtype or len(found.content) != count * dtype.itemsize:
             raise Refused(f"a storage says {count} elements and has {len(found.content)} bytes")
         return found
 
@@ -125,15 +118,11 @@ def load_legacy(stream: BinaryIO, size: int) -> Any:
     storages: dict[str, Storage] = {}
 
     def persistent(key: Any) -> Storage:
-        match key:
-            case ("storage", Global() as kind, str() as name, str(), int() as count, None):
-                pass
-            case _:
-                raise Refused("a storage is described in an unknown way")
-        if kind not in STORAGES or not 0 <= count <= size:
-            raise Refused(f"a storage has {count} elements of {shown(kind)}")
-        found = storages.setdefault(name, Storage(STORAGES[kind], count))
-        if (found.dtype, found.count) != (STORAGES[kind], count):
+        dtype, name, count = _identity(key, [None])
+        if count > size:
+            raise Refused(f"a storage says {count} elements, more than the file has bytes")
+        found = storages.setdefault(name, Storage(dtype, count))
+        if (found.dtype, found.count) != (dtype, count):
             raise Refused("a storage is described in two ways")
         return found
 
@@ -158,6 +147,15 @@ def load_legacy(stream: BinaryIO, size: int) -> Any:
     if stream.tell() != size:
         raise Refused(f"{size - stream.tell()} bytes follow the end of the storages")
     return described
+
+
+def _identity(key: Any, end: list[None]) -> tuple[torch.dtype, str, int]:
+    """Return type, name and number of elements of a storage, by its persistent identity."""
+    match key:
+        case ("storage", Global() as kind, str() as name, str(), int() as count, *rest):
+            if kind in STORAGES and count >= 0 and rest == end:
+                return STORAGES[kind], name, count
+    raise Refused("a storage is described in an unknown way")
 
 
 def _record(machine: Machine, meta: Any) -> Record:
@@ -211,14 +209,11 @@ def _storage(machine: Machine, content: Any) -> Storage:
     elements in 8 bytes, and the elements.
     """
     stream = io.BytesIO(expect(content, bytes))
-    found: list[tuple[Global, str, int]] = []
+    found: list[tuple[torch.dtype, str, int]] = []
 
     def persistent(key: Any) -> str:
-        match key:
-            case ("storage", Global() as kind, str() as name, str(), int() as count, None):
-                found.append((kind, name, count))
-                return name
-        raise Refused("a storage is described in an unknown way")
+        found.append(_identity(key, [None]))
+        return found[-1][1]
 
     inner = Machine(len(content), {}, STORAGES)  # nothing may be called in it
     inner.opcodes = machine.opcodes
@@ -234,12 +229,11 @@ def _storage(machine: Machine, content: Any) -> Storage:
         raise Refused("a storage is big-endian")
     identity, keys = pickle(persistent), pickle()
     machine.opcodes = inner.opcodes
-    if len(found) != 1 or found[0][0] not in STORAGES or identity != found[0][1]:
+    if len(found) != 1 or identity != found[0][1]:
         raise Refused("a storage is described in an unknown way")
-    kind, name, count = found[0]
-    dtype = STORAGES[kind]
+    dtype, name, count = found[0]
     start = stream.tell() + 8
-    if keys != [name] or count < 0 or len(content) - start != count * dtype.itemsize:
+    if keys != [name] or len(content) - start != count * dtype.itemsize:
         raise Refused(f"a storage says {count} elements and has another number of bytes")
     if struct.unpack_from("<q", content, start - 8)[0] != count:
         raise Refused("a storage gives two lengths")

@@ -270,8 +270,7 @@ class Saver:
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:
-    """Set `state` to a checkpoint's tensors and step. Raises InputError when it is damaged."""
-    verify(path)
+    """Set `state` to the tensors and step of a verified checkpoint. Raises InputError."""
     wanted = state_tensors(state, fill_optimizer=True)
     for name, tensors in wanted.items():
         stored = read_weights(path / f"{name}.safetensors")

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 from cmtool.formats.native import read_about, read_weights, write_weights
-from cmtool.models import find_weights
+from cmtool.models import find_model
 from cmtool.presets.toml import load_preset
 
 
 def main(run: Path, preset: str, out: Path) -> None:
     """Write the run's weights EMA to `out` in float16."""
-    source = find_weights(run)
+    source = find_model(run)[0].path
     made = json.loads((run / "run.json").read_text())
     words = made["arguments"]
     if "--out" in words:  # where it was made is nobody's business

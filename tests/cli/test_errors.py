@@ -76,7 +76,7 @@ CASES = [
     (["train", "--data", "folder"], 3, "no images in folder", ".png"),
     (["train", "--device", "tpu9"], 2, "'tpu9'", "cpu"),
     (["sample", "-c", "digits-cd", "--precision", "fp8"], 2, "'fp8'", "bf16"),
-    (["sample", "-c", "page.safetensors"], 3, "HTML page", "fetch"),
+    (["sample", "-c", "page.safetensors"], 3, "HTML page", "download"),
     (["sample", "-c", "pointer.safetensors"], 3, "LFS pointer", "git lfs pull"),
     (["sample", "-c", "empty.safetensors"], 3, "is empty", "again"),
     (["sample", "-c", "noise.safetensors"], 3, "noise.safetensors is not a model", "EDM pickle"),

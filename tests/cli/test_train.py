@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from cmtool.cli.train import Metric, tell_batch
 from cmtool.core.distances import DISTANCES
 from cmtool.data.images import png_bytes, read_image
-from cmtool.models import find_weights
+from cmtool.models import ASSETS
 from cmtool.presets.toml import load_preset, resolve, to_toml
 from cmtool.training.folder import new_folder
 from cmtool.training.start import same_so_far
@@ -412,7 +412,7 @@ def test_consistency_training_can_start_from_a_teacher(cmtool):
     assert cmtool("distill", *start, "--out", "r").code == 0
     assert json.loads(Path("r/run.json").read_text())["teacher"]["source"] == "digits-edm"
     student = load_file("r/checkpoints/step-0000001/model.safetensors")
-    teacher = load_file(find_weights("digits-edm"))
+    teacher = load_file(ASSETS / "digits-edm.safetensors")
     for name, tensor in student.items():
         torch.testing.assert_close(tensor, teacher[name].float(), atol=1e-6, rtol=0)
 

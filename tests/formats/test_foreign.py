@@ -144,10 +144,10 @@ def test_what_the_file_does_not_say_is_told_or_asked(weights, tmp_path):
 def test_released_names_tell_the_kind(name, kind, weights, tmp_path):
     path = tmp_path / f"{name}.pt"
     path.symlink_to(weights("openai_unet_cond"))
-    found = read_foreign(path, "ema", {})
+    found = read_foreign(identify(path), path, "ema", {})
     assert found.kind == kind
     assert any("by its name" in note for note in found.notes) == (kind is not None)
-    other = read_foreign(path, "ema", {"kind": "teacher"})
+    other = read_foreign(identify(path), path, "ema", {"kind": "teacher"})
     assert other.kind == "teacher"
     assert not any("by its name" in note for note in other.notes)
 
@@ -297,11 +297,11 @@ def test_noise_labels_are_those_of_each_family(weights):
 
 def test_jax_checkpoint_holds_ema_and_raw_weights(weights):
     path = weights("jcm_checkpoint_80")
-    ema, raw = (read_foreign(path, name, {}) for name in ("ema", "model"))
+    ema, raw = (read_foreign("jcm", path, name, {}) for name in ("ema", "model"))
     assert ema.held == ("ema", "model")
     assert not torch.equal(ema.tensors["map_layer0.weight"], raw.tensors["map_layer0.weight"])
     with pytest.raises(InputError, match="no weights 'target'"):
-        read_foreign(path, "target", {})
+        read_foreign("jcm", path, "target", {})
 
 
 def test_jax_checkpoint_with_a_target_tree_is_a_consistency_model(weights, tmp_path):
@@ -459,7 +459,7 @@ def test_no_tensor_is_lost_in_silence(weights, tmp_path):
     state = torch.load(weights("openai_unet_cond"), weights_only=True)
     path = tmp_path / "more.pt"
     torch.save({**state, "extra.weight": torch.zeros(3)}, path)
-    with pytest.raises(InputError, match="1 tensors have no place in it, the first is extra"):
+    with pytest.raises(InputError, match="1 tensors are unknown, the first is extra"):
         load_model(path, kind="teacher")
     state.pop("input_blocks.1.0.in_layers.0.weight")
     torch.save(state, path)

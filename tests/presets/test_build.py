@@ -14,7 +14,7 @@ from cmtool.core.noise import karras_sigmas
 from cmtool.core.precond import consistency_scalings, edm_scalings, vp_label
 from cmtool.errors import InputError, Stopped, UserError
 from cmtool.formats.native import read_weights, write_weights
-from cmtool.models import find_weights, load_model
+from cmtool.models import ASSETS, load_model
 from cmtool.presets.build import build_curriculum, build_denoiser, build_network, build_objective
 from cmtool.presets.toml import load_preset
 from cmtool.sampling import plan
@@ -113,7 +113,7 @@ def test_a_stop_while_loading_is_a_stop(monkeypatch):
 
 def test_a_file_that_is_another_network_than_it_says_is_refused(tmp_path):
     preset = load_preset("digits-edm")
-    tensors = read_weights(find_weights("digits-edm"))
+    tensors = read_weights(ASSETS / "digits-edm.safetensors")
     tensors["out.2.bias"] = torch.zeros(4)
     about = {"kind": "teacher", "weights": "ema", "preset": preset.model_dump(mode="json")}
     write_weights(tmp_path / "x.safetensors", tensors, about)
