@@ -21,7 +21,7 @@ EPS = 1e-3
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution: its name, channels out, kernel (height, width), stride, and padding."""
+    """A convolution: its name, output channels, kernel (height, width), stride, and padding."""
 
     name: str
     channels: int
@@ -32,11 +32,11 @@ class Conv:
 
 Layer = Conv | Callable[[Tensor], Tensor]
 Chain = tuple[Layer | tuple["Chain", ...], ...]
-"""Layers in a row; a tuple in it is the branches of a fork, whose outputs are joined."""
+"""Layers in a row. A tuple among them holds branches, whose outputs are concatenated."""
 
 
 def average(x: Tensor) -> Tensor:
-    """Return the 3x3 means, of no more pixels than there are."""
+    """Return the 3x3 means, of the pixels inside the image."""
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
@@ -51,9 +51,9 @@ def halved(x: Tensor) -> Tensor:
 
 
 def _row(name: str, *convs: tuple[int, tuple[int, int]], last: int = 1) -> tuple[Conv, ...]:
-    """Return convolutions in a row, named as the ports count them; the last one of stride `last`.
+    """Return convolutions in a row, numbered as in the ports; the last one has stride `last`.
 
-    A convolution of a larger stride has no padding.
+    A convolution of a stride above 1 has no padding.
     """
     end = len(convs) - 1
     return tuple(
@@ -179,7 +179,7 @@ class Inception(nn.Module):
 
 
 def _key(prefix: str, layer: Conv) -> str:
-    """Return the name of a convolution, as a module may be called."""
+    """Return the name of a convolution in a ModuleDict, which takes no dots."""
     return f"{prefix}{layer.name}".replace(".", "-")
 
 
