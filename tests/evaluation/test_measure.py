@@ -86,6 +86,7 @@ def test_evaluate_is_the_eval_command_for_notebooks(tmp_path):
     theirs = json.loads(said.stdout)
     assert theirs.pop("images")["name"] == "a.npz"
     assert ours.pop("images")["name"] == "tensor"
+    assert ours.pop("value") == pytest.approx(theirs.pop("value"), rel=1e-6)
     assert ours == theirs
     with pytest.raises(UserError, match="metric 'fud'"):
         evaluate(images, "fud")
