@@ -42,7 +42,7 @@ class Setup(NamedTuple):
     group: Group = ALONE
     progress: OnProgress = no_progress
     turn: str = "0"
-    """Of several times that the processes take the features of a side, the name of this one."""
+    """Name of this pass, where a side is measured several times: processes meet by it."""
 
 
 def open_set(given: str | Path | Sequence[str | Path] | Tensor) -> Dataset | Statistics:

@@ -69,7 +69,7 @@ def find_file(wanted: WeightFile, given: Path | None = None, trust: bool = False
                 return path
             raise MissingError(
                 f"{path} cannot be checked: no sha256 of {wanted.name} is published",
-                "if you know where it comes from: --trust",
+                "add --trust, if you know where the file comes from",
             )
         if (found := file_sha256(path)) == wanted.sha256 or (trust and path != shared):
             return path
@@ -77,7 +77,7 @@ def find_file(wanted: WeightFile, given: Path | None = None, trust: bool = False
             f"{path} is not the published {wanted.name}: its sha256 is {found[:12]}...,"
             f" not {wanted.sha256[:12]}...",
             f"delete it, and fetch {wanted.url} again"
-            + ("" if path == shared else "; or use it as it is: --trust"),
+            + ("" if path == shared else "; or add --trust to use it as it is"),
         )
     known = "" if wanted.sha256 is None else f", sha256 {wanted.sha256[:12]}..."
     raise MissingError(
