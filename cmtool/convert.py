@@ -12,7 +12,7 @@ import torch
 from cmtool import __version__
 from cmtool.core.networks.adm import Adm
 from cmtool.core.noise import karras_sigmas
-from cmtool.core.rng import SeededNoise
+from cmtool.core.rng import SeededNoise, seeded_labels
 from cmtool.errors import InputError, ResourceError, UserError, is_full
 from cmtool.formats import diffusers_dir, native
 from cmtool.formats.foreign import Malformed
@@ -133,10 +133,9 @@ def check_equal(model: Model, other: Model) -> None:
     card = model.preset
     sides = (min(side, PROBE_SIDE) for side in card.model.image_size)
     seeds = range(3)
-    noise = SeededNoise(seeds)
-    x = noise(torch.empty(3, card.model.channels, *sides))
+    x = SeededNoise(seeds)(torch.empty(3, card.model.channels, *sides))
     sigma = karras_sigmas(3, *model.noise_range)
-    labels = noise.labels(card.model.num_classes) if card.model.num_classes else None
+    labels = seeded_labels(seeds, card.model.num_classes) if card.model.num_classes else None
     x = x * sigma.to(x.dtype)[:, None, None, None]
     answers = [m.f.cpu()(x, sigma, labels) for m in (model, other)]
     assert torch.equal(*answers), "the converted model gives another answer"

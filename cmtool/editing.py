@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cmtool.core import edits
 from cmtool.core.edits import Edit
-from cmtool.core.rng import SeededNoise
+from cmtool.core.rng import SeededNoise, seeded_labels
 from cmtool.core.samplers import sampling_levels
 from cmtool.data.images import Canvas, canvas, from_uint8, to_uint8
 from cmtool.errors import InputError, UserError
@@ -143,7 +143,7 @@ def between_seeds(
         return edits.interpolate(start, end, weights)
 
     if label is None and model.preset.model.num_classes:
-        label = int(ends[0].labels(model.preset.model.num_classes))
+        label = int(seeded_labels(seeds[:1], model.preset.model.num_classes))
     labels = None if label is None else torch.full((frames,), label)
     images = generate(
         model.f, model.preset, chosen, range(frames), labels=labels, batch=frames,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmtool.core.edits import Edit, none_at_first
 from cmtool.core.precond import Preconditioned
-from cmtool.core.rng import SeededNoise
+from cmtool.core.rng import SeededNoise, seeded_labels
 from cmtool.core.samplers import (
     SAMPLERS,
     check_levels,
@@ -232,15 +232,14 @@ def generate(
     shape = (preset.model.channels, *preset.model.image_size)
     for start in range(0, len(seeds), batch):
         part = seeds[start : start + batch]
-        seeded = SeededNoise(part)
         given = None if labels is None else labels[start : start + batch].to(device)
         if given is None and preset.model.num_classes:
-            given = seeded.labels(preset.model.num_classes).to(device)
+            given = seeded_labels(part, preset.model.num_classes).to(device)
         x0 = draw(
             denoiser,
             torch.zeros(len(part), *shape, device=device),
             chosen.sigmas,
-            noise or seeded,
+            noise or SeededNoise(part),
             sigma_min=preset.noise.sigma_min,
             labels=given,
         )

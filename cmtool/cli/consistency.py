@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cmtool import __version__
 from cmtool.cli._options import (
     AsJson,
     Checkpoint,
@@ -22,11 +20,14 @@ from cmtool.cli._options import (
 from cmtool.cli._output import check_free, emit_json, make_folder, processes, say
 from cmtool.errors import UserError
 
+if TYPE_CHECKING:
+    from cmtool.core.consistency import Deviation
+
 
 def consistency(
     checkpoint: Checkpoint = None,
     teacher: Annotated[
-        str, typer.Option(help="The teacher whose paths the model maps to their ends.")
+        str, typer.Option(help="The teacher of the model: its paths are followed.")
     ] = "digits-edm",
     num: Annotated[int, typer.Option("--num-images", "--num", min=1, help="Paths to follow.")] = 64,
     first_seed: FirstSeed = 0,
@@ -49,59 +50,47 @@ def consistency(
 
     `cmtool eval consistency -c digits-cd --teacher digits-edm --plot consistency.png`
 
-    At each level: the distance of the model's answer from the end of the path, from its answer at
-    the next lower level, and of the teacher's denoised image from the end, for comparison; all are
-    root mean squares over pixels in [-1, 1]. JSON on stdout, a table on stderr.
+    Each level has three distances: of the model's answer from the end of the path; of the model's
+    answer from its answer at the next lower level; and, for comparison, of the teacher's denoised
+    image from the end. They are root mean squares over pixels in [-1, 1]. JSON goes to stdout, a
+    table to stderr.
     """
     if processes()[1] > 1:
-        raise UserError("eval consistency is the work of one process", "leave torchrun out")
+        raise UserError("eval consistency runs in one process", "start it without torchrun")
     if plot is not None:
         if plot.suffix.lower() not in (".png", ".svg"):
             raise UserError(f"--plot {plot}", "end it with .png or .svg")
         check_free(plot, overwrite)
         make_folder(plot.parent)
 
-    from cmtool.evaluation.measure import consistency as deviations
+    from cmtool.evaluation.consistency import consistency as deviations
+    from cmtool.evaluation.consistency import describe_consistency
     from cmtool.training.plots import write_curves
 
     where = pick_device(device)
     model = pick_model(checkpoint, weights, where, "consistency", preset=preset)
     guide = pick_model(teacher, "ema", where, "teacher", preset=preset)
     seeds = range(first_seed, first_seed + num)
-    rows = deviations(model, guide, seeds, levels, substeps, where)
-    _table(rows)
+    found = deviations(model, guide, seeds, levels, substeps, where)
+    _show_table(found)
     if plot is not None:
         curves = {
-            "f to the end of the path": [(row["sigma"], row["end"]) for row in rows],
-            "f to f at the next level": [(row["sigma"], row["next"]) for row in rows],
-            "teacher's D to the end": [(row["sigma"], row["teacher"]) for row in rows],
+            "f to the end of the path": [(each.sigma, each.end) for each in found],
+            "f to f at the next level": [(each.sigma, each.next) for each in found],
+            "teacher's D to the end": [(each.sigma, each.teacher) for each in found],
         }
         write_curves(plot, curves, "noise level sigma", "root mean square")
         say(f"plot: {plot}")
-    emit_json(
-        {
-            "metric": "consistency",
-            "value": statistics.fmean(row["end"] for row in rows),
-            "value_is": "mean over levels of the distance from the end of the path",
-            "levels": rows,
-            "num_images": num,
-            "seeds": f"{seeds[0]}-{seeds[-1]}",
-            "model": {"source": model.source, "sha256": model.sha256, "weights": model.weights},
-            "teacher": {"source": guide.source, "sha256": guide.sha256, "weights": guide.weights},
-            "solver": f"heun, {substeps} steps between levels",
-            "cmtool": __version__,
-        },
-        compact=as_json,
-    )
+    emit_json(describe_consistency(found, model, guide, seeds, substeps), compact=as_json)
 
 
-def _table(rows: list[dict[str, float]]) -> None:
+def _show_table(found: list[Deviation]) -> None:
     """Show the deviations on stderr."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("sigma", "f to end", "f to next f", "teacher to end", box=None)
-    for row in rows:
-        shown = (f"{row[key]:.4f}" for key in ("end", "next", "teacher"))
-        table.add_row(f"{row['sigma']:.4g}", *shown)
+    for each in found:
+        numbers = (f"{number:.4f}" for number in (each.end, each.next, each.teacher))
+        table.add_row(f"{each.sigma:.4g}", *numbers)
     Console(stderr=True).print(table)

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_group
 
-from cmtool import __version__
-from cmtool.cli._measurement import (
-    Source,
-    Threshold,
-    check_threshold,
-    given_images,
-    images_source,
-    make_setting,
-    measure_all,
-    model_source,
-    refuse_options,
-    ticker,
-    usual_protocol,
-)
+from cmtool.cli._measurement import Threshold, given_images, joined, refuse_options, ticker
 from cmtool.cli._options import (
     AsJson,
     Batch,
@@ -41,19 +30,48 @@ from cmtool.cli._options import (
     pick_plan,
     pick_precision,
 )
-from cmtool.cli._output import check_free, emit, emit_json, make_folder, processes, say
+from cmtool.cli._output import check_free, emit, emit_json, make_folder, say
 from cmtool.cli.consistency import consistency
 from cmtool.errors import UserError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-
-TIMEOUT = 1800.0
 DRAWN = 2048
-"""Images drawn of a model when nobody says how many."""
+"""Images drawn from a model if the user gives no number."""
+OF_MODELS = {
+    "runs": 1, "steps": None, "sigmas": None, "sampler": None, "preset": None, "kind": None,
+    "weights": "ema", "first_seed": 0, "precision": "fp32",
+}  # fmt: skip
+"""Options of models alone, and their defaults."""
 
-app = typer.Typer(no_args_is_help=True, help="Measure images, or what a model makes.")
+
+class MetricCommands(TyperGroup):
+    """`eval`: its own commands, and one for each row of METRICS, whose file needs torch.
+
+    So the rows are read only when `cmtool eval` runs, and `cmtool --help` stays quick.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands."""
+        return [*metric_commands(), *super().list_commands(ctx)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command by its name, None if there is none."""
+        return super().get_command(ctx, cmd_name) or metric_commands().get(cmd_name)
+
+
+@cache
+def metric_commands() -> dict[str, Any]:
+    """Return a command for each row of METRICS."""
+    from cmtool.evaluation.metrics import METRICS
+
+    made = typer.Typer(rich_markup_mode="markdown")
+    for name, row in METRICS.items():
+        made.command(name, help=row.help)(metric_command)
+    return dict(get_group(made).commands)
+
+
+app = typer.Typer(
+    cls=MetricCommands, no_args_is_help=True, help="Measure images, or the images of a model."
+)
 
 Images = Annotated[
     list[str] | None,
@@ -72,156 +90,121 @@ ProtocolOption = Annotated[
     ),
 ]
 FeatureWeights = Annotated[
-    Path | None, typer.Option(help="The weight file of the feature network, if it is elsewhere.")
+    Path | None,
+    typer.Option(help="The weight file of the feature network, if it is in another place."),
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Use a weight file of unknown sha256.")]
 FeaturePrecision = Annotated[
-    str, typer.Option(help="fp32, or bf16: about twice as fast, and another number.")
+    str,
+    typer.Option(
+        help="Precision of the feature network: fp32; or bf16, which is faster, but another number."
+    ),
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
 Runs = Annotated[
     int,
     typer.Option(
-        min=1, help="Measure so many times, with new seeds: the least FID or KID, else the mean."
+        min=1,
+        help="Number of measurements, with new seeds each: the value is the least FID or KID,"
+        " else the mean.",
     ),
 ]
 ReferenceNum = Annotated[
     int | None,
-    typer.Option(min=2, help="Images of the reference to use, the same random ones always: all."),
+    typer.Option(
+        min=2, help="Images of the reference to use, always the same random ones. Default: all."
+    ),
 ]
-NUM_HELP = f"Images to use: all that are given; {DRAWN} of a model."
-
-HELP = {
-    "fid": """Print the Frechet distance between images and a reference, as one JSON object.
-
-    `cmtool eval fid -c digits-cd`
-
-    `cmtool eval fid samples.zip --reference cifar10.npz`
-
-    `cmtool eval fid -c runs/mine --num 50000 --runs 3 --reference cifar-10-python.tar.gz`
-
-    `cmtool sample --seeds 0-2047 | cmtool eval fid -`
-
-    Against the bundled digits the features are those of the bundled classifier: the number is
-    fd-digits, not the FID of papers. A FID falls with the number of images: compare equal numbers
-    only.""",
-    "kid": """Print the kernel distance (KID), which does not depend on the number of images.
-
-    `cmtool eval kid samples/ --reference cifar10.zip`
-
-    It is the mean over 100 seeded subsets of 1,000 images, with its standard error.""",
-    "is": """Print the inception score, in splits of 5,000; no reference is needed.
-
-    `cmtool eval is samples.npz`
-
-    `cmtool eval is -c digits-cd --protocol digits`""",
-    "pr": """Print precision and recall (k = 3) of images against a reference.
-
-    `cmtool eval pr samples.npz --reference VIRTUAL_imagenet64_labeled.npz --protocol adm`
-
-    With the Inception features of the paper's evaluator, or (--protocol vgg16) those of ECT's and
-    StyleGAN's; the two do not compare.""",
-    "all": """Print FID, KID, inception score, precision and recall, from features taken once.
-
-    `cmtool eval all samples.zip --reference cifar10.zip`
-
-    `torchrun --nproc-per-node 8 -m cmtool eval all -c cd.pt --num-images 50000`""",
-}
+Num = Annotated[
+    int | None,
+    typer.Option(
+        "--num-images",
+        "--num",
+        min=2,
+        help=f"Images to use. Default: all that are given; {DRAWN} of a model.",
+    ),
+]
+CrossCheck = Annotated[
+    bool,
+    typer.Option(
+        "--cross-check",
+        help="Compute the FID by clean-fid too, from the same images and the same weight file, and"
+        " print both. For fid with --protocol clean, legacy-tf, edm or adm; takes a second pass.",
+    ),
+]
+FailAbove = Annotated[float | None, typer.Option(help="Exit 8 if the value is larger.")]
+FailBelow = Annotated[float | None, typer.Option(help="Exit 8 if the value is smaller.")]
 
 
-def _measure_command(metric: str) -> Callable[..., None]:
-    """Return the command that measures by one metric; the commands differ in nothing else."""
+def metric_command(
+    ctx: typer.Context,
+    images: Images = None,
+    checkpoint: Checkpoint = None,
+    reference: Reference = None,
+    protocol: ProtocolOption = None,
+    num: Num = None,
+    reference_num: ReferenceNum = None,
+    first_seed: FirstSeed = 0,
+    runs: Runs = 1,
+    steps: Steps = None,
+    sigmas: Sigmas = None,
+    sampler: Sampler = None,
+    batch: Batch = 256,
+    weights: Weights = "ema",
+    preset: ModelPreset = None,
+    kind: KindOption = None,
+    feature_weights: FeatureWeights = None,
+    trust: Trust = False,
+    feature_precision: FeaturePrecision = "fp32",
+    cross_check: CrossCheck = False,
+    workers: Workers = 2,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    as_json: AsJson = False,
+    fail_above: FailAbove = None,
+    fail_below: FailBelow = None,
+) -> None:
+    """Measure by the metric that the command is named after."""
+    from cmtool.evaluation.measure import ModelImages, Request, measure
 
-    def command(
-        images: Images = None,
-        checkpoint: Checkpoint = None,
-        reference: Reference = None,
-        protocol: ProtocolOption = None,
-        num: Annotated[
-            int | None, typer.Option("--num-images", "--num", min=2, help=NUM_HELP)
-        ] = None,
-        reference_num: ReferenceNum = None,
-        first_seed: FirstSeed = 0,
-        runs: Runs = 1,
-        steps: Steps = None,
-        sigmas: Sigmas = None,
-        sampler: Sampler = None,
-        batch: Batch = 256,
-        weights: Weights = "ema",
-        preset: ModelPreset = None,
-        kind: KindOption = None,
-        feature_weights: FeatureWeights = None,
-        trust: Trust = False,
-        feature_precision: FeaturePrecision = "fp32",
-        workers: Workers = 2,
-        device: Device = "auto",
-        precision: Precision = "fp32",
-        as_json: AsJson = False,
-        fail_above: Annotated[
-            float | None, typer.Option(help="Exit 8 if the value is larger.")
-        ] = None,
-        fail_below: Annotated[
-            float | None, typer.Option(help="Exit 8 if the value is smaller.")
-        ] = None,
-    ) -> None:
-        if metric in ("all", "pr") and (fail_above is not None or fail_below is not None):
-            raise UserError(f"a threshold for {metric}, which is several numbers", "use fid or kid")
-        if metric == "is" and (reference is not None or reference_num is not None):
-            raise UserError("an inception score has no reference", "leave --reference out")
-        if any(math.isnan(bound) for bound in (fail_above, fail_below) if bound is not None):
-            raise UserError("a threshold of nan, which nothing is above or below", "give a number")
-        of_model = {
-            f"--runs {runs}": runs > 1, "--steps": steps is not None,
-            "--sigmas": sigmas is not None, "--sampler": sampler is not None,
-            "--preset": preset is not None, "--kind": kind is not None,
-            f"--weights {weights}": weights != "ema", f"--first-seed {first_seed}": first_seed > 0,
-            f"--precision {precision}": precision != "fp32",
-        }  # fmt: skip
+    metric, threshold = str(ctx.command.name), Threshold(fail_above, fail_below)
+    check_usage(metric, threshold, reference is not None or reference_num is not None)
+    where = pick_device(device)
 
-        from cmtool.system import dist
+    def draw() -> ModelImages:
+        model = pick_model(checkpoint, weights, where, said=kind, preset=preset)
+        chosen = pick_plan(model, sampler, None, steps, sigmas)
+        chosen = chosen._replace(precision=pick_precision(precision, where))
+        return ModelImages(model, chosen, num or DRAWN, first_seed)
 
-        where = pick_device(device)
-        rank, world_size = processes()
-        group = dist.join(rank, world_size, where, TIMEOUT)
-        try:
-            given = group.agreed(lambda: given_images(images, checkpoint), "names of images")
-            if given is not None:
-                refuse_options(of_model, "of images that are there", "it is for --checkpoint")
-            chosen_protocol = protocol or usual_protocol(metric, reference)
-            if chosen_protocol == "vgg16" and metric != "pr":
-                raise UserError(
-                    f"{metric} of --protocol vgg16", "it is for pr; take --protocol edm"
-                )
-            setting = make_setting(
-                chosen_protocol, feature_weights, trust, feature_precision, where, batch, workers,
-                group,
-            )  # fmt: skip
-            source: Source
-            if given is not None:
-                source = images_source(metric, given, setting, num)
-            else:
-                model = pick_model(checkpoint, weights, where, said=kind, preset=preset)
-                chosen = pick_plan(model, sampler, None, steps, sigmas)
-                chosen = chosen._replace(precision=pick_precision(precision, where))
-                source = model_source(
-                    metric, model, chosen, setting, num or DRAWN, first_seed, where
-                )
-            content = measure_all(
-                metric, "digits" if reference is None else reference, source, setting, runs,
-                reference_num,
-            )  # fmt: skip
-        except RuntimeError as error:
-            raise dist.lost_contact(error, group, 0) or error from None
-        finally:
-            dist.leave()
-        emit_json(content, compact=as_json)
-        check_threshold(content, Threshold(fail_above, fail_below))
-
-    return command
+    with joined(where) as group:
+        given = group.agreed(lambda: given_images(images, checkpoint), "names of images")
+        if given is not None:
+            refuse_options(ctx.params, OF_MODELS, "it is for --checkpoint")
+        request = Request(
+            images=draw if given is None else given, metric=metric, protocol=protocol, num=num,
+            reference="digits" if reference is None else reference, reference_num=reference_num,
+            runs=runs, cross_check=cross_check, feature_weights=feature_weights, trust=trust,
+            feature_precision=feature_precision, batch=batch, workers=workers, device=where,
+            group=group, progress=ticker(),
+        )  # fmt: skip
+        content, notes = measure(request)
+    for note in notes:
+        say(note)
+    emit_json(content, compact=as_json)
+    threshold.check(content)
 
 
-for _name, _help in HELP.items():
-    app.command(_name, help=_help)(_measure_command(_name))
+def check_usage(metric: str, threshold: Threshold, has_reference: bool) -> None:
+    """Raise UserError for options that do not fit the metric."""
+    from cmtool.evaluation.metrics import METRICS
+
+    row = METRICS[metric]
+    if len(row.values) > 1 and threshold != (None, None):
+        raise UserError(f"a threshold for {metric}, which is several numbers", "use fid or kid")
+    if has_reference and not row.has_reference:
+        raise UserError(f"eval {metric} compares with no reference", "leave --reference out")
+    threshold.check_usage()
 
 
 @app.command("reference")
@@ -230,10 +213,11 @@ def reference_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The npz to write.")],
     protocol: ProtocolOption = None,
     num: Annotated[
-        int | None, typer.Option("--num-images", "--num", min=2, help="Images to use: all.")
+        int | None,
+        typer.Option("--num-images", "--num", min=2, help="Images to use. Default: all."),
     ] = None,
     keep_features: Annotated[
-        bool, typer.Option("--keep-features", help="Keep single features too, for kid and pr.")
+        bool, typer.Option("--keep-features", help="Keep the single features too, for kid and pr.")
     ] = False,
     batch: Batch = 256,
     feature_weights: FeatureWeights = None,
@@ -249,7 +233,7 @@ def reference_command(
 
     `cmtool eval reference faces.zip -o faces-clean.npz --protocol clean --keep-features`
 
-    The file says of which protocol it is, and eval refuses to mix two.
+    The file says which protocol it is made by, and eval refuses to mix two protocols.
     """
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: statistics are an npz", "end it with .npz")
@@ -258,27 +242,17 @@ def reference_command(
         raise UserError(f"--out {out} is the data itself", "give another --out")
     make_folder(out.parent)
 
-    from cmtool.evaluation.measure import Needs, save_reference, set_of
-    from cmtool.system import dist
+    from cmtool.evaluation.measure import Request, save_reference
 
     where = pick_device(device)
-    rank, world_size = processes()
-    group = dist.join(rank, world_size, where, TIMEOUT)
-    try:
-        setting = make_setting(
-            protocol or usual_protocol("fid", data), feature_weights, trust,
-            feature_precision, where, batch, workers, group,
+    with joined(where) as group:
+        request = Request(
+            images=data, protocol=protocol, num=num, feature_weights=feature_weights, trust=trust,
+            feature_precision=feature_precision, batch=batch, workers=workers, device=where,
+            group=group, progress=ticker(),
         )  # fmt: skip
-        sample, facts = set_of(
-            data, Needs(True, keep_features), setting, num=num, tell=ticker("images")
-        )
-        if group.leads:
-            save_reference(out, sample, facts, setting, __version__)
-    except RuntimeError as error:
-        raise dist.lost_contact(error, group, 0) or error from None
-    finally:
-        dist.leave()
-    say(f"{sample.num:,} images")
+        count = save_reference(out, request, keep_features=keep_features)
+    say(f"{count:,} images")
     emit(os.fspath(out))
 
 

@@ -169,11 +169,11 @@ def _labels(class_: str | None, seeds: list[int], model: Model) -> Tensor | None
     """Return a class per image, (N,) int64; None for an unconditional model. Raises UserError."""
     import torch
 
-    from cmtool.core.rng import SeededNoise
+    from cmtool.core.rng import seeded_labels
 
     count = model.preset.model.num_classes
     if class_ is None:
-        return SeededNoise(seeds).labels(count) if count else None
+        return seeded_labels(seeds, count) if count else None
     try:
         given = [int(part) for part in class_.split(",")]
     except ValueError:

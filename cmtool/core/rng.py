@@ -35,7 +35,6 @@ class SeededNoise:
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        self.seeds = list(seeds)
         self.generators = [keyed_generator("image", seed) for seed in seeds]
 
     def __call__(self, like: Tensor) -> Tensor:
@@ -43,13 +42,13 @@ class SeededNoise:
         rows = [torch.randn(like.shape[1:], generator=g) for g in self.generators]
         return torch.stack(rows).to(like)
 
-    def labels(self, num_classes: int) -> Tensor:
-        """Return a class index per image, (B,) int64, uniform; it uses up no noise."""
-        draws = [
-            torch.randint(num_classes, (), generator=keyed_generator("label", seed))
-            for seed in self.seeds
-        ]
-        return torch.stack(draws)
+
+def seeded_labels(seeds: Sequence[int], num_classes: int) -> Tensor:
+    """Return the class index that belongs to each seed, (B,) int64, uniform; it takes no noise."""
+    draws = [
+        torch.randint(num_classes, (), generator=keyed_generator("label", seed)) for seed in seeds
+    ]
+    return torch.stack(draws)
 
 
 @contextmanager

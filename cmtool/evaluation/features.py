@@ -1,7 +1,7 @@
-"""Feature networks: what an image is to a metric.
+"""Feature networks: from images to the features that metrics compare.
 
-A protocol's number depends on the network, on the very file of its weights, and on how images are
-brought to its size. All of that is in one Extractor.
+A number depends on the network, on the very file of its weights, and on how images are resized for
+it. An Extractor holds all of that.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ from cmtool.system.devices import autocast, full_float32, on_device
 from cmtool.system.files import file_sha256
 
 Resize = Literal["tf", "clean"]
+CLEAN_FID_MODES: dict[str, str] = {"clean": "clean", "tf": "legacy_tensorflow"}
+"""What clean-fid calls the two rules."""
 VGG_WIDTH = 4096
 AGREEMENT = 1e-3
-"""How far, relative to their norm, folded features may be from the file's own."""
+"""How far the folded network's features may be from the file's own, relative to their norm."""
 
 
 class Extractor(NamedTuple):
-    """A feature network, from images (B, 3, H, W) uint8 to features (B, width) float32.
+    """A feature network: from images (B, 3, H, W) uint8 to features (B, width) float32.
 
-    `logits` makes class logits of features, None where there are no classes.
+    `logits` returns class logits of features; it is None for a network without classes. `file`
+    holds the weights, if they are not bundled.
     """
 
     name: str
@@ -46,13 +49,14 @@ class Extractor(NamedTuple):
     resize: str = "none"
     precision: str = "fp32"
     notes: tuple[str, ...] = ()
+    file: Path | None = None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return features (B, width) of images (B, 3 or 1, H, W) uint8, on the device.
 
-        Always `chunk` images at a time, so that an image's features depend on no other image.
-        Raises InputError for images that are neither RGB nor grey.
+        The network always sees `chunk` images at a time, so that the features of an image do not
+        depend on the others. Raises InputError for images that are neither RGB nor grey.
         """
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
@@ -65,8 +69,8 @@ class Extractor(NamedTuple):
 class DigitsFeatures(nn.Module):
     """The classifier whose last hidden layer is the feature space of `fd-digits`.
 
-    It learns the class and the paper and ink colours together, so that the features see shape
-    and colour both. `forward` returns features; `heads` returns logits and colours.
+    It learned the class and the colours of paper and ink together, so that the features see both
+    shape and colour. `forward` returns features; `heads` returns logits and colours.
     """
 
     WIDTH = 64
@@ -89,7 +93,7 @@ class DigitsFeatures(nn.Module):
         self.colours = nn.Linear(self.WIDTH, 6)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return features (B, 64) of images (B, 3, 8, 8) in [-1, 1]. Raises InputError else."""
+        """Return features (B, 64) of images (B, 3, 8, 8) in [-1, 1]. Raises InputError."""
         if images.shape[1:] != (3, 8, 8):
             c, h, w = images.shape[1:]
             raise InputError(
@@ -119,11 +123,11 @@ def inception_extractor(
 ) -> Extractor:
     """Return the 2,048 features of the Inception network in a file, after a resize rule.
 
-    `tf` is the rule inside NVIDIA's file and TensorFlow's graph, `clean` that of clean-fid. The
-    file is NVIDIA's TorchScript, or the state dict that OpenAI published. The network is run with
-    its norms folded in, if that gives what the file's own code gives, else by that code. Logits
-    have no bias, as in the published scores. Raises MissingError for a damaged file, or of another
-    network.
+    `tf` is the rule of NVIDIA's file and TensorFlow's graph, `clean` the rule of clean-fid. The
+    file is NVIDIA's TorchScript, or the state dict that OpenAI published. The network runs with
+    its norms folded in, if this gives the features of the file's own code, else by that code.
+    Logits have no bias, as in the published scores. Raises MissingError for a file that is damaged
+    or holds another network.
     """
     script, stored = _read_inception(path)
     notes: tuple[str, ...] = ()
@@ -150,15 +154,15 @@ def inception_extractor(
 
     return Extractor(
         "inception-2015-12-05", sha256, WIDTH, features, lambda f: f.float() @ weight.T,
-        8 if device == "cpu" else 64, device, resize, precision, notes,
+        8 if device == "cpu" else 64, device, resize, precision, notes, path,
     )  # fmt: skip
 
 
 def vgg16_extractor(path: Path, sha256: str, *, device: str = "cpu") -> Extractor:
     """Return the 4,096 features of NVIDIA's VGG-16 file, which resizes images itself.
 
-    They are those of precision and recall by Kynkaanniemi et al. (2019), StyleGAN2-ADA and ECT.
-    Raises MissingError for a damaged file, or of another network.
+    Kynkaanniemi et al. (2019), StyleGAN2-ADA and ECT take precision and recall of them. Raises
+    MissingError for a file that is damaged or holds another network.
     """
     network = _loaded_script(path)
     try:
@@ -174,8 +178,9 @@ def vgg16_extractor(path: Path, sha256: str, *, device: str = "cpu") -> Extracto
 
     network = network.to(device)
     return Extractor(
-        "vgg16", sha256, VGG_WIDTH, features, None, 8 if device == "cpu" else 64, device, "inside"
-    )
+        "vgg16", sha256, VGG_WIDTH, features, None, 8 if device == "cpu" else 64, device, "inside",
+        file=path,
+    )  # fmt: skip
 
 
 def _read_inception(path: Path) -> tuple[Any, dict[str, Tensor]]:
@@ -195,7 +200,7 @@ def _read_inception(path: Path) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _loaded_script(path: Path) -> Any:
-    with warnings.catch_warnings():  # that TorchScript is deprecated: nobody here chose it
+    with warnings.catch_warnings():  # TorchScript is deprecated, but the files are in it
         warnings.simplefilter("ignore")
         try:
             return torch.jit.load(path, map_location="cpu").eval()

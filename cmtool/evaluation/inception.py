@@ -21,7 +21,7 @@ EPS = 1e-3
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution: its name, channels out, kernel (height, width), stride, and padding."""
+    """A convolution: its name, output channels, kernel (height, width), stride, and padding."""
 
     name: str
     channels: int
@@ -32,28 +32,28 @@ class Conv:
 
 Layer = Conv | Callable[[Tensor], Tensor]
 Chain = tuple[Layer | tuple["Chain", ...], ...]
-"""Layers in a row; a tuple in it is the branches of a fork, whose outputs are joined."""
+"""Layers in a row. A tuple among them holds branches, whose outputs are concatenated."""
 
 
-def average(x: Tensor) -> Tensor:
-    """Return the 3x3 means, of no more pixels than there are."""
+def mean_pool(x: Tensor) -> Tensor:
+    """Return the 3x3 means, of the pixels inside the image."""
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
-def largest(x: Tensor) -> Tensor:
+def max_pool(x: Tensor) -> Tensor:
     """Return the 3x3 maxima."""
     return F.max_pool2d(x, 3, 1, 1)
 
 
-def halved(x: Tensor) -> Tensor:
+def max_pool_halving(x: Tensor) -> Tensor:
     """Return the maxima of every second 3x3."""
     return F.max_pool2d(x, 3, 2)
 
 
 def _row(name: str, *convs: tuple[int, tuple[int, int]], last: int = 1) -> tuple[Conv, ...]:
-    """Return convolutions in a row, named as the ports count them; the last one of stride `last`.
+    """Return convolutions in a row, numbered as in the ports; the last one has stride `last`.
 
-    A convolution of a larger stride has no padding.
+    A convolution of a stride above 1 has no padding.
     """
     end = len(convs) - 1
     return tuple(
@@ -70,7 +70,7 @@ def _block_a(pooled: int) -> Chain:
         _row("", (64, (1, 1))),
         _row("tower.", (48, (1, 1)), (64, (5, 5))),
         _row("tower_1.", (64, (1, 1)), (96, (3, 3)), (96, (3, 3))),
-        (average, *_row("tower_2.", (pooled, (1, 1)))),
+        (mean_pool, *_row("tower_2.", (pooled, (1, 1)))),
     ),)  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def _block_b() -> Chain:
     return ((
         _row("", (384, (3, 3)), last=2),
         _row("tower.", (64, (1, 1)), (96, (3, 3)), (96, (3, 3)), last=2),
-        (halved,),
+        (max_pool_halving,),
     ),)  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def _block_c(c: int) -> Chain:
         _row("", (192, (1, 1))),
         _row("tower.", (c, (1, 1)), (c, wide), (192, tall)),
         _row("tower_1.", (c, (1, 1)), (c, tall), (c, wide), (c, tall), (192, wide)),
-        (average, *_row("tower_2.", (192, (1, 1)))),
+        (mean_pool, *_row("tower_2.", (192, (1, 1)))),
     ),)  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def _block_d() -> Chain:
     return ((
         _row("tower.", (192, (1, 1)), (320, (3, 3)), last=2),
         _row("tower_1.", (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)), last=2),
-        (halved,),
+        (max_pool_halving,),
     ),)  # fmt: skip
 
 
@@ -116,10 +116,10 @@ STEM: Chain = (
     Conv("conv", 32, (3, 3), 2, padded=False),
     Conv("conv_1", 32, (3, 3), padded=False),
     Conv("conv_2", 64, (3, 3)),
-    halved,
+    max_pool_halving,
     Conv("conv_3", 80, (1, 1)),
     Conv("conv_4", 192, (3, 3), padded=False),
-    halved,
+    max_pool_halving,
 )
 BLOCKS: dict[str, Chain] = {
     "mixed": _block_a(32),
@@ -131,8 +131,8 @@ BLOCKS: dict[str, Chain] = {
     "mixed_6": _block_c(160),
     "mixed_7": _block_c(192),
     "mixed_8": _block_d(),
-    "mixed_9": _block_e(average),
-    "mixed_10": _block_e(largest),
+    "mixed_9": _block_e(mean_pool),
+    "mixed_10": _block_e(max_pool),
 }
 
 
@@ -179,7 +179,7 @@ class Inception(nn.Module):
 
 
 def _key(prefix: str, layer: Conv) -> str:
-    """Return the name of a convolution, as a module may be called."""
+    """Return the name of a convolution in a ModuleDict, which takes no dots."""
     return f"{prefix}{layer.name}".replace(".", "-")
 
 

@@ -1,400 +1,265 @@
-"""Metrics by protocol: from two sets of images to numbers, and to all that these depend on."""
+"""From images, or a model, to the numbers of a metric and all that they depend on.
+
+Three steps: `open_set` finds images or statistics, `collect` or `extract` takes their features, a
+row of METRICS compares them. Evaluation while training and the search for levels do the same.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from cmtool.core.consistency import deviations, paths
-from cmtool.core.rng import SeededNoise, keyed_generator
-from cmtool.core.samplers import sampling_levels
-from cmtool.core.solvers import heun
-from cmtool.data.batches import decoded_ahead
-from cmtool.data.datasets import Dataset, load_dataset
+from cmtool.core.precond import Preconditioned
+from cmtool.data.datasets import DATASETS, Dataset
 from cmtool.data.images import to_uint8
-from cmtool.errors import InputError, UserError
-from cmtool.evaluation.features import (
-    Extractor,
+from cmtool.errors import UserError, nearest
+from cmtool.evaluation import cross_check
+from cmtool.evaluation.metrics import GAUSSIAN, METRICS, Features, Needs, Values
+from cmtool.evaluation.protocols import PROTOCOLS, build_extractor
+from cmtool.evaluation.references import Statistics
+from cmtool.evaluation.results import Result, describe
+from cmtool.evaluation.sets import (
+    OnProgress,
+    Setup,
+    collect,
+    extract,
+    no_progress,
+    open_set,
+    save_features,
 )
-from cmtool.evaluation.metrics import (
-    Estimate,
-    Gaussian,
-    GaussianSums,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
-from cmtool.evaluation.references import Reference, read_reference, write_reference
 from cmtool.models import Model
-from cmtool.sampling import Plan, generate, steady
-from cmtool.system.dist import Group
-from cmtool.system.files import file_sha256
+from cmtool.presets.schema import Card
+from cmtool.sampling import Plan, generate
+from cmtool.system.dist import ALONE, Group
 
-PUBLISHED_NUM = 50_000
-"""Images that published numbers are of; fewer make a proxy."""
-
-
-class Needs(NamedTuple):
-    """What a metric takes of a set: its Gaussian, its features one by one."""
-
-    gaussian: bool = False
-    rows: bool = False
+Given = Tensor | str | Path | Sequence[str | Path]
+"""Images (N, C, H, W), uint8 or in [-1, 1]; a name or path; or paths of image files."""
 
 
-class Sample(NamedTuple):
-    """What is kept of a set of images; `rows` (N, D) in an order that only they decide.
+@dataclass(frozen=True)
+class ModelImages:
+    """The images that a model draws from `num` seeds, the first of them `first_seed`.
 
-    `num` is 0 where statistics do not say it; `fingerprint` is a hash of the images in any order.
+    A second run takes the next `num` seeds.
     """
 
-    gaussian: Gaussian | None
-    rows: Tensor | None
+    model: Model
+    plan: Plan
     num: int
-    fingerprint: str = ""
+    first_seed: int = 0
 
 
-Tell = Callable[[int], None]
-"""Is told how many images are done."""
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to measure, against what, and how.
 
-
-def collect(
-    extractor: Extractor,
-    batches: Iterable[Tensor],
-    needs: Needs,
-    group: Group,
-    tell: Tell = lambda done: None,
-    name: str = "images",
-) -> Sample:
-    """Return what is needed of the images (B, C, H, W) uint8 that the processes have, together.
-
-    Every process calls it with its own, and a `name` of this call alone. With Gaussians alone
-    memory does not grow.
+    `images` may be a function, which is called after the weights of the feature network are found.
+    `protocol` None is the usual one for the reference. `num` and `reference_num` None are all.
     """
-    sums, kept, marks, num = GaussianSums(extractor.width), [], 0, 0
 
-    def take() -> None:
-        nonlocal marks, num
-        for images in regrouped(batches, extractor.chunk):
-            features = extractor(images)
-            if needs.gaussian:
-                sums.add(features)
-            if needs.rows:
-                kept.append(features.cpu())
-            marks += sum(map(_mark, images.cpu()))
-            num += len(images)
-            tell(num)
-
-    group.together(take, f"features of {name}")
-    counts = group.gather((num, marks))
-    num, marks = (sum(column) for column in zip(*counts, strict=True))
-    if num < 2:
-        raise InputError(f"{num} image{'s' * (num != 1)} to evaluate", "give 2 or more")
-    rows = None
-    if needs.rows:
-        rows = ordered(torch.cat([torch.cat(part) for part in group.gather(kept) if part]))
-    if needs.gaussian and group.world_size > 1:
-        sums.share(group.sum)
-    gaussian = sums.gaussian() if needs.gaussian else None
-    return Sample(gaussian, rows, num, f"{marks % 2**64:016x}")
+    images: Given | Callable[[], Given | ModelImages]
+    metric: str = "fid"
+    reference: Given = "digits"
+    protocol: str | None = None
+    num: int | None = None
+    reference_num: int | None = None
+    runs: int = 1
+    cross_check: bool = False
+    feature_weights: Path | None = None
+    trust: bool = False
+    feature_precision: str = "fp32"
+    batch: int = 256
+    workers: int = 0
+    device: str = "cpu"
+    group: Group = ALONE
+    progress: OnProgress = no_progress
 
 
-def regrouped(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """Yield the same images, in the same order, at least `size` at a time but for the last."""
-    held: list[Tensor] = []
-    for images in batches:
-        held.append(images)
-        if sum(map(len, held)) >= size:
-            yield torch.cat(held)
-            held = []
-    if held:
-        yield torch.cat(held)
+def evaluate(
+    images: Given,
+    metric: str = "fid",
+    reference: Given = "digits",
+    *,
+    protocol: str | None = None,
+    num: int | None = None,
+    reference_num: int | None = None,
+    cross_check: bool = False,
+    feature_weights: str | Path | None = None,
+    trust: bool = False,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Return a metric of images against a reference, as the JSON object of `cmtool eval`.
 
-
-def _mark(image: Tensor) -> int:
-    """Return a hash of one image."""
-    content = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
-
-
-def ordered(rows: Tensor) -> Tensor:
-    """Return features (N, D) sorted by a hash of each.
-
-    What is drawn from them by place is then the same for any order of the images.
+    Images and reference: a tensor (N, C, H, W), uint8 or in [-1, 1]; a name or path; a list of
+    image files. The number is under "value". Raises UserError, InputError or MissingError.
     """
-    keys = [hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest() for row in rows]
-    return rows[torch.tensor(sorted(range(len(rows)), key=keys.__getitem__))]
+    request = Request(
+        images=images, metric=metric, reference=reference, protocol=protocol, num=num,
+        reference_num=reference_num, cross_check=cross_check, trust=trust, device=device,
+        feature_weights=None if feature_weights is None else Path(feature_weights),
+    )  # fmt: skip
+    return measure(request).content
 
 
-def share(parts: Sequence[Any], group: Group) -> Sequence[Any]:
-    """Return every n-th part, those of this process."""
-    return parts[group.rank :: group.world_size]
+def measure(request: Request) -> Result:
+    """Return the JSON object of a measurement, and notes about it.
+
+    Every process of the group calls this. Raises UserError, InputError or MissingError.
+    """
+    if request.metric not in METRICS:
+        raise UserError(f"metric {request.metric!r}", nearest(request.metric, METRICS))
+    row = METRICS[request.metric]
+    compared = open_set(request.reference) if row.has_reference else None
+    setup = build_setup(request, request.protocol or usual_protocol(compared))
+    given = request.images() if callable(request.images) else request.images
+    images = given if isinstance(given, ModelImages) else open_set(given)
+    if request.cross_check and isinstance(images, Statistics):
+        raise UserError(f"--cross-check of {images.name}, which holds statistics", "give images")
+    reference = _reference(compared, row.reference, setup, request)
+    made: list[Features] = []
+    found: list[Values] = []
+    for turn in range(request.runs):
+        setup = setup._replace(turn=str(turn))
+        made.append(_images(images, row.images, setup, request.num, turn))
+        compute = partial(row.compute, made[-1], reference, setup.extractor)
+        found.append(request.group.agreed(compute, f"measured {turn}"))
+    result = describe(request.metric, setup, made, reference, found)
+    if request.cross_check:
+        checked = _cross_check(images, compared, setup, request, result.content["value"])
+        result.content["cross_check"] = checked
+        result.notes.append(
+            f"{checked['tool']}: {checked['value']:.4f} (features of mode {checked['mode']},"
+            f" {checked['distance']} distance)"
+        )
+    return result
 
 
-def image_batches(
-    data: Dataset, num: int | None, batch: int, group: Group, workers: int
-) -> Iterator[Tensor]:
-    """Yield this process's share of a data set, or of `num` of it, the same random ones always."""
-    index = torch.arange(len(data))
-    if num is not None and num < len(data):
-        index = torch.randperm(len(data), generator=keyed_generator("subset"))[:num]
-    data.images[index[:1]]  # the size of all, before other processes each take that of their first
-    return decoded_ahead(data.images, share(index.split(batch), group), workers)
+def save_reference(path: Path, request: Request, *, keep_features: bool) -> int:
+    """Write statistics of the images as a reference, and return how many images there are.
+
+    `keep_features` keeps the single features too. Raises UserError, InputError or MissingError.
+    """
+    assert not callable(request.images)
+    images = open_set(request.images)
+    setup = build_setup(request, request.protocol or usual_protocol(images))
+    found = collect(images, Needs(True, keep_features), setup, num=request.num)
+    if request.group.leads:
+        save_features(path, found, setup)
+    return found.num
+
+
+def build_setup(request: Request, protocol: str) -> Setup:
+    """Return how images become features. Raises UserError for a protocol that does not fit."""
+    row = PROTOCOLS.get(protocol)
+    if row is not None and row.metric not in (None, request.metric):
+        raise UserError(
+            f"{request.metric} of --protocol {protocol}",
+            f"it is for {row.metric}; take --protocol edm",
+        )
+    if row is not None and request.cross_check:
+        cross_check.check_usage(request.metric, protocol, request.runs)
+    extractor = build_extractor(
+        protocol, file=request.feature_weights, trust=request.trust,
+        precision=request.feature_precision, device=request.device,
+    )  # fmt: skip
+    return Setup(
+        protocol, extractor, request.batch, request.workers, request.group, request.progress
+    )
+
+
+def usual_protocol(reference: Dataset | Statistics | None) -> str:
+    """Return the protocol if the user names none: by the reference, which may say it itself."""
+    if isinstance(reference, Statistics):
+        return str(reference.about.get("protocol", "edm"))
+    is_bundled = reference is not None and reference.name.partition(":")[0] in DATASETS
+    return "digits" if is_bundled else "edm"
 
 
 def drawn_batches(
-    model: Model, chosen: Plan, seeds: range, batch: int, group: Group, device: str
-) -> Iterator[Tensor]:
-    """Yield this process's share of the images of some seeds, as they would be written.
-
-    Raises InputError for values that are not finite.
-    """
-    mine = [seed for part in share(_split(seeds, batch), group) for seed in part]
-    if not mine:
-        return
-    for drawn in generate(model.f, model.preset, chosen, mine, batch=batch, device=device):
-        yield to_uint8(drawn)
-
-
-def _split(seeds: range, size: int) -> list[range]:
-    return [seeds[first : first + size] for first in range(0, len(seeds), size)]
-
-
-class Setting(NamedTuple):
-    """What is the same for all sets of a measurement."""
-
-    protocol: str
-    extractor: Extractor
-    batch: int
-    workers: int
-    group: Group
-
-
-def set_of(
-    name: str,
-    needs: Needs,
-    setting: Setting,
+    f: Preconditioned,
+    preset: Card,
+    chosen: Plan,
+    seeds: range,
     *,
-    num: int | None = None,
-    data: Dataset | None = None,
-    tell: Tell = lambda done: None,
-    side: str = "images",
-) -> tuple[Sample, dict[str, Any]]:
-    """Return a set of images, or a file of statistics, by name, and what to say of it.
+    batch: int,
+    device: str,
+    group: Group = ALONE,
+) -> Iterator[Tensor]:
+    """Yield this process's images of some seeds, as they would be written, uint8.
 
-    Statistics that a file has are taken from it; for features it lacks, its images are looked at.
-    Raises InputError for what cannot be compared, or what the metric cannot be computed from, and
-    UserError for a number of images of what is no longer images.
+    Every process calls the network equally often, as a sharded network needs; images of seeds
+    beyond the last are left out. Raises InputError for values that are not finite.
     """
-    stored = read_reference(Path(name)) if data is None else None
-    if stored is None:
-        data = data or load_dataset(name, in_memory=False)
-        found = collect(
-            setting.extractor,
-            image_batches(data, num, setting.batch, setting.group, setting.workers),
-            needs, setting.group, tell, side,
-        )  # fmt: skip
-        return found, {"name": data.name, "images": found.num, "fingerprint": found.fingerprint}
-    check_comparable(name, stored, setting)
-    facts: dict[str, Any] = {"name": name, "sha256": file_sha256(Path(name))}
-    if stored.about:
-        facts["made_from"] = stored.about.get("data")
-        facts["protocol"] = stored.about.get("protocol")
-        if isinstance(stored.about.get("features"), dict):
-            facts["precision"] = stored.about["features"].get("precision")
-    gaussian, rows = stored.gaussian, stored.rows
-    missing = Needs(needs.gaussian and gaussian is None, needs.rows and rows is None)
-    if missing.gaussian and rows is not None:
-        sums = GaussianSums(rows.shape[1])
-        sums.add(rows)
-        gaussian, missing = sums.gaussian(), missing._replace(gaussian=False)
-    if num is not None and missing != needs:
-        raise UserError(
-            f"{num} images of {name}, which holds statistics of all", "leave the number out"
-        )
-    if any(missing):
-        if not stored.has_images:
-            raise InputError(
-                f"{name} holds mu and sigma only: KID, precision and recall compare single images",
-                "give the images, or statistics of cmtool eval reference --keep-features",
-            )
-        images = load_dataset(name, in_memory=False)
-        found, _ = set_of(name, missing, setting, num=num, data=images, tell=tell, side=side)
-        gaussian, rows = gaussian or found.gaussian, found.rows if rows is None else rows
-    single = len(rows) if rows is not None else 0
-    num_images = gaussian.num if needs.gaussian and gaussian is not None else single
-    facts["images"] = num_images or None
-    if needs.rows and single != num_images:
-        facts["single_images"] = single
-    return Sample(gaussian, None if rows is None else ordered(rows), num_images), facts
+    size = group.world_size
+    share = -(-len(seeds) // size)
+    mine = range(seeds[0] + group.rank, seeds[0] + share * size, size)
+    drawn = generate(f, preset, chosen, mine, batch=batch, device=device)
+    for first, images in zip(itertools.count(0, batch), drawn, strict=False):
+        wanted = sum(seed in seeds for seed in mine[first : first + batch])
+        if wanted:
+            yield to_uint8(images[:wanted])
 
 
-def check_comparable(name: str, stored: Reference, setting: Setting) -> None:
-    """Raise InputError for statistics of other features than the protocol's."""
-    extractor = setting.extractor
-    widths = [len(stored.gaussian.mean)] if stored.gaussian is not None else []
-    widths += [stored.rows.shape[1]] if stored.rows is not None else []
-    for width in widths:
-        if width != extractor.width:
-            raise InputError(
-                f"{name} has {width} features an image, --protocol {setting.protocol} has"
-                f" {extractor.width}",
-                "give statistics of this protocol, or another --protocol",
-            )
-    said = stored.about.get("features")
-    if isinstance(said, dict):
-        made = stored.about.get("protocol")
-        remedy = f"--protocol {made}" if made != setting.protocol else "give its --feature-weights"
-        for key in ("name", "resize", "sha256"):
-            wanted = getattr(extractor, key)
-            if said.get(key) != wanted:
-                raise InputError(
-                    f"{name} was made with {key} {said.get(key)!r}, --protocol"
-                    f" {setting.protocol} is {wanted!r}",
-                    f"{remedy}, or make it again",
-                )
-        return  # it says so itself, whatever it is called
-    modes = {"clean": "_clean_", "tf": "_legacy_tensorflow_"}
-    for resize, mark in modes.items():
-        if mark in Path(name).name and extractor.resize != resize:
-            raise InputError(
-                f"{name} is of clean-fid's mode {mark.strip('_')}, --protocol"
-                f" {setting.protocol} resizes by another rule",
-                f"--protocol {'clean' if resize == 'clean' else 'legacy-tf'}",
-            )
+def _reference(
+    compared: Dataset | Statistics | None, needs: Needs, setup: Setup, request: Request
+) -> Features:
+    if compared is None:
+        return Features()
+    return collect(compared, needs, setup, num=request.reference_num, side="reference")
 
 
-def extractor_facts(extractor: Extractor) -> dict[str, Any]:
-    """Return what to say of the features."""
-    return {
-        "name": extractor.name, "sha256": extractor.sha256, "width": extractor.width,
-        "resize": extractor.resize, "precision": extractor.precision,
-    }  # fmt: skip
-
-
-def save_reference(
-    path: Path, sample: Sample, data: Mapping[str, Any], setting: Setting, version: str
-) -> None:
-    """Write the statistics of a set with what they depend on."""
-    assert sample.gaussian is not None
+def _images(
+    images: Dataset | Statistics | ModelImages,
+    needs: Needs,
+    setup: Setup,
+    num: int | None,
+    turn: int,
+) -> Features:
+    """Return the features of the images, and in `about` what the JSON object says of them."""
+    if not isinstance(images, ModelImages):
+        found = collect(images, needs, setup, num=num)
+        return found._replace(about={"images": found.about})
+    model, chosen, first = images.model, images.plan, images.first_seed + turn * images.num
+    seeds = range(first, first + images.num)
+    drawn = drawn_batches(
+        model.f, model.preset, chosen, seeds, batch=setup.batch, device=setup.extractor.device,
+        group=setup.group,
+    )  # fmt: skip
+    found = extract(drawn, needs, setup, "drawn", images.num)
     about = {
-        "data": dict(data), "protocol": setting.protocol,
-        "features": extractor_facts(setting.extractor), "cmtool": version,
+        "model": {
+            "source": model.source, "sha256": model.sha256, "weights": model.weights,
+            "kind": model.kind, "precision": chosen.precision,
+        },
+        "sampler": chosen.sampler.name,
+        "sigmas": chosen.sigmas,
+        "evaluations": chosen.evaluations,
+        "classes": "drawn from the seeds" if model.preset.model.num_classes else None,
+        "seeds": f"{seeds[0]}-{seeds[-1]}",
+        "fingerprint": found.fingerprint,
     }  # fmt: skip
-    write_reference(path, sample.gaussian, sample.rows, about)
+    return found._replace(about=about)
 
 
-KID = {"subsets": 100, "size": 1000, "seed": 0}
-IS = {"split": 5000}
-PR = {"k": 3}
-Values = dict[str, Estimate]
-
-
-class Metric(NamedTuple):
-    """What a metric takes of both sets, from it its values by name, and its settings."""
-
-    made: Needs
-    reference: Needs
-    values: Callable[[Sample, Sample, Extractor], Values]
-    settings: Mapping[str, Any]
-
-
-def _fid(made: Sample, reference: Sample, extractor: Extractor) -> Values:
-    assert made.gaussian is not None
-    assert reference.gaussian is not None
-    return {"fid": Estimate(frechet_distance(made.gaussian, reference.gaussian), math.nan)}
-
-
-def _kid(made: Sample, reference: Sample, extractor: Extractor) -> Values:
-    assert made.rows is not None
-    assert reference.rows is not None
-    there = extractor.device
-    return {"kid": kernel_distance(reference.rows.to(there), made.rows.to(there), **KID)}
-
-
-def _is(made: Sample, reference: Sample, extractor: Extractor) -> Values:
-    assert made.rows is not None
-    if extractor.logits is None:
-        raise UserError(
-            f"{extractor.name} knows no classes, which the score is of", "--protocol edm"
-        )
-    logits = [extractor.logits(part.to(extractor.device)).cpu() for part in made.rows.split(4096)]
-    return {"is": inception_score(torch.cat(logits), **IS)}
-
-
-def _pr(made: Sample, reference: Sample, extractor: Extractor) -> Values:
-    assert made.rows is not None
-    assert reference.rows is not None
-    there = extractor.device
-    found = precision_recall(reference.rows.to(there), made.rows.to(there), **PR)
-    return {name: Estimate(value, math.nan) for name, value in found._asdict().items()}
-
-
-def _all(made: Sample, reference: Sample, extractor: Extractor) -> Values:
-    found: Values = {}
-    for metric in (_fid, _kid, _is, _pr):
-        found |= metric(made, reference, extractor)
-    return found
-
-
-GAUSSIAN, ROWS, BOTH = Needs(gaussian=True), Needs(rows=True), Needs(True, True)
-METRICS = {
-    "all": Metric(BOTH, BOTH, _all, {"kid": KID, "is": IS, "pr": PR}),
-    "fid": Metric(GAUSSIAN, GAUSSIAN, _fid, {}),
-    "is": Metric(ROWS, Needs(), _is, IS),
-    "kid": Metric(ROWS, ROWS, _kid, KID),
-    "pr": Metric(ROWS, ROWS, _pr, PR),
-}
-
-
-def measured(
-    metric: str, made: Sample, reference: Sample, setting: Setting, turn: int = 0
-) -> Values:
-    """Return the values of a metric, which the leading process computes."""
-    compute = partial(METRICS[metric].values, made, reference, setting.extractor)
-    return setting.group.agreed(compute, f"measured {turn}")
-
-
-def consistency(
-    model: Model, teacher: Model, seeds: range, levels: int, substeps: int, device: str
-) -> list[dict[str, float]]:
-    """Return the deviations of a consistency model from its teacher's paths, by noise level.
-
-    The paths start from the seeds' noise; between two of the levels the teacher takes `substeps`
-    Heun steps. Raises UserError for models of different images or classes, InputError for one that
-    makes values that are not finite.
-    """
-    ours, theirs = model.preset.model, teacher.preset.model
-    for what in ("image_size", "channels", "num_classes"):
-        a, b = getattr(ours, what), getattr(theirs, what)
-        if a != b:
-            raise UserError(
-                f"the model has {what} {a}, the teacher {b}", "give the teacher it was made from"
-            )
-    low, high = model.noise_range, teacher.noise_range
-    grid = sampling_levels(
-        levels * substeps + 1,
-        low._replace(sigma_max=min(low.sigma_max, high.sigma_max)),
-    )
-    seeded = SeededNoise(seeds)
-    count = ours.num_classes
-    labels = seeded.labels(count).to(device) if count else None
-    noise = seeded(torch.zeros(len(seeds), ours.channels, *ours.image_size, device=device))
-    guide = steady(teacher.f, theirs.image_size, device)
-    points = list(itertools.islice(paths(guide, noise, grid, heun, labels), 0, None, substeps))
-    f = steady(model.f, ours.image_size, device)
-    rows = deviations(f, guide, points, labels)
-    if not all(map(math.isfinite, itertools.chain(*rows))):
-        raise InputError(
-            "the model or the teacher makes values that are not finite",
-            "it diverged: take an earlier one",
-        )
-    return [row._asdict() for row in rows]
+def _cross_check(
+    images: Dataset | Statistics | ModelImages,
+    compared: Dataset | Statistics | None,
+    setup: Setup,
+    request: Request,
+    value: float,
+) -> dict[str, Any]:
+    """Return what clean-fid finds for the same images. Statistics in a file stay as they are."""
+    extractor = cross_check.clean_fid_extractor(setup.extractor)
+    theirs = setup._replace(extractor=extractor, turn="cross-check")
+    made = _images(images, GAUSSIAN, theirs, request.num, 0).gaussian
+    reference = _reference(compared, GAUSSIAN, theirs, request).gaussian
+    assert made is not None
+    assert reference is not None
+    compute = partial(cross_check.compare, setup.extractor, value, made, reference)
+    return request.group.agreed(compute, "cross-checked")

@@ -1,137 +1,51 @@
-"""Evaluation: Gaussian statistics of features, and what is computed from features of two sets."""
+"""Metrics: functions of the features of two sets, and METRICS, the one list of them.
+
+From a row of METRICS come the command `cmtool eval NAME`, evaluation while training, and the
+search for noise levels.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cmtool.errors import InputError
+from cmtool.errors import InputError, UserError
+from cmtool.evaluation.gaussian import Gaussian, frechet_distance
 
-UNITS, DIGIT, MAX_ROWS = 2.0**24, 2**19, 2**14
-"""Of the sums: units in 1, the base of its digits, and rows whose products float64 sums exactly."""
+if TYPE_CHECKING:
+    from cmtool.evaluation.features import Extractor
 
-NEGATIVE, SKEW = 1e-3, 1e-4
-"""What rounding may do to a covariance (in a file of float32), relative to its largest: how far
-below 0 it may put an eigenvalue, and by how much a value and its mirror image may differ."""
-
-
-class Gaussian(NamedTuple):
-    """Mean (D,) and covariance (D, D) of `num` features, float64."""
-
-    mean: Tensor
-    covariance: Tensor
-    num: int
+KID = {"subsets": 100, "size": 1000, "seed": 0}
+INCEPTION_SCORE = {"split": 5000}
+PRECISION_RECALL = {"k": 3}
 
 
-class GaussianSums:
-    """Sums of features and of their products: exact, so that nothing depends on their order.
+class Features(NamedTuple):
+    """What is kept of the features of a set: their Gaussian, or each of them.
 
-    Features are taken as multiples of 2^-24 below 2^14, in two digits of 19 bits; sums of products
-    of digits are whole numbers that fit int64. Neither batches, nor the number of processes, nor
-    the order of images change a bit, and memory does not grow with the number of images.
+    `rows` (N, D) are in an order that only they decide. `num` is 0 where a file does not say how
+    many images it was made of. `fingerprint` is a hash of the images in any order, and `about` is
+    what the JSON object says of the set.
     """
 
-    def __init__(self, width: int) -> None:
-        self.num = 0
-        shapes = [(width,)] * 2 + [(width, width)] * 3
-        self.sums = [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
-        """Of the digits (high, low), and of their products (high high, high low, low low)."""
-
-    def add(self, features: Tensor) -> None:
-        """Add features (B, D). Raises InputError for what is not finite, or not below 2^14."""
-        for rows in features.detach().double().split(MAX_ROWS):
-            units = (rows * UNITS).round()
-            if not bool((units.abs() < DIGIT**2).all()):  # NaN is not, either
-                raise InputError(
-                    "the features are not finite, or above 16,384", "look for NaN in the images"
-                )
-            high = (units / DIGIT).round()
-            low = units - high * DIGIT
-            parts = (high.sum(0), low.sum(0), high.T @ high, high.T @ low, low.T @ low)
-            self.num += len(rows)
-            for total, part in zip(self.sums, parts, strict=True):
-                total += part.long().cpu()
-
-    def share(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Put, for every sum, what `total` makes of it: that of all processes."""
-        self.num = int(total(torch.tensor(self.num)))
-        self.sums = [total(part) for part in self.sums]
-
-    def gaussian(self) -> Gaussian:
-        """Return mean and covariance (over N - 1). Raises InputError for fewer than 2 images."""
-        if self.num < 2:
-            raise InputError(
-                f"{self.num} image{'s' * (self.num != 1)} to evaluate",
-                "statistics need 2 or more, and mean little under 1,000",
-            )
-        high, low, high_high, high_low, low_low = self.sums
-        n = self.num
-        # both digits less a whole number near their mean, still without rounding
-        a, b = ((digit.double() / n).round().long() for digit in (high, low))
-        high_high = high_high - torch.outer(a, high) - torch.outer(high - n * a, a)
-        high_low = high_low - torch.outer(a, low) - torch.outer(high - n * a, b)
-        low_low = low_low - torch.outer(b, low) - torch.outer(low - n * b, b)
-        products = high_high.double() * DIGIT**2 + low_low.double()
-        products += (high_low + high_low.T).double() * DIGIT
-        left = (high - n * a).double() * DIGIT + (low - n * b).double()
-        covariance = (products - torch.outer(left, left) / n) / (n - 1) / UNITS**2
-        mean = (a.double() * DIGIT + b.double() + left / n) / UNITS
-        return Gaussian(mean, covariance, n)
+    gaussian: Gaussian | None = None
+    rows: Tensor | None = None
+    num: int = 0
+    fingerprint: str = ""
+    about: Mapping[str, Any] = {}
 
 
-def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Return |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Dowson & Landau 1982; Heusel et al. 2017).
+class Needs(NamedTuple):
+    """What a metric needs of a set: the Gaussian of its features, or the single features."""
 
-    The trace of the root is the sum of the roots of the eigenvalues of A B, which are those of the
-    symmetric R^T B R with A = R R^T: by Cholesky, or by the eigenvectors of an A that is singular.
-    Raises InputError for different dimensions, values that are not finite, and no covariances.
-    """
-    if a.mean.shape != b.mean.shape:
-        raise InputError(
-            f"statistics of {a.mean.numel()} and of {b.mean.numel()} features",
-            "both sides must come from the same feature network",
-        )
-    for side in (a, b):
-        if not (torch.isfinite(side.mean).all() and torch.isfinite(side.covariance).all()):
-            raise InputError("the feature statistics are not finite", "look for NaN in the images")
-        skew = (side.covariance - side.covariance.T).abs().max()
-        if skew > SKEW * side.covariance.abs().max():
-            raise InputError("a covariance is not symmetric", "its statistics are damaged")
-    root = root_of(a.covariance)
-    values = torch.linalg.eigvalsh(root.T @ b.covariance @ root)
-    _check_positive(values, 1e-6 * float(a.covariance.norm() * b.covariance.norm()))
-    cross = values.clamp(min=0).sqrt().sum()
-    distance = (
-        (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
-    )
-    return max(float(distance), 0.0)
-
-
-def root_of(covariance: Tensor) -> Tensor:
-    """Return R with R R^T = covariance (D, D): its Cholesky factor, or one of a singular matrix.
-
-    Raises InputError for eigenvalues that are negative beyond rounding.
-    """
-    factor, failed = torch.linalg.cholesky_ex(covariance)
-    diagonal = factor.diagonal()
-    if not failed and float(diagonal.min()) > 1e-6 * float(diagonal.max()):
-        return factor
-    values, vectors = torch.linalg.eigh(covariance)
-    _check_positive(values)
-    return vectors * values.clamp(min=0).sqrt()
-
-
-def _check_positive(values: Tensor, rounding: float = 0.0) -> None:
-    """Raise InputError for ascending eigenvalues that those of covariances cannot be."""
-    if float(values[0]) < -NEGATIVE * max(float(values[-1]), 0.0) - rounding:
-        raise InputError(
-            "a covariance has negative eigenvalues", "its statistics are damaged: make them again"
-        )
+    gaussian: bool = False
+    rows: bool = False
 
 
 class Estimate(NamedTuple):
@@ -188,7 +102,7 @@ def inception_score(logits: Tensor, *, split: int = 5000) -> Estimate:
 
 
 class PrecisionRecall(NamedTuple):
-    """Shares of images that lie where the other set is dense."""
+    """Fractions of images that lie where the other set is dense."""
 
     precision: float
     recall: float
@@ -224,12 +138,12 @@ def _radii(features: Tensor, k: int, chunk: int) -> Tensor:
 
 
 def _covered(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> float:
-    """Return the share of points within the radius of any centre."""
+    """Return the fraction of points within the radius of any centre."""
     hits = 0
     for part in points.split(chunk):
         covered = torch.zeros(len(part), dtype=torch.bool, device=part.device)
-        for some, within in zip(centres.split(chunk), radii.split(chunk), strict=True):
-            covered |= (_squared(part, some) <= within).any(1)
+        for others, radius in zip(centres.split(chunk), radii.split(chunk), strict=True):
+            covered |= (_squared(part, others) <= radius).any(1)
         hits += int(covered.sum())
     return hits / len(points)
 
@@ -266,3 +180,132 @@ def _check_finite(features: Tensor) -> None:
         raise InputError(
             "the features are not finite", "look for a damaged weight file, or statistics"
         )
+
+
+Values = dict[str, Estimate]
+"""The numbers of a metric by name."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of METRICS: a function of two sets, what it needs of them, and how it is shown.
+
+    `compute` gets the features of the images, those of the reference, and the feature network; it
+    returns the numbers that `values` names. `names` holds other names of the metric by protocol.
+    The best of several runs is the least value, if `lowest_is_best`.
+    """
+
+    compute: Callable[[Features, Features, Extractor], Values]
+    values: tuple[str, ...]
+    images: Needs
+    reference: Needs
+    help: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    lowest_is_best: bool = False
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the metric compares with a reference."""
+        return any(self.reference)
+
+
+def fid(images: Features, reference: Features, extractor: Extractor) -> Values:
+    """Return the Frechet distance of two Gaussians."""
+    assert images.gaussian is not None
+    assert reference.gaussian is not None
+    return {"fid": Estimate(frechet_distance(images.gaussian, reference.gaussian), math.nan)}
+
+
+def kid(images: Features, reference: Features, extractor: Extractor) -> Values:
+    """Return the kernel distance of single features."""
+    made, real = _on_device(images, extractor), _on_device(reference, extractor)
+    return {"kid": kernel_distance(real, made, **KID)}
+
+
+def inception(images: Features, reference: Features, extractor: Extractor) -> Values:
+    """Return the inception score. Raises UserError for a feature network without classes."""
+    assert images.rows is not None
+    if extractor.logits is None:
+        raise UserError(f"{extractor.name} has no classes, which the score needs", "--protocol edm")
+    parts = images.rows.split(4096)
+    logits = [extractor.logits(part.to(extractor.device)).cpu() for part in parts]
+    return {"is": inception_score(torch.cat(logits), **INCEPTION_SCORE)}
+
+
+def precision_and_recall(images: Features, reference: Features, extractor: Extractor) -> Values:
+    """Return precision and recall of single features."""
+    made, real = _on_device(images, extractor), _on_device(reference, extractor)
+    found = precision_recall(real, made, **PRECISION_RECALL)
+    return {name: Estimate(value, math.nan) for name, value in found._asdict().items()}
+
+
+def all_metrics(images: Features, reference: Features, extractor: Extractor) -> Values:
+    """Return the numbers of the four metrics."""
+    found: Values = {}
+    for compute in (fid, kid, inception, precision_and_recall):
+        found |= compute(images, reference, extractor)
+    return found
+
+
+def _on_device(side: Features, extractor: Extractor) -> Tensor:
+    assert side.rows is not None
+    return side.rows.to(extractor.device)
+
+
+NOTHING, GAUSSIAN, ROWS, BOTH = Needs(), Needs(gaussian=True), Needs(rows=True), Needs(True, True)
+
+METRICS: dict[str, Metric] = {
+    "fid": Metric(
+        fid, ("fid",), GAUSSIAN, GAUSSIAN, names={"digits": "fd-digits"}, lowest_is_best=True,
+        help="""Print the Frechet distance between images and a reference, as one JSON object.
+
+        `cmtool eval fid -c digits-cd`
+
+        `cmtool eval fid samples.zip --reference cifar10.npz`
+
+        `cmtool eval fid -c runs/mine --num 50000 --runs 3 --reference cifar-10-python.tar.gz`
+
+        `cmtool sample --seeds 0-2047 | cmtool eval fid -`
+
+        `cmtool eval fid samples.zip --reference cifar10.zip --protocol clean --cross-check`
+
+        Against the bundled digits the features are those of the bundled classifier: the number is
+        fd-digits, not the FID of papers. A FID falls with the number of images: compare equal
+        numbers only. With --cross-check the JSON object also has the number of clean-fid.""",
+    ),
+    "kid": Metric(
+        kid, ("kid",), ROWS, ROWS, settings=KID, lowest_is_best=True,
+        help="""Print the kernel distance (KID), which does not depend on the number of images.
+
+        `cmtool eval kid samples/ --reference cifar10.zip`
+
+        It is the mean over 100 seeded subsets of 1,000 images, with its standard error.""",
+    ),
+    "is": Metric(
+        inception, ("is",), ROWS, NOTHING, settings=INCEPTION_SCORE,
+        help="""Print the inception score, in splits of 5,000; no reference is needed.
+
+        `cmtool eval is samples.npz`
+
+        `cmtool eval is -c digits-cd --protocol digits`""",
+    ),
+    "pr": Metric(
+        precision_and_recall, ("precision", "recall"), ROWS, ROWS, settings=PRECISION_RECALL,
+        help="""Print precision and recall (k = 3) of images against a reference.
+
+        `cmtool eval pr samples.npz --reference VIRTUAL_imagenet64_labeled.npz --protocol adm`
+
+        The features are Inception's, as in the paper's evaluator, or VGG-16's (--protocol vgg16),
+        as in ECT and StyleGAN. Numbers of the two cannot be compared.""",
+    ),
+    "all": Metric(
+        all_metrics, ("fid", "kid", "is", "precision", "recall"), BOTH, BOTH,
+        settings={"kid": KID, "is": INCEPTION_SCORE, "pr": PRECISION_RECALL},
+        help="""Print FID, KID, inception score, precision and recall, from features taken once.
+
+        `cmtool eval all samples.zip --reference cifar10.zip`
+
+        `torchrun --nproc-per-node 8 -m cmtool eval all -c cd.pt --num-images 50000`""",
+    ),
+}  # fmt: skip

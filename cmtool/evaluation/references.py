@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import struct
 import zipfile
 import zlib
@@ -16,36 +17,38 @@ import torch
 from torch import Tensor
 
 from cmtool.errors import InputError
-from cmtool.evaluation.metrics import Gaussian
+from cmtool.evaluation.gaussian import Gaussian
 from cmtool.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
 from cmtool.system.files import replacing
 
 MAX_WIDTH = 16_384
-"""Features an image may have; a covariance of so many takes 2 GiB."""
+"""The most features an image may have: their covariance takes 2 GiB."""
 MAX_RATIO = 200
-"""How far statistics may be packed: floats are hardly."""
+"""The most that statistics may be compressed: floats hardly are."""
 
 
-class Reference(NamedTuple):
+class Statistics(NamedTuple):
     """What a file of statistics holds.
 
-    `gaussian` where it has mu and sigma, `num` of which is 0 where it does not say; `rows`, the
-    features (N, D) themselves, where it has them; `has_images` where it holds images too; `about`
-    is what cmtool wrote of how it was made, empty for files of others.
+    `gaussian` is its mu and sigma, if it has them; `num` in it is 0 if the file does not say it.
+    `rows` are the features (N, D) themselves, if it has them. `has_images` says whether it holds
+    images too. `about` says how cmtool made the file; it is empty for files of other tools.
     """
 
+    name: str
     gaussian: Gaussian | None
     rows: Tensor | None
     has_images: bool
     about: dict[str, Any]
 
 
-def read_reference(path: Path) -> Reference | None:
+def read_statistics(name: str | Path) -> Statistics | None:
     """Return the statistics in an npz or pickle; None for a file that holds none.
 
-    Read are `mu` and `sigma` (EDM, clean-fid and ADM), `feats` (clean-fid, for KID), and a pickle
-    of EDM2's, which is not executed. Raises InputError for what is damaged or not finite.
+    It reads `mu` and `sigma` (EDM, clean-fid and ADM), `feats` (clean-fid, for KID), and pickles
+    of EDM2, which are not executed. Raises InputError for a file that is damaged or not finite.
     """
+    path = Path(name)
     if not path.is_file() or path.suffix not in (".npz", ".pkl"):
         return None
     arrays = _npz_arrays(path) if path.suffix == ".npz" else _pickled_arrays(path)
@@ -56,20 +59,22 @@ def read_reference(path: Path) -> Reference | None:
         try:
             about = dict(json.loads(str(arrays["about"])))
         except (ValueError, TypeError, RecursionError):
-            raise InputError(f"{path}: its `about` is no JSON object", "make it again") from None
+            raise InputError(
+                f"{path}: its `about` is no JSON object", "make the file again"
+            ) from None
     rows = None
     if "feats" in arrays:
         rows = _finite(path, "feats", arrays["feats"], 2).float()
     if not {"mu", "sigma"} & arrays.keys():
-        return Reference(None, rows, "arr_0" in arrays, about)
-    for name in ("mu", "sigma"):
-        if name not in arrays:
-            raise InputError(f"{path} has no {name}", "make it again: cmtool eval reference")
+        return Statistics(os.fspath(name), None, rows, "arr_0" in arrays, about)
+    for key in ("mu", "sigma"):
+        if key not in arrays:
+            raise InputError(f"{path} has no {key}", "make it again: cmtool eval reference")
     mean = _finite(path, "mu", arrays["mu"], 1)
     covariance = _finite(path, "sigma", arrays["sigma"], 2)
     if rows is not None and rows.shape[1] != len(mean):
         raise InputError(
-            f"{path}: mu has {len(mean)} features, feats {rows.shape[1]}", "make it again"
+            f"{path}: mu has {len(mean)} features, feats {rows.shape[1]}", "make the file again"
         )
     if covariance.shape != (len(mean), len(mean)):
         raise InputError(
@@ -77,15 +82,17 @@ def read_reference(path: Path) -> Reference | None:
             "fetch it again, or make it: cmtool eval reference",
         )
     num = _count(path, arrays["num"]) if "num" in arrays else 0 if rows is None else len(rows)
-    return Reference(Gaussian(mean, covariance, num), rows, "arr_0" in arrays, about)
+    gaussian = Gaussian(mean, covariance, num)
+    return Statistics(os.fspath(name), gaussian, rows, "arr_0" in arrays, about)
 
 
-def write_reference(
+def write_statistics(
     path: Path, gaussian: Gaussian, rows: Tensor | None, about: Mapping[str, Any]
 ) -> None:
-    """Write statistics as an npz that EDM's and clean-fid's tools read, with what they depend on.
+    """Write statistics as an npz that EDM's and clean-fid's tools read too.
 
-    `rows`, if given, are kept as `feats`, for KID and precision and recall. Raises ResourceError.
+    `rows`, if given, are kept as `feats`, for KID and precision and recall; `about` says how the
+    statistics were made. Raises ResourceError.
     """
     arrays: dict[str, Any] = {
         "mu": gaussian.mean.numpy(),
@@ -152,18 +159,18 @@ def _array(stored: Any) -> np.ndarray[Any, Any]:
 def _count(path: Path, array: Any) -> int:
     """Return the number of images. Raises InputError for anything else."""
     if array.ndim != 0 or array.dtype.kind not in "iu" or array < 0:
-        raise InputError(f"{path}: num is {str(array)[:40]}", "it is no number of images")
+        raise InputError(f"{path}: num is {str(array)[:40]}", "it must be the number of images")
     return int(array)
 
 
 def _finite(path: Path, name: str, array: Any, ndim: int) -> Tensor:
-    """Return an array as float64. Raises InputError for one of another form, or with NaN.
+    """Return an array as float64. Raises InputError for one of another form, or not finite.
 
-    What float32 cannot hold is taken for infinite, too.
+    Values that float32 cannot hold count as infinite.
     """
     if array.dtype.kind != "f" or array.ndim != ndim or not 0 < array.shape[-1] <= MAX_WIDTH:
         raise InputError(
-            f"{path}: {name} is {array.dtype} {array.shape}", "it is no statistics of features"
+            f"{path}: {name} is {array.dtype} {array.shape}", "it must hold statistics of features"
         )
     tensor = torch.from_numpy(np.array(array, np.float64, order="C"))
     if not bool(torch.isfinite(tensor.float()).all()):

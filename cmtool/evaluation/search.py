@@ -1,38 +1,47 @@
 """The search for the noise levels that a consistency model samples best at (Song et al., sec. 3).
 
-Levels are added one at a time, each by ternary search, as if the score had one valley in it.
+Levels are added one at a time, each by ternary search, as if the score had a single valley.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from cmtool.data.datasets import load_dataset
 from cmtool.errors import UserError
+from cmtool.evaluation.measure import drawn_batches
+from cmtool.evaluation.scores import Score, build_score
+from cmtool.models import Model
+from cmtool.sampling import indexed_levels, plan
+from cmtool.system.files import write_json
 
 
 def ternary_search(value: Callable[[int], float], low: int, high: int) -> int:
-    """Return where `value` is least among the whole numbers low < i < high it was asked for.
+    """Return where `value` is least, of the whole numbers low < i < high that were tried.
 
-    With one valley that is the least of all. A third of the interval goes at each step.
+    If `value` has one valley, this is the least of all. Each step drops a third of the interval.
     Raises UserError for an empty interval.
     """
     if high - low < 2:
         raise UserError(f"no level between {low} and {high}", "ask for fewer steps")
-    known = lru_cache(maxsize=None)(value)
-    asked: set[int] = set()
+    known: dict[int, float] = {}
 
-    def ask(i: int) -> float:
-        asked.add(i)
-        return known(i)
+    def known_value(i: int) -> float:
+        if i not in known:
+            known[i] = value(i)
+        return known[i]
 
     while high - low > 3:
         third = (high - low) / 3
         left, right = int(low + third), int(high - third)
-        low, high = (low, right) if ask(left) < ask(right) else (left, high)
+        low, high = (low, right) if known_value(left) < known_value(right) else (left, high)
     for i in range(low + 1, high):
-        ask(i)
-    return min(sorted(asked), key=known)
+        known_value(i)
+    return min(sorted(known), key=known_value)
 
 
 def search_indices(
@@ -43,10 +52,88 @@ def search_indices(
 ) -> tuple[int, ...]:
     """Return `steps` ascending indices of a grid of `points` levels that begin with `chosen`.
 
-    Greedy: the next index is searched for between the last one and the end, with those before it
-    fixed, for the least score (Song et al. 2023, sec. 3; the released ternary_search.py).
+    Each index in turn is searched between the one before and the end, for the least score, while
+    those before it stay (Song et al. 2023, sec. 3; the released ternary_search.py).
     """
     if len(chosen) == steps:
         return chosen
     best = ternary_search(lambda i: score((*chosen, i)), chosen[-1], points - 1)
     return search_indices(score, steps, points, (*chosen, best))
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search: the score to make least over the images of `num` seeds, and where it is kept.
+
+    `points` is the size of the grid of levels. `file` holds all scores, so that the same search
+    goes on where it was stopped.
+    """
+
+    model: Model
+    metric: str
+    reference: str
+    num: int
+    first_seed: int
+    points: int
+    file: Path
+    batch: int = 256
+    device: str = "cpu"
+
+    def levels(self, steps: int, tell: Callable[[str], None]) -> tuple[list[float], float]:
+        """Return the best levels for `steps`, and their score; write both to the file.
+
+        `tell` gets a line about each score. Raises UserError for a file of another model.
+        """
+        kept = self._kept()
+        scores: dict[str, float] = kept["evaluations"]
+        score = build_score(self.metric, load_dataset(self.reference), self.device)
+
+        def levels_at(indices: tuple[int, ...]) -> list[float]:
+            return indexed_levels(self.model.preset, (*indices, self.points - 1), self.points)
+
+        def score_at(indices: tuple[int, ...]) -> float:
+            sigmas = levels_at(indices)
+            key = _key(sigmas)
+            known = " (known)" if key in scores else ""
+            if not known:
+                scores[key] = self._measure(score, sigmas)
+                write_json(self.file, kept)
+            tell(f"sigma {key}: {self.metric} {float(scores[key]):.4f}{known}")
+            return float(scores[key])
+
+        best = levels_at(search_indices(score_at, steps, self.points))
+        kept["levels"][str(steps)] = best
+        write_json(self.file, kept)
+        return best, float(scores[_key(best)])
+
+    def _measure(self, score: Score, sigmas: list[float]) -> float:
+        model, seeds = self.model, range(self.first_seed, self.first_seed + self.num)
+        chosen = plan(model.preset, sigmas=sigmas)
+        return score(
+            drawn_batches(
+                model.f, model.preset, chosen, seeds, batch=self.batch, device=self.device
+            )
+        )
+
+    def _kept(self) -> dict[str, Any]:
+        """Return what the file has of an earlier search, scores only of the same one."""
+        about = {
+            "model": self.model.sha256, "metric": self.metric, "reference": self.reference,
+            "num": self.num, "first_seed": self.first_seed,
+        }  # fmt: skip
+        start: dict[str, Any] = {**about, "evaluations": {}, "levels": {}}
+        if not self.file.exists():
+            return start
+        try:
+            found = json.loads(self.file.read_text())
+            levels, evaluations = dict(found["levels"]), dict(found["evaluations"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.file} holds no earlier search", "give another --out") from None
+        if found.get("model") != about["model"]:
+            raise UserError(f"{self.file} is of another model", "give another --out, or remove it")
+        same = all(found.get(key) == value for key, value in about.items())
+        return {**start, "levels": levels, "evaluations": evaluations if same else {}}
+
+
+def _key(sigmas: list[float]) -> str:
+    return ",".join(f"{sigma:.6g}" for sigma in sigmas)

@@ -1,6 +1,6 @@
-"""Weight files of others that evaluation needs: where they are looked for, and how they are known.
+"""Published weight files that evaluation needs: where they are looked for, and their hashes.
 
-None is ever downloaded: what is missing is named, with where it comes from and under which terms.
+None is ever downloaded: an error says what is missing, where it comes from and under which terms.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cmtool.system.files import file_sha256
 
 
 class WeightFile(NamedTuple):
-    """A published file; `sha256` is None where nobody has published one."""
+    """A published file; `sha256` is None if nobody has published one."""
 
     name: str
     what: str
@@ -52,10 +52,10 @@ def cache_folder() -> Path:
 
 
 def find_file(wanted: WeightFile, given: Path | None = None, trust: bool = False) -> Path:
-    """Return where a weight file is: `given`, in cmtool's cache, torch's, or clean-fid's (/tmp).
+    """Return the path of a weight file: `given`, else in cmtool's cache, torch's or /tmp.
 
-    A file of another sha256 than the published one is used only where the user put it, and with
-    `trust`. Raises MissingError, saying all that is needed to get it.
+    A file of another sha256 than the published one is used only with `trust`, and never from /tmp.
+    Raises MissingError, which says how to get the file.
     """
     if given is not None and not given.is_file():
         raise InputError(f"no such file: {given}", "check --feature-weights")
@@ -69,7 +69,7 @@ def find_file(wanted: WeightFile, given: Path | None = None, trust: bool = False
                 return path
             raise MissingError(
                 f"{path} cannot be checked: no sha256 of {wanted.name} is published",
-                "if you know where it comes from: --trust",
+                "add --trust, if you know where the file comes from",
             )
         if (found := file_sha256(path)) == wanted.sha256 or (trust and path != shared):
             return path
@@ -77,7 +77,7 @@ def find_file(wanted: WeightFile, given: Path | None = None, trust: bool = False
             f"{path} is not the published {wanted.name}: its sha256 is {found[:12]}...,"
             f" not {wanted.sha256[:12]}...",
             f"delete it, and fetch {wanted.url} again"
-            + ("" if path == shared else "; or use it as it is: --trust"),
+            + ("" if path == shared else "; or add --trust to use it as it is"),
         )
     known = "" if wanted.sha256 is None else f", sha256 {wanted.sha256[:12]}..."
     raise MissingError(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cmtool.evaluation.features import inception_extractor
-from cmtool.evaluation.metrics import Gaussian, frechet_distance
+from cmtool.evaluation.gaussian import Gaussian, frechet_distance
 from tests.bench.measure import alternate, ratio
 from tests.published import write_detector
 

@@ -1,6 +1,5 @@
 import json
 import os
-from dataclasses import replace
 from importlib.resources import files
 
 import numpy as np
@@ -10,10 +9,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cmtool.data.images import png_bytes, read_image
-from cmtool.evaluation.measure import METRICS, Sample, Setting, consistency, measured
-from cmtool.evaluation.protocols import PROTOCOLS, build_extractor
-from cmtool.models import load_model
-from cmtool.system.dist import ALONE
 from tests.published import write_detector
 
 HELD_OUT = ["--reference", "digits:held-out"]
@@ -223,7 +218,7 @@ def test_what_cannot_be_evaluated_is_named(cmtool, sets, tmp_path):
         ["--preset", "digits-cd"], ["--kind", "teacher"], ["--first-seed", "5"], ["--runs", "2"],
         ["--precision", "bf16"], ["--feature-weights", "x.pt"], ["--trust"],
         ["--feature-precision", "bf16"], ["--fail-above", "nan"], ["--fail-below", "nan"],
-        ["--protocol", "vgg16"],
+        ["--protocol", "vgg16"], ["--cross-check"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -350,6 +345,10 @@ def test_without_the_weights_eval_ends_before_it_samples(cmtool, tmp_path, monke
     assert result.out == b""
     assert "inception-2015-12-05.pt is not there" in result.err
     assert str(tmp_path / "cache" / "weights") in result.err
+    checked = cmtool("eval", "fid", "digits", "--protocol", "clean", "--cross-check")
+    assert (checked.code, "inception-2015-12-05.pt is not there" in checked.err) == (4, True)
+    refused = cmtool("eval", "kid", "digits", "--protocol", "clean", "--cross-check")
+    assert (refused.code, len(refused.err.splitlines())) == (2, 2)
     cut = tmp_path / "inception-2015-12-05.pt"  # where clean-fid leaves a download cut short
     cut.write_bytes(b"0" * 1000)
     result = cmtool("eval", "fid", "-c", "digits-cd", "--reference", "ref.npz")
@@ -384,36 +383,6 @@ def test_inception_protocols_differ_by_their_resize_alone(cmtool, sets, tmp_path
         "eval", "kid", "set.npz", "--reference", "edm.npz", "--protocol", "clean", *options
     )
     assert (mixed.code, "--protocol edm" in mixed.err) == (3, True)
-
-
-def test_protocols_resize_as_their_sources_do_and_tell_precision_from_recall():
-    resized = {name: p.resize for name, p in PROTOCOLS.items() if p.network == "inception"}
-    assert resized == {"adm": "tf", "clean": "clean", "edm": "tf", "legacy-tf": "tf"}
-    wide = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
-    inner = Sample(None, wide[:1] + wide[:10] / 1e3, 10)  # near one of them
-    found = METRICS["pr"].values(inner, Sample(None, wide, 50), build_extractor("digits"))
-    assert found["precision"].value == 1
-    assert found["recall"].value <= 0.02
-
-
-def test_the_score_is_of_splits_of_5000():
-    classes = torch.arange(4).repeat_interleave(2500)  # two of them in each split
-    logits = 100 * torch.nn.functional.one_hot(classes).float()
-    extractor = build_extractor("digits")._replace(logits=lambda rows: rows)
-    made = Sample(None, logits, len(logits))
-    setting = Setting("digits", extractor, 64, 0, ALONE)
-    found = measured("is", made, Sample(None, None, 0), setting)["is"]
-    assert found.value == pytest.approx(2)
-
-
-def test_paths_begin_at_the_most_noise_that_both_models_know():
-    def most(model, sigma_max):
-        noise = model.preset.noise.model_copy(update={"sigma_max": sigma_max})
-        return replace(model, preset=model.preset.model_copy(update={"noise": noise}))
-
-    model, teacher = load_model("digits-cd"), load_model("digits-edm")
-    for pair in ((most(model, 5.0), teacher), (model, most(teacher, 5.0))):
-        assert consistency(*pair, range(1), 2, 1, "cpu")[0]["sigma"] == 5.0
 
 
 def test_consistency_is_a_table_a_plot_and_an_object(cmtool, tmp_path):

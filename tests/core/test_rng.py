@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from cmtool.core.rng import SeededNoise, keyed_generator, same_dropout, seeded, step_generator
+from cmtool.core.rng import (
+    SeededNoise,
+    keyed_generator,
+    same_dropout,
+    seeded,
+    seeded_labels,
+    step_generator,
+)
 
 
 def test_noise_belongs_to_the_image():
@@ -16,17 +23,17 @@ def test_noise_belongs_to_the_image():
         assert torch.equal(alone(like[:1])[0], second[row])
 
 
-def test_labels_use_up_no_noise():
-    like = torch.zeros(2, 3, 4, 4)
-    with_labels = SeededNoise([1, 2])
-    labels = with_labels.labels(10)
-    assert torch.equal(with_labels(like), SeededNoise([1, 2])(like))
-    assert torch.equal(labels, SeededNoise([1, 2]).labels(10))
+def test_a_label_belongs_to_its_seed():
+    labels = seeded_labels([4, 9, 2, 4], 10)
     assert labels.dtype == torch.int64
+    assert labels[0] == labels[3]
+    for label, seed in zip(labels, [4, 9, 2, 4], strict=True):
+        assert torch.equal(seeded_labels([seed], 10)[0], label)
+    assert seeded_labels(range(8), 10).tolist() == [5, 5, 4, 2, 9, 4, 6, 2]  # of every version
 
 
 def test_labels_are_uniform():
-    counts = SeededNoise(range(5000)).labels(10).bincount(minlength=10)
+    counts = seeded_labels(range(5000), 10).bincount(minlength=10)
     assert 400 < int(counts.min()) <= int(counts.max()) < 600
 
 

@@ -14,57 +14,40 @@ import torch
 from packaging import version
 
 from cmtool.data.archives import write_npz
-from cmtool.data.images import png_bytes
-from cmtool.evaluation.measure import BOTH, Setting, measured, set_of
-from cmtool.evaluation.metrics import GaussianSums, frechet_distance
+from cmtool.data.images import png_bytes, to_uint8
+from cmtool.errors import UserError
+from cmtool.evaluation.gaussian import GaussianSums, frechet_distance
+from cmtool.evaluation.measure import drawn_batches, evaluate
+from cmtool.evaluation.metrics import BOTH, fid, kid
 from cmtool.evaluation.protocols import build_extractor
-from cmtool.system.dist import ALONE
-from tests.published import write_detector
+from cmtool.evaluation.sets import Setup, collect, open_set
+from cmtool.system.dist import Group
 
-pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "inception-2015-12-05.pt"
-    write_detector(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Two folders of pictures that differ in contrast."""
-    root, generator = tmp_path_factory.mktemp("sets"), torch.Generator().manual_seed(0)
-    for name, count, contrast in (("a", 24, 255), ("b", 20, 150)):
-        (root / name).mkdir()
-        for i in range(count):
-            image = torch.rand(3, 20, 24, generator=generator) * contrast
-            (root / name / f"{i}.png").write_bytes(png_bytes(image.to(torch.uint8)))
-    return root
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(("protocol", "mode"), [("clean", "clean"), ("edm", "legacy_tensorflow")])
 def test_fid_and_kid_are_those_of_clean_fid(weights, folders, protocol, mode):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from cleanfid import fid
+        from cleanfid import fid as clean_fid
         from cleanfid.inception_torchscript import InceptionV3W
 
         network = InceptionV3W(
             str(weights.parent), download=False, resize_inside=mode == "legacy_tensorflow"
         )
         made, real = (
-            fid.get_folder_features(
+            clean_fid.get_folder_features(
                 str(folders / name), network, num_workers=0, device=torch.device("cpu"),
                 mode=mode, verbose=False,
             )
             for name in "ab"
         )  # fmt: skip
     extractor = build_extractor(protocol, file=weights, trust=True)
-    setting = Setting(protocol, extractor, 16, 0, ALONE)
-    ours, reference = (set_of(str(folders / name), BOTH, setting)[0] for name in "ab")
-    found = {name: measured(name, ours, reference, setting)[name].value for name in ("fid", "kid")}
+    setup = Setup(protocol, extractor, batch=16)
+    ours, reference = (collect(open_set(folders / name), BOTH, setup) for name in "ab")
+    found = fid(ours, reference, extractor) | kid(ours, reference, extractor)
 
     def by_ours(theirs, rows):  # clean-fid draws by place: in the order of ours
         order = torch.cdist(rows, torch.from_numpy(theirs)).argmin(1)
@@ -72,8 +55,8 @@ def test_fid_and_kid_are_those_of_clean_fid(weights, folders, protocol, mode):
         return theirs[order.numpy()].astype(np.float64)  # in float32 its sums are off by 1e-6
 
     np.random.seed(0)  # noqa: NPY002
-    theirs = fid.kernel_distance(by_ours(real, reference.rows), by_ours(made, ours.rows))
-    assert found["kid"] == pytest.approx(theirs, rel=1e-6)
+    theirs = clean_fid.kernel_distance(by_ours(real, reference.rows), by_ours(made, ours.rows))
+    assert found["kid"].value == pytest.approx(theirs, rel=1e-6)
     a, b = (
         torch.from_numpy(rows - rows.mean(0)).double() / (len(rows) - 1) ** 0.5
         for rows in (made, real)
@@ -81,13 +64,54 @@ def test_fid_and_kid_are_those_of_clean_fid(weights, folders, protocol, mode):
     shift = torch.from_numpy(made.mean(0) - real.mean(0)).double()
     exact = shift.square().sum() + a.square().sum() + b.square().sum()
     exact -= 2 * torch.linalg.svdvals(a @ b.T).sum()
-    assert found["fid"] == pytest.approx(float(exact), rel=1e-6)
+    assert found["fid"].value == pytest.approx(float(exact), rel=1e-6)
     has_root = version.parse(scipy.__version__) < version.parse("1.18")  # it asks for what went
     if has_root and mode == "clean":  # ten seconds
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            theirs = fid.fid_from_feats(made, real)
-        assert found["fid"] == pytest.approx(theirs, rel=1e-6)
+            theirs = clean_fid.fid_from_feats(made, real)
+        assert found["fid"].value == pytest.approx(theirs, rel=1e-6)
+
+
+def test_evaluate_is_the_eval_command_for_notebooks(tmp_path):
+    images = torch.rand(30, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    content = evaluate(images)
+    assert (content["metric"], content["num_images"]) == ("fd-digits", 30)
+    assert content["reference"]["images"] == 11536
+    same = evaluate(to_uint8(images), reference=images, protocol="digits")
+    assert same["value"] == pytest.approx(0, abs=1e-6)
+    write_npz(tmp_path / "a.npz", iter(to_uint8(images)), 30, None)
+    said = run(["all", "a.npz", "--reference", "digits:held-out", "--device", "cpu"], tmp_path)
+    ours = evaluate(to_uint8(images), "all", "digits:held-out")
+    theirs = json.loads(said.stdout)
+    assert theirs.pop("images")["name"] == "a.npz"
+    assert ours.pop("images")["name"] == "tensor"
+    assert ours.pop("value") == pytest.approx(theirs.pop("value"), rel=1e-6)
+    assert ours == theirs
+    with pytest.raises(UserError, match="metric 'fud'"):
+        evaluate(images, "fud")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_processes_draw_equally_many_and_together_every_seed_once(world_size, monkeypatch):
+    calls, asked = [], []
+
+    def generate(f, preset, chosen, seeds, *, batch, device):
+        calls.append(-(-len(seeds) // batch))
+        for first in range(0, len(seeds), batch):
+            yield torch.zeros(len(seeds[first : first + batch]), 1, 1, 1)
+        asked.extend(seeds)
+
+    monkeypatch.setattr("cmtool.evaluation.measure.generate", generate)
+    drawn = 0
+    for rank in range(world_size):
+        own = drawn_batches(
+            None, None, None, range(5, 12), batch=2, device="cpu", group=Group(rank, world_size)
+        )
+        drawn += sum(map(len, own))
+    assert drawn == 7
+    assert len(set(calls)) == 1
+    assert set(range(5, 12)) <= set(asked)
 
 
 def run(arguments, cwd, processes=1, stdin=None):
@@ -101,6 +125,7 @@ def run(arguments, cwd, processes=1, stdin=None):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
     drawn = ["all", "-c", "digits-cd", "--num-images", "75", "--batch", "16", "--device", "cpu"]
     options = ["--reference", "digits:held-out", "--json"]
@@ -110,6 +135,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     assert len(json.loads(two.stdout)["value"]) == 5
 
 
+@pytest.mark.slow
 def test_no_thread_of_the_group_outlives_it(tmp_path):
     """One that lets go of a tensor while Python ends aborts the process."""
     program = tmp_path / "told.py"
@@ -131,6 +157,7 @@ def test_no_thread_of_the_group_outlives_it(tmp_path):
     assert ended.stderr.splitlines().count(b"False") == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_image_in_another_processes_share_is_named(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
@@ -146,6 +173,7 @@ def test_a_damaged_image_in_another_processes_share_is_named(tmp_path):
     assert "cmtool/measure.py" not in ended.stderr.decode()  # no traceback but torchrun's own
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     path, count = tmp_path / "many.npz", 60_000
     picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
@@ -167,6 +195,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     assert peaks[1] - peaks[0] < 20  # MiB
 
 
+@pytest.mark.slow
 def test_sums_of_2048_features_take_bounded_memory():
     generator = torch.Generator().manual_seed(0)
     sums = GaussianSums(2048)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cmtool.errors import InputError
-from cmtool.evaluation.metrics import Gaussian
-from cmtool.evaluation.references import read_reference, write_reference
+from cmtool.evaluation.gaussian import Gaussian
+from cmtool.evaluation.references import read_statistics, write_statistics
 
 MU, SIGMA = np.arange(3.0), np.diag([1.0, 2.0, 3.0])
 GAUSSIAN = Gaussian(torch.from_numpy(MU), torch.from_numpy(SIGMA), 7)
@@ -18,8 +18,8 @@ GAUSSIAN = Gaussian(torch.from_numpy(MU), torch.from_numpy(SIGMA), 7)
 
 def test_what_was_written_is_read(tmp_path):
     path, rows = tmp_path / "a.npz", torch.randn(7, 3)
-    write_reference(path, GAUSSIAN, rows, {"protocol": "edm"})
-    found = read_reference(path)
+    write_statistics(path, GAUSSIAN, rows, {"protocol": "edm"})
+    found = read_statistics(path)
     assert torch.equal(found.gaussian.mean, GAUSSIAN.mean)
     assert torch.equal(found.gaussian.covariance, GAUSSIAN.covariance)
     assert found.gaussian.num == 7
@@ -36,23 +36,23 @@ def test_clean_fid_reads_ours_and_we_read_clean_fids(tmp_path, monkeypatch):
     monkeypatch.setattr(cleanfid, "__file__", str(tmp_path / "__init__.py"))
     (tmp_path / "stats").mkdir()
     path = tmp_path / "stats" / "mine_clean_custom_na.npz"  # where it looks for a custom set
-    write_reference(path, GAUSSIAN, None, {})
+    write_statistics(path, GAUSSIAN, None, {})
     mu, sigma = get_reference_statistics("mine", "na", mode="clean", split="custom")
     np.testing.assert_array_equal(mu, MU)
     np.testing.assert_array_equal(sigma, SIGMA)
     np.savez_compressed(path, mu=mu, sigma=sigma)  # as its make_custom_stats writes
     np.savez_compressed(tmp_path / "kid.npz", feats=np.ones((4, 3), np.float32))
-    assert torch.equal(read_reference(path).gaussian.covariance, GAUSSIAN.covariance)
-    assert read_reference(path).gaussian.num == 0  # it does not say
-    kid = read_reference(tmp_path / "kid.npz")
+    assert torch.equal(read_statistics(path).gaussian.covariance, GAUSSIAN.covariance)
+    assert read_statistics(path).gaussian.num == 0  # it does not say
+    kid = read_statistics(tmp_path / "kid.npz")
     assert kid.gaussian is None
     assert kid.rows.shape == (4, 3)
     np.savez(tmp_path / "both.npz", mu=mu, sigma=sigma, feats=np.ones((4, 3), np.float32))
-    assert read_reference(tmp_path / "both.npz").gaussian.num == 4
+    assert read_statistics(tmp_path / "both.npz").gaussian.num == 4
 
 
 def test_edms_reader_reads_ours(tmp_path):
-    write_reference(tmp_path / "a.npz", GAUSSIAN, None, {})
+    write_statistics(tmp_path / "a.npz", GAUSSIAN, None, {})
     ref = dict(np.load(tmp_path / "a.npz"))  # all that its fid.py does; no pickle is allowed
     np.testing.assert_array_equal(ref["mu"], MU)
     np.testing.assert_array_equal(ref["sigma"], SIGMA)
@@ -62,11 +62,11 @@ def test_adms_layout_has_images_beside_its_statistics(tmp_path):
     path = tmp_path / "VIRTUAL.npz"
     images = np.zeros((2, 8, 8, 3), np.uint8)
     np.savez(path, arr_0=images, mu=MU, sigma=SIGMA, mu_s=MU, sigma_s=SIGMA)
-    found = read_reference(path)
+    found = read_statistics(path)
     assert found.has_images
     assert torch.equal(found.gaussian.mean, GAUSSIAN.mean)
     np.savez(path, arr_0=images)
-    assert read_reference(path) is None  # images alone are no statistics
+    assert read_statistics(path) is None  # images alone are no statistics
 
 
 @pytest.mark.parametrize("protocol", [3, 4])
@@ -76,7 +76,7 @@ def test_edm2s_pickle_is_read(tmp_path, protocol, order):
     sigma = np.asarray([[1.0, 2.0], [3.0, 4.0]], order=order)
     stats = {"mu": np.arange(2.0), "sigma": sigma}
     path.write_bytes(pickle.dumps({"fid": stats, "fd_dinov2": stats}, protocol))
-    found = read_reference(path).gaussian
+    found = read_statistics(path).gaussian
     assert found.covariance.tolist() == [[1, 2], [3, 4]]
 
 
@@ -92,7 +92,7 @@ def test_a_pickle_that_would_run_code_is_not_run(tmp_path, monkeypatch, protocol
     for content in (Bomb(), {"mu": Bomb()}, {"fid": {"mu": MU, "sigma": Bomb()}}):
         path.write_bytes(pickle.dumps(content, protocol))
         with pytest.raises(InputError, match="no pickle of statistics"):
-            read_reference(path)
+            read_statistics(path)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -100,7 +100,7 @@ def test_an_npz_with_objects_is_not_unpickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez(tmp_path / "a.npz", mu=np.array([Bomb()], dtype=object), sigma=SIGMA)
     with pytest.raises(InputError, match="cannot be read"):
-        read_reference(tmp_path / "a.npz")
+        read_statistics(tmp_path / "a.npz")
     assert not (tmp_path / "exploded").exists()
 
 
@@ -129,13 +129,13 @@ def test_statistics_that_cannot_be_used_are_refused(tmp_path, arrays, message):
     path = tmp_path / "a.npz"
     np.savez(path, **arrays)
     with pytest.raises(InputError, match=message):
-        read_reference(path)
+        read_statistics(path)
 
 
 def test_what_unpacks_to_far_more_than_it_is_is_not_unpacked(tmp_path):
     np.savez_compressed(tmp_path / "bomb.npz", mu=MU, sigma=np.zeros((1 << 12, 1 << 9)))
     with pytest.raises(InputError, match="sigma unpacks from"):
-        read_reference(tmp_path / "bomb.npz")
+        read_statistics(tmp_path / "bomb.npz")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
@@ -148,17 +148,17 @@ def test_any_damage_of_a_packed_file_is_an_input_error(tmp_path, method):
     for place in range(0, len(whole), 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
         with contextlib.suppress(InputError):  # where the damage is seen
-            read_reference(path)
+            read_statistics(path)
 
 
 def test_a_damaged_file_is_named(tmp_path):
     path = tmp_path / "a.npz"
-    write_reference(path, GAUSSIAN, None, {})
+    write_statistics(path, GAUSSIAN, None, {})
     content = path.read_bytes()
     for cut in (0, 10, len(content) // 2):
         path.write_bytes(content[:cut])
         with pytest.raises(InputError, match=r"a.npz cannot be read"):
-            read_reference(path)
+            read_statistics(path)
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"mu": MU, "sigma": SIGMA}, 4)[:-40])
     with pytest.raises(InputError, match=r"a\.pkl"):
-        read_reference(tmp_path / "a.pkl")
+        read_statistics(tmp_path / "a.pkl")

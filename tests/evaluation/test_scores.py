@@ -2,7 +2,7 @@ import pytest
 
 from cmtool.data.datasets import load_dataset
 from cmtool.errors import MissingError
-from cmtool.evaluation import during_training as evaluation
+from cmtool.evaluation.scores import build_score
 from cmtool.evaluation.weights import INCEPTION
 from cmtool.system.files import file_sha256
 from tests.published import write_detector
@@ -10,9 +10,9 @@ from tests.published import write_detector
 
 def test_the_training_images_are_at_distance_zero_from_themselves():
     data = load_dataset("digits")
-    score = evaluation.fd_digits(data, "cpu")
-    assert score(data.images) == pytest.approx(0, abs=1e-6)
-    assert score(data.images[:500] // 2) > 10
+    score = build_score("fd-digits", data, "cpu")
+    assert score(data.chunks(700)) == pytest.approx(0, abs=1e-6)
+    assert score([data.images[:500] // 2]) > 10
 
 
 def test_fid_needs_its_weights_before_training_and_is_zero_on_the_training_images(
@@ -23,10 +23,10 @@ def test_fid_needs_its_weights_before_training_and_is_zero_on_the_training_image
     data = load_dataset("digits")
     few = data.__class__(data.name, data.images[:6], None, 0)
     with pytest.raises(MissingError, match="is not there"):
-        evaluation.fid(few, "cpu")
+        build_score("fid", few, "cpu")
     path = tmp_path / "weights" / INCEPTION.name
     path.parent.mkdir()
     write_detector(path)
     known = INCEPTION._replace(sha256=file_sha256(path))
     monkeypatch.setattr("cmtool.evaluation.protocols.INCEPTION", known)
-    assert evaluation.fid(few, "cpu")(few.images) == pytest.approx(0, abs=1e-3)
+    assert build_score("fid", few, "cpu")([few.images]) == pytest.approx(0, abs=1e-3)

@@ -1,0 +1,136 @@
+"""Gaussians of features: sums without rounding, and the Frechet distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmtool.errors import InputError
+
+UNITS = 2.0**24
+"""Units of the sums in 1."""
+DIGIT = 2**19
+"""The base of their digits."""
+MAX_ROWS = 2**14
+"""Rows whose products of digits float64 sums exactly."""
+NEGATIVE = 1e-3
+"""How far below 0 rounding to float32 may put an eigenvalue, relative to the largest."""
+SKEW = 1e-4
+"""How much a covariance and its mirror image may differ, relative to its largest value."""
+
+
+class Gaussian(NamedTuple):
+    """Mean (D,) and covariance (D, D) of `num` features, float64."""
+
+    mean: Tensor
+    covariance: Tensor
+    num: int
+
+
+class GaussianSums:
+    """Sums of features and of their products: exact, so that nothing depends on their order.
+
+    Features are taken as multiples of 2^-24 below 2^14, in two digits of 19 bits; sums of products
+    of digits are whole numbers that fit int64. Neither batches, nor the number of processes, nor
+    the order of images change a bit, and memory does not grow with the number of images.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.num = 0
+        shapes = [(width,)] * 2 + [(width, width)] * 3
+        self.sums = [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
+        """Of the digits (high, low), and of their products (high high, high low, low low)."""
+
+    def add(self, features: Tensor) -> None:
+        """Add features (B, D). Raises InputError for what is not finite, or not below 2^14."""
+        for rows in features.detach().double().split(MAX_ROWS):
+            units = (rows * UNITS).round()
+            if not bool((units.abs() < DIGIT**2).all()):  # NaN is not, either
+                raise InputError(
+                    "the features are not finite, or above 16,384", "look for NaN in the images"
+                )
+            high = (units / DIGIT).round()
+            low = units - high * DIGIT
+            parts = (high.sum(0), low.sum(0), high.T @ high, high.T @ low, low.T @ low)
+            self.num += len(rows)
+            for total, part in zip(self.sums, parts, strict=True):
+                total += part.long().cpu()
+
+    def add_others(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Add the sums of the other processes: `total` returns the sum over all of them."""
+        self.num = int(total(torch.tensor(self.num)))
+        self.sums = [total(part) for part in self.sums]
+
+    def gaussian(self) -> Gaussian:
+        """Return mean and covariance (over N - 1). Raises InputError for fewer than 2 images."""
+        if self.num < 2:
+            raise InputError(
+                f"{self.num} image{'s' * (self.num != 1)} to evaluate",
+                "give 2 or more; statistics of fewer than 1,000 mean little",
+            )
+        high, low, high_high, high_low, low_low = self.sums
+        n = self.num
+        # both digits less a whole number near their mean, still without rounding
+        a, b = ((digit.double() / n).round().long() for digit in (high, low))
+        high_high = high_high - torch.outer(a, high) - torch.outer(high - n * a, a)
+        high_low = high_low - torch.outer(a, low) - torch.outer(high - n * a, b)
+        low_low = low_low - torch.outer(b, low) - torch.outer(low - n * b, b)
+        products = high_high.double() * DIGIT**2 + low_low.double()
+        products += (high_low + high_low.T).double() * DIGIT
+        left = (high - n * a).double() * DIGIT + (low - n * b).double()
+        covariance = (products - torch.outer(left, left) / n) / (n - 1) / UNITS**2
+        mean = (a.double() * DIGIT + b.double() + left / n) / UNITS
+        return Gaussian(mean, covariance, n)
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Return |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)) (Dowson & Landau 1982; Heusel et al. 2017).
+
+    The trace of the root is the sum of the roots of the eigenvalues of A B, which are those of the
+    symmetric R^T B R with A = R R^T: by Cholesky, or by the eigenvectors of an A that is singular.
+    Raises InputError for different dimensions, values that are not finite, and no covariances.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise InputError(
+            f"statistics of {a.mean.numel()} and of {b.mean.numel()} features",
+            "both sides must come from the same feature network",
+        )
+    for side in (a, b):
+        if not (torch.isfinite(side.mean).all() and torch.isfinite(side.covariance).all()):
+            raise InputError("the feature statistics are not finite", "look for NaN in the images")
+        skew = (side.covariance - side.covariance.T).abs().max()
+        if skew > SKEW * side.covariance.abs().max():
+            raise InputError("a covariance is not symmetric", "its statistics are damaged")
+    root = root_of(a.covariance)
+    values = torch.linalg.eigvalsh(root.T @ b.covariance @ root)
+    _check_positive(values, 1e-6 * float(a.covariance.norm() * b.covariance.norm()))
+    cross = values.clamp(min=0).sqrt().sum()
+    distance = (
+        (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+    )
+    return max(float(distance), 0.0)
+
+
+def root_of(covariance: Tensor) -> Tensor:
+    """Return R with R R^T = covariance (D, D): its Cholesky factor, or one of a singular matrix.
+
+    Raises InputError for eigenvalues that are negative beyond rounding.
+    """
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    diagonal = factor.diagonal()
+    if not failed and float(diagonal.min()) > 1e-6 * float(diagonal.max()):
+        return factor
+    values, vectors = torch.linalg.eigh(covariance)
+    _check_positive(values)
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def _check_positive(values: Tensor, rounding: float = 0.0) -> None:
+    """Raise InputError for ascending eigenvalues that those of covariances cannot be."""
+    if float(values[0]) < -NEGATIVE * max(float(values[-1]), 0.0) - rounding:
+        raise InputError(
+            "a covariance has negative eigenvalues", "its statistics are damaged: make them again"
+        )

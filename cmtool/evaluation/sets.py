@@ -1,0 +1,263 @@
+"""Sets of images: from a name to the features of the set, or to statistics stored in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmtool import __version__
+from cmtool.core.rng import keyed_generator
+from cmtool.data.batches import decoded_ahead
+from cmtool.data.datasets import Dataset, listed_images, load_dataset
+from cmtool.data.images import SUFFIXES, to_uint8
+from cmtool.errors import InputError, UserError
+from cmtool.evaluation.features import CLEAN_FID_MODES, Extractor
+from cmtool.evaluation.gaussian import Gaussian, GaussianSums
+from cmtool.evaluation.metrics import Features, Needs
+from cmtool.evaluation.references import Statistics, read_statistics, write_statistics
+from cmtool.system.dist import ALONE, Group
+from cmtool.system.files import file_sha256
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is measured, the images done so far, and of how many (0: not known)."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
+class Setup(NamedTuple):
+    """How images become features: the same for both sides of a comparison."""
+
+    protocol: str
+    extractor: Extractor
+    batch: int = 256
+    workers: int = 0
+    group: Group = ALONE
+    progress: OnProgress = no_progress
+    turn: str = "0"
+    """Name of this pass, where a side is measured several times: processes meet by it."""
+
+
+def open_set(given: str | Path | Sequence[str | Path] | Tensor) -> Dataset | Statistics:
+    """Return the images, or the statistics, that a name or path stands for.
+
+    Given may also be the paths of image files, or images (N, C, H, W), uint8 or in [-1, 1]. Raises
+    InputError for what cannot be read.
+    """
+    if isinstance(given, Tensor):
+        if given.ndim != 4:
+            raise InputError(f"images of shape {tuple(given.shape)}", "give (N, C, H, W)")
+        images = given if given.dtype == torch.uint8 else to_uint8(given)
+        return Dataset("tensor", images.cpu(), None, 0)
+    paths = [given] if isinstance(given, str | Path) else list(given)
+    names = [os.fspath(path) for path in paths]
+    if len(names) != 1 or names[0].lower().endswith(SUFFIXES):
+        return listed_images(names)
+    stored = read_statistics(names[0])
+    return load_dataset(names[0], in_memory=False) if stored is None else stored
+
+
+def collect(
+    opened: Dataset | Statistics,
+    needs: Needs,
+    setup: Setup,
+    *,
+    num: int | None = None,
+    side: str = "images",
+) -> Features:
+    """Return the features of a set, or of `num` of its images, the same random ones always.
+
+    What statistics lack is taken from the images in their file. Every process calls this with the
+    same arguments. Raises InputError for statistics that cannot be compared or lack what the
+    metric needs, UserError for a number of images of statistics.
+    """
+    if isinstance(opened, Statistics):
+        return _from_statistics(opened, needs, setup, num, side)
+    found = extract(_image_batches(opened, num, setup), needs, setup, side)
+    about = {"name": opened.name, "images": found.num, "fingerprint": found.fingerprint}
+    return found._replace(about=about)
+
+
+def extract(
+    batches: Iterable[Tensor], needs: Needs, setup: Setup, side: str, total: int = 0
+) -> Features:
+    """Return the features of the images (B, C, H, W) uint8 that all processes have together.
+
+    Every process calls this with its own images; no two calls have both `side` and turn alike. If
+    only the Gaussian is needed, memory does not grow with the number of images.
+    """
+    extractor, group = setup.extractor, setup.group
+    sums, kept, marks, num = GaussianSums(extractor.width), [], 0, 0
+
+    def take_all() -> None:
+        nonlocal marks, num
+        for images in _regrouped(batches, extractor.chunk):
+            features = extractor(images)
+            if needs.gaussian:
+                sums.add(features)
+            if needs.rows:
+                kept.append(features.cpu())
+            marks += sum(map(_hash, images.cpu()))
+            num += len(images)
+            setup.progress(side, num, total)
+
+    group.together(take_all, f"features of {side} {setup.turn}")
+    counts = group.gather((num, marks))
+    num, marks = (sum(column) for column in zip(*counts, strict=True))
+    if num < 2:
+        raise InputError(f"{num} image{'s' * (num != 1)} to evaluate", "give 2 or more")
+    rows = None
+    if needs.rows:
+        rows = _sorted(torch.cat([torch.cat(part) for part in group.gather(kept) if part]))
+    if needs.gaussian and group.world_size > 1:
+        sums.add_others(group.sum)
+    gaussian = sums.gaussian() if needs.gaussian else None
+    return Features(gaussian, rows, num, f"{marks % 2**64:016x}")
+
+
+def own_parts(parts: Sequence[Any], group: Group) -> Sequence[Any]:
+    """Return every n-th part: those of this process."""
+    return parts[group.rank :: group.world_size]
+
+
+def _image_batches(data: Dataset, num: int | None, setup: Setup) -> Iterator[Tensor]:
+    """Yield this process's images of a data set, or of `num` of it."""
+    index = torch.arange(len(data))
+    if num is not None and num < len(data):
+        index = torch.randperm(len(data), generator=keyed_generator("subset"))[:num]
+    data.images[index[:1]]  # every process takes the size of all from this image
+    parts = own_parts(index.split(setup.batch), setup.group)
+    return decoded_ahead(data.images, parts, setup.workers)
+
+
+def _regrouped(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Yield the same images, in the same order, at least `size` at a time but for the last."""
+    held: list[Tensor] = []
+    for images in batches:
+        held.append(images)
+        if sum(map(len, held)) >= size:
+            yield torch.cat(held)
+            held = []
+    if held:
+        yield torch.cat(held)
+
+
+def _hash(image: Tensor) -> int:
+    """Return a hash of one image."""
+    content = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+
+
+def _sorted(rows: Tensor) -> Tensor:
+    """Return features (N, D) sorted by a hash of each.
+
+    What a metric draws from them by place is then the same for any order of the images.
+    """
+    keys = [hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest() for row in rows]
+    return rows[torch.tensor(sorted(range(len(rows)), key=keys.__getitem__))]
+
+
+def _from_statistics(
+    stored: Statistics, needs: Needs, setup: Setup, num: int | None, side: str
+) -> Features:
+    """Return what a file of statistics has of a set, and take the rest from its images."""
+    _check_comparable(stored, setup)
+    name, gaussian, rows = stored.name, stored.gaussian, stored.rows
+    if needs.gaussian and gaussian is None and rows is not None:
+        gaussian = _gaussian(rows)
+    missing = Needs(needs.gaussian and gaussian is None, needs.rows and rows is None)
+    if num is not None and missing != needs:
+        raise UserError(
+            f"{num} images of {name}, which holds statistics of all", "leave the number out"
+        )
+    if any(missing):
+        if not stored.has_images:
+            raise InputError(
+                f"{name} holds mu and sigma only: KID, precision and recall compare single images",
+                "give the images, or statistics of cmtool eval reference --keep-features",
+            )
+        images = load_dataset(name, in_memory=False)
+        found = collect(images, missing, setup, num=num, side=side)
+        gaussian, rows = gaussian or found.gaussian, found.rows if rows is None else rows
+    single = len(rows) if rows is not None else 0
+    num_images = gaussian.num if needs.gaussian and gaussian is not None else single
+    about = {**_provenance(stored), "images": num_images or None}
+    if needs.rows and single != num_images:
+        about["single_images"] = single
+    return Features(gaussian, None if rows is None else _sorted(rows), num_images, "", about)
+
+
+def _gaussian(rows: Tensor) -> Gaussian:
+    sums = GaussianSums(rows.shape[1])
+    sums.add(rows)
+    return sums.gaussian()
+
+
+def _provenance(stored: Statistics) -> dict[str, Any]:
+    """Return which file the statistics are from, and how cmtool made it, if it did."""
+    facts: dict[str, Any] = {"name": stored.name, "sha256": file_sha256(Path(stored.name))}
+    if stored.about:
+        facts["made_from"] = stored.about.get("data")
+        facts["protocol"] = stored.about.get("protocol")
+        if isinstance(stored.about.get("features"), dict):
+            facts["precision"] = stored.about["features"].get("precision")
+    return facts
+
+
+def _check_comparable(stored: Statistics, setup: Setup) -> None:
+    """Raise InputError for statistics of other features than the protocol's."""
+    name, protocol, extractor = stored.name, setup.protocol, setup.extractor
+    widths = [len(stored.gaussian.mean)] if stored.gaussian is not None else []
+    widths += [stored.rows.shape[1]] if stored.rows is not None else []
+    for width in widths:
+        if width != extractor.width:
+            raise InputError(
+                f"{name} has {width} features an image, --protocol {protocol} has"
+                f" {extractor.width}",
+                "give statistics of this protocol, or another --protocol",
+            )
+    said = stored.about.get("features")
+    if isinstance(said, dict):
+        made = stored.about.get("protocol")
+        remedy = f"--protocol {made}" if made != protocol else "give its --feature-weights"
+        for key in ("name", "resize", "sha256"):
+            wanted = getattr(extractor, key)
+            if said.get(key) != wanted:
+                raise InputError(
+                    f"{name} was made with {key} {said.get(key)!r}, --protocol {protocol}"
+                    f" is {wanted!r}",
+                    f"{remedy}, or make it again",
+                )
+        return  # its own word counts, not its name
+    for resize, mode in CLEAN_FID_MODES.items():
+        if f"_{mode}_" in Path(name).name and extractor.resize != resize:
+            raise InputError(
+                f"{name} is of clean-fid's mode {mode}, --protocol {protocol} resizes by another"
+                " rule",
+                f"--protocol {'clean' if resize == 'clean' else 'legacy-tf'}",
+            )
+
+
+def extractor_facts(extractor: Extractor) -> dict[str, Any]:
+    """Return what the JSON object says of the features."""
+    return {
+        "name": extractor.name, "sha256": extractor.sha256, "width": extractor.width,
+        "resize": extractor.resize, "precision": extractor.precision,
+    }  # fmt: skip
+
+
+def save_features(path: Path, found: Features, setup: Setup) -> None:
+    """Write the Gaussian of a set, and its single features if they were kept, as a reference."""
+    assert found.gaussian is not None
+    about = {
+        "data": dict(found.about), "protocol": setup.protocol,
+        "features": extractor_facts(setup.extractor), "cmtool": __version__,
+    }  # fmt: skip
+    write_statistics(path, found.gaussian, found.rows, about)
