@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import warnings
 from collections.abc import Callable, Sequence
@@ -333,6 +334,12 @@ def grid(images: Tensor, columns: int, *, scale: int = 1, gap: int = 1) -> Tenso
 def row(images: Sequence[Tensor]) -> Tensor:
     """Return images (C, H, W) uint8 of one size beside each other; one alone as it is."""
     return images[0] if len(images) == 1 else torch.cat(list(images), dim=2)
+
+
+def contact_sheet(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) uint8 as a grid for people: ten in a row, or about a square."""
+    columns = 10 if len(images) % 10 == 0 else math.ceil(math.sqrt(len(images)))
+    return grid(images, columns, scale=display_scale(images.shape[-1]))
 
 
 def display_scale(size: int) -> int:
