@@ -46,7 +46,7 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = False) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and is_full(error):
-            raise ResourceError(f"no room on the disk for {path}", "free some") from None
+            raise ResourceError(f"no room on the disk for {path}", "free disk space") from None
         raise
 
 
@@ -71,7 +71,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         if is_full(error):
-            raise ResourceError(f"no room on the disk for {path}", "free some") from None
+            raise ResourceError(f"no room on the disk for {path}", "free disk space") from None
         raise
     finally:
         temporary.unlink(missing_ok=True)
