@@ -207,8 +207,8 @@ def prepare_images(
 
     The images are brought to a size that the model can edit by the rule `fit`.
     """
-    place, laid = _on_canvas(model, images, fit, name)
-    return PreparedEdit(make(laid), place, (place.taken(laid),))
+    layout, x = _on_canvas(model, images, fit, name)
+    return PreparedEdit(make(x), layout, (layout.unpad(x),))
 
 
 def prepare_inpaint(
@@ -219,9 +219,9 @@ def prepare_inpaint(
     Raises InputError for a mask of another size.
     """
     edits.inpaint(images, ~mask)  # raises for sizes that differ, before both are cropped
-    place, laid = _on_canvas(model, images, fit, name)
-    edit = edits.inpaint(laid, ~place.laid(mask).to(laid.device))
-    return PreparedEdit(edit, place, (place.taken(laid), place.taken(edit.init)))
+    layout, x = _on_canvas(model, images, fit, name)
+    edit = edits.inpaint(x, ~layout.place(mask).to(x.device))
+    return PreparedEdit(edit, layout, (layout.unpad(x), layout.unpad(edit.init)))
 
 
 def prepare_superres(
@@ -246,7 +246,7 @@ def prepare_superres(
         small, low = _on_canvas(model, images, fit, shown, small_size)
         large = small.scaled(factor)
     edit = edits.superres(low, factor)
-    return PreparedEdit(edit, large, (large.taken(edit.init),))
+    return PreparedEdit(edit, large, (large.unpad(edit.init),))
 
 
 def prepare_colorize(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
@@ -256,10 +256,10 @@ def prepare_colorize(model: Model, images: Tensor, *, fit: str, name: str) -> Pr
     """
     if model.preset.model.channels != 3:
         raise InputError(f"{model.source} makes grey pictures", "give a model of colour pictures")
-    place, laid = _on_canvas(model, images, fit, name)
-    gray = edits.luma(laid)
-    panels = (laid, gray.expand_as(laid))
-    return PreparedEdit(edits.colorize(gray), place, tuple(map(place.taken, panels)))
+    layout, x = _on_canvas(model, images, fit, name)
+    gray = edits.luma(x)
+    panels = (x, gray.expand_as(x))
+    return PreparedEdit(edits.colorize(gray), layout, tuple(map(layout.unpad, panels)))
 
 
 def prepare_stroke(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
@@ -296,7 +296,7 @@ def run_prepared(
     init = prepared.edit.init.expand(len(seeds), -1, -1, -1)
     labels = None if label is None else torch.full((len(seeds),), label, device=init.device)
     result = run_edit(model, replace(prepared.edit, init=init), chosen, seeds, labels)
-    return prepared.canvas.taken(result)
+    return prepared.canvas.unpad(result)
 
 
 def between_seeds(
@@ -368,4 +368,4 @@ def _on_canvas(
     """Return how images are brought to `size`, that of the model, and the images so brought."""
     h, w = images.shape[2:]
     found = canvas(h, w, size or model.preset.model.image_size, fit, name)
-    return found, found.laid(images).to(model_device(model))
+    return found, found.place(images).to(model_device(model))

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmtool.data.sources import LazyImages, listed_entries, open_images
+from cmtool.data.folders import listed_entries
+from cmtool.data.sources import LazyImages, open_images
 from cmtool.errors import InputError, nearest
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
