@@ -187,7 +187,7 @@ def own_device(name: str, num_gpus: int, local_rank: int, local_size: int) -> st
     if name != "cuda":
         raise UserError(
             f"--device {name} for {local_size} processes",
-            "use --device cuda: each process takes its own GPU",
+            "give cuda: each process takes its own GPU",
         )
     if local_size > num_gpus:
         raise ResourceError(

@@ -33,8 +33,8 @@ class Drawing:
     batch: int
     device: str
     to_uint8: Callable[[Tensor], Tensor]
-    group: Group
     metadata: bool
+    group: Group
 
     def draw(self, indices: Sequence[int]) -> Tensor:
         """Return some of the images (n, C, H, W), at least one, in one batch."""

@@ -67,22 +67,8 @@ def demo(
     say_lines(f"\nfd-digits, the Frechet distance to the training digits, on {NUM} images each.\n")
     rows = measure(tour)
 
-    from cmtool.training.report import Figure, write_report
-
     report = out / "report.html"
-    write_report(
-        report,
-        rows=rows,
-        figures=[
-            Figure("The run", tour.student / "summary.png"),
-            Figure("Teacher, 35 network calls an image", grids["teacher"]),
-            Figure("Student, 1 network call", grids["one-step"]),
-            Figure("Student, 2 network calls", grids["two-steps"]),
-            Figure("Inpainting: given, masked, answer", mended),
-        ],
-        commands=tour.commands,
-        seconds=time.monotonic() - start,
-    )
+    write(report, tour, rows, {**grids, "mended": mended}, time.monotonic() - start)
     say_lines("")
     for row in rows:
         calls = "-" if row.calls is None else str(row.calls)
@@ -91,6 +77,22 @@ def demo(
         f"\n{time.monotonic() - start:.0f} seconds. Open the report, then try `cmtool --help`."
     )
     emit(str(report))
+
+
+def write(
+    report: Path, tour: Tour, rows: list[Row], pictures: dict[str, Path], seconds: float
+) -> None:
+    """Write the report of the demo."""
+    from cmtool.training.report import Figure, write_report
+
+    figures = [
+        Figure("The run", tour.student / "summary.png"),
+        Figure("Teacher, 35 network calls an image", pictures["teacher"]),
+        Figure("Student, 1 network call", pictures["one-step"]),
+        Figure("Student, 2 network calls", pictures["two-steps"]),
+        Figure("Inpainting: given, masked, answer", pictures["mended"]),
+    ]
+    write_report(report, rows=rows, figures=figures, commands=tour.commands, seconds=seconds)
 
 
 class Tour:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,7 @@ from cmtool.cli._options import (
     pick_model,
     pick_plan,
     pick_precision,
+    with_options,
 )
 from cmtool.cli._output import (
     check_free,
@@ -44,6 +46,7 @@ from cmtool.errors import UserError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cmtool.cli._sample_files import Drawing
     from cmtool.models import Model
 
 TIMEOUT = 600.0
@@ -52,15 +55,18 @@ ONE_FILE = (".png", ".zip", ".npz")
 """Endings of --out that put all images into one file."""
 
 
-def sample(
-    checkpoint: Checkpoint = None,
-    seeds: Seeds = "0-15",
-    steps: Steps = None,
-    sigmas: Sigmas = None,
-    ts: Indices = None,
-    grid: Grid = None,
-    sampler: Sampler = None,
-    set_: SamplerOptions = None,
+@dataclass(frozen=True)
+class SampleOptions:
+    """Options of cmtool sample."""
+
+    checkpoint: Checkpoint = None
+    seeds: Seeds = "0-15"
+    steps: Steps = None
+    sigmas: Sigmas = None
+    ts: Indices = None
+    grid: Grid = None
+    sampler: Sampler = None
+    set_: SamplerOptions = None
     class_: Annotated[
         str | None,
         typer.Option(
@@ -68,7 +74,7 @@ def sample(
             help="Class of every image, or one per seed: 0,1,2. Default: each image's seed draws"
             " its class.",
         ),
-    ] = None,
+    ] = None
     out: Annotated[
         str,
         typer.Option(
@@ -77,20 +83,47 @@ def sample(
             help="A folder, a .zip or .npz of images, a .png for one grid, or - for the grid on"
             " stdout.",
         ),
-    ] = "samples",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
-    batch: Batch = 256,
+    ] = "samples"
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False
+    batch: Batch = 256
     rounding: Annotated[
         str, typer.Option(help="Rounding to 8 bits: nearest, or floor as the PyTorch release does.")
-    ] = "nearest",
-    no_metadata: NoMetadata = False,
-    weights: Weights = "ema",
-    preset: ModelPreset = None,
-    kind: KindOption = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-    as_json: AsJson = False,
-) -> None:
+    ] = "nearest"
+    no_metadata: NoMetadata = False
+    weights: Weights = "ema"
+    preset: ModelPreset = None
+    kind: KindOption = None
+    device: Device = "auto"
+    precision: Precision = "fp32"
+    as_json: AsJson = False
+
+    def drawing(self, seeds: list[int]) -> Drawing:
+        """Return what is to be drawn, by this process alone. Raises UserError, InputError."""
+        from cmtool.cli._sample_files import Drawing
+        from cmtool.data.images import ROUNDINGS
+        from cmtool.system.dist import ALONE
+
+        if self.rounding not in ROUNDINGS:
+            raise UserError(f"--rounding {self.rounding!r}", nearest(self.rounding, ROUNDINGS))
+        where = pick_device(self.device)
+        precision = pick_precision(self.precision, where)
+        model = pick_model(self.checkpoint, self.weights, where, said=self.kind, preset=self.preset)
+        labels = _labels(self.class_, seeds, model)
+        chosen = pick_plan(
+            model, self.sampler, self.set_, self.steps, self.sigmas, self.ts, self.grid
+        )._replace(precision=precision)
+        shown = ",".join(f"{sigma:.4g}" for sigma in chosen.sigmas)
+        say(
+            f"{len(seeds)} images, {chosen.sampler.name} at sigma {shown}:"
+            f" {chosen.evaluations} network calls each"
+        )
+        to_uint8 = ROUNDINGS[self.rounding]
+        return Drawing(
+            model, chosen, seeds, labels, self.batch, where, to_uint8, not self.no_metadata, ALONE
+        )
+
+
+def _sample(options: SampleOptions) -> None:
     """Draw images: one step by default, more for quality. Prints a path a line.
 
     `cmtool sample --seeds 0-15 --out grid.png`
@@ -106,45 +139,37 @@ def sample(
     An image is a function of its seed: it is the same in any batch, order and number of processes.
     A file that holds the image already is skipped, so that a stopped command can be run again.
     """  # fmt: skip
-    numbers = parse_seeds(seeds)
-    if len(set(numbers)) < len(numbers):
-        raise UserError(f"--seeds {seeds!r} names a seed twice", "name each seed once")
-    _check_out(out, overwrite)
+    seeds = parse_seeds(options.seeds)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {options.seeds!r} names a seed twice", "name each seed once")
+    out = options.out
+    _check_out(out, options.overwrite)
 
-    from cmtool.cli._sample_files import Drawing, write_folder, write_one_file
-    from cmtool.data.images import ROUNDINGS
+    from cmtool.cli._sample_files import write_folder, write_one_file
     from cmtool.system import dist
 
-    if rounding not in ROUNDINGS:
-        raise UserError(f"--rounding {rounding!r}", nearest(rounding, ROUNDINGS))
-    where = pick_device(device)
-    kept = pick_precision(precision, where)
-    model = pick_model(checkpoint, weights, where, said=kind, preset=preset)
-    labels = _labels(class_, numbers, model)
-    chosen = pick_plan(model, sampler, set_, steps, sigmas, ts, grid)._replace(precision=kept)
-    shown = ",".join(f"{sigma:.4g}" for sigma in chosen.sigmas)
-    say(
-        f"{len(numbers)} images, {chosen.sampler.name} at sigma {shown}:"
-        f" {chosen.evaluations} network calls each"
-    )
-    group = dist.join(*processes(), where, TIMEOUT)
+    drawing = options.drawing(seeds)
     try:
-        drawing = Drawing(
-            model, chosen, numbers, labels, batch, where, ROUNDINGS[rounding], group,
-            metadata=not no_metadata,
-        )  # fmt: skip
+        drawing = replace(drawing, group=dist.join(*processes(), drawing.device, TIMEOUT))
         if out == "-" or Path(out).suffix.lower() in ONE_FILE:
             facts = write_one_file(out, drawing)
         else:
-            facts = write_folder(Path(out), drawing, overwrite=overwrite, print_paths=not as_json)
+            facts = write_folder(
+                Path(out), drawing, overwrite=options.overwrite, print_paths=not options.as_json
+            )
     except RuntimeError as error:
-        raise dist.lost_contact(error, group, 0) or error from None
+        raise dist.lost_contact(error, drawing.group, 0) or error from None
     finally:
         dist.leave()
-    if as_json and out != "-":
-        emit_json({**facts, "sigmas": chosen.sigmas, "precision": kept, "model": model.sha256})
+    if options.as_json and out != "-":
+        chosen = drawing.plan
+        about = {"sigmas": chosen.sigmas, "precision": chosen.precision}
+        emit_json({**facts, **about, "model": drawing.model.sha256})
     elif out != "-" and "path" in facts:
         emit(out)
+
+
+sample = with_options(_sample, SampleOptions)
 
 
 def _check_out(out: str, overwrite: bool) -> None:

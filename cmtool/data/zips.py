@@ -85,7 +85,7 @@ def zip_entries(path: Path) -> Entries:
         if size > MAX_MEMBER or size / packed > MAX_RATIO:
             raise InputError(
                 f"{member.filename!r} in {path} unpacks from {packed:,} to {size:,} bytes",
-                "no image is like that: leave it out",
+                "it cannot be an image: remove it from the archive",
             )
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or (
             member.flag_bits & 1
@@ -149,7 +149,7 @@ def npz_entries(path: Path) -> Entries:
 def _checked_array(
     path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo
 ) -> Callable[[], Any]:
-    """Return what reads an array of an npz; its header is read, and believed, only so far."""
+    """Return a function that reads an array of an npz. Its header is checked against its size."""
     with archive.open(member) as opened:
         version = np.lib.format.read_magic(opened)
         header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
