@@ -1,9 +1,18 @@
-"""From a picture of the user's to edited ones: sizes, classes, variations, and what to compare."""
+"""Zero-shot edits of images with a consistency model: `cmtool edit`, and `cmtool.edit` in Python.
+
+Images are float in [-1, 1], (C, H, W) or (B, C, H, W), and so are the answers. Image i of a batch
+takes the seed `seed + i`: a batch of equal images gives variations. Without a `label` each image of
+a class-conditional model takes the class that fits it best. `fit` says what to do with an image
+that has not the model's size: "exact" refuses it, "crop" takes its centre, "pad" fills it up,
+"tile" works in overlapping tiles.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,126 +21,288 @@ from cmtool.core import edits
 from cmtool.core.edits import Edit
 from cmtool.core.rng import SeededNoise, seeded_labels
 from cmtool.core.samplers import sampling_levels
-from cmtool.data.images import Canvas, canvas, from_uint8, to_uint8
+from cmtool.data.images import Canvas, canvas
 from cmtool.errors import InputError, UserError
 from cmtool.models import Model
-from cmtool.sampling import Plan, best_class, generate, grid_size, run_edit
+from cmtool.sampling import (
+    Plan,
+    best_class,
+    edit_plan,
+    generate,
+    grid_size,
+    model_device,
+    plan,
+    run_edit,
+)
 
 STROKE_LEVELS = ((5.38, 1.0), (2.24, 0.4))
 """The paper's levels for strokes on pictures of 256 pixels (App. D), and the least of each."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """One picture to edit: the edit on a canvas a model can make, and what part is the answer.
+class PreparedEdit:
+    """An edit of images on a canvas that the model can edit.
 
-    `panels` (1, C, H, W) uint8 are what was given and what the edit sees of it, at the size of the
+    `panels` (B, C, h, w) are what was given and what the edit sees of it, at the size of the
     answer, to compare with; `levels` are the edit's own noise levels, if it has any.
     """
 
     edit: Edit
-    place: Canvas
+    canvas: Canvas
     panels: tuple[Tensor, ...]
     levels: tuple[float, ...] | None = None
 
+    def plan(self, model: Model, steps: int | None, sigmas: Sequence[float] | None) -> Plan:
+        """Return the levels to edit at: those given, else the edit's own, else the model's."""
+        return edit_plan(model.preset, steps=steps, sigmas=sigmas, default=self.levels)
 
-def inpaint_job(picture: Tensor, mask: Tensor, model: Model, fit: str, name: str) -> Job:
-    """Return the job that regenerates the white part of a mask (1, H, W) uint8.
 
-    picture (C, H, W) uint8, and so are those of the other jobs. Raises InputError for a mask of
-    another size.
+class EditOptions(NamedTuple):
+    """What all edits of images have in common."""
+
+    steps: int | None
+    sigmas: Sequence[float] | None
+    label: int | None
+    seed: int
+    fit: str
+
+
+def inpaint(
+    model: Model, image: Tensor, mask: Tensor, *, steps: int | None = None,
+    sigmas: Sequence[float] | None = None, label: int | None = None, seed: int = 0,
+    fit: str = "exact",
+) -> Tensor:  # fmt: skip
+    """Return the image with the masked pixels made anew; every other pixel stays as it is.
+
+    mask (H, W), (1, H, W) or (B, 1, H, W) bool: True is made anew. Raises InputError when the
+    sizes differ.
     """
-    edits.inpaint(picture[None], mask[None] < 128)  # sizes agree before they are fitted
-    place = _place(picture, model.preset.model.image_size, fit, name)
-    known = mask[None] < 128
-    laid, known = place.laid(picture[None]), place.laid(known)
-    edit = edits.inpaint(_floats(laid, model), known.to(_device(model)))
-    panels = (laid, torch.where(known, laid, 128))
-    return Job(edit, place, tuple(map(place.taken, panels)))
+    if mask.dtype != torch.bool:
+        raise InputError(f"the mask is {mask.dtype}, not bool", "give mask > 0.5, or the like")
+    mask = mask[(None,) * (4 - mask.ndim)].expand(_batch(image).shape[0], -1, -1, -1)
+    options = EditOptions(steps, sigmas, label, seed, fit)
+    return _edit(model, prepare_inpaint, (image, mask), options)
 
 
-def superres_job(picture: Tensor, factor: int, model: Model, fit: str, name: str) -> Job:
-    """Return the job that enlarges a picture `factor` times.
+def superres(
+    model: Model, image: Tensor, factor: int = 2, *, steps: int | None = None,
+    sigmas: Sequence[float] | None = None, label: int | None = None, seed: int = 0,
+    fit: str = "exact",
+) -> Tensor:  # fmt: skip
+    """Return the image `factor` times as large; the means of the answer's blocks are its pixels.
 
-    A picture that has the model's size already is one that was enlarged by repeating: its block
-    means are kept. Raises UserError for a factor that does not divide the model's size.
+    An image of the model's own size is sharpened: the means of its own blocks are kept.
+    """
+    options = EditOptions(steps, sigmas, label, seed, fit)
+    return _edit(model, partial(prepare_superres, factor=factor), (image,), options)
+
+
+def colorize(
+    model: Model, image: Tensor, *, steps: int | None = None,
+    sigmas: Sequence[float] | None = None, label: int | None = None, seed: int = 0,
+    fit: str = "exact",
+) -> Tensor:  # fmt: skip
+    """Return the image, of one or three channels, with new colours; its luma stays."""
+    image = image.expand(*image.shape[:-3], 3, -1, -1) if image.shape[-3] == 1 else image
+    options = EditOptions(steps, sigmas, label, seed, fit)
+    return _edit(model, prepare_colorize, (image,), options)
+
+
+def stroke(
+    model: Model, image: Tensor, *, steps: int | None = None,
+    sigmas: Sequence[float] | None = None, label: int | None = None, seed: int = 0,
+    fit: str = "exact",
+) -> Tensor:  # fmt: skip
+    """Return a picture made of a rough painting; a higher first sigma leaves less of it."""
+    options = EditOptions(steps, sigmas, label, seed, fit)
+    return _edit(model, prepare_stroke, (image,), options)
+
+
+def denoise(
+    model: Model, image: Tensor, sigma: float | None = None, *, label: int | None = None,
+    seed: int = 0, fit: str = "exact",
+) -> Tensor:  # fmt: skip
+    """Return the image without its white noise of deviation `sigma`, estimated if None.
+
+    sigma is in the units of images in [-1, 1]: 2 / 255 is one grey level.
+    """
+    options = EditOptions(None, None, label, seed, fit)
+    prepare = partial(prepare_denoise, sigma=sigma)
+    return _edit(model, prepare, (image,), options, singly=sigma is None)
+
+
+def interpolate(
+    model: Model, start: Tensor | int, end: Tensor | int, *, frames: int = 8,
+    steps: int | None = None, sigmas: Sequence[float] | None = None, label: int | None = None,
+    seed: int = 0,
+) -> Tensor:  # fmt: skip
+    """Return `frames` images from start to end, both included: two images, or two seeds.
+
+    Between seeds the noise travels a great circle. Images (C, H, W) of the model's size are mixed
+    under the noise of `seed` at the first level.
+    """
+    if isinstance(start, int) and isinstance(end, int):
+        chosen = plan(model.preset, steps=steps, sigmas=sigmas)
+        return between_seeds(model, chosen, (start, end), frames, label)
+    if isinstance(start, int) or isinstance(end, int):
+        raise UserError("an image and a seed", "give two images, or two seeds")
+    chosen = mixing_plan(model, steps, sigmas)
+    return between_images(model, chosen, (_checked(start), _checked(end)), frames, seed, label)
+
+
+Prepare = Callable[..., PreparedEdit]
+"""`(model, images, ..., fit=, name=) -> PreparedEdit`; `name` is what messages call the images."""
+
+
+def _edit(
+    model: Model, prepare: Prepare, given: tuple[Tensor, ...], options: EditOptions,
+    *, singly: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return the edit of images and what belongs to them, all at once where that is possible."""
+    image = _checked(given[0])
+    batch = tuple(map(_batch, given))
+    if image.shape[-3] != model.preset.model.channels:
+        raise InputError(
+            f"the image has {image.shape[-3]} channels, not {model.preset.model.channels}",
+            "give an image as the model makes them",
+        )
+    seeds = range(options.seed, options.seed + len(batch[0]))
+    if singly or (options.label is None and model.preset.model.num_classes):
+        parts = list(zip(*(tensor.split(1) for tensor in batch), strict=True))
+    else:
+        parts = [batch]
+    answers, done = [], 0
+    for part in parts:
+        prepared = prepare(model, *part, fit=options.fit, name="the image")
+        chosen = prepared.plan(model, options.steps, options.sigmas)
+        some = seeds[done : done + len(part[0])]
+        label = options.label
+        if label is None:
+            label = fitting_class(model, prepared.edit, chosen, some[0])
+        answers.append(run_prepared(prepared, model, chosen, some, label))
+        done += len(some)
+    answer = torch.cat(answers)
+    return answer if image.ndim == 4 else answer[0]
+
+
+def _checked(image: Tensor) -> Tensor:
+    """Return the image. Raises InputError unless it is float and has 3 or 4 dimensions."""
+    if not image.is_floating_point():
+        raise InputError(
+            f"the image is {image.dtype}, not float in [-1, 1]", "give image / 127.5 - 1"
+        )
+    if image.ndim not in (3, 4):
+        raise InputError(f"the image is {tuple(image.shape)}", "give (C, H, W) or (B, C, H, W)")
+    return image
+
+
+def _batch(image: Tensor) -> Tensor:
+    return image if image.ndim == 4 else image[None]
+
+
+def prepare_images(
+    make: Callable[[Tensor], Edit], model: Model, images: Tensor, *, fit: str, name: str
+) -> PreparedEdit:
+    """Return the edit that `make` makes of images (B, C, H, W), on the model's device.
+
+    The images are brought to a size that the model can edit by the rule `fit`.
+    """
+    layout, x = _on_canvas(model, images, fit, name)
+    return PreparedEdit(make(x), layout, (layout.unpad(x),))
+
+
+def prepare_inpaint(
+    model: Model, images: Tensor, mask: Tensor, *, fit: str, name: str
+) -> PreparedEdit:
+    """Return the edit that makes the pixels anew where the mask (B or 1, 1, H, W) is True.
+
+    Raises InputError for a mask of another size.
+    """
+    edits.inpaint(images, ~mask)  # raises for sizes that differ, before both are cropped
+    layout, x = _on_canvas(model, images, fit, name)
+    edit = edits.inpaint(x, ~layout.place(mask).to(x.device))
+    return PreparedEdit(edit, layout, (layout.unpad(x), layout.unpad(edit.init)))
+
+
+def prepare_superres(
+    model: Model, images: Tensor, factor: int, *, fit: str, name: str
+) -> PreparedEdit:
+    """Return the edit that enlarges images `factor` times.
+
+    Images that have the model's size already count as enlarged by repeating: their block means are
+    kept. Raises UserError for a factor that does not divide the model's size.
     """
     size = model.preset.model.image_size
     if factor < 2:
         raise UserError(f"--factor {factor}", "give 2 or more")
     if fit == "exact":
         edits.block_means(torch.zeros(1, 1, *size), factor)  # the factor divides
-    if fit == "exact" and tuple(picture.shape[1:]) == size:
-        low = edits.block_means(_floats(picture[None], model), factor)
-        place = Canvas((0, 0, *size), (0, 0))
+    if fit == "exact" and tuple(images.shape[2:]) == size:
+        low = edits.block_means(images.to(model_device(model)), factor)
+        large = Canvas((0, 0, *size), (0, 0))
     else:
-        small = (-(-size[0] // factor), -(-size[1] // factor))
-        below = _place(picture, small, fit, f"{name}, to be enlarged {factor} times,")
-        low = _floats(below.laid(picture[None]), model)
-        place = below.scaled(factor)
-    given = edits.enlarged(to_uint8(low), factor).cpu()
-    return Job(edits.superres(low, factor), place, (place.taken(given),))
+        small_size = (-(-size[0] // factor), -(-size[1] // factor))
+        shown = f"{name}, to be enlarged {factor} times,"
+        small, low = _on_canvas(model, images, fit, shown, small_size)
+        large = small.scaled(factor)
+    edit = edits.superres(low, factor)
+    return PreparedEdit(edit, large, (large.unpad(edit.init),))
 
 
-def colorize_job(picture: Tensor, model: Model, fit: str, name: str) -> Job:
-    """Return the job that gives a picture new colours and keeps its luma.
+def prepare_colorize(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
+    """Return the edit that gives images new colours and keeps their luma.
 
     Raises InputError for a model of one channel.
     """
     if model.preset.model.channels != 3:
         raise InputError(f"{model.source} makes grey pictures", "give a model of colour pictures")
-    place = _place(picture, model.preset.model.image_size, fit, name)
-    laid = place.laid(picture[None])
-    gray = edits.luma(_floats(laid, model))
-    panels = (laid, to_uint8(gray).cpu().expand(1, 3, *gray.shape[2:]))
-    return Job(edits.colorize(gray), place, tuple(map(place.taken, panels)))
+    layout, x = _on_canvas(model, images, fit, name)
+    gray = edits.luma(x)
+    panels = (x, gray.expand_as(x))
+    return PreparedEdit(edits.colorize(gray), layout, tuple(map(layout.unpad, panels)))
 
 
-def stroke_job(picture: Tensor, model: Model, fit: str, name: str) -> Job:
-    """Return the job that makes a picture of a rough painting."""
-    place = _place(picture, model.preset.model.image_size, fit, name)
-    laid = place.laid(picture[None])
-    edit = edits.stroke(_floats(laid, model))
-    return Job(edit, place, (place.taken(laid),), stroke_levels(model))
+def prepare_stroke(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
+    """Return the edit that makes pictures of rough paintings."""
+    prepared = prepare_images(edits.stroke, model, images, fit=fit, name=name)
+    return replace(prepared, levels=stroke_levels(model))
 
 
-def denoise_job(picture: Tensor, sigma: float | None, model: Model, fit: str, name: str) -> Job:
-    """Return the job that takes noise of deviation `sigma` out; estimated if None.
+def prepare_denoise(
+    model: Model, images: Tensor, sigma: float | None, *, fit: str, name: str
+) -> PreparedEdit:
+    """Return the edit that takes noise of deviation `sigma` out; of one image if it is None.
 
-    sigma is in the units of images in [-1, 1]: 2 / 255 is one grey level. Raises UserError for one
-    outside the model's range.
+    Raises UserError for a sigma outside the model's range.
     """
-    place = _place(picture, model.preset.model.image_size, fit, name)
-    laid = place.laid(picture[None])
-    noisy = _floats(laid, model)
+    prepared = prepare_images(edits.denoise, model, images, fit=fit, name=name)
     low, high = model.preset.noise.sigma_min, model.preset.noise.sigma_max
     if sigma is None:
-        sigma = min(max(float(edits.estimate_sigma(noisy)), low), high)
+        sigma = min(max(float(edits.estimate_sigma(prepared.edit.init)), low), high)
     if not low <= sigma <= high:
         raise UserError(f"--sigma {sigma:g}", f"the model knows {low:g} to {high:g}")
-    return Job(edits.denoise(noisy), place, (place.taken(laid),), (sigma,))
+    return replace(prepared, levels=(sigma,))
 
 
-def do(
-    job: Job, model: Model, chosen: Plan, seeds: Sequence[int], label: int | None
-) -> tuple[Tensor, int | None]:
-    """Return the answers (n, C, h, w) uint8, one a seed, and the class that was used.
+def fitting_class(model: Model, edit: Edit, chosen: Plan, seed: int) -> int | None:
+    """Return the class that fits an edit of one image best; None for an unconditional model."""
+    return best_class(model, edit, chosen, seed) if model.preset.model.num_classes else None
 
-    A class-conditional model without `label` takes the class that fits best.
-    """
-    if label is None and model.preset.model.num_classes:
-        label = best_class(model, job.edit, chosen, seeds[0])
-    n = len(seeds)
-    edit = replace(job.edit, init=job.edit.init.expand(n, -1, -1, -1))
-    labels = None if label is None else torch.full((n,), label, device=edit.init.device)
-    result = run_edit(model, edit, chosen, seeds, labels)
-    return job.place.taken(to_uint8(result).cpu()), label
+
+def run_prepared(
+    prepared: PreparedEdit, model: Model, chosen: Plan, seeds: Sequence[int], label: int | None
+) -> Tensor:
+    """Return the answers (n, C, h, w), one a seed, of n images, or of n variations of one."""
+    init = prepared.edit.init.expand(len(seeds), -1, -1, -1)
+    labels = None if label is None else torch.full((len(seeds),), label, device=init.device)
+    result = run_edit(model, replace(prepared.edit, init=init), chosen, seeds, labels)
+    return prepared.canvas.unpad(result)
 
 
 def between_seeds(
     model: Model, chosen: Plan, seeds: tuple[int, int], frames: int, label: int | None
 ) -> Tensor:
-    """Return `frames` images (n, C, H, W) uint8 from one seed's noise to another's.
+    """Return `frames` images (n, C, H, W) from one seed's noise to another's.
 
     The first and the last are what `sample` draws from these seeds, of the class of the first.
     """
@@ -147,27 +318,35 @@ def between_seeds(
     labels = None if label is None else torch.full((frames,), label)
     images = generate(
         model.f, model.preset, chosen, range(frames), labels=labels, batch=frames,
-        device=str(_device(model)), noise=path,
+        device=str(model_device(model)), noise=path,
     )  # fmt: skip
-    return to_uint8(torch.cat(list(images))).cpu()
+    return torch.cat(list(images))
 
 
-def between_pictures(
-    model: Model, chosen: Plan, pictures: tuple[Tensor, Tensor], frames: int, seed: int,
+def between_images(
+    model: Model, chosen: Plan, images: tuple[Tensor, Tensor], frames: int, seed: int,
     label: int | None,
 ) -> Tensor:  # fmt: skip
-    """Return `frames` images (n, C, H, W) uint8 from one picture (C, H, W) uint8 to another.
+    """Return `frames` images (n, C, H, W) from one image (C, H, W) to another.
 
     Both are noised alike to the first level, mixed there, and denoised (Ho et al. 2020, sec. 4.4):
-    a high level mixes what they show, a low one their pixels.
+    a high level mixes what they show, a low one their pixels. Raises InputError for images that
+    have not the model's size.
     """
-    ends = [_floats(picture[None], model) for picture in pictures]
-    weights = torch.linspace(0, 1, frames, device=ends[0].device).reshape(-1, 1, 1, 1)
-    edit = edits.stroke((1 - weights) * ends[0] + weights * ends[1])
-    if label is None and model.preset.model.num_classes:
-        label = best_class(model, edits.stroke(ends[0]), chosen, seed)
-    labels = None if label is None else torch.full((frames,), label, device=ends[0].device)
-    return to_uint8(run_edit(model, edit, chosen, [seed] * frames, labels)).cpu()
+    for image in images:
+        _on_canvas(model, image[None], "exact", "the image")
+    start, end = (image[None].to(model_device(model)) for image in images)
+    weights = torch.linspace(0, 1, frames, device=start.device).reshape(-1, 1, 1, 1)
+    edit = edits.stroke((1 - weights) * start + weights * end)
+    if label is None:
+        label = fitting_class(model, edits.stroke(start), chosen, seed)
+    labels = None if label is None else torch.full((frames,), label, device=start.device)
+    return run_edit(model, edit, chosen, [seed] * frames, labels)
+
+
+def mixing_plan(model: Model, steps: int | None, sigmas: Sequence[float] | None) -> Plan:
+    """Return the levels at which images are mixed: those given, else those of strokes."""
+    return edit_plan(model.preset, steps=steps, sigmas=sigmas, default=stroke_levels(model))
 
 
 def stroke_levels(model: Model) -> tuple[float, ...]:
@@ -183,15 +362,10 @@ def stroke_levels(model: Model) -> tuple[float, ...]:
     return tuple(sorted(near, reverse=True))
 
 
-def _place(picture: Tensor, size: tuple[int, int], fit: str, name: str) -> Canvas:
-    h, w = picture.shape[1:]
-    return canvas(h, w, size, fit, name)
-
-
-def _floats(images: Tensor, model: Model) -> Tensor:
-    """Return uint8 images in [-1, 1] on the model's device."""
-    return from_uint8(images).to(_device(model))
-
-
-def _device(model: Model) -> torch.device:
-    return next(model.f.parameters()).device
+def _on_canvas(
+    model: Model, images: Tensor, fit: str, name: str, size: tuple[int, int] | None = None
+) -> tuple[Canvas, Tensor]:
+    """Return how images are brought to `size`, that of the model, and the images so brought."""
+    h, w = images.shape[2:]
+    found = canvas(h, w, size or model.preset.model.image_size, fit, name)
+    return found, found.place(images).to(model_device(model))

@@ -1,6 +1,6 @@
-"""What the user can put right. Every other exception is a bug and ends in a traceback.
+"""Errors that the user can fix. Every other exception is a bug and ends in a traceback.
 
-The classes are the exit codes of the command line; nothing here imports anything of cmtool.
+Each class is an exit code of the command line. This file imports nothing of cmtool.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from typing import ClassVar
 
 
 class UserError(Exception):
-    """Wrong usage or configuration: `what` names the bad value, `hint` the remedy."""
+    """Wrong usage or configuration: `what` names the bad value, `hint` says what to do."""
 
     exit_code: ClassVar[int] = 2
     rank: int | None = None
-    """Which of several processes met it, where only one did."""
+    """The process that met the error, if only one of several did."""
 
     def __init__(self, what: str, hint: str = "") -> None:
         super().__init__(what)
         self.what = what
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # for users of the Python API, who see a traceback
 
 
 class InputError(UserError):
@@ -37,7 +39,7 @@ class MissingError(UserError):
 
 
 class ResourceError(UserError):
-    """The machine ran out of something: memory, disk, time."""
+    """The machine has too little of something: memory, disk, time."""
 
     exit_code = 5
 
@@ -55,7 +57,7 @@ class BusyError(UserError):
 
 
 class ThresholdError(UserError):
-    """A threshold the user asked for was not met."""
+    """A value did not meet the threshold that the user gave."""
 
     exit_code = 8
 
@@ -69,13 +71,13 @@ class Stopped(UserError):
 
 
 class Paused(UserError):
-    """The work stopped on purpose, with everything saved, and can go on."""
+    """The work stopped on purpose, after everything was saved. It can be resumed."""
 
     exit_code = 75
 
 
 def nearest(bad: str, good: Iterable[str]) -> str:
-    """Return "did you mean X? " when a good name is close to the bad one, then the good names."""
+    """Return a hint: "did you mean X?" if a good name is close to the bad one, then all names."""
     names = sorted(good)
     close = difflib.get_close_matches(bad, names, n=1, cutoff=0.5)
     lead = f"did you mean {close[0]!r}? " if close else ""
@@ -83,7 +85,7 @@ def nearest(bad: str, good: Iterable[str]) -> str:
 
 
 def is_full(error: Exception) -> bool:
-    """Tell whether an error of a write means that the disk, or a quota, is full."""
+    """Tell whether an error means that the disk, or a quota of it, is full."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in full or any(
         f"os error {n})" in str(error) for n in full

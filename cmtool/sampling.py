@@ -1,9 +1,12 @@
-"""From a model and seeds to images: what sample, edit, eval and training runs all do."""
+"""From a model and seeds to images: what sample, edit, eval and training runs all do.
+
+`sample` is `cmtool.sample` in Python; the rest is what it and the commands are made of.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -33,7 +36,7 @@ from cmtool.system.devices import autocast
 
 PUBLISHED_GRID = 40
 CHUNK_PIXELS, MAX_CHUNK = 4096, 16
-"""On a CPU the network sees as many images at once as make so many pixels: the quickest too."""
+"""Most pixels, and most images, that the network sees at once on a CPU: this is quickest."""
 
 
 class Plan(NamedTuple):
@@ -42,7 +45,7 @@ class Plan(NamedTuple):
     sampler: Choice
     sigmas: tuple[float, ...]
     precision: str = "fp32"
-    """Of the network; noise, scalings and what the sampler keeps are float32 or better."""
+    """Precision of the network; noise, scalings and the sampler's state are float32 or better."""
 
     @property
     def evaluations(self) -> int:
@@ -57,11 +60,11 @@ def plan(
     steps: int | None = None,
     sigmas: Sequence[float] | None = None,
 ) -> Plan:
-    """Return how to sample a model: what is given, else what its preset says.
+    """Return how to sample a model: by what is given, else by what its preset says.
 
     Levels for n steps are the preset's tuned ones if it has them, else a Karras grid for a
     teacher and levels of the training grid for a consistency model. Raises UserError for a
-    sampler that is not of this kind of model, and for levels it never saw.
+    sampler that does not suit this kind of model, and for levels that the model never saw.
     """
     chosen = sampler or preset.sample.sampler
     if chosen.name not in SAMPLERS:
@@ -114,7 +117,7 @@ def check_known(preset: Card, sigmas: Sequence[float]) -> None:
     if max(sigmas, default=0) > preset.noise.sigma_max:
         raise UserError(
             f"noise level {max(sigmas):g} is above the model's {preset.noise.sigma_max:g}",
-            "the model never saw so much noise: lower it",
+            "the model never saw so much noise: lower the level",
         )
     check_levels(sigmas, preset.noise.sigma_min)
 
@@ -151,7 +154,7 @@ def trained_levels(preset: Card, n: int) -> list[float]:
 
 
 def grid_size(preset: Card) -> int:
-    """Return the points of the grid a consistency model was trained on; 40 where nobody knows."""
+    """Return the points of the grid a consistency model was trained on; 40 if it is unknown."""
     if preset.sample.grid is not None:
         return preset.sample.grid
     if isinstance(preset, Preset):
@@ -196,14 +199,74 @@ def steady(f: Denoiser, size: tuple[int, int], device: torch.device | str) -> De
 def _finite(x0: Tensor) -> Tensor:
     """Return images as they are. Raises InputError for values that are not finite.
 
-    As a picture they would be black, and say nothing.
+    Without the error they would become black pictures.
     """
     if not bool(torch.isfinite(x0).all()):
         raise InputError(
             "the model makes values that are not finite",
-            "it diverged: take an earlier one; or fp16 is not enough for it",
+            "the model diverged: use an earlier checkpoint; or use --precision fp32",
         )
     return x0
+
+
+def sample(
+    model: Model,
+    seeds: Iterable[int],
+    *,
+    steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    labels: int | Sequence[int] | Tensor | None = None,
+) -> Tensor:
+    """Return images (N, C, H, W) in [-1, 1], one a seed: those that `cmtool sample` draws.
+
+    `steps` or `sigmas` choose the noise levels, by default the model's preset does. `labels` are
+    one class, or one a seed; without them a class-conditional model draws each image's class from
+    its seed. Raises UserError for levels and classes the model does not know.
+    """
+    numbers = list(seeds)
+    chosen = plan(model.preset, steps=steps, sigmas=sigmas)
+    classes = None if labels is None else torch.as_tensor(labels).reshape(-1)
+    if classes is not None:
+        check_classes(classes.tolist(), len(numbers), model.preset.model.num_classes)
+        classes = classes.expand(len(numbers))
+    device = str(model_device(model))
+    images = generate(model.f, model.preset, chosen, numbers, labels=classes, device=device)
+    return torch.cat(list(images)).clamp(-1, 1)
+
+
+def check_classes(classes: Sequence[int], num_images: int, num_classes: int) -> None:
+    """Raise UserError unless there is one class, or one an image, and the model knows them all."""
+    for index in classes:
+        if not num_classes:
+            raise UserError(f"class {index} for an unconditional model", "leave the class out")
+        if not 0 <= index < num_classes:
+            raise UserError(f"no class {index}", f"the model knows 0 to {num_classes - 1}")
+    if len(classes) not in (1, num_images):
+        raise UserError(
+            f"{len(classes)} classes for {num_images} seeds", "give one class, or one per seed"
+        )
+
+
+def model_device(model: Model) -> torch.device:
+    """Return the device that a model is on."""
+    return next(model.f.parameters()).device
+
+
+def provenance(model: Model, chosen: Plan) -> dict[str, str]:
+    """Return what a PNG says of how it was sampled, without its seed and class."""
+    options = ",".join(f"{key}={value}" for key, value in chosen.sampler.options.items())
+    return {
+        "cmtool:model": model.sha256,
+        "cmtool:weights": model.weights,
+        "cmtool:sampler": f"{chosen.sampler.name}({options})" if options else chosen.sampler.name,
+        "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)),
+        **precision_info(chosen),
+    }
+
+
+def precision_info(chosen: Plan) -> dict[str, str]:
+    """Return what a PNG says of the precision: nothing of fp32, which is the default."""
+    return {} if chosen.precision == "fp32" else {"cmtool:precision": chosen.precision}
 
 
 @torch.no_grad()
@@ -222,7 +285,7 @@ def generate(
     """Yield images (B, C, H, W) in [-1, 1] for consecutive batches of seeds.
 
     An image is a function of its seed, its label and the plan. Without `labels` a conditional
-    model draws each image's class from its seed. `noise` stands in for the seeds' own. Raises
+    model draws each image's class from its seed. `noise` replaces the noise of the seeds. Raises
     InputError for values that are not finite.
     """
     denoiser = computing_in(f, chosen.precision, device)

@@ -19,7 +19,7 @@ ONE_IMPORTER = {
     "PIL": "data/images.py",
     "tomlkit": "presets/toml.py",
     "msgpack": "formats/jcm_msgpack.py",
-    "lmdb": "data/sources.py",
+    "lmdb": "data/lsun.py",
     "matplotlib": "training/plots.py",
     "jinja2": "training/report.py",
     "filelock": "training/folder.py",

@@ -1,4 +1,4 @@
-"""The command line: argv in, one call of the package, results out. Torch is imported in bodies."""
+"""The command line: it turns argv into one call of the package. Functions import torch late."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Print the version and end."
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
     pass
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    """Leave in order, without half-written files; a training run takes signals itself."""
+    """Raise Stopped: no file is left half written. A training run handles signals itself."""
     raise Stopped(f"stopped by signal {number}", "", number)
 
 
@@ -90,12 +90,12 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         if is_full(error):
             say(f"error: no room on the disk for {error.filename or 'the output'}")
-            say("hint: free some")
+            say("hint: free disk space")
             sys.exit(ResourceError.exit_code)
         if error.filename is None:
             raise
         say(f"error: {error.strerror}: {error.filename}")
-        say("hint: check the path and its rights")
+        say("hint: check the path and its permissions")
         sys.exit(InputError.exit_code)
     except UserError as error:
         mine = error.rank is not None and "WORLD_SIZE" in os.environ

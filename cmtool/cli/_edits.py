@@ -1,19 +1,28 @@
-"""What the edit commands share: pictures in, one edit of each, pictures out."""
+"""What the edit commands share: their options, pictures in, one edit of each, pictures out."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
 
 from cmtool.cli._options import (
-    check_class,
+    Checkpoint,
+    Device,
+    ModelPreset,
+    NoMetadata,
+    Precision,
+    Sigmas,
+    Steps,
+    Weights,
     parse_sigmas,
     pick_device,
     pick_model,
     pick_precision,
-    precision_info,
 )
 from cmtool.cli._output import (
     check_free,
@@ -29,86 +38,209 @@ from cmtool.errors import InputError, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cmtool.editing import Job
+    from cmtool.editing import PreparedEdit
     from cmtool.models import Model
+    from cmtool.sampling import Plan
+
+Prepare = Callable[..., "PreparedEdit"]
+"""`(model, images, *, fit, name) -> PreparedEdit`, of images (1, C, H, W) in [-1, 1]."""
 
 
-class Common(NamedTuple):
-    """What every edit of pictures is told."""
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options of every edit: the model, how it runs, and what may be overwritten."""
 
-    images: list[str] | None
-    checkpoint: str | None
-    steps: int | None
-    sigmas: str | None
-    class_: int | None
-    seed: int
-    variations: int
-    fit: str
-    compare: bool
-    out: str
-    overwrite: bool
-    no_metadata: bool
-    weights: str
-    preset: str | None
-    device: str
-    precision: str
+    checkpoint: Checkpoint = None
+    steps: Steps = None
+    sigmas: Sigmas = None
+    class_: Annotated[
+        int | None,
+        typer.Option(
+            "--class", help="Class of a conditional model. Default: the class that fits best."
+        ),
+    ] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False
+    no_metadata: NoMetadata = False
+    weights: Weights = "ema"
+    preset: ModelPreset = None
+    device: Device = "auto"
+    precision: Precision = "fp32"
 
+    def load(self) -> tuple[Model, str]:
+        """Return the model and the precision to run it in. Raises UserError, InputError."""
+        from cmtool.sampling import check_classes
 
-MakeJob = Callable[["Tensor", "Model", str], "Job"]
-"""`(picture, model, name) -> Job`."""
-
-
-def edit_all(name: str, make_job: MakeJob, common: Common) -> None:
-    """Run one edit on every picture; everything is checked before the first is made."""
-    levels = parse_sigmas(common.sigmas)
-    sources = common.images or ["-"]
-    contents = {source: read_input(source) for source in sources}
-    target = target_of(common.out, common.overwrite, (".png",))
-    if len(sources) > 1 and is_one_file(common.out):
-        raise UserError(f"{len(sources)} pictures and --out {common.out}", "give a folder")
-    seeds = [common.seed + i for i in range(common.variations)]
-    names = {source: _names(source, len(seeds)) for source in sources}
-    every = [n for group in names.values() for n in group]
-    if len(set(every)) < len(every):
-        raise UserError("two pictures of one name", "their answers would be one file: rename one")
-
-    from cmtool.data.images import read_image
-    from cmtool.editing import do
-    from cmtool.sampling import edit_plan
-
-    where = pick_device(common.device)
-    precision = pick_precision(common.precision, where)
-    pictures = {s: read_image(c, _shown(s)) for s, c in contents.items()}
-    model = pick_model(
-        common.checkpoint, common.weights, where, kind="consistency", preset=common.preset
-    )
-    check_class(common.class_, model.preset.model.num_classes)
-    if model.preset.model.channels == 1:
-        pictures = {s: read_image(c, _shown(s), mode="L") for s, c in contents.items()}
-    jobs = {
-        source: make_job(picture, model, _shown(source)) for source, picture in pictures.items()
-    }
-    if target is not None and not is_one_file(common.out):
-        for group in names.values():
-            for file in group:
-                check_free(target / file, common.overwrite)
-    for source, job in jobs.items():
-        chosen = edit_plan(model.preset, steps=common.steps, sigmas=levels, default=job.levels)
-        chosen = chosen._replace(precision=precision)
-        answers, label = do(job, model, chosen, seeds, common.class_)
-        if label is not None and common.class_ is None:
-            say(f"{_shown(source)}: class {label} fits best; choose with --class")
-        about = {} if common.no_metadata else {
-            "cmtool:edit": name, "cmtool:model": model.sha256, "cmtool:weights": model.weights,
-            "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)), "cmtool:seed": str(common.seed),
-            **precision_info(chosen),
-        }  # fmt: skip
-        if label is not None and about:
-            about["cmtool:class"] = str(label)
-        before = [panel[0] for panel in job.panels] if common.compare else []
-        write_answers(
-            common.out, target, names[source], list(answers), about, common.overwrite, before
+        where = pick_device(self.device)
+        precision = pick_precision(self.precision, where)
+        model = pick_model(
+            self.checkpoint, self.weights, where, kind="consistency", preset=self.preset
         )
+        if self.class_ is not None:
+            check_classes([self.class_], 1, model.preset.model.num_classes)
+        return model, precision
+
+
+@dataclass(frozen=True)
+class EditOptions(ModelOptions):
+    """Options of the edits of single pictures."""
+
+    images: Annotated[
+        list[str] | None, typer.Argument(help="Pictures; - or nothing in a pipe is stdin.")
+    ] = None
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the noise. Another seed gives another answer.")
+    ] = 0
+    variations: Annotated[
+        int, typer.Option(min=1, help="Answers per picture, from seeds --seed, --seed + 1, ...")
+    ] = 1
+    fit: Annotated[
+        str,
+        typer.Option(
+            help="What to do with a picture of another size: exact refuses it, crop takes its"
+            " centre, pad fills it up, tile works in overlapping tiles."
+        ),
+    ] = "exact"
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Show what was given, what the model saw, and the answer."),
+    ] = False
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out", "-o", help="A .png, a folder (one file per answer), or - for stdout."
+        ),
+    ] = "-"
+
+
+class Output(NamedTuple):
+    """Where answers go: `target` is None for stdout."""
+
+    out: str
+    target: Path | None
+    overwrite: bool
+
+    def check(self, names: list[str]) -> None:
+        """Raise UserError for a file in the folder that exists and may not be overwritten."""
+        if self.target is not None and not is_one_file(self.out):
+            for name in names:
+                check_free(self.target / name, self.overwrite)
+
+    def write(
+        self, names: list[str], answers: Tensor, about: dict[str, str], before: list[Tensor]
+    ) -> None:
+        """Write answers (n, C, H, W) uint8 beside each other, or into a folder, a file each.
+
+        The pictures `before` stand to the left of the answers. Prints what was written.
+        """
+        from cmtool.data.images import png_bytes, row
+        from cmtool.system.files import write_atomic
+
+        if is_one_file(self.out):
+            content = png_bytes(row([*before, *answers]), about)
+            if self.target is None:
+                emit_bytes(content)
+            else:
+                write_atomic(self.target, content)
+                emit(self.out)
+            return
+        assert self.target is not None
+        for name, answer in zip(names, answers, strict=True):
+            check_free(self.target / name, self.overwrite)
+            write_atomic(self.target / name, png_bytes(row([*before, answer]), about))
+            emit(str(self.target / name))
+
+    def write_frames(self, frames: Tensor, about: dict[str, str]) -> None:
+        """Write frames (n, C, H, W) uint8 as an animation, if that is asked for, or as answers."""
+        from cmtool.data.images import ANIMATIONS, animation_bytes
+        from cmtool.system.files import write_atomic
+
+        if self.target is not None and self.target.suffix.lower() in ANIMATIONS:
+            write_atomic(self.target, animation_bytes(frames, self.target.suffix.lower()))
+            emit(self.out)
+        else:
+            self.write([f"frame{i:04d}.png" for i in range(len(frames))], frames, about, [])
+
+
+def edit_pictures(name: str, row: Callable[..., Prepare], options: EditOptions, **own: Any) -> None:
+    """Run one edit on every picture; everything is checked before the first answer is made."""
+    sigmas = parse_sigmas(options.sigmas)
+    sources = options.images or ["-"]
+    contents = {source: read_input(source) for source in sources}
+    output = open_output(options.out, options.overwrite, (".png",))
+    if len(sources) > 1 and is_one_file(options.out):
+        raise UserError(f"{len(sources)} pictures and --out {options.out}", "give a folder")
+    names = _answer_names(sources, options.variations)
+    prepare = row(**own)
+
+    from cmtool.data.images import from_uint8, read_image, to_uint8
+    from cmtool.editing import fitting_class, run_prepared
+
+    pictures = {source: read_image(contents[source], _shown(source)) for source in names}
+    model, precision = options.load()
+    if model.preset.model.channels == 1:
+        pictures = {source: read_image(contents[source], _shown(source), "L") for source in names}
+    prepared = {
+        source: prepare(model, from_uint8(picture[None]), fit=options.fit, name=_shown(source))
+        for source, picture in pictures.items()
+    }
+    for group in names.values():
+        output.check(group)
+    seeds = range(options.seed, options.seed + options.variations)
+    for source, edit in prepared.items():
+        chosen = edit.plan(model, options.steps, sigmas)._replace(precision=precision)
+        label = options.class_
+        if label is None:
+            label = fitting_class(model, edit.edit, chosen, options.seed)
+            if label is not None:
+                say(f"{_shown(source)}: class {label} fits best; choose with --class")
+        answers = to_uint8(run_prepared(edit, model, chosen, seeds, label)).cpu()
+        about = {} if options.no_metadata else _about(name, model, chosen, options.seed, label)
+        panels = edit.panels if options.compare else ()
+        output.write(names[source], answers, about, [to_uint8(p[0]).cpu() for p in panels])
+
+
+def _about(name: str, model: Model, chosen: Plan, seed: int, label: int | None) -> dict[str, str]:
+    """Return what a PNG says of how it was made."""
+    from cmtool.sampling import precision_info
+
+    about = {
+        "cmtool:edit": name, "cmtool:model": model.sha256, "cmtool:weights": model.weights,
+        "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)), "cmtool:seed": str(seed),
+        **precision_info(chosen),
+    }  # fmt: skip
+    return about if label is None else {**about, "cmtool:class": str(label)}
+
+
+def interpolate_between(
+    options: ModelOptions, images: list[str], ends: list[int], frames: int, seed: int, out: str
+) -> None:
+    """Write the pictures between two images, or between two seeds."""
+    sigmas = parse_sigmas(options.sigmas)
+    output = open_output(out, options.overwrite, (".png", ".gif", ".webp"))
+
+    from cmtool.data.images import canvas, from_uint8, read_image, to_uint8
+    from cmtool.editing import between_images, between_seeds, mixing_plan
+    from cmtool.sampling import plan, precision_info
+
+    pictures = [read_image(read_input(image), image) for image in images]
+    model, precision = options.load()
+    if pictures:
+        for picture, name in zip(pictures, images, strict=True):
+            h, w = picture.shape[1:]
+            canvas(h, w, model.preset.model.image_size, "exact", name)
+        chosen = mixing_plan(model, options.steps, sigmas)._replace(precision=precision)
+        start, end = map(from_uint8, pictures)
+        drawn = between_images(model, chosen, (start, end), frames, seed, options.class_)
+    else:
+        chosen = plan(model.preset, steps=options.steps, sigmas=sigmas)
+        chosen = chosen._replace(precision=precision)
+        drawn = between_seeds(model, chosen, (ends[0], ends[1]), frames, options.class_)
+    about = {
+        "cmtool:edit": "interpolate", "cmtool:model": model.sha256,
+        "cmtool:ends": ",".join(images or map(str, ends)),
+        "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)), **precision_info(chosen),
+    }  # fmt: skip
+    output.write_frames(to_uint8(drawn).cpu(), {} if options.no_metadata else about)
 
 
 def box_mask(box: str, h: int, w: int) -> Tensor:
@@ -128,7 +260,7 @@ def box_mask(box: str, h: int, w: int) -> Tensor:
 
 
 def read_input(image: str) -> bytes:
-    """Return the bytes of the picture. Raises InputError when there are none."""
+    """Return the bytes of a picture. Raises InputError when there are none."""
     if image != "-":
         path = Path(image)
         if not path.is_file():
@@ -146,17 +278,24 @@ def _shown(source: str) -> str:
     return "the image on stdin" if source == "-" else source
 
 
-def _names(source: str, answers: int) -> list[str]:
-    """Return the file names of a picture's answers in a folder."""
-    stem = "edited" if source == "-" else Path(source).stem
-    return [f"{stem}.png"] if answers == 1 else [f"{stem}-{i}.png" for i in range(answers)]
+def _answer_names(sources: list[str], variations: int) -> dict[str, list[str]]:
+    """Return the file names of each picture's answers. Raises UserError for a name that repeats."""
+    names, every = {}, []
+    for source in sources:
+        stem = "edited" if source == "-" else Path(source).stem
+        numbered = [f"{stem}-{i}.png" for i in range(variations)]
+        names[source] = [f"{stem}.png"] if variations == 1 else numbered
+        every += names[source]
+    if len(set(every)) < len(every):
+        raise UserError("two pictures of one name", "their answers would be one file: rename one")
+    return names
 
 
-def target_of(out: str, overwrite: bool, endings: tuple[str, ...]) -> Path | None:
-    """Return where answers go, None for stdout; it is there, and may be written to."""
+def open_output(out: str, overwrite: bool, endings: tuple[str, ...]) -> Output:
+    """Return where answers go; its folder is there, and may be written to."""
     if out == "-":
         refuse_terminal()
-        return None
+        return Output(out, None, overwrite)
     target = Path(out)
     suffix = target.suffix.lower()
     if suffix in endings:
@@ -166,35 +305,4 @@ def target_of(out: str, overwrite: bool, endings: tuple[str, ...]) -> Path | Non
         raise UserError(f"--out {out}", f"give a folder, or a file ending in {', '.join(endings)}")
     else:
         make_folder(target)
-    return target
-
-
-def write_answers(
-    out: str,
-    target: Path | None,
-    names: list[str],
-    answers: list[Tensor],
-    about: dict[str, str],
-    overwrite: bool,
-    before: list[Tensor] | None = None,
-) -> None:
-    """Write answers (C, H, W) uint8 beside each other, or into a folder a file each.
-
-    The pictures `before` stand to the left of the answers. Prints what was written.
-    """
-    from cmtool.data.images import png_bytes, row
-    from cmtool.system.files import write_atomic
-
-    if is_one_file(out):
-        content = png_bytes(row([*(before or []), *answers]), about)
-        if target is None:
-            emit_bytes(content)
-        else:
-            write_atomic(target, content)
-            emit(out)
-        return
-    assert target is not None
-    for name, answer in zip(names, answers, strict=True):
-        check_free(target / name, overwrite)
-        write_atomic(target / name, png_bytes(row([*(before or []), answer]), about))
-        emit(str(target / name))
+    return Output(out, target, overwrite)

@@ -1,11 +1,13 @@
-"""What commands share: options, seeds, and the model, device and levels by default."""
+"""What commands share: their options, and what is chosen where an option is left out."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,62 +30,100 @@ Checkpoint = Annotated[
     ),
 ]
 Weights = Annotated[
-    str, typer.Option(help="Which weights of a checkpoint: ema, model, target, ema-NAME.")
+    str, typer.Option(help="Weights of a checkpoint to use: ema, model, target, ema-NAME.")
 ]
 Device = Annotated[
-    str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
+    str,
+    typer.Option(help="Device: cpu, cuda, cuda:1, ..., or auto, which is a GPU if there is one."),
 ]
 Precision = Annotated[
     str,
     typer.Option(
-        help="Of the network: fp32, bf16, fp16, or auto: bf16 where the device computes in it."
-        " Halves are quicker, and an image differs a little between precisions."
+        help="Precision of the network: fp32, bf16, fp16, or auto, which is bf16 where the device"
+        " computes in it. bf16 and fp16 are faster; images differ a little between precisions."
     ),
 ]
 Seeds = Annotated[str, typer.Option(help="Seeds, one per image: 0-15, or 3,7,10-12.")]
 Sigmas = Annotated[
     str | None, typer.Option(help="Noise levels from high to low, for example 80,0.8.")
 ]
-FirstSeed = Annotated[int, typer.Option(min=0, help="Seed of a model's first image.")]
+FirstSeed = Annotated[int, typer.Option(min=0, help="Seed of the first image that is drawn.")]
 Steps = Annotated[
-    int | None, typer.Option(min=1, help="Number of steps; levels come from the model's preset.")
+    int | None,
+    typer.Option(min=1, help="Number of steps. The model's preset has the noise levels."),
 ]
 Indices = Annotated[
     str | None,
-    typer.Option("--ts", help="The paper's indices instead of levels: 0,22,39 ends at the last."),
+    typer.Option(
+        "--ts",
+        help="Noise levels by the paper's indices: 0,22,39. The last index is the clean image.",
+    ),
 ]
 Grid = Annotated[
-    int | None, typer.Option("--grid", help="Points of the grid --ts counts on; the model's own.")
+    int | None,
+    typer.Option(
+        "--grid", help="Points of the grid that --ts counts on. Default: the model's own grid."
+    ),
 ]
 Sampler = Annotated[
     str | None,
     typer.Option(
-        help="multistep; for a teacher heun, euler, dpm2, dpmpp_2m, ancestral, stochastic_heun."
+        help="multistep for a consistency model; heun, euler, dpm2, dpmpp_2m, ancestral or"
+        " stochastic_heun for a teacher."
     ),
 ]
 SamplerOptions = Annotated[
     list[str] | None,
     typer.Option("--set", help="An option of the sampler, such as s_churn=40; repeatable."),
 ]
-ClassIndex = Annotated[int | None, typer.Option("--class", help="Class index for every image.")]
-Batch = Annotated[int, typer.Option(min=1, help="Images per network call; changes no result.")]
+Batch = Annotated[
+    int, typer.Option(min=1, help="Images per network call. It does not change the images.")
+]
 ModelPreset = Annotated[
     str | None,
     typer.Option(
         "--preset",
-        help="Preset that says what a foreign file cannot: image size, kind, head width.",
+        help="Preset with what a file from elsewhere does not say: image size, kind, head width.",
     ),
 ]
 KindOption = Annotated[
-    str | None, typer.Option("--kind", help="teacher or consistency, if the file does not say.")
+    str | None,
+    typer.Option("--kind", help="teacher or consistency, for a file that does not say it."),
 ]
 NoMetadata = Annotated[
-    bool, typer.Option("--no-metadata", help="Do not write into a PNG how it was made.")
+    bool, typer.Option("--no-metadata", help="Do not write into the PNG how it was made.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 MAX_SEEDS = 10_000_000
+
+
+def with_options(
+    run: Callable[..., None],
+    options: type[Any],
+    own: Callable[..., Any] | None = None,
+    without: Collection[str] = (),
+) -> Callable[..., None]:
+    """Return a command with the options of a dataclass, and with the parameters of a function.
+
+    So commands share options that are declared once. The command calls `run`, with an instance of
+    the dataclass and with what its own options were set to: the parameters of `own`, else those of
+    `run` itself. Names in `without` are no options of the command, and keep their defaults.
+    """
+    own = own or run
+    signature = inspect.signature(own, eval_str=True)
+    mine = [p for p in signature.parameters.values() if p.name != "options"]
+    shared = inspect.signature(options, eval_str=True).parameters.values()
+
+    def command(**given: Any) -> None:
+        values = {parameter.name: given.pop(parameter.name) for parameter in mine}
+        run(options(**given), **values)
+
+    every = [*mine, *(p for p in shared if p.name not in without)]
+    command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    command.__doc__ = own.__doc__
+    return command
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -115,10 +155,10 @@ def parse_sigmas(text: str | None) -> list[float] | None:
 
 
 def pick_device(name: str) -> str:
-    """Return the device to use; of several processes on a machine each gets a GPU of its own.
+    """Return the device to use; each process on a machine gets a GPU of its own.
 
-    Raises UserError for a device that is not there or not for all of them, ResourceError for too
-    few GPUs; the first process on each machine says it.
+    Raises UserError for a device that is missing or that cannot serve all processes, ResourceError
+    for too few GPUs. Only the first process of each machine reports it.
     """
     with importing_torch():
         import torch
@@ -139,7 +179,7 @@ def pick_device(name: str) -> str:
 def own_device(name: str, num_gpus: int, local_rank: int, local_size: int) -> str:
     """Return the device that --device means for one of `local_size` processes on a machine.
 
-    Raises UserError for one GPU for all of them, ResourceError where there are fewer.
+    Raises UserError for one GPU named for several processes, ResourceError for too few GPUs.
     """
     if name == "auto":
         name = "cuda" if num_gpus else "cpu"
@@ -147,12 +187,13 @@ def own_device(name: str, num_gpus: int, local_rank: int, local_size: int) -> st
         return name
     if name != "cuda":
         raise UserError(
-            f"--device {name} for {local_size} processes", "give cuda, and each takes its own GPU"
+            f"--device {name} for {local_size} processes",
+            "give cuda: each process takes its own GPU",
         )
     if local_size > num_gpus:
         raise ResourceError(
             f"{local_size} processes on a machine with {num_gpus} GPUs",
-            f"torchrun --nproc-per-node {num_gpus}, and --accumulate for what they did together"
+            f"torchrun --nproc-per-node {num_gpus}, and --accumulate to keep the batch"
             if num_gpus
             else "use --device cpu",
         )
@@ -160,13 +201,13 @@ def own_device(name: str, num_gpus: int, local_rank: int, local_size: int) -> st
 
 
 def _check_device(name: str) -> None:
-    """Make a device this process's own, if it is a GPU. Raises UserError if it is not there."""
+    """Check that a device works, and make a GPU this process's own. Raises UserError."""
     import torch
 
     try:
         torch.empty(0, device=name)
         if name.startswith("cuda:"):
-            torch.cuda.set_device(name)  # NCCL's too
+            torch.cuda.set_device(name)  # NCCL uses it too
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -185,11 +226,6 @@ def pick_precision(name: str, device: str) -> str:
     return name
 
 
-def precision_info(chosen: Plan) -> dict[str, str]:
-    """Return what a PNG says of the precision: nothing of fp32, which is what one is drawn in."""
-    return {} if chosen.precision == "fp32" else {"cmtool:precision": chosen.precision}
-
-
 def parse_kind(text: str | None) -> Kind | None:
     """Return the kind of --kind. Raises UserError."""
     match text:
@@ -199,7 +235,7 @@ def parse_kind(text: str | None) -> Kind | None:
 
 
 def tell_notes(model: Model) -> None:
-    """Say what had to be assumed about a model."""
+    """Print what had to be assumed about a model."""
     for note in model.notes:
         say(f"note: {note}")
 
@@ -215,8 +251,8 @@ def pick_model(
 ) -> Model:
     """Return the model of --checkpoint, else of the newest finished run, else the bundled one.
 
-    Only a model of `kind` is good, if given; `said` and `preset` are the user's --kind and
-    --preset.
+    `said` and `preset` are the user's --kind and --preset. Raises InputError for a model that is
+    not of `kind`, if given.
     """
     from cmtool.models import load_model
 
@@ -243,7 +279,7 @@ def pick_plan(
     ts: str | None = None,
     grid: int | None = None,
 ) -> Plan:
-    """Return how to sample a model by what the command line says. Raises UserError."""
+    """Return the sampler and the levels that the command line asks for. Raises UserError."""
     from cmtool.presets.schema import Choice
     from cmtool.presets.toml import parse_override
     from cmtool.sampling import indexed_levels, plan
@@ -251,10 +287,12 @@ def pick_plan(
     levels = parse_sigmas(sigmas)
     if ts is not None:
         if levels is not None or steps is not None:
-            raise UserError(f"--ts {ts} and another choice of levels", "give one of them")
+            raise UserError(f"--ts {ts} and another choice of levels", "give only one of them")
         levels = indexed_levels(model.preset, _parse_indices(ts), grid)
     elif grid is not None:
-        raise UserError(f"--grid {grid} without --ts", "indices count on a grid: give --ts too")
+        raise UserError(
+            f"--grid {grid} without --ts", "--grid is the grid of the indices: give --ts too"
+        )
     given = dict(map(parse_override, options or []))
     own = model.preset.sample.sampler
     name = sampler or own.name
@@ -286,13 +324,3 @@ def newest_run(kind: Kind | None = None) -> str | None:
         if made is not None and kind in (None, made):
             return str(status.parent)
     return None
-
-
-def check_class(index: int | None, num_classes: int) -> None:
-    """Raise UserError for a class the model does not know."""
-    if index is None:
-        return
-    if not num_classes:
-        raise UserError(f"--class {index} given to an unconditional model", "leave --class out")
-    if not 0 <= index < num_classes:
-        raise UserError(f"no class {index}", f"the model knows 0 to {num_classes - 1}")

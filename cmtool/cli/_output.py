@@ -1,4 +1,4 @@
-"""Where commands write: the two streams, of the process that speaks, and what --out names."""
+"""Where commands write: stdout and stderr, by the first process alone, and what --out names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_LINE = 700
 
 
 def leads() -> bool:
-    """Tell whether this is the process that speaks: the first of torchrun's, or the only one."""
+    """Tell whether this process prints: the first of torchrun's, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -28,9 +28,9 @@ def processes() -> tuple[int, int]:
 
 
 def say(text: str, any_rank: bool = False) -> None:
-    """Write one line to stderr; a closed stderr is no reason to stop.
+    """Write one line to stderr, if this is the first process, or for `any_rank`.
 
-    Of torchrun's processes the first one speaks, or `any_rank`, of what it alone knows.
+    A closed stderr is no reason to stop.
     """
     if not (any_rank or leads()):
         return
@@ -41,14 +41,14 @@ def say(text: str, any_rank: bool = False) -> None:
 
 
 def printable(text: str) -> str:
-    """Return the text without control characters, which files may hold, and not too long."""
+    """Return the text without the control characters that files may hold, and shortened."""
     if len(text) > MAX_LINE:
         text = f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def emit(text: str) -> None:
-    """Write one line to stdout; when nobody reads any more, end quietly as a pipe does (141)."""
+    """Write one line to stdout; if the reader is gone, end quietly with exit code 141."""
     if not leads():
         return
     with _stdout():
@@ -65,7 +65,7 @@ def emit_bytes(content: bytes) -> None:
 
 @contextmanager
 def _stdout() -> Iterator[None]:
-    """End as is right when stdout takes no more; Python would try again when it ends."""
+    """Turn a failed write to stdout into its exit code; Python would write again at its end."""
     try:
         yield
     except OSError as error:
@@ -73,7 +73,7 @@ def _stdout() -> Iterator[None]:
         if isinstance(error, BrokenPipeError):
             raise typer.Exit(141) from None
         if is_full(error):
-            raise ResourceError("no room on the disk for stdout", "free some") from None
+            raise ResourceError("no room on the disk for stdout", "free disk space") from None
         raise
 
 
@@ -91,7 +91,7 @@ def is_one_file(out: str) -> bool:
 def check_free(path: Path, overwrite: bool) -> None:
     """Raise UserError for a file that exists, unless it may be overwritten."""
     if path.exists() and not overwrite:
-        raise UserError(f"{path} exists", "give another --out, or --overwrite it")
+        raise UserError(f"{path} exists", "give another --out, or --overwrite")
 
 
 def emit_json(content: dict[str, Any], *, compact: bool = True) -> None:
@@ -100,7 +100,7 @@ def emit_json(content: dict[str, Any], *, compact: bool = True) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for results and see that it can be written to. Raises InputError."""
+    """Make a folder for results. Raises InputError if it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""cmtool data: what a set of images holds, and to one archive that trains fast."""
+"""cmtool data: say what a set of images holds, or pack one into an archive that trains fast."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cmtool.data.datasets import Dataset
 
 T = TypeVar("T")
-app = typer.Typer(no_args_is_help=True, help="Look into a set of images, or prepare one.")
+app = typer.Typer(no_args_is_help=True, help="Inspect a set of images, or prepare one.")
 
 Source = Annotated[
     str,
@@ -29,13 +29,13 @@ Source = Annotated[
 
 @app.command("info")
 def info(source: Source, as_json: AsJson = False) -> None:
-    """Say what a set holds: count, sizes, modes, classes, mean, and which cannot be read.
+    """Print what a set holds: number, sizes, modes, classes and mean of its images, and bad files.
 
     `cmtool data info images/`
 
     `cmtool data info cifar-10-python.tar.gz --json`
 
-    Exits with 3 if some images cannot be read; it names them all.
+    The exit code is 3 if some images cannot be read; all of them are named.
     """
     import torch
 
@@ -44,7 +44,7 @@ def info(source: Source, as_json: AsJson = False) -> None:
 
     data = load_dataset(source, in_memory=False)
     found = Survey()
-    for part in _told(surveys(data, _workers(len(data))), len(data)):
+    for part in _with_progress(surveys(data, _workers(len(data))), len(data)):
         found.add(part)
     mean = found.mean / found.good if isinstance(found.mean, torch.Tensor) else torch.zeros(0)
     variance = found.square / max(found.good, 1) - float(mean.square().mean() if len(mean) else 0)
@@ -64,16 +64,16 @@ def info(source: Source, as_json: AsJson = False) -> None:
     if as_json:
         emit_json(facts)
     else:
-        _tell(facts)
+        _print_facts(facts)
     if found.bad:
         raise InputError(
             f"{len(found.bad)} of {len(data)} images cannot be read",
-            "replace them, or leave them out: cmtool data prepare --skip-bad",
+            f"replace them, or leave them out: cmtool data prepare --skip-bad {len(found.bad)}",
         )
 
 
-def _tell(facts: dict[str, Any]) -> None:
-    """Print the facts, a line each; long lists by their ends."""
+def _print_facts(facts: dict[str, Any]) -> None:
+    """Print the facts, a line each; of long lists only the ends."""
     for key, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{name} ({count})" for name, count in list(value.items())[:10])
@@ -89,24 +89,31 @@ def prepare(
     source: Source,
     out: Annotated[Path, typer.Argument(metavar="DST.zip", help="The archive to write.")],
     size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the square images. Default: as they are.")
+        int | None,
+        typer.Option(min=1, help="Side of the square images in pixels. Default: unchanged."),
     ] = None,
     fit: Annotated[
-        str, typer.Option(help="edm (crop, Lanczos), adm (box, bicubic, crop), box, or exact.")
+        str,
+        typer.Option(
+            help="How to bring images to --size: edm (crop, Lanczos), adm (box, bicubic, crop),"
+            " box, or exact, which refuses other sizes."
+        ),
     ] = "exact",
-    grey: Annotated[bool, typer.Option("--grey", help="One channel.")] = False,
+    grey: Annotated[bool, typer.Option("--grey", help="Write images of one channel.")] = False,
     skip_bad: Annotated[
-        int, typer.Option(min=0, help="Leave out up to so many images that cannot be read.")
+        int,
+        typer.Option(min=0, help="Most images that may be left out because they cannot be read."),
     ] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the archive.")] = False,
 ) -> None:
-    """Write the images and classes into a zip as EDM's tool lays it out. Prints its path.
+    """Write images and classes into a zip in the layout of EDM's tool. Prints its path.
 
     `cmtool data prepare imagenet/train imagenet64.zip --size 64 --fit adm`
 
     `cmtool data prepare cifar-10-python.tar.gz cifar10.zip`
 
-    PNG, uncompressed, with the classes in dataset.json: what `--data` streams fastest.
+    The zip holds uncompressed PNG files, and the classes in dataset.json. Training reads it
+    fastest.
     """
     from cmtool.data.archives import write_zip
     from cmtool.data.datasets import load_dataset
@@ -114,7 +121,7 @@ def prepare(
     if out.suffix != ".zip":
         raise UserError(f"{out} is not a .zip", "give the archive a name that ends in .zip")
     if out.exists() and not overwrite:
-        raise UserError(f"{out} exists", "give another name, or --overwrite it")
+        raise UserError(f"{out} exists", "give another name, or --overwrite")
     if fit != "exact" and size is None:
         raise UserError(f"--fit {fit} without --size", "give the side to fit to")
     make_folder(out.parent)
@@ -134,11 +141,11 @@ def prepare(
 
 
 def _readable(data: Dataset, skip_bad: int) -> Iterator[tuple[int, bytes]]:
-    """Yield (index, PNG), leaving out up to `skip_bad` that cannot be used, and naming them."""
+    """Yield (index, PNG); leave out, and name, up to `skip_bad` images that cannot be used."""
     from cmtool.data.survey import pngs
 
     skipped = 0
-    parts = _told(pngs(data, _workers(len(data))), len(data))
+    parts = _with_progress(pngs(data, _workers(len(data))), len(data))
     for index, content in enumerate(content for part in parts for content in part):
         if not isinstance(content, InputError):
             yield index, content
@@ -148,18 +155,18 @@ def _readable(data: Dataset, skip_bad: int) -> Iterator[tuple[int, bytes]]:
         else:
             raise content
     if skipped == len(data):
-        raise InputError(f"none of the images of {data.name} can be read", "give others")
+        raise InputError(f"none of the images of {data.name} can be read", "give other images")
 
 
 def _workers(count: int) -> int:
-    """Return how many processes decode: none where starting them takes longer."""
+    """Return how many processes decode: none for few images, where starting them takes longer."""
     import os
 
     return 0 if count < 1000 else min(os.cpu_count() or 1, 16)
 
 
-def _told(parts: Iterator[T], count: int) -> Iterator[T]:
-    """Yield the parts, with a bar on a terminal, a line every tenth in a pipe."""
+def _with_progress(parts: Iterator[T], count: int) -> Iterator[T]:
+    """Yield the parts; show a bar on a terminal, and in a pipe a line every tenth."""
     from rich.console import Console
     from rich.progress import track
 

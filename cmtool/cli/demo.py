@@ -1,4 +1,4 @@
-"""cmtool demo: the tour. It runs the ordinary commands and shows each as it does."""
+"""cmtool demo: a tour that runs the ordinary commands and prints each."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cmtool.data.datasets import Dataset
+    from cmtool.training.report import Row
 
+TEACHER = "digits-edm"
 NUM = "2048"
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything the tour makes.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
         "cmtool-demo"
     ),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier tour.")
+        bool, typer.Option("--overwrite", help="Replace an earlier demo.")
     ] = False,
 ) -> None:
     """Distill, sample, edit and evaluate on bundled digits; a report at the end.
@@ -42,89 +44,137 @@ def demo(
         raise InputError(f"{out} is a file", "give a folder with --out")
     if out.exists() and any(out.iterdir()):
         if not overwrite:
-            raise UserError(f"{out} exists", "give another --out, or --overwrite it")
+            raise UserError(f"{out} exists", "give another --out, or --overwrite")
         if not (out / "student" / "run.json").is_file():
-            raise UserError(f"{out} is no earlier tour", "give another --out")
+            raise UserError(f"{out} does not hold an earlier demo", "give another --out")
 
+    start = time.monotonic()
+    make_folder(out)
+    tour = Tour(out, ["--overwrite"] if overwrite else [])
+    say_lines(
+        "A teacher comes bundled: an EDM diffusion model of small coloured digits. It needs 35"
+    )
+    say_lines("network calls an image. Distillation turns it into a model that needs one.\n")
+    tour.run("distill", "--teacher", TEACHER, "--out", str(tour.student), *tour.replace)
+    say_lines(
+        "\nImages from the same noise: the teacher, then the student in one step and in two.\n"
+    )
+    grids = draw_grids(tour)
+    say_lines(
+        "\nThe same model mends a picture it has never seen: white in the mask is regenerated.\n"
+    )
+    mended = mend_digits(tour)
+    say_lines(f"\nfd-digits, the Frechet distance to the training digits, on {NUM} images each.\n")
+    rows = measure(tour)
+
+    report = out / "report.html"
+    write(report, tour, rows, {**grids, "mended": mended}, time.monotonic() - start)
+    say_lines("")
+    for row in rows:
+        calls = "-" if row.calls is None else str(row.calls)
+        say_lines(f"{row.label:<26} {calls:>3} calls   fd-digits {row.value:6.2f}")
+    say_lines(
+        f"\n{time.monotonic() - start:.0f} seconds. Open the report, then try `cmtool --help`."
+    )
+    emit(str(report))
+
+
+def write(
+    report: Path, tour: Tour, rows: list[Row], pictures: dict[str, Path], seconds: float
+) -> None:
+    """Write the report of the demo."""
+    from cmtool.training.report import Figure, write_report
+
+    figures = [
+        Figure("The run", tour.student / "summary.png"),
+        Figure("Teacher, 35 network calls an image", pictures["teacher"]),
+        Figure("Student, 1 network call", pictures["one-step"]),
+        Figure("Student, 2 network calls", pictures["two-steps"]),
+        Figure("Inpainting: given, masked, answer", pictures["mended"]),
+    ]
+    write_report(report, rows=rows, figures=figures, commands=tour.commands, seconds=seconds)
+
+
+class Tour:
+    """Runs commands in this process and prints each; `commands` keeps what was run."""
+
+    def __init__(self, out: Path, replace: list[str]) -> None:
+        self.out, self.replace, self.student = out, replace, out / "student"
+        self.commands: list[str] = []
+
+    def run(self, *arguments: str) -> str:
+        """Run one command as the shell would and return what it wrote to stdout."""
+        from cmtool.cli import app
+
+        line = shlex.join(["cmtool", *arguments])
+        self.commands.append(line)
+        say_lines(f"$ {line}")
+        captured = io.StringIO()
+        with contextlib.redirect_stdout(captured):
+            code: Any = app(list(arguments), standalone_mode=False)
+        assert not code, f"{line} ended with {code}"
+        return captured.getvalue()
+
+
+def draw_grids(tour: Tour) -> dict[str, Path]:
+    """Return grids of teacher and student from the same seeds."""
+    grids = {}
+    for name, arguments in {
+        "teacher": ["-c", TEACHER],
+        "one-step": ["-c", str(tour.student)],
+        "two-steps": ["-c", str(tour.student), "--steps", "2"],
+    }.items():
+        grids[name] = tour.out / f"{name}.png"
+        given = [*arguments, "--seeds", "0-49", "--out", str(grids[name]), *tour.replace]
+        tour.run("sample", *given)
+    return grids
+
+
+def mend_digits(tour: Tour) -> Path:
+    """Return the picture of held-out digits, their left halves, and how the student mends them."""
     import torch
 
     from cmtool.data.datasets import digits
     from cmtool.data.images import grid, png_bytes, read_image
     from cmtool.system.files import write_atomic
-    from cmtool.training.report import Figure, Row, write_report
 
-    start = time.monotonic()
-    tour = Tour()
-    make_folder(out)
-    student, teacher = out / "student", "digits-edm"
-    replace = ["--overwrite"] if overwrite else []
-    tell("A teacher comes bundled: an EDM diffusion model of small coloured digits. It needs 35")
-    tell("network calls an image. Distillation turns it into a model that needs one.\n")
-    tour.run("distill", "--teacher", teacher, "--out", str(student), *replace)
-
-    tell("\nImages from the same noise: the teacher, then the student in one step and in two.\n")
-    grids = {}
-    for name, arguments in {
-        "teacher": ["-c", teacher],
-        "one-step": ["-c", str(student)],
-        "two-steps": ["-c", str(student), "--steps", "2"],
-    }.items():
-        grids[name] = out / f"{name}.png"
-        tour.run("sample", *arguments, "--seeds", "0-49", "--out", str(grids[name]), *replace)
-
-    tell("\nThe same model mends a picture it has never seen: white in the mask is regenerated.\n")
     pictures = first_of_each_class(digits("held-out"))
     mask = right_half(pictures[0])
-    write_atomic(out / "mask.png", png_bytes(mask))
+    write_atomic(tour.out / "mask.png", png_bytes(mask))
     answers = []
     for index, picture in enumerate(pictures):
-        source, answer = out / f"digit-{index}.png", out / f"mended-{index}.png"
+        source, answer = tour.out / f"digit-{index}.png", tour.out / f"mended-{index}.png"
         write_atomic(source, png_bytes(picture))
         tour.run(
-            "edit", "inpaint", str(source), "--mask", str(out / "mask.png"), "-c", str(student),
-            "--out", str(answer), *replace,
+            "edit", "inpaint", str(source), "--mask", str(tour.out / "mask.png"),
+            "-c", str(tour.student), "--out", str(answer), *tour.replace,
         )  # fmt: skip
         answers.append(read_image(answer))
     masked = pictures.where(mask == 0, 128)
-    mended = out / "inpainting.png"
+    mended = tour.out / "inpainting.png"
     rows_of_three = torch.cat([pictures, masked, torch.stack(answers)])
     write_atomic(mended, png_bytes(grid(rows_of_three, len(pictures), scale=6)))
+    return mended
 
-    tell(f"\nfd-digits, the Frechet distance to the training digits, on {NUM} images each.\n")
+
+def measure(tour: Tour) -> list[Row]:
+    """Return fd-digits of teacher, student and real digits, with their network calls."""
+    from cmtool.training.report import Row
+
     rows = []
     for label, arguments in {
-        "teacher, Heun, 18 steps": ["-c", teacher],
-        "student, 1 step": ["-c", str(student)],
-        "student, 2 steps": ["-c", str(student), "--steps", "2"],
+        "teacher, Heun, 18 steps": ["-c", TEACHER],
+        "student, 1 step": ["-c", str(tour.student)],
+        "student, 2 steps": ["-c", str(tour.student), "--steps", "2"],
         "real digits held out": ["digits:held-out"],
     }.items():
         result = json.loads(tour.run("eval", "fid", *arguments, "--num", NUM))
         rows.append(Row(label, result.get("evaluations"), result["value"]))
-
-    report = out / "report.html"
-    write_report(
-        report,
-        rows=rows,
-        figures=[
-            Figure("The run", student / "summary.png"),
-            Figure("Teacher, 35 network calls an image", grids["teacher"]),
-            Figure("Student, 1 network call", grids["one-step"]),
-            Figure("Student, 2 network calls", grids["two-steps"]),
-            Figure("Inpainting: given, masked, answer", mended),
-        ],
-        commands=tour.commands,
-        seconds=time.monotonic() - start,
-    )
-    tell("")
-    for row in rows:
-        calls = "-" if row.calls is None else str(row.calls)
-        tell(f"{row.label:<26} {calls:>3} calls   fd-digits {row.value:6.2f}")
-    tell(f"\n{time.monotonic() - start:.0f} seconds. Open the report, then try `cmtool --help`.")
-    emit(str(report))
+    return rows
 
 
-def tell(text: str) -> None:
-    """Say a text of several lines."""
+def say_lines(text: str) -> None:
+    """Write a text of several lines to stderr."""
     for line in text.split("\n"):
         say(line)
 
@@ -145,23 +195,3 @@ def right_half(picture: Tensor) -> Tensor:
     mask = torch.zeros(1, *picture.shape[-2:], dtype=torch.uint8)
     mask[:, :, picture.shape[-1] // 2 :] = 255
     return mask
-
-
-class Tour:
-    """Runs commands in this process, echoing each; `commands` keeps what was run."""
-
-    def __init__(self) -> None:
-        self.commands: list[str] = []
-
-    def run(self, *arguments: str) -> str:
-        """Run one command as the shell would and return what it wrote to stdout."""
-        from cmtool.cli import app
-
-        line = shlex.join(["cmtool", *arguments])
-        self.commands.append(line)
-        tell(f"$ {line}")
-        captured = io.StringIO()
-        with contextlib.redirect_stdout(captured):
-            code: Any = app(list(arguments), standalone_mode=False)
-        assert not code, f"{line} ended with {code}"
-        return captured.getvalue()

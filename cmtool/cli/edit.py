@@ -1,43 +1,41 @@
-"""cmtool edit: zero-shot edits of pictures with a consistency model."""
+"""cmtool edit: zero-shot edits of pictures with a consistency model.
+
+Each edit is a function here, and a row of EDITS. Its docstring is the help text, its parameters
+are its own options, and it returns what prepares the edit of a picture.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from cmtool.cli._edits import Common, box_mask, edit_all, read_input, target_of, write_answers
-from cmtool.cli._options import (
-    Checkpoint,
-    Device,
-    ModelPreset,
-    NoMetadata,
-    Precision,
-    Sigmas,
-    Steps,
-    Weights,
-    check_class,
-    parse_seeds,
-    parse_sigmas,
-    pick_device,
-    pick_model,
-    pick_precision,
-    precision_info,
+from cmtool.cli._edits import (
+    EditOptions,
+    ModelOptions,
+    Prepare,
+    box_mask,
+    edit_pictures,
+    interpolate_between,
 )
-from cmtool.cli._output import emit, say
+from cmtool.cli._options import parse_seeds, with_options
+from cmtool.cli._output import say
 from cmtool.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
-    from cmtool.editing import Job
+    from cmtool.editing import PreparedEdit
     from cmtool.models import Model
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="""Edit pictures; the model was never trained to.
+    help="""Edit pictures with a consistency model that was never trained for it.
 
     cmtool edit inpaint face.png --mask m.png > fixed.png
 
@@ -46,60 +44,18 @@ app = typer.Typer(
     cat grey.png | cmtool edit colorize --variations 5 > five.png""",
 )
 
-Images = Annotated[
-    list[str] | None, typer.Argument(help="Pictures; - or nothing in a pipe is stdin.")
-]
-ClassIndex = Annotated[
-    int | None, typer.Option("--class", help="Class of a conditional model. Default: fits best.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="Another seed, another answer.")]
-Variations = Annotated[
-    int, typer.Option(min=1, help="Answers a picture, from seeds --seed, --seed + 1, ...")
-]
-Fit = Annotated[
-    str,
-    typer.Option(
-        help="A picture of another size: exact refuses it, crop takes its centre, pad fills it up,"
-        " tile works in overlapping tiles."
-    ),
-]
-Compare = Annotated[
-    bool, typer.Option("--compare", help="What was given, what the model saw, and the answer.")
-]
-Out = Annotated[
-    str, typer.Option("--out", "-o", help="A .png, a folder (one file an answer), - for stdout.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 
-
-@app.command("inpaint")
 def inpaint(
-    images: Images = None,
     mask: Annotated[
-        Path | None, typer.Option(help="Mask of the picture's size: white is regenerated.")
+        Path | None, typer.Option(help="Mask of the picture's size. White is regenerated.")
     ] = None,
     box: Annotated[
-        str | None, typer.Option(help="Instead of a mask: LEFT,TOP,WIDTH,HEIGHT in pixels.")
+        str | None, typer.Option(help="Rectangle as the mask: LEFT,TOP,WIDTH,HEIGHT in pixels.")
     ] = None,
     text: Annotated[
-        str | None, typer.Option(help="Instead of a mask: letters, as large as fits.")
+        str | None, typer.Option(help="Letters as the mask, as large as they fit.")
     ] = None,
-    checkpoint: Checkpoint = None,
-    steps: Steps = None,
-    sigmas: Sigmas = None,
-    class_: ClassIndex = None,
-    seed: Seed = 0,
-    variations: Variations = 1,
-    fit: Fit = "exact",
-    compare: Compare = False,
-    out: Out = "-",
-    overwrite: Overwrite = False,
-    no_metadata: NoMetadata = False,
-    weights: Weights = "ema",
-    preset: ModelPreset = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-) -> None:
+) -> Prepare:
     """Regenerate the white part of a mask; every other pixel stays as it is.
 
     `cmtool edit inpaint digit.png --mask mask.png --out mended.png`
@@ -108,173 +64,83 @@ def inpaint(
 
     `cmtool edit inpaint digit.png --text S --variations 4 --compare > all.png`
 
-    A class-conditional model takes --class; without it, the class that explains the known pixels
-    best is used.
+    A class-conditional model takes --class. Without it, the model uses the class that explains the
+    known pixels best.
     """
     if sum(given is not None for given in (mask, box, text)) != 1:
         raise UserError("which part to regenerate", "give one of --mask, --box and --text")
 
-    def make_job(picture: Tensor, model: Model, name: str) -> Job:
+    def prepare(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
         from cmtool.data.images import read_image, text_mask
-        from cmtool.editing import inpaint_job
+        from cmtool.editing import prepare_inpaint
 
-        h, w = picture.shape[1:]
+        h, w = images.shape[2:]
         if mask is not None:
             painted = read_image(mask, mode="L")
         elif text is not None:
             painted = text_mask(text, h, w)
         else:
             painted = box_mask(box or "", h, w)
-        return inpaint_job(picture, painted, model, fit, name)
+        return prepare_inpaint(model, images, painted[None] >= 128, fit=fit, name=name)
 
-    edit_all("inpaint", make_job, Common(
-        images, checkpoint, steps, sigmas, class_, seed, variations, fit, compare, out, overwrite,
-        no_metadata, weights, preset, device, precision,
-    ))  # fmt: skip
+    return prepare
 
 
-@app.command("superres")
 def superres(
-    images: Images = None,
     factor: Annotated[
-        int, typer.Option(help="How many times larger; divides the model's size.")
+        int, typer.Option(help="How many times larger. It must divide the model's size.")
     ] = 2,
-    checkpoint: Checkpoint = None,
-    steps: Steps = None,
-    sigmas: Sigmas = None,
-    class_: ClassIndex = None,
-    seed: Seed = 0,
-    variations: Variations = 1,
-    fit: Fit = "exact",
-    compare: Compare = False,
-    out: Out = "-",
-    overwrite: Overwrite = False,
-    no_metadata: NoMetadata = False,
-    weights: Weights = "ema",
-    preset: ModelPreset = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-) -> None:
+) -> Prepare:
     """Enlarge a picture; the means of the answer's blocks are its pixels.
 
     `cmtool edit superres small.png --factor 2 --out large.png`
 
     `cmtool edit superres photo.png --factor 4 --fit tile -c cd_bedroom256_lpips.pt > large.png`
 
-    A picture of the model's own size is taken as one that was enlarged by repeating pixels: the
-    means of its blocks are kept, and it is sharpened.
+    A picture of the model's own size counts as one that was enlarged by repeating pixels: it is
+    sharpened, and the means of its blocks are kept.
     """
+    from cmtool.editing import prepare_superres
 
-    def make_job(picture: Tensor, model: Model, name: str) -> Job:
-        from cmtool.editing import superres_job
-
-        return superres_job(picture, factor, model, fit, name)
-
-    edit_all("superres", make_job, Common(
-        images, checkpoint, steps, sigmas, class_, seed, variations, fit, compare, out, overwrite,
-        no_metadata, weights, preset, device, precision,
-    ))  # fmt: skip
+    return partial(prepare_superres, factor=factor)
 
 
-@app.command("colorize")
-def colorize(
-    images: Images = None,
-    checkpoint: Checkpoint = None,
-    steps: Steps = None,
-    sigmas: Sigmas = None,
-    class_: ClassIndex = None,
-    seed: Seed = 0,
-    variations: Variations = 1,
-    fit: Fit = "exact",
-    compare: Compare = False,
-    out: Out = "-",
-    overwrite: Overwrite = False,
-    no_metadata: NoMetadata = False,
-    weights: Weights = "ema",
-    preset: ModelPreset = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-) -> None:
+def colorize() -> Prepare:
     """Give a picture new colours; its luma stays.
 
     `cmtool edit colorize grey.png --variations 4 --compare --out colours.png`
 
     A picture in colour loses its colours first.
     """
+    from cmtool.editing import prepare_colorize
 
-    def make_job(picture: Tensor, model: Model, name: str) -> Job:
-        from cmtool.editing import colorize_job
-
-        return colorize_job(picture, model, fit, name)
-
-    edit_all("colorize", make_job, Common(
-        images, checkpoint, steps, sigmas, class_, seed, variations, fit, compare, out, overwrite,
-        no_metadata, weights, preset, device, precision,
-    ))  # fmt: skip
+    return prepare_colorize
 
 
-@app.command("stroke")
-def stroke(
-    images: Images = None,
-    checkpoint: Checkpoint = None,
-    steps: Steps = None,
-    sigmas: Sigmas = None,
-    class_: ClassIndex = None,
-    seed: Seed = 0,
-    variations: Variations = 1,
-    fit: Fit = "exact",
-    compare: Compare = False,
-    out: Out = "-",
-    overwrite: Overwrite = False,
-    no_metadata: NoMetadata = False,
-    weights: Weights = "ema",
-    preset: ModelPreset = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-) -> None:
+def stroke() -> Prepare:
     """Make a picture of a rough painting.
 
     `cmtool edit stroke painting.png --out picture.png`
 
     `cmtool edit stroke painting.png --sigmas 9.7,2.5 --variations 4 > four.png`
 
-    It starts from the painting under noise of the first level: a higher one leaves less of it.
+    The edit starts from the painting with noise of the first level. A higher level leaves less of
+    the painting.
     """
+    from cmtool.editing import prepare_stroke
 
-    def make_job(picture: Tensor, model: Model, name: str) -> Job:
-        from cmtool.editing import stroke_job
-
-        return stroke_job(picture, model, fit, name)
-
-    edit_all("stroke", make_job, Common(
-        images, checkpoint, steps, sigmas, class_, seed, variations, fit, compare, out, overwrite,
-        no_metadata, weights, preset, device, precision,
-    ))  # fmt: skip
+    return prepare_stroke
 
 
-@app.command("denoise")
 def denoise(
-    images: Images = None,
     sigma: Annotated[
         float | None,
         typer.Option(
-            help="Deviation of the noise, 1 being half of the range: 0.2 is 25 grey"
-            " levels. Default: estimated."
+            help="Deviation of the noise. Half of the range is 1, so that 0.2 is 25 grey levels."
+            " Default: estimated."
         ),
     ] = None,
-    checkpoint: Checkpoint = None,
-    class_: ClassIndex = None,
-    seed: Seed = 0,
-    fit: Fit = "exact",
-    compare: Compare = False,
-    out: Out = "-",
-    overwrite: Overwrite = False,
-    no_metadata: NoMetadata = False,
-    weights: Weights = "ema",
-    preset: ModelPreset = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-) -> None:
+) -> Prepare:
     """Take white noise out of a picture, in one network call.
 
     `cmtool edit denoise noisy.png --sigma 0.25 --out clean.png`
@@ -282,23 +148,41 @@ def denoise(
     `cmtool edit denoise scans/*.png --out clean/`
     """  # fmt: skip
 
-    def make_job(picture: Tensor, model: Model, name: str) -> Job:
-        from cmtool.editing import denoise_job
+    def prepare(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
+        from cmtool.editing import prepare_denoise
 
-        job = denoise_job(picture, sigma, model, fit, name)
-        if sigma is None and job.levels:
-            level = job.levels[0]
+        prepared = prepare_denoise(model, images, sigma, fit=fit, name=name)
+        if sigma is None and prepared.levels:
+            level = prepared.levels[0]
             say(f"{name}: sigma {level:.3g} ({127.5 * level:.0f} grey levels) by estimate")
-        return job
+        return prepared
 
-    edit_all("denoise", make_job, Common(
-        images, checkpoint, None, None, class_, seed, 1, fit, compare, out, overwrite,
-        no_metadata, weights, preset, device, precision,
-    ))  # fmt: skip
+    return prepare
 
 
-@app.command("interpolate")
+class EditRow(NamedTuple):
+    """An edit of single pictures, and the shared options that it has no use for."""
+
+    prepare: Callable[..., Prepare]
+    without: tuple[str, ...] = ()
+
+
+EDITS: dict[str, EditRow] = {
+    "inpaint": EditRow(inpaint),
+    "superres": EditRow(superres),
+    "colorize": EditRow(colorize),
+    "stroke": EditRow(stroke),
+    "denoise": EditRow(denoise, without=("steps", "sigmas", "variations")),
+}
+
+
+for _name, _row in EDITS.items():
+    _run = partial(edit_pictures, _name, _row.prepare)
+    app.command(_name)(with_options(_run, EditOptions, _row.prepare, _row.without))
+
+
 def interpolate(
+    options: ModelOptions,
     images: Annotated[
         list[str] | None, typer.Argument(help="Two pictures; or none, and --seeds.")
     ] = None,
@@ -306,11 +190,9 @@ def interpolate(
     frames: Annotated[
         int, typer.Option(min=2, help="Pictures on the way, both ends included.")
     ] = 8,
-    checkpoint: Checkpoint = None,
-    steps: Steps = None,
-    sigmas: Sigmas = None,
-    class_: ClassIndex = None,
-    seed: Annotated[int, typer.Option(min=0, help="Noise that pictures are mixed under.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the noise under which pictures are mixed.")
+    ] = 0,
     out: Annotated[
         str,
         typer.Option(
@@ -319,12 +201,6 @@ def interpolate(
             help="A .png strip, an animated .gif or .webp, a folder, or - for the strip on stdout.",
         ),
     ] = "-",
-    overwrite: Overwrite = False,
-    no_metadata: NoMetadata = False,
-    weights: Weights = "ema",
-    preset: ModelPreset = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
 ) -> None:
     """Go from one picture to another, or from one seed to another.
 
@@ -335,43 +211,14 @@ def interpolate(
     `cmtool edit interpolate a.png b.png --sigmas 5.1,2.5 > strip.png`
 
     Between seeds the noise travels a great circle. Pictures are mixed under noise of the first
-    level: a high one mixes what they show, a low one their pixels.
+    level: a high level mixes what they show, a low level mixes their pixels.
     """  # fmt: skip
     ends = parse_seeds(seeds) if seeds is not None else []
     if (len(images or []), len(ends)) not in ((2, 0), (0, 2)):
         raise UserError(
             f"{len(images or [])} pictures and {len(ends)} seeds", "give two of one of them"
         )
-    levels = parse_sigmas(sigmas)
-    target = target_of(out, overwrite, (".png", ".gif", ".webp"))
+    interpolate_between(options, images or [], ends, frames, seed, out)
 
-    from cmtool.data.images import ANIMATIONS, animation_bytes, canvas, read_image
-    from cmtool.editing import between_pictures, between_seeds, stroke_levels
-    from cmtool.sampling import edit_plan, plan
-    from cmtool.system.files import write_atomic
 
-    where = pick_device(device)
-    kept = pick_precision(precision, where)
-    pictures = [read_image(read_input(image), image) for image in images or []]
-    model = pick_model(checkpoint, weights, where, kind="consistency", preset=preset)
-    check_class(class_, model.preset.model.num_classes)
-    if pictures:
-        for picture, name in zip(pictures, images or [], strict=True):
-            h, w = picture.shape[1:]
-            canvas(h, w, model.preset.model.image_size, "exact", name)
-        chosen = edit_plan(model.preset, steps=steps, sigmas=levels, default=stroke_levels(model))
-        chosen = chosen._replace(precision=kept)
-        answers = between_pictures(model, chosen, (pictures[0], pictures[1]), frames, seed, class_)
-    else:
-        chosen = plan(model.preset, steps=steps, sigmas=levels)._replace(precision=kept)
-        answers = between_seeds(model, chosen, (ends[0], ends[1]), frames, class_)
-    about = {"cmtool:edit": "interpolate", "cmtool:model": model.sha256,
-             "cmtool:ends": ",".join(images or map(str, ends)),
-             "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)),
-             **precision_info(chosen)}  # fmt: skip
-    if target is not None and target.suffix.lower() in ANIMATIONS:
-        write_atomic(target, animation_bytes(answers, target.suffix.lower()))
-        emit(str(target))
-        return
-    names = [f"frame{index:04d}.png" for index in range(frames)]
-    write_answers(out, target, names, list(answers), {} if no_metadata else about, overwrite)
+app.command("interpolate")(with_options(interpolate, ModelOptions))

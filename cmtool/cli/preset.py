@@ -1,4 +1,4 @@
-"""cmtool preset: which presets there are, and what one says."""
+"""cmtool preset: list the presets, or show one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ app = typer.Typer(no_args_is_help=True, help="List presets, or show one.")
 
 @app.command("list")
 def list_() -> None:
-    """List the presets: a name and a description a line."""
+    """List the presets: on each line a name and a description."""
     from cmtool.presets.toml import load_preset, preset_names
 
     names = preset_names()
@@ -29,7 +29,7 @@ def show(
         list[str] | None, typer.Option("--set", help="KEY=VALUE over the preset; repeatable.")
     ] = None,
 ) -> None:
-    """Print a preset as resolved, with the origin of every value.
+    """Print a resolved preset, with the origin of every value.
 
     `cmtool preset show digits-cd --set train.lr=1e-4 > mine.toml`
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -189,12 +188,3 @@ def within(x: Tensor, weights: Tensor, total: Tensor, dim: int) -> Tensor:
         below = ((x + middle * w).clamp(-1, 1) * w).sum(dim, keepdim=True) < goal
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return (x + (low + high) / 2 * w).clamp(-1, 1).to(total.dtype)
-
-
-EDITS: dict[str, Callable[..., Edit]] = {
-    "inpaint": inpaint,
-    "superres": superres,
-    "colorize": colorize,
-    "stroke": stroke,
-    "denoise": denoise,
-}

@@ -1,4 +1,4 @@
-"""Many images in one file: zips of PNG as EDM's tools read them, npz as ADM's do."""
+"""Write many images into one file: a zip of PNG files as EDM's tools read it, an npz as ADM's."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cmtool.system.files import replacing
 
 
 def write_zip(path: Path, pictures: Iterable[tuple[str, bytes, int | None]]) -> int:
-    """Write (name, PNG, class) uncompressed, the classes as dataset.json; return their number.
+    """Write at least one (name, PNG, class) uncompressed, the classes as dataset.json.
 
-    At least one. The same pictures make the same bytes.
+    Return their number. The same pictures make the same bytes.
     """
     labels = []
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, content, label in pictures:
-            archive.writestr(zipfile.ZipInfo(name), content)  # of a fixed date
+            archive.writestr(zipfile.ZipInfo(name), content)  # ZipInfo has a fixed date
             labels.append((name, label))
         table = None if labels[0][1] is None else labels
         archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": table}))
@@ -34,7 +34,7 @@ def write_npz(
 ) -> None:
     """Write `count` images (C, H, W) uint8 as arr_0 (N, H, W, C), and their classes as arr_1.
 
-    An image is written when it comes, so that memory does not grow with their number.
+    Each image is written at once, so that memory does not grow with their number.
     """
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         rows = (image.numpy().transpose(1, 2, 0) for image in images)

@@ -41,11 +41,11 @@ def batches(
 ) -> BatchFn:
     """Return the function that gives each microbatch: x0 (batch / shards, C, H, W), labels or None.
 
-    The order is a permutation of each epoch, a function of (seed, epoch), and so are the mirrored
-    images of `flip`: a resumed or differently split run sees the same images at the same steps.
-    `workers` processes decode ahead, for the shards of this `rank`, when asked in order. Raises
-    InputError for a batch the shards do not divide, and later ResourceError for a worker that died
-    or gives nothing for `timeout` seconds.
+    Each epoch has a permutation that is a function of (seed, epoch), and the images that `flip`
+    mirrors are a function of (seed, step, shard): a resumed or differently split run sees the same
+    images at the same steps. `workers` processes decode ahead for the shards of this `rank`, as
+    long as steps are asked for in order. Raises InputError for a batch that the shards do not
+    divide, and later ResourceError for a worker that died or hangs for `timeout` seconds.
     """
     if batch % shards:
         raise InputError(
@@ -54,10 +54,10 @@ def batches(
         )
     if device == "cpu":
         keep_freed_memory()
-    pick = Picker(resident(data, device), batch, batch // shards, seed, flip)
+    pick = Picker(moved_to(data, device), batch, batch // shards, seed, flip)
     fetch: BatchFn = pick
     if workers and not isinstance(data.images, Tensor):
-        fetch = Ahead(pick, workers, range(rank, shards, world_size), timeout)
+        fetch = PickerAhead(pick, workers, range(rank, shards, world_size), timeout)
 
     def microbatch(step: int, shard: int) -> tuple[Tensor, Tensor | None]:
         images, labels = fetch(step, shard)
@@ -68,8 +68,8 @@ def batches(
     return microbatch
 
 
-def resident(data: Dataset, device: str) -> Dataset:
-    """Return the data set with its images, if it has them in memory, on the device."""
+def moved_to(data: Dataset, device: str) -> Dataset:
+    """Return the data set with its images on the device, if it has them in memory."""
     if not isinstance(data.images, Tensor) or device == "cpu":
         return data
     labels = None if data.labels is None else data.labels.to(device)
@@ -78,7 +78,7 @@ def resident(data: Dataset, device: str) -> Dataset:
 
 @dataclass(frozen=True)
 class Picker:
-    """Which images a microbatch has: `(step, shard) -> (images uint8, labels)`."""
+    """Picks the images of a microbatch: `(step, shard) -> (images uint8, labels)`."""
 
     data: Dataset
     batch: int
@@ -87,10 +87,10 @@ class Picker:
     flip: bool
 
     def __call__(self, step: int, shard: int) -> tuple[Tensor, Tensor | None]:
-        """Return one microbatch, where the images are."""
+        """Return one microbatch, on the device where the images are."""
         images, labels = self.data.images, self.data.labels
         first = step * self.batch + shard * self.size
-        index = places(len(self.data), self.seed, first, self.size)
+        index = epoch_indices(len(self.data), self.seed, first, self.size)
         if isinstance(images, Tensor):
             index = to_device(index, str(images.device))
         found = images[index]
@@ -102,8 +102,8 @@ class Picker:
         return found, None if labels is None else labels[index]
 
 
-def places(count: int, seed: int, first: int, size: int) -> Tensor:
-    """Return the indices of `size` images from place `first` on: epoch after epoch."""
+def epoch_indices(count: int, seed: int, first: int, size: int) -> Tensor:
+    """Return the indices of `size` images, from number `first` of all epochs in order."""
     parts = []
     while size:
         epoch, slot = divmod(first, count)
@@ -118,29 +118,29 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=keyed_generator("epoch", seed, epoch))
 
 
-class Ahead:
-    """A Picker whose microbatches are decoded ahead, by worker processes, in training's order."""
+class PickerAhead:
+    """A Picker whose microbatches worker processes decode ahead, in the order of training."""
 
     def __init__(self, pick: Picker, workers: int, shards: range, timeout: float) -> None:
         self.pick = pick
         self.workers = workers
         self.shards = shards
         self.timeout = timeout
-        self.waiting: Iterator[Any] | None = None
+        self.decoded: Iterator[Any] | None = None
         self.next: tuple[int, int] | None = None
 
     def __call__(self, step: int, shard: int) -> tuple[Tensor, Tensor | None]:
         """Return one microbatch. Raises ResourceError when a worker died or hangs."""
         if self.next != (step, shard):
-            gc.freeze()  # or collections, here and there, copy all that workers share with us
+            gc.freeze()  # else garbage collections copy the memory that workers share with us
             atexit.register(gc.unfreeze)
             start = step * len(self.shards) + self.shards.index(shard)
-            turns = _Turns(self.pick, self.shards)
+            microbatches = _Microbatches(self.pick, self.shards)
             order = itertools.count(start)
-            self.waiting = made_ahead(turns, order, self.workers, self.timeout)
-        assert self.waiting is not None
+            self.decoded = made_ahead(microbatches, order, self.workers, self.timeout)
+        assert self.decoded is not None
         try:
-            found = next(self.waiting)
+            found = next(self.decoded)
         except ResourceError as error:
             raise ResourceError(f"{error.what} at step {step}", error.hint) from None
         later = self.shards.index(shard) + 1
@@ -148,7 +148,7 @@ class Ahead:
             (step, self.shards[later]) if later < len(self.shards) else (step + 1, self.shards[0])
         )
         if isinstance(found, InputError):
-            self.waiting = self.next = None  # and with it go the workers
+            self.decoded = self.next = None  # this ends the workers too
             raise found
         return found
 
@@ -160,29 +160,29 @@ def decoded_ahead(images: Images, parts: Sequence[Tensor], workers: int) -> Iter
     """
     if isinstance(images, Tensor):
         workers = 0
-    for found in made_ahead(_Parts(images, parts), range(len(parts)), workers):
+    for found in made_ahead(_ImageParts(images, parts), range(len(parts)), workers):
         if isinstance(found, InputError):
             raise found
         yield found
 
 
-class _Turns(TorchDataset[Any]):
-    """The microbatches of one process, numbered in the order it asks for them."""
+class _Microbatches(TorchDataset[Any]):
+    """The microbatches of one process, numbered in the order in which it asks for them."""
 
     def __init__(self, pick: Picker, shards: range) -> None:
         self.pick = pick
         self.shards = shards
 
-    def __getitem__(self, turn: int) -> Any:
-        step, place = divmod(turn, len(self.shards))
+    def __getitem__(self, number: int) -> Any:
+        step, place = divmod(number, len(self.shards))
         try:
             return self.pick(step, self.shards[place])
         except InputError as error:  # raised again where the user can see it
             return error
 
 
-class _Parts(TorchDataset[Any]):
-    """Images by the number of their index; what cannot be read is given, not raised."""
+class _ImageParts(TorchDataset[Any]):
+    """The images of each index; an error is returned, not raised."""
 
     def __init__(self, images: Images, parts: Sequence[Tensor]) -> None:
         self.images = images

@@ -14,20 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmtool.data.sources import LazyImages, listed_entries, open_images
+from cmtool.data.folders import listed_entries
+from cmtool.data.sources import LazyImages, open_images
 from cmtool.errors import InputError, nearest
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
 COLOURINGS = 8
 HELD_OUT_EVERY = 5
 MAX_IN_MEMORY = 256 << 20
-"""Bytes of decoded images that are kept in memory, and on a GPU; more are streamed."""
+"""Bytes of decoded images that are kept in memory, or on a GPU. Larger sets are streamed."""
 MAX_CHECKED = 50_000
-"""Images of a streamed set that are all decoded once before the first step."""
+"""A streamed set of at most so many images is decoded once before the first step."""
 
 
 class Images(Protocol):
-    """Images (N, C, H, W) uint8: a tensor, or what decodes them when they are asked for."""
+    """Images (N, C, H, W) uint8: a tensor, or an object that decodes them on request."""
 
     @property
     def shape(self) -> Sequence[int]:
@@ -59,7 +60,7 @@ class Dataset:
 
     @property
     def is_checked_first(self) -> bool:
-        """Whether the images are few enough to decode all before training, and were not yet."""
+        """Whether the images are streamed, and few enough to decode all before training."""
         return not isinstance(self.images, Tensor) and len(self) <= MAX_CHECKED
 
     def chunks(self, size: int) -> Iterator[Tensor]:
@@ -68,7 +69,7 @@ class Dataset:
             yield self.images[torch.arange(first, min(first + size, len(self)))]
 
     def fingerprint(self) -> str:
-        """Return a hash of images and labels, to recognise the same data again."""
+        """Return a hash of images and labels, which identifies the data."""
         if self.known_hash:
             return self.known_hash
         digest = hashlib.sha256()
@@ -128,9 +129,9 @@ def load_dataset(
     """Return a data set by name (`digits`, `digits:held-out`) or by path.
 
     A path is a folder or zip of images, an npz, CIFAR-10's python tarball, or an LSUN database;
-    images are brought to `size` (H, W) by the rule `fit`. Up to 256 MiB are decoded at once, more,
-    or without `in_memory`, when they are asked for. Raises InputError, naming the file that
-    cannot be used.
+    images are brought to `size` (H, W) by the rule `fit`. Up to 256 MiB are decoded at once. More
+    are decoded on request, and so are all without `in_memory`. Raises InputError naming the file
+    that cannot be used.
     """
     known, _, split = name.partition(":")
     if known in DATASETS:
@@ -155,7 +156,7 @@ def load_dataset(
 
 
 def listed_images(paths: Sequence[str]) -> Dataset:
-    """Return the image files of a list as a data set, RGB, decoded when they are asked for."""
+    """Return the image files of a list as a data set, RGB, decoded on request."""
     images = LazyImages("", listed_entries(paths), 3, None, "exact")
     name = paths[0] if len(paths) == 1 else f"{len(paths)} files"
     return Dataset(name, images, None, 0, images.entries.fingerprint)

@@ -1,8 +1,9 @@
-"""Image files and uint8. The only importer of Pillow; everything else sees floats in [-1, 1]."""
+"""Image files, and images as uint8. The only importer of Pillow."""
 
 from __future__ import annotations
 
 import io
+import math
 import struct
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def floored(images: Tensor) -> Tensor:
-    """Return images (..., C, H, W) in [-1, 1] as uint8 the way the PyTorch release cuts them off.
+    """Return images (..., C, H, W) in [-1, 1] as uint8, truncated as the PyTorch release does.
 
     On average half a level darker than `to_uint8`; uint8 -> float -> uint8 is not the identity.
     """
@@ -49,10 +50,10 @@ def from_uint8(images: Tensor) -> Tensor:
 def read_image(source: Path | bytes, name: str = "", mode: str = "RGB") -> Tensor:
     """Return one image file as (C, H, W) uint8, in RGB or (mode "L") grey.
 
-    EXIF rotation is applied, alpha is laid on white, 16-bit grey is scaled to 8 bits. Raises
-    InputError naming the file when it is missing, not an image, truncated, or over 64 megapixels.
+    EXIF rotation is applied, transparent parts become white, 16-bit grey is scaled to 8 bits.
+    Raises InputError naming a file that is missing, not an image, truncated, or over 64 megapixels.
     """
-    return _opened(source, name, lambda image: _tensor(_flat(_upright(image), mode)))
+    return _use_image(source, name, lambda image: _tensor(_flat(_upright(image), mode)))
 
 
 def image_mode(source: Path | bytes, name: str = "") -> str:
@@ -61,16 +62,16 @@ def image_mode(source: Path | bytes, name: str = "") -> str:
     def mode(image: Image.Image) -> str:
         return f"{image.mode} rotated" if _orientation(image) in TURNS else image.mode
 
-    return _opened(source, name, mode)
+    return _use_image(source, name, mode)
 
 
-def _opened(source: Path | bytes, name: str, use: Callable[[Image.Image], T]) -> T:
+def _use_image(source: Path | bytes, name: str, use: Callable[[Image.Image], T]) -> T:
     shown = name or str(source if isinstance(source, Path) else "the image on stdin")
     if isinstance(source, Path) and not source.is_file():
         raise InputError(f"no such image: {shown}", "check the path")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, refused here, and of odd EXIF
+            warnings.simplefilter("ignore")  # large sizes are refused here; odd EXIF does no harm
             with Image.open(
                 source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS
             ) as image:
@@ -109,11 +110,11 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by EXIF's orientation."""
+"""How to make an image upright, by EXIF's orientation."""
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Return the image turned as its EXIF data say."""
+    """Return the image turned as its EXIF data say. Raises ValueError for an animation."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         raise ValueError(f"it has {frames} frames: give a single picture")
@@ -125,7 +126,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _flat(image: Image.Image, mode: str) -> Image.Image:
     """Return the image without alpha or palette, 8 bits a channel, in `mode`."""
     if image.mode == "F":
-        raise ValueError("its pixels are floats, of a range nobody knows")
+        raise ValueError("its pixels are floats of an unknown range")
     if image.mode.startswith("I"):  # Pillow clips 16-bit grey to white when asked for RGB
         levels = np.asarray(image, np.float64)
         if levels.min() < 0 or levels.max() > 65535:
@@ -208,23 +209,23 @@ FITS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 
 
 class Canvas(NamedTuple):
-    """A picture brought to a size that a model can edit: `crop` and `pad` say how.
+    """How a picture is brought to a size that a model can edit.
 
-    crop is (top, left, height, width) of the picture that is used, pad is (bottom, right) added.
+    `crop` (top, left, height, width) is the part that is used, `pad` (bottom, right) is added.
     """
 
     crop: tuple[int, int, int, int]
     pad: tuple[int, int]
 
-    def laid(self, image: Tensor) -> Tensor:
-        """Return the image (B, C, H, W) on the canvas; its edge is repeated where it is padded."""
+    def place(self, image: Tensor) -> Tensor:
+        """Return the image (B, C, H, W) cropped and padded; the padding repeats its edge."""
         top, left, h, w = self.crop
         part = image[..., top : top + h, left : left + w]
         rows = torch.arange(h + self.pad[0]).clamp(max=h - 1)
         columns = torch.arange(w + self.pad[1]).clamp(max=w - 1)
         return part[..., rows, :][..., columns]
 
-    def taken(self, result: Tensor) -> Tensor:
+    def unpad(self, result: Tensor) -> Tensor:
         """Return the part (B, C, h, w) of a result that is not padding."""
         return result[..., : self.crop[2], : self.crop[3]]
 
@@ -235,11 +236,11 @@ class Canvas(NamedTuple):
 
 
 def canvas(h: int, w: int, size: tuple[int, int], how: str, name: str = "the image") -> Canvas:
-    """Return how a picture of h x w becomes one a model of `size` (H, W) can edit, by name.
+    """Return how a picture of h x w becomes one that a model of `size` (H, W) can edit.
 
-    "exact" it is that size already; "crop" its centre is used; "pad" it is smaller, and filled up;
-    "tile" it is made of overlapping tiles, and filled up if need be. Raises InputError for a
-    picture the rule does not fit, UserError for an unknown rule.
+    The rule `how` is "exact": the picture has this size; "crop": use its centre; "pad": fill up a
+    smaller picture; "tile": work in overlapping tiles, and fill up if need be. Raises InputError
+    for a picture that the rule does not suit, UserError for an unknown rule.
     """
     if how not in CANVASES:
         raise UserError(f"--fit {how!r}", nearest(how, CANVASES))
@@ -333,6 +334,12 @@ def grid(images: Tensor, columns: int, *, scale: int = 1, gap: int = 1) -> Tenso
 def row(images: Sequence[Tensor]) -> Tensor:
     """Return images (C, H, W) uint8 of one size beside each other; one alone as it is."""
     return images[0] if len(images) == 1 else torch.cat(list(images), dim=2)
+
+
+def contact_sheet(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) uint8 as a grid for people: ten in a row, or about a square."""
+    columns = 10 if len(images) % 10 == 0 else math.ceil(math.sqrt(len(images)))
+    return grid(images, columns, scale=display_scale(images.shape[-1]))
 
 
 def display_scale(size: int) -> int:

@@ -1,4 +1,4 @@
-"""Classes of a source's images: from a table beside them, or from the folders they lie in."""
+"""Classes of images: from a table beside them, or from the folders they are in."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from typing import Any
 from cmtool.errors import InputError
 
 MAX_TABLE = 1 << 20, 1 << 10
-"""Bytes a table of labels may have: at all, and more for each image."""
+"""Bytes that a table of labels may have: for the table, and for each image."""
 EDM_FOLDER = 5
-"""EDM's archives spread images over folders of five digits, which are no classes."""
+"""EDM's archives spread images over folders named by five digits. These are not classes."""
 SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 def table_limit(images: int) -> int:
-    """Return how many bytes a table of labels of so many images may have."""
+    """Return how many bytes a table of labels may have for a number of images."""
     most, each = MAX_TABLE
     return most + each * images
 
 
 def check_table(size: int, limit: int, shown: str) -> None:
-    """Raise InputError for a table of labels that is too large to be one."""
+    """Raise InputError for a file that is too large to be a table of labels."""
     if size > limit:
-        raise InputError(f"{shown} has {size:,} bytes", "no table of labels is like that")
+        raise InputError(
+            f"{shown} has {size:,} bytes", "a table of labels is smaller: remove or replace it"
+        )
 
 
 def find_labels(
     source: str, names: Sequence[str], read: Callable[[str, int], bytes | None]
 ) -> list[int] | None:
-    """Return a class per image: of dataset.json, of labels.csv, else of sub-folders; or None.
+    """Return a class per image from dataset.json, labels.csv or the sub-folders; or None.
 
-    `read` gives a file beside the images, of no more bytes than it is told, or None. Raises
+    `read(name, limit)` returns a file beside the images, of at most `limit` bytes, or None. Raises
     InputError naming the first bad entry, and for a folder that holds train and other splits.
     """
     for name, parse in LABELS.items():
@@ -51,7 +53,7 @@ def find_labels(
 
 
 def check_splits(source: str, folders: Collection[str]) -> None:
-    """Raise InputError for the folders train and val side by side: they are no classes."""
+    """Raise InputError for folders train and val side by side: they are splits, not classes."""
     found = sorted(SPLITS.intersection(folders))
     if "train" in found and len(found) > 1:
         raise InputError(f"{source} holds {', '.join(found)}", f"give one of them: {source}/train")
@@ -71,11 +73,13 @@ def _csv_labels(content: bytes, shown: str) -> dict[str, Any]:
     try:
         rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8-sig"))) if row]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{shown} is not a table: {error}", "write name,class a line") from None
+        raise InputError(
+            f"{shown} is not a table: {error}", "write name,class on each line"
+        ) from None
     if any(len(row) != 2 for row in rows):
-        raise InputError(f"{shown} has other than two columns", "write name,class a line")
+        raise InputError(f"{shown} has other than two columns", "write name,class on each line")
     classes = sorted({label for _, label in rows if not label.lstrip("-").isdigit()})
-    if classes:  # classes by name; a header's own name would be one more
+    if classes:  # classes by name; the name in a header is not a class
         if rows[0][1] in classes and sum(row[1] == rows[0][1] for row in rows) == 1:
             rows, classes = rows[1:], sorted({label for _, label in rows[1:]})
         if any(not label.lstrip("-").isdigit() for label in classes):
@@ -95,6 +99,8 @@ def _looked_up(table: dict[str, Any], names: Sequence[str], shown: str) -> list[
         label = table.get(name)
         if type(label) is not int or label < 0:
             what = "gives no class" if name not in table else f"gives the class {label!r}"
-            raise InputError(f"{shown} {what} for {name!r}", "classes count from 0; mend that line")
+            raise InputError(
+                f"{shown} {what} for {name!r}", "classes count from 0: correct that line"
+            )
         labels.append(label)
     return labels

@@ -1,4 +1,4 @@
-"""Once through all images of a data set, in worker processes: what it holds, and what is bad."""
+"""One pass over all images of a data set, in worker processes: what it holds, and what is bad."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass
 class Survey:
-    """What some images hold: how many of each size and mode, sums over images, what is wrong.
+    """What some images hold: how many of each size and mode, sums over images, and errors.
 
     `mean` (C,) is the sum of their means in [-1, 1], `square` of their mean squares.
     """
@@ -41,7 +41,7 @@ class Survey:
         return self.sizes.total()
 
     def add(self, other: Survey) -> None:
-        """Add what others hold."""
+        """Add what other images hold."""
         self.sizes += other.sizes
         self.modes += other.modes
         self.bad += other.bad
@@ -50,29 +50,29 @@ class Survey:
 
 
 def surveys(data: Dataset, workers: int = 0) -> Iterator[Survey]:
-    """Yield what each PART of the images holds, as large as they are."""
-    yield from _through(data, range(len(data)), workers, _look)
+    """Yield what each PART of the images holds, in their own sizes."""
+    yield from _map_parts(data, range(len(data)), workers, _survey)
 
 
 def pngs(data: Dataset, workers: int = 0) -> Iterator[list[bytes | InputError]]:
-    """Yield the images of each PART as PNG files, or why one cannot be used.
+    """Yield the images of each PART as PNG files, or the error of one that cannot be used.
 
-    Without a size given, all must have that of the first which can be read.
+    Without a given size all must have the size of the first image that can be read.
     """
     if isinstance(data.images, LazyImages):
-        data.images.settle()  # before there are workers, or each would settle for its own first
-    yield from _through(data, range(len(data)), workers, _encode)
+        data.images.settle()  # else each worker would take the size of its own first image
+    yield from _map_parts(data, range(len(data)), workers, _encode)
 
 
 def check_images(data: Dataset, workers: int = 0, rank: int = 0, world_size: int = 1) -> None:
-    """Decode every image once, this process its share. Raises InputError naming a bad one."""
-    for error in _through(data, range(rank, len(data), world_size), workers, _check):
+    """Decode this process's share of all images. Raises InputError naming a bad one."""
+    for error in _map_parts(data, range(rank, len(data), world_size), workers, _check):
         if error is not None:
             error.rank = rank
             raise error
 
 
-def _look(data: Dataset, part: Sequence[int]) -> Survey:
+def _survey(data: Dataset, part: Sequence[int]) -> Survey:
     """Return what the images of a part hold."""
     images, found = data.images, Survey()
     for index in part:
@@ -111,16 +111,16 @@ def _check(data: Dataset, part: Sequence[int]) -> InputError | None:
     return None
 
 
-def _through(
+def _map_parts(
     data: Dataset, order: range, workers: int, use: Callable[[Dataset, Sequence[int]], T]
 ) -> Iterator[T]:
-    """Yield what `use` makes of each part of the order."""
+    """Yield what `use` returns for each part of the order."""
     parts = [order[i : i + PART] for i in range(0, len(order), PART)]
-    yield from made_ahead(_Parts(data, parts, use), range(len(parts)), workers)
+    yield from made_ahead(_Mapped(data, parts, use), range(len(parts)), workers)
 
 
-class _Parts(TorchDataset[Any], Generic[T]):
-    """What a function makes of parts of a data set."""
+class _Mapped(TorchDataset[Any], Generic[T]):
+    """What a function returns for each part of a data set."""
 
     def __init__(
         self, data: Dataset, parts: list[range], use: Callable[[Dataset, Sequence[int]], T]

@@ -1,4 +1,4 @@
-"""What is chosen by the device: the precision of the networks, and the layout of their weights."""
+"""What depends on the device: precision, layout of weights, memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import nn
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""What autocast makes of a precision; fp32 is no autocast."""
+"""The type that autocast computes in; fp32 is no autocast."""
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "cannot allocate memory")
-"""What torch says, without an exception of its own, when a CPU has no more memory."""
+"""Messages of torch when a CPU has no more memory; it has no exception for that."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of glibc's mallopt (malloc.h)."""
@@ -26,9 +26,10 @@ KEPT_BYTES = 5 << 19
 
 
 def best_precision(device: str) -> str:
-    """Return bf16 on what computes in it, else fp32: recent GPUs, CPUs with AVX-512 BF16 or AMX.
+    """Return bf16 for a device that computes in it, else fp32.
 
-    On such a CPU a step takes half to two thirds of its time; on others bf16 is slower than fp32.
+    These are recent GPUs, and CPUs with AVX-512 BF16 or AMX, where a step takes half to two thirds
+    of its time. On other CPUs bf16 is slower than fp32.
     """
     if device.startswith("cuda"):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -44,7 +45,7 @@ def autocast(device_type: str, precision: str) -> torch.autocast:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute float32 convolutions of a GPU in float32 inside the block; TF32 is the default."""
+    """Compute float32 convolutions of a GPU in float32 inside the block, not in TF32."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -54,10 +55,10 @@ def full_float32() -> Iterator[None]:
 
 
 def on_device(module: ModuleT, device: str) -> ModuleT:
-    """Return the module on a device; on a GPU its weights in channels_last, as the images are.
+    """Return the module on a device; on a GPU in channels_last, the layout of the images there.
 
-    On a CPU convolutions take weights as they are, and weights that are mapped from a file stay
-    there; memory that is freed is kept from then on.
+    On a CPU the weights stay as they are, mapped from their file if they were, and from then on
+    freed memory is kept.
     """
     if device == "cpu":
         keep_freed_memory()
@@ -67,12 +68,12 @@ def on_device(module: ModuleT, device: str) -> ModuleT:
 
 @cache
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for what comes next; it does so for this process.
+    """Make glibc keep freed memory of this process for later use.
 
-    By default glibc gives it back to the system, which has to clear each page before it hands it
-    out again: a fifth of a sampler's time. Tensors above 2.5 MiB are given back all the same: glibc
-    seldom finds the hole of one for the next, and the heap would grow by hundreds of MiB. With
-    another C library nothing is changed.
+    By default glibc gives it back to the system, which clears each page before it is used again:
+    that takes a fifth of a sampler's time. Tensors above 2.5 MiB are still given back, because
+    glibc seldom reuses their place, and the heap would grow by hundreds of MiB. Another C library
+    is left as it is.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is not None:

@@ -1,6 +1,6 @@
-"""Several processes that decide together and hear of each other's end; in one, nothing happens.
+"""Several processes of one run: they decide together, and learn why another one ended.
 
-How models and gradients are spread over them is in parallel.py.
+In a single process nothing happens. parallel.py spreads models and gradients over them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-# imported while there is a group, its functions keep it as a default value; leave() can't end it
+# import it before there is a group: its functions keep the group as a default value
 import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 JOIN_TIMEOUT = 300.0
-"""Seconds until processes that have not started are given up."""
+"""Seconds to wait for processes that have not started."""
 PATIENCE = 3600.0
 """Seconds the leading process may draw, evaluate or write while the others wait."""
 MARGIN = 60.0
-"""Seconds by which NCCL waits longer: where it gives up, it ends the process without a word."""
+"""Seconds that NCCL waits longer: when it gives up, it ends the process without a message."""
 POLL = 0.02
 LETTING_GO = 0.1
 """Seconds for gloo's threads to let go of their tensors."""
 LOST = ("timed out", "connection closed", "connection reset", "connection refused", "broken pipe",
         "read error", "heartbeat", "nccl", "gloo", "socket")  # fmt: skip
-"""What torch says when another process is gone; it has no exception of its own for it."""
+"""Messages of torch when another process is gone; it has no exception for that."""
 RESUME = "see which process ended first, and why; then run the same command with --resume"
 
 T = TypeVar("T")
@@ -49,20 +49,20 @@ class Group(NamedTuple):
     rank: int = 0
     world_size: int = 1
     store: Store | None = None
-    """Where processes leave word for each other; it outlives each of them."""
+    """Where processes leave messages for each other; it outlives each of them."""
     talk: dist.ProcessGroup | None = None
-    """What numbers on the CPU travel over; None is the default."""
+    """The group over which numbers on the CPU travel; None is the default group."""
     mesh: DeviceMesh | None = None
-    """What models are sharded over; None replicates them."""
+    """The mesh over which models are sharded; None replicates them."""
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     @property
     def has_models(self) -> bool:
-        """Whether this process takes part in what is done with a model between steps."""
+        """Whether this process takes part in work on a model between steps."""
         return self.leads or self.mesh is not None
 
     def any(self, number: int) -> int:
@@ -74,9 +74,9 @@ class Group(NamedTuple):
         return int(flag)
 
     def line_up(self) -> None:
-        """Wait, where GPUs compute, until all processes have given theirs the work of a step.
+        """Wait, where GPUs compute, until all processes have queued the work of a step.
 
-        So one that hangs is told of: NCCL, which the GPU would wait for, ends without a word.
+        So the error names a process that hangs: NCCL would end this one without a message.
         """
         if self.talk is not None:
             self.any(0)
@@ -89,7 +89,7 @@ class Group(NamedTuple):
         return total
 
     def tell(self, what: T) -> T:
-        """Return what the leading process gives."""
+        """Return the value of the leading process."""
         if self.world_size == 1:
             return what
         box = [what]
@@ -97,7 +97,7 @@ class Group(NamedTuple):
         return box[0]
 
     def gather(self, what: T) -> list[T]:
-        """Return what each process gives, by rank."""
+        """Return the value of each process, by rank."""
         if self.world_size == 1:
             return [what]
         box: list[Any] = [None] * self.world_size
@@ -105,7 +105,7 @@ class Group(NamedTuple):
         return box
 
     def agreed(self, action: Callable[[], T], name: str) -> T:
-        """Return what an action of the leading process returns; what it raises, all raise."""
+        """Return the result of an action of the leading process; all raise what it raises."""
         done: T | UserError | None = None
         if self.leads:
             done = _outcome(action)
@@ -113,9 +113,9 @@ class Group(NamedTuple):
         return _returned(self.tell(done))  # type: ignore[return-value]  # never None: the leading process has one
 
     def together(self, action: Callable[[], T], name: str) -> T:
-        """Return what an action returns that all do; what the first raises that fails, all raise.
+        """Return the result of an action that all processes do; if one fails, all raise its error.
 
-        The leading process, which tells it, gives it the rank, unless all raised the same.
+        The leading process adds the rank to the error, unless all raised the same.
         """
         done = _outcome(action)
         if self.store is not None:
@@ -132,7 +132,7 @@ class Group(NamedTuple):
     def meet(self, name: str) -> None:
         """Wait until the leading process is here too; each meeting has a name of its own.
 
-        In a collective it would be taken for lost while it draws or writes.
+        A collective would time out while the leading process draws or writes.
         """
         if self.store is None:
             return
@@ -147,21 +147,21 @@ class Group(NamedTuple):
         end = time.monotonic() + PATIENCE
         while not self.store.check(keys):
             if (failure := self.failure()) is not None or time.monotonic() > end:
-                raise ResourceError(failure or "another process does not go on", RESUME)
+                raise ResourceError(failure or "another process does not continue", RESUME)
             time.sleep(POLL)
 
     def confess(self, failure: str) -> None:
-        """Leave word of what ends this process, unless another one has."""
+        """Leave a message about what ends this process, unless another process has."""
         store = self.store
         if store is not None:
-            _soon(lambda: store.compare_set("failure", "", failure))
+            _try_for(lambda: store.compare_set("failure", "", failure))
 
     def failure(self) -> str | None:
-        """Return what ended the first process that failed, if one said so."""
+        """Return what ended the first process that failed, if it left a message."""
         store = self.store
-        if store is None or not _soon(lambda: store.check(["failure"])):
+        if store is None or not _try_for(lambda: store.check(["failure"])):
             return None
-        return _soon(lambda: store.get("failure").decode())
+        return _try_for(lambda: store.get("failure").decode())
 
 
 ALONE = Group()
@@ -182,12 +182,12 @@ def _returned(outcome: T | UserError) -> T:
     return outcome
 
 
-def _soon(action: Callable[[], T], seconds: float = 2.0) -> T | None:
+def _try_for(action: Callable[[], T], seconds: float = 2.0) -> T | None:
     """Return what an action on the store returns; None if it fails or takes longer."""
     box: list[T] = []
 
     def act() -> None:
-        with suppress(RuntimeError):  # the store is gone, too
+        with suppress(RuntimeError):  # the store is gone as well
             box.append(action())
 
     thread = threading.Thread(target=act, daemon=True)
@@ -199,7 +199,7 @@ def _soon(action: Callable[[], T], seconds: float = 2.0) -> T | None:
 def join(
     rank: int, world_size: int, device: str, timeout: float, *, sharded: bool = False
 ) -> Group:
-    """Join the processes that torchrun started, to shard models over them or not.
+    """Join the processes that torchrun started; `sharded` models are spread over them.
 
     `timeout` seconds without an answer is a failure. Numbers travel over gloo on CPUs, gradients
     of a GPU over NCCL, whose watchdog ends a process that waits a minute longer. Raises
@@ -214,7 +214,7 @@ def join(
     except dist.DistStoreError:
         raise ResourceError(
             f"not all of {world_size} processes are there after {JOIN_TIMEOUT:.0f} s",
-            "see what the others say",
+            "read the messages of the other processes",
         ) from None
     on_gpu = device.startswith("cuda")
     patience = timedelta(seconds=timeout)
@@ -242,10 +242,10 @@ def join(
 
 
 def assemble(store: Store, rank: int, world_size: int) -> Store:
-    """Return a part of the store that is this start's own, when all processes are there.
+    """Return a part of the store for this start alone, when all processes are there.
 
-    torchrun keeps one store over restarts, and in it the addresses of processes that are gone.
-    So each process leaves a name never used before, and the leading one answers to that name.
+    torchrun keeps one store over restarts, with the addresses of processes that are gone. So each
+    process leaves a name that was never used before, and the leading process answers that name.
     """
     name = uuid.uuid4().hex
     patience = timedelta(seconds=JOIN_TIMEOUT)
@@ -274,8 +274,8 @@ def leave() -> None:
     """Leave the group, if there is one.
 
     That ends gloo's threads, unless something keeps the group, as torch's caches of sharded
-    tensors do. A thread which then asks for the GIL, to let go of the tensors of its last work,
-    while Python ends, aborts the process (pytorch/pytorch#179291): so it gets it before.
+    tensors do. A thread that asks for the GIL while Python ends, to free the tensors of its last
+    work, aborts the process (pytorch/pytorch#179291): so this waits until it has freed them.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -284,16 +284,17 @@ def leave() -> None:
 
 @contextmanager
 def contact(group: Group, step: Callable[[], int]) -> Iterator[None]:
-    """Tell the other processes what ends this one; and when another is gone, say what ended it.
+    """Tell the other processes what ends this one.
 
-    Raises ResourceError then; an error of this process alone gets its rank.
+    Raises ResourceError that says what ended another process, when that is gone. An error of this
+    process alone gets its rank.
     """
     try:
         yield
-    except (Stopped, Paused):  # agreed on
+    except (Stopped, Paused):  # all processes agreed on it
         raise
     except UserError as error:
-        if not isinstance(error, DivergedError):  # which all of them meet
+        if not isinstance(error, DivergedError):  # all processes diverge
             error.rank = group.rank
         group.confess(f"rank {group.rank} failed after step {step()}: {error.what}")
         raise
@@ -307,7 +308,7 @@ def contact(group: Group, step: Callable[[], int]) -> Iterator[None]:
 
 
 def lost_contact(error: RuntimeError, group: Group, step: int) -> ResourceError | None:
-    """Return the error to show when torch's means that another process is gone, else None."""
+    """Return the error to show if torch's error means that another process is gone."""
     sign = next((sign for sign in LOST if sign in str(error).lower()), None)
     if group.world_size == 1 or sign is None:
         return None

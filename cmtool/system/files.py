@@ -1,4 +1,4 @@
-"""Files that exist whole or not at all, and what tells one from another."""
+"""Files that are written whole or not at all, and their hashes."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def write_json(path: Path, content: dict[str, Any], *, durable: bool = False) ->
 def write_atomic(path: Path, content: bytes, *, durable: bool = False) -> None:
     """Write a file by way of a temporary one beside it.
 
-    A killed process leaves the old file or the new one; a `durable` file, at the price of waiting
-    for the disk, is the new one after a power cut too. Raises InputError for a special file,
-    ResourceError when the disk is full.
+    A killed process leaves the old file or the new one. A `durable` file survives a power cut too,
+    at the price of waiting for the disk. Raises InputError for a special file, ResourceError when
+    the disk is full.
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is not a regular file", "give another name")
@@ -46,12 +46,12 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = False) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and is_full(error):
-            raise ResourceError(f"no room on the disk for {path}", "free some") from None
+            raise ResourceError(f"no room on the disk for {path}", "free disk space") from None
         raise
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or what a folder says of its files, is on the disk."""
+    """Wait until a file, or the list of files of a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -61,9 +61,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to; it becomes `path` when the block ends well.
+    """Yield a name beside `path` to write to; it becomes `path` if the block succeeds.
 
-    Raises ResourceError when the disk is full; then nothing is left behind.
+    Raises ResourceError when the disk is full, and leaves nothing behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -71,7 +71,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         if is_full(error):
-            raise ResourceError(f"no room on the disk for {path}", "free some") from None
+            raise ResourceError(f"no room on the disk for {path}", "free disk space") from None
         raise
     finally:
         temporary.unlink(missing_ok=True)

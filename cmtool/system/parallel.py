@@ -1,4 +1,4 @@
-"""Models in several processes: replicated or sharded, their gradients summed; in one, as they are.
+"""Models in several processes, replicated or sharded; their gradients are summed.
 
 The loss of each microbatch is already divided by the number of microbatches of the step, so
 gradients are summed, not averaged: two processes and two accumulation rounds are the same run.
@@ -24,25 +24,24 @@ def shared(module: nn.Module, group: Group) -> nn.Module:
     if group.world_size == 1 or group.mesh is not None:
         return module
     wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
-    # torch reads a hook's annotations and takes none but its own: hence a lambda
+    # torch checks the annotations of a hook and accepts only its own; a lambda has none
     wrapped.register_comm_hook(None, lambda _, bucket: summed(bucket.buffer()))
     return wrapped
 
 
 def summed(gradients: Tensor) -> torch.futures.Future[Tensor]:
-    """Return, when it is there, the sum of the gradients over the processes."""
+    """Return a future of the sum of the gradients over the processes."""
     work = dist.all_reduce(gradients, async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])
 
 
 def shard(module: nn.Module, group: Group, blocks: Iterable[nn.Module]) -> None:
-    """Shard a module over the processes, in place, one block after the other; without a mesh, not.
+    """Shard a module over the processes, in place, block by block; do nothing without a mesh.
 
-    Each of its `blocks`, and what is beside them, is whole only while it is at work. Parameters
-    stay float32 and autocast does with them what it does with a replica's, so that both are the
-    same run; they become contiguous, as FSDP wants them. Copies are to be made before, an
-    optimizer after.
+    Each of its `blocks`, and the rest of it, is whole only while it computes. Parameters stay
+    float32, and autocast treats them like those of a replica, so that both are the same run. They
+    become contiguous, as FSDP needs them. Make copies before, and an optimizer after.
     """
     if group.mesh is None:
         return
@@ -56,12 +55,12 @@ def shard(module: nn.Module, group: Group, blocks: Iterable[nn.Module]) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor put together from all processes, which all must ask for it."""
+    """Return a whole tensor put together from all processes; all must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def fill(tensor: Tensor, values: Tensor) -> None:
-    """Set a tensor, or the part of it that this process holds, to values of the whole."""
+    """Set a tensor, or this process's part of it, from the values of the whole tensor."""
     if hasattr(tensor, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 

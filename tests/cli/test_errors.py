@@ -120,7 +120,7 @@ CASES = [
     (["edit", "colorize", "d.png", "folder/d.png", "--out", "o"], 3, "no such image", "path"),
     (["edit", "colorize", "d.png", "--out", "mask.png/x.png"], 3, "mask.png", "--out"),
     (["edit", "colorize", "d.png", "-c", "grey.safetensors"], 3, "makes grey pictures", "colour"),
-    (["sample", "-c", "grey.safetensors", "--class", "3"], 2, "to an unconditional model", "leave"),
+    (["sample", "-c", "grey.safetensors", "--class", "3"], 2, "an unconditional model", "leave"),
     (["edit", "colorize", "d.png", "-c", "grey.safetensors", "--class", "3"], 2, "unconditional",
      "leave"),
     (["edit", "denoise", "d.png", "--sigma", "0.0001"], 2, "--sigma 0.0001", "0.002"),

@@ -1,6 +1,13 @@
-import pytest
+import dataclasses
+import inspect
 
-from cmtool.cli._options import own_device
+import pytest
+import typer
+
+from cmtool.cli import app
+from cmtool.cli._edits import EditOptions
+from cmtool.cli._options import own_device, with_options
+from cmtool.cli.edit import EDITS
 from cmtool.errors import ResourceError, UserError
 
 
@@ -46,3 +53,39 @@ def test_the_first_process_on_each_machine_tells_of_its_device(
     result = cmtool("train", "--preset", "digits-ct", "--device", "cuda:7")
     assert result.code == 2
     assert ("error: rank 2: --device cuda:7 for 2 processes" in result.err) == told
+
+
+def parameters(*path):
+    """The options of a command, and what each is set to when it is left out."""
+    command = typer.main.get_command(app)
+    for name in path:
+        command = command.commands[name]
+    return {p.name: (sorted([*p.opts, *p.secondary_opts]), p.default) for p in command.params}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_every_edit_has_the_shared_options_and_its_own(name):
+    row = EDITS[name]
+    own = inspect.signature(row.prepare).parameters
+    shared = {field.name for field in dataclasses.fields(EditOptions)}
+    assert parameters("edit", name).keys() == (shared - set(row.without)) | own.keys()
+
+
+def test_distill_is_train_with_a_teacher():
+    train, distill = parameters("train"), parameters("distill")
+    assert distill.keys() - train.keys() == {"teacher"}
+    differ = [name for name in train if train[name] != distill[name]]
+    assert differ == ["preset"]
+
+
+def test_shared_options_arrive_where_a_command_reads_them():
+    @dataclasses.dataclass(frozen=True)
+    class Shared:
+        a: int = 1
+        b: int = 2
+
+    seen = []
+    command = with_options(lambda options, c=3: seen.append((options, c)), Shared, without=["b"])
+    assert list(inspect.signature(command).parameters) == ["c", "a"]
+    command(a=5, c=6)
+    assert seen == [(Shared(5, 2), 6)]

@@ -201,7 +201,7 @@ def test_classes_are_given_one_per_seed_or_drawn(cmtool, tmp_path):
     assert cmtool(*SMALL, "--seeds", "6", "--class", "2", "--out", "b").code == 0
     assert files(tmp_path / "b")["seed000006.png"] == files(tmp_path / "a")["seed000006.png"]
     result = cmtool(*SMALL, "--seeds", "5-7", "--class", "1,2", "--out", "c")
-    assert "names 2 classes for 3 seeds" in result.err
+    assert "2 classes for 3 seeds" in result.err
 
 
 @pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "multistep"])

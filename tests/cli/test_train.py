@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmtool.cli.train import Metric, tell_batch
+from cmtool.cli.train import DistanceOption, note_batch
 from cmtool.core.distances import DISTANCES
 from cmtool.data.images import png_bytes, read_image
 from cmtool.models import ASSETS
@@ -356,7 +356,7 @@ def test_a_student_of_a_teacher_that_saw_warped_images_keeps_its_network_and_see
 
 
 def test_help_and_readme_name_every_distance():
-    (option,) = Metric.__metadata__
+    (option,) = DistanceOption.__metadata__
     assert option.help.split(": ")[1].rstrip(".").split(", ") == sorted(DISTANCES)
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in DISTANCES)
@@ -366,36 +366,36 @@ MINE = 'extends = "digits-ct"\n[train]\nbatch = 16\n'
 
 
 @pytest.mark.parametrize(
-    ("preset", "overrides", "told"),
+    ("preset", "overrides", "noted"),
     [
-        ("digits-ct", {"train.batch": 32}, "batch of 32, where the preset has 64"),
+        ("digits-ct", {"train.batch": 32}, "batch is 32. The preset has 64"),
         ("digits-ct", {"train.batch": 64}, None),
         ("digits-ct", {"train.batch": 32, "train.lr": 5e-4}, None),
-        ("mine.toml", {}, "batch of 16, where the preset has 64, and a train.lr of 0.001 tuned"),
+        ("mine.toml", {}, "batch is 16. The preset has 64, and its train.lr of 0.001 is tuned"),
         ("mine.toml", {"train.batch": 64}, None),
         ("whole.toml", {}, None),
     ],
 )
-def test_another_batch_than_the_presets_is_told_of(
-    preset, overrides, told, tmp_path, monkeypatch, capsys
+def test_a_batch_other_than_the_presets_is_noted(
+    preset, overrides, noted, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     Path("mine.toml").write_text(MINE)
     Path("whole.toml").write_text(to_toml(load_preset("digits-ct", {"train.batch": 16})))
-    tell_batch(resolve(preset, {"--set": overrides}), preset)
+    note_batch(resolve(preset, {"--set": overrides}), preset)
     notes = capsys.readouterr().err
-    if told is None:
+    if noted is None:
         assert notes == ""
     else:
-        assert told in notes
+        assert noted in notes
         assert "--accumulate" in notes
 
 
-def test_another_batch_is_told_of_before_training_and_not_on_resuming(cmtool):
+def test_a_batch_is_noted_before_training_and_not_on_resuming(cmtool):
     Path("mine.toml").write_text(MINE)
     arguments = ["train", "--preset", "mine.toml", *TINY[2:], "--set", "train.steps=1"]
     result = cmtool(*arguments, "--out", "r")
-    before, after = result.err.split("note: a global batch of 16")
+    before, after = result.err.split("note: the global batch is 16")
     assert "step=1" in after
     assert "step=1" not in before
     again = cmtool(*arguments, "--out", "r", "--resume")

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cmtool.cli.edit import EDITS
 from cmtool.core.edits import (
-    EDITS,
     block_means,
     colorize,
     denoise,

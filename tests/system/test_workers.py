@@ -106,7 +106,7 @@ def test_an_abandoned_wait_leaves_no_worker_though_they_hang():
 
 def test_a_process_that_ends_in_the_midst_of_it_takes_its_workers_along():
     code = (
-        "import itertools; from tests.core.test_workers import Numbers, made_ahead\n"
+        "import itertools; from tests.system.test_workers import Numbers, made_ahead\n"
         "given = made_ahead(Numbers(), itertools.count(), 2); print(next(given)[1])"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)

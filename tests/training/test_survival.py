@@ -290,7 +290,7 @@ def test_fault_04_a_full_disk_leaves_whole_images_and_says_how_many():
             assert read_image(path).shape == (3, 8, 8)
         assert f"error: no room on the disk for samples/seed{len(images):06d}.png" in err
         assert f"{len(images)} of 200 images are there" in err
-        assert "hint: free some; the same command again makes the rest" in err
+        assert "hint: free disk space; then the same command draws the rest" in err
 
 
 DAMAGES = {
