@@ -20,7 +20,7 @@ import torch
 
 from cmtool.cli import main
 from cmtool.data import datasets as data
-from cmtool.training import checkpoint, run
+from cmtool.training import saver, setup
 
 
 def boom():
@@ -28,13 +28,13 @@ def boom():
 
 
 def slow_disk():
-    write = checkpoint.write_checkpoint
+    write = saver.write_checkpoint
 
     def slowly(*arguments):
         time.sleep(6)
         return write(*arguments)
 
-    checkpoint.write_checkpoint = slowly
+    saver.write_checkpoint = slowly
 
 
 FAULTS = {
@@ -47,7 +47,7 @@ FAULTS = {
 
 def befall(name, step):
     """Let a fault happen in this process before a step."""
-    batches = run.batches
+    batches = setup.batches
 
     def faulty(*arguments, **options):
         microbatch = batches(*arguments, **options)
@@ -59,7 +59,7 @@ def befall(name, step):
 
         return fetch
 
-    run.batches = faulty
+    setup.batches = faulty
 
 
 def forbid_writing(folder):
