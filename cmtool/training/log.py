@@ -100,14 +100,8 @@ class Meter:
     def sums(self, group: Group) -> dict[str, Any]:
         """Return the sums over all processes, ready for JSON; every process calls this."""
         loss, images = group.sum(torch.stack([self.loss, self.images])).tolist()
-        norm = float(self.norm)
-        return {
-            "loss": loss,
-            "images": images,
-            "grad_norm": norm,
-            "steps": self.steps,
-            "skipped": self.skipped,
-        }
+        counts = {"steps": self.steps, "skipped": self.skipped}
+        return {"loss": loss, "images": images, "grad_norm": float(self.norm), **counts}
 
     def restore(self, sums: Mapping[str, Any] | None, *, leads: bool) -> None:
         """Go on from the `sums` of a stopped run; those over processes go to the leading one."""

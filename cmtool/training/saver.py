@@ -51,10 +51,8 @@ class Saver:
         self.about = about
         self.keep, self.keep_best = keep, keep_best
         self.note = note
-        self.saved = -1
-        """Step of the last checkpoint that this saver has written."""
+        self.saved = -1  # the step of the last checkpoint written, and the time that it took
         self.seconds = 0.0
-        """How long that took."""
         self.is_prepared = False
         self.snapshot: Snapshot | None = None
         self.thread: threading.Thread | None = None

@@ -72,9 +72,7 @@ def with_precision(
     """
     if preset.train.precision != "auto":
         return preset, dict(origins)
-    train = preset.train.model_copy(update={"precision": best})
-    changed = preset.model_copy(update={"train": train})
-    return changed, {**origins, "train.precision": "auto"}
+    return _with_train(preset, precision=best), {**origins, "train.precision": "auto"}
 
 
 def split_as_before(
@@ -95,7 +93,6 @@ def split_as_before(
         least = -(-before // processes)  # no part may be larger than before
         fitting = (n for n in range(least, batch + 1) if batch % (n * processes) == 0)
         accumulate = next(fitting, least)
-    train = preset.train.model_copy(update={"accumulate": accumulate})
     parts, note = accumulate * processes, None
     if parts != before:
         note = (
@@ -104,7 +101,12 @@ def split_as_before(
         )
     elif processes != stored:
         note = f"the batch is split into {parts} parts as before, {accumulate} for each process"
-    return preset.model_copy(update={"train": train}), note
+    return _with_train(preset, accumulate=accumulate), note
+
+
+def _with_train(preset: Preset, **values: object) -> Preset:
+    train = preset.train.model_copy(update=values)
+    return preset.model_copy(update={"train": train})
 
 
 def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:

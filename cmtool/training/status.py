@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cmtool.errors import Paused, ResourceError, Stopped, UserError
 from cmtool.system.files import write_json
 
-
-class StatusWriter(Protocol):
-    """Writes status.json with the given fields over the ones before."""
-
-    def __call__(self, **fields: object) -> None:
-        """Write."""
+StatusWriter = Callable[..., None]
+"""Writes status.json: the given fields replace those before."""
 
 
 def launcher() -> str:
