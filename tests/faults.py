@@ -50,7 +50,7 @@ def _command(arguments, folder, streams, options):
     if max_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file, max_file))
     if options.get("streamed"):
-        cmtool.core.data.MAX_IN_MEMORY = 0
+        cmtool.data.datasets.MAX_IN_MEMORY = 0
     if options.get("environment") is not None:
         os.environ.clear()
         os.environ.update(options["environment"])

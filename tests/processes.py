@@ -21,7 +21,7 @@ import torch
 from cmtool.cli import main
 from cmtool.core.methods import METHODS
 from cmtool.data import datasets as data
-from cmtool.training import checkpoint, run
+from cmtool.training import saver, setup
 from tests.training.test_state import WEIGHED
 
 
@@ -30,13 +30,13 @@ def boom():
 
 
 def slow_disk():
-    write = checkpoint.write_checkpoint
+    write = saver.write_checkpoint
 
     def slowly(*arguments):
         time.sleep(6)
         return write(*arguments)
 
-    checkpoint.write_checkpoint = slowly
+    saver.write_checkpoint = slowly
 
 
 FAULTS = {
@@ -49,7 +49,7 @@ FAULTS = {
 
 def befall(name, step):
     """Let a fault happen in this process before a step."""
-    batches = run.batches
+    batches = setup.batches
 
     def faulty(*arguments, **options):
         microbatch = batches(*arguments, **options)
@@ -61,7 +61,7 @@ def befall(name, step):
 
         return fetch
 
-    run.batches = faulty
+    setup.batches = faulty
 
 
 def forbid_writing(folder):

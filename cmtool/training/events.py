@@ -1,4 +1,4 @@
-"""TensorBoard's event files: the numbers of the log and the sample grids, once more."""
+"""TensorBoard's event files: the numbers of the log, and the sample grids."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def event_writer() -> type[SummaryWriter]:
 
 
 class Events:
-    """Writes event files into a folder; TensorBoard forgets what earlier ones say past `step`."""
+    """Writes event files into a folder; TensorBoard drops what earlier files say after `step`."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self.writer = event_writer()(str(folder), purge_step=step + 1)

@@ -1,4 +1,4 @@
-"""What a run says of itself at each log line: means since the last one, speed, memory."""
+"""log.jsonl: what its lines say (means since the last one, speed, memory), and the file itself."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from cmtool.core.noise import NoiseRange
-from cmtool.errors import (
-    ResourceError,
-    is_full,
-)
+from cmtool.errors import ResourceError, is_full
 from cmtool.presets.schema import Preset
 from cmtool.system.dist import Group
+from cmtool.system.files import write_atomic
 from cmtool.training.fit import StepInfo
 
 
 class Progress(NamedTuple):
-    """One step's news for whoever watches: the last log line so far, empty before the first."""
+    """What a watcher is told at each step; `line` is the last log line, empty before the first."""
 
     step: int
     steps: int
@@ -37,13 +35,13 @@ class Progress(NamedTuple):
 
 
 class Watcher(Protocol):
-    """Somebody who is told how a run goes."""
+    """Shows a user how a run goes."""
 
     def progress(self, news: Progress) -> None:
-        """Take the news of one step."""
+        """Show the progress after one step."""
 
     def note(self, text: str) -> None:
-        """Take a remark worth a line."""
+        """Show a remark."""
 
 
 def band_edges(noise_range: NoiseRange) -> list[float]:
@@ -62,7 +60,7 @@ def band_names(edges: list[float]) -> list[str]:
 
 
 class Means(NamedTuple):
-    """Means over the steps since the last log line, None where there was none."""
+    """Means over the steps since the last log line, None for a mean of nothing."""
 
     loss: float | None
     loss_by_sigma: dict[str, float | None]
@@ -72,9 +70,9 @@ class Means(NamedTuple):
 
 
 class Meter:
-    """Sums since the last log line; they stay on the device, and between lines nothing is read.
+    """Sums since the last log line. They stay on the device and are read only for a line.
 
-    A skipped step counts as skipped and in no mean.
+    A skipped step is counted, but is in no mean.
     """
 
     def __init__(self, noise_range: NoiseRange, device: str) -> None:
@@ -88,7 +86,7 @@ class Meter:
         self.steps = self.skipped = 0
 
     def add(self, info: StepInfo) -> None:
-        """Take one step in."""
+        """Add one step."""
         if info.skipped:
             self.skipped += 1
             return
@@ -99,27 +97,26 @@ class Meter:
         self.norm += info.grad_norm
         self.steps += 1
 
-    def held(self, group: Group) -> dict[str, Any]:
-        """Return the sums over all processes, each of which calls this, as JSON takes them."""
+    def sums(self, group: Group) -> dict[str, Any]:
+        """Return the sums over all processes, ready for JSON; every process calls this."""
         loss, images = group.sum(torch.stack([self.loss, self.images])).tolist()
-        norm = float(self.norm)
-        sums = {"loss": loss, "images": images, "grad_norm": norm}
-        return {**sums, "steps": self.steps, "skipped": self.skipped}
+        counts = {"steps": self.steps, "skipped": self.skipped}
+        return {"loss": loss, "images": images, "grad_norm": float(self.norm), **counts}
 
-    def go_on(self, held: Mapping[str, Any] | None, *, leads: bool) -> None:
-        """Start from what an interrupted run held; of its sums one process takes them all."""
-        if held is None or len(held["loss"]) != len(self.names):
+    def restore(self, sums: Mapping[str, Any] | None, *, leads: bool) -> None:
+        """Go on from the `sums` of a stopped run; those over processes go to the leading one."""
+        if sums is None or len(sums["loss"]) != len(self.names):
             return
         if leads:
-            self.loss += self.loss.new_tensor(held["loss"])
-            self.images += self.images.new_tensor(held["images"])
-        self.norm += held["grad_norm"]
-        self.steps, self.skipped = held["steps"], held["skipped"]
+            self.loss += self.loss.new_tensor(sums["loss"])
+            self.images += self.images.new_tensor(sums["images"])
+        self.norm += sums["grad_norm"]
+        self.steps, self.skipped = sums["steps"], sums["skipped"]
 
     def take(self, group: Group) -> Means:
-        """Return the means over all processes, each of which calls this, and start anew."""
-        held = self.held(group)
-        loss, images = held["loss"], held["images"]
+        """Return the means over all processes and reset the sums; every process calls this."""
+        sums = self.sums(group)
+        loss, images = sums["loss"], sums["images"]
         for total in (self.loss, self.images, self.norm):
             total.zero_()
         self.steps = self.skipped = 0
@@ -128,13 +125,13 @@ class Meter:
             loss=mean(sum(loss), sum(images)),
             loss_by_sigma=dict(zip(self.names, by_sigma, strict=True)),
             images_by_sigma={n: int(c) for n, c in zip(self.names, images, strict=True)},
-            grad_norm=mean(held["grad_norm"], held["steps"]),
-            skipped=held["skipped"],
+            grad_norm=mean(sums["grad_norm"], sums["steps"]),
+            skipped=sums["skipped"],
         )
 
 
 def mean(total: float, count: float) -> float | None:
-    """Return total / count; None, JSON's null, for a mean of nothing and what is not finite."""
+    """Return total / count; None (null in JSON) if there is nothing to count or no finite total."""
     return total / count if count and math.isfinite(total) else None
 
 
@@ -149,7 +146,7 @@ class Clock:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Take out of the speed, but not of the time left, what the block takes."""
+        """Leave the time of the block out of the speed, though not out of the time left."""
         began = time.monotonic()
         yield
         self.since += time.monotonic() - began
@@ -160,7 +157,7 @@ class Clock:
         return (self.steps - step) * pace
 
     def lap(self, step: int) -> tuple[float, float]:
-        """Return the seconds a step took and waited for images since the last lap; start anew."""
+        """Return the seconds a step took, and those it waited for images, since the last lap."""
         now, steps = time.monotonic(), step - self.step
         seconds, waited = max(now - self.since, 1e-9) / steps, self.waited / steps
         self.step, self.since, self.waited = step, now, 0.0
@@ -175,11 +172,11 @@ def log_line(
     device: str,
     ideal_seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Return the line for log.jsonl and start the next one; every process calls this.
+    """Return the line for log.jsonl and reset the sums; every process calls this.
 
     It has an `mfu` if the `ideal_seconds` of a step are known.
     """
-    means = meter.take(group)  # waits for the device, so before the clock is read
+    means = meter.take(group)  # this waits for the device, so the clock is read after it
     seconds, waited = clock.lap(info.step)
     line = {
         "step": info.step,
@@ -203,7 +200,7 @@ def log_line(
 
 
 def peak_memory(device: str) -> int:
-    """Return the most bytes this process has held: of the GPU's memory, else resident."""
+    """Return the most bytes of memory this process has held: of the GPU, else resident."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -211,9 +208,9 @@ def peak_memory(device: str) -> int:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of log.jsonl by step, which no clock can turn back, each step's last.
+    """Return the lines of log.jsonl in the order of their steps, and the last line of each step.
 
-    A line that was cut short or holds rubbish is left out.
+    A line that was cut short or is damaged is left out.
     """
     if not path.is_file():
         return []
@@ -227,17 +224,31 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [lines[step] for step in sorted(lines)]
 
 
+def trim_log(out: Path, step: int) -> None:
+    """Move the lines after a step, which will be written again, to log.superseded.jsonl."""
+    log = out / "log.jsonl"
+    if not log.exists():
+        return
+    lines = read_log(log)
+    superseded = "".join(json.dumps(line) + "\n" for line in lines if line["step"] > step)
+    if superseded:
+        with (out / "log.superseded.jsonl").open("a", encoding="utf-8") as file:
+            file.write(superseded)
+    kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
+    write_atomic(log, kept.encode())
+
+
 class LogFile:
-    """log.jsonl; lines that find no room wait for the next one."""
+    """log.jsonl. Lines for which the disk has no room are written with the next line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.waiting: list[str] = []
+        self.unwritten: list[str] = []
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line and those that wait, or nothing. Raises ResourceError on a full disk."""
-        self.waiting.append(json.dumps(line) + "\n")
-        content = "".join(self.waiting).encode()
+        """Append a line and the unwritten ones, or nothing. Raises ResourceError on a full disk."""
+        self.unwritten.append(json.dumps(line) + "\n")
+        content = "".join(self.unwritten).encode()
         with self.path.open("ab", buffering=0) as file:
             end = file.tell()
             try:
@@ -248,12 +259,5 @@ class LogFile:
                 written = 0
             if written < len(content):
                 file.truncate(end)
-                raise ResourceError(f"no room on the disk for {self.path}", "free some")
-        self.waiting.clear()
-
-
-class Notes(Protocol):
-    """Somebody who takes remarks."""
-
-    def note(self, text: str) -> None:
-        """Take a remark worth a line."""
+                raise ResourceError(f"no room on the disk for {self.path}", "free disk space")
+        self.unwritten.clear()

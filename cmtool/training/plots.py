@@ -1,4 +1,4 @@
-"""Pictures of a run for people: its curves as SVG, its summary.png."""
+"""Pictures of a run: its curves as SVG, and its summary.png."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cmtool.data.images import display_scale, grid, to_uint8
 from cmtool.system.files import replacing
 
 MAX_POINTS = 400
-"""Points of a curve; of more, neighbours are averaged."""
+"""A curve has at most so many points: its neighbours are averaged."""
 
 Log = Sequence[Mapping[str, Any]]
 """Lines of log.jsonl, by step."""
 
 
 class Curve(NamedTuple):
-    """Points (step, value) under a name."""
+    """A name, and the points (step, value)."""
 
     name: str
     steps: list[float]
@@ -28,7 +28,7 @@ class Curve(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """Curves that share their axes, each against the step."""
+    """Curves over the steps that share their axes."""
 
     title: str
     curves: list[Curve]
@@ -36,51 +36,51 @@ class Plot(NamedTuple):
 
 
 def picture(images: Tensor, columns: int) -> Tensor:
-    """Return images (B, C, H, W) in [-1, 1] as one uint8 picture, enlarged for people."""
+    """Return images (B, C, H, W) in [-1, 1] as one uint8 picture; small ones are enlarged."""
     return grid(to_uint8(images), columns, scale=display_scale(images.shape[-1]))
 
 
 def run_plots(log: Log) -> list[Plot]:
-    """Return what a log can be plotted as; a plot that would be empty is left out."""
+    """Return the plots of a log, without those that would be empty."""
     bands = list(dict.fromkeys(band for line in log for band in line.get("loss_by_sigma", {})))
     by_band = [
         curve(band, [(x["step"], x.get("loss_by_sigma", {}).get(band)) for x in log])
         for band in bands
     ]
-    found = [line["eval"] for line in log if "eval" in line]
-    metrics = list(dict.fromkeys(verdict["metric"] for verdict in found))
-    judged = [
+    verdicts = [line["eval"] for line in log if "eval" in line]
+    metrics = list(dict.fromkeys(verdict["metric"] for verdict in verdicts))
+    evaluations = [
         Plot(f"{metric}, lower is better",
-             [curve(metric, [(v["step"], v["value"]) for v in found if v["metric"] == metric])])
+             [curve(metric, [(v["step"], v["value"]) for v in verdicts if v["metric"] == metric])])
         for metric in metrics
     ]  # fmt: skip
     plots = [
-        Plot("loss", [of(log, "loss")], log_scale=True),
+        Plot("loss", [curve_of(log, "loss")], log_scale=True),
         Plot("loss by noise level sigma", by_band, log_scale=True),
-        *judged,
-        Plot("gradient norm", [of(log, "grad_norm")], log_scale=True),
-        Plot("learning rate", [of(log, "lr")]),
-        Plot("points of the noise grid, N", varying(of(log, "n"))),
-        Plot("decay of the target, mu", varying(of(log, "mu"))),
-        Plot("images a second", [of(log, "images_per_second")]),
-        Plot("share of the peak (MFU)", [of(log, "mfu")]),
+        *evaluations,
+        Plot("gradient norm", [curve_of(log, "grad_norm")], log_scale=True),
+        Plot("learning rate", [curve_of(log, "lr")]),
+        Plot("points of the noise grid, N", varying(curve_of(log, "n"))),
+        Plot("decay of the target, mu", varying(curve_of(log, "mu"))),
+        Plot("images a second", [curve_of(log, "images_per_second")]),
+        Plot("share of the peak (MFU)", [curve_of(log, "mfu")]),
     ]
-    drawn = (plot._replace(curves=[c for c in plot.curves if c.values]) for plot in plots)
-    return [plot for plot in drawn if plot.curves]
+    known = (plot._replace(curves=[c for c in plot.curves if c.values]) for plot in plots)
+    return [plot for plot in known if plot.curves]
 
 
-def of(log: Log, key: str) -> Curve:
-    """Return the curve of one key."""
+def curve_of(log: Log, key: str) -> Curve:
+    """Return the curve of one key of the log lines."""
     return curve(key, [(line["step"], line.get(key)) for line in log])
 
 
 def varying(curve: Curve) -> list[Curve]:
-    """Return the curve, or nothing where it is a constant, which the preset tells as well."""
+    """Return the curve; nothing for a constant, which the preset shows."""
     return [curve] if len(set(curve.values)) > 1 else []
 
 
 def curve(name: str, points: Sequence[tuple[float, float | None]]) -> Curve:
-    """Return the points that have a value, as a curve of at most MAX_POINTS."""
+    """Return the points that have a value as a curve of at most MAX_POINTS."""
     known = [(step, value) for step, value in points if value is not None]
     size = -(-len(known) // MAX_POINTS) or 1
     parts = [known[i : i + size] for i in range(0, len(known), size)]
@@ -121,14 +121,14 @@ def svgs(plots: Sequence[Plot]) -> Iterator[str]:
 
 
 def write_summary(path: Path, log: Log, panels: dict[str, Tensor], title: str) -> None:
-    """Write summary.png: the training curve, and each panel's images (B, C, H, W) beside it."""
+    """Write summary.png: the curve of the loss, and beside it the images (B, C, H, W) by title."""
     from matplotlib.figure import Figure
 
     plot = Figure(figsize=(4.6 + 4.2 * len(panels), 3.4), layout="constrained")
     ratios = [4.2, *[4.2] * len(panels)]
     axes = plot.subplots(1, 1 + len(panels), width_ratios=ratios, squeeze=False)
     loss, *rest = axes[0]
-    known = of(log, "loss")
+    known = curve_of(log, "loss")
     loss.plot(known.steps, known.values)
     loss.set(xlabel="step", ylabel="loss", title=title, yscale="log")
     loss.grid(alpha=0.3)
@@ -136,15 +136,14 @@ def write_summary(path: Path, log: Log, panels: dict[str, Tensor], title: str) -
         axis.imshow(picture(images, 10).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set(title=name)
         axis.set_axis_off()
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    plot.savefig(temporary, dpi=110)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        plot.savefig(temporary, dpi=110, format="png")
 
 
 def write_curves(
     path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str
 ) -> None:
-    """Write curves of (x, y), both on a logarithmic scale, as the picture that `path` ends in."""
+    """Write a plot of (x, y) with logarithmic axes, in the format that the name of `path` says."""
     from matplotlib.figure import Figure
 
     plot = Figure(figsize=(5.6, 3.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""Pages for people, each one file that needs nothing else: the demo's and a run's report.html."""
+"""HTML pages, each in one file that needs no other: the demo's, and a run's report.html."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 from cmtool import __version__
 from cmtool.formats.checkpoints import best
 from cmtool.system.files import write_atomic
-from cmtool.training.folder import read_json
 from cmtool.training.log import read_log
 from cmtool.training.plots import run_plots, svgs
+from cmtool.training.status import read_json
 
 MAX_FRAMES = 12
-"""Sample grids of a run's report, evenly over time."""
+"""A run's report shows at most so many sample grids."""
 MAX_BYTES = 16 << 20
-"""Of all of them; of large pictures there are fewer."""
+"""So many bytes at most in all of them: of large pictures there are fewer."""
 
 
 class Row(NamedTuple):
-    """A line of the report's table; `calls` is None where no network drew the images."""
+    """A row of the demo's table; `calls` is None for images that no network drew."""
 
     label: str
     calls: int | None
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A picture of the report."""
+    """A picture of the demo's page."""
 
     caption: str
     path: Path
@@ -99,7 +99,7 @@ step {{ state.step or 0 }} of {{ state.steps or "?" }}{% if left %}, {{ left }} 
 
 
 def rendered(template: str, **facts: object) -> bytes:
-    """Return a page of the head and a template."""
+    """Return the page that a template makes of the facts."""
     from jinja2 import Environment
 
     page = Environment(autoescape=True).from_string(HEAD + template)
@@ -127,7 +127,7 @@ def write_report(
 
 
 def write_run_report(out: Path) -> None:
-    """Write report.html of a run, from what its folder holds: curves, samples, provenance."""
+    """Write report.html of a run from its folder: curves, samples, provenance."""
     log = read_log(out / "log.jsonl")
     state = read_json(out / "status.json")
     preset = _text(out / "preset.toml")
@@ -175,9 +175,9 @@ def run_facts(line: Mapping[str, Any], kept: Mapping[str, float]) -> list[tuple[
 
 
 def frames(folder: Path) -> list[tuple[int, Path]]:
-    """Return (step, path) of sample grids evenly over time, the last among them.
+    """Return (step, path) of sample grids, evenly over time and with the last one.
 
-    At most MAX_FRAMES, and at most MAX_BYTES together but for the last one.
+    They are at most MAX_FRAMES, and at most MAX_BYTES together unless the last one is larger.
     """
     paths = sorted(folder.glob("step-*.png"))
     sizes = {path: path.stat().st_size for path in paths}

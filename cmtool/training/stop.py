@@ -1,4 +1,4 @@
-"""What ends a run before its last step: signals, the time, a parent that is gone."""
+"""What ends a run before its last step: a signal, the end of its time, a parent that is gone."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cmtool.errors import Paused, Stopped, UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PAUSE = 1000
-"""A reason to stop that is no signal: the time is up."""
+"""A reason to stop that is not a signal: the time is up."""
 
 
 class Stop:
-    """Whether to stop: a signal's number, or PAUSE when the time is up or the parent is gone.
+    """Knows whether to stop: a signal has come, the time is up, or the parent is gone.
 
-    A signal is noted and the step finished; while `at_once`, when nothing is half done, it raises
-    Stopped. A second Ctrl-C ends the process without saving.
+    A signal is noted, and the run stops after the step. While `at_once`, before the first step or
+    between two steps, the signal raises Stopped. A second Ctrl-C ends the process without saving.
     """
 
     def __init__(self, deadline: float | None) -> None:
@@ -32,7 +32,7 @@ class Stop:
         self.at_once = True
 
     def reason(self) -> int:
-        """Return the reason to stop now, 0 for none."""
+        """Return the reason to stop now: the number of a signal, PAUSE, or 0 for none."""
         if self.caught:
             return self.caught[0]
         if os.getppid() != self.parent:  # torchrun was killed and left us behind
@@ -41,8 +41,8 @@ class Stop:
         return PAUSE if late else 0
 
     def note(self, number: int, _: FrameType | None) -> None:
-        """Take a signal; the handler of all of SIGNALS."""
-        if os.getpid() != self.process:  # a data worker, to which a terminal sends Ctrl-C too
+        """Handle a signal."""
+        if os.getpid() != self.process:  # a data worker: a terminal sends Ctrl-C to it too
             return
         if self.caught and number == signal.SIGINT:
             raise SystemExit(130)
@@ -55,12 +55,12 @@ class Stop:
         if self.caught:
             raise Stopped(
                 f"stopped by signal {self.caught[0]} before the first step",
-                "run it again; with --resume if its folder holds a run already",
+                "run the same command again; add --resume if its folder holds a run already",
                 self.caught[0],
             )
 
     def interruptible(self, fetch: BatchFn) -> BatchFn:
-        """Return `fetch` so that a signal ends it at once: between two steps nothing is half done.
+        """Return `fetch` made so that a signal ends it at once: no step is half done then.
 
         Images may come late, and whoever sends a signal often kills 30 seconds later.
         """
@@ -78,7 +78,7 @@ class Stop:
 
 @contextmanager
 def stop_signals(max_seconds: float | None) -> Iterator[Stop]:
-    """Yield what notes the stopping signals, and the end of the time, while the block runs."""
+    """Handle the signals that stop a run, and the end of its time, during a block."""
     stop = Stop(None if max_seconds is None else time.monotonic() + max_seconds)
     before = [signal.signal(number, stop.note) for number in SIGNALS]
     try:
@@ -89,7 +89,7 @@ def stop_signals(max_seconds: float | None) -> Iterator[Stop]:
 
 
 def stopped(reason: int, step: int, seconds: float, out: Path) -> UserError:
-    """Return the error that ends a run which was stopped after saving, in so many seconds."""
+    """Return the error that ends a run which was stopped after `seconds` of saving."""
     hint = f"go on with --resume --out {out}"
     if reason == PAUSE:
         return Paused(f"the time is up; saved step {step}, in {seconds:.1f} s", hint)

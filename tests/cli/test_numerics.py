@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 from cmtool.data.images import read_image
 from cmtool.system.devices import best_precision
 from cmtool.system.dist import ALONE
-from cmtool.training import run
+from cmtool.training import setup
+from cmtool.training.failure import with_dump
 from cmtool.training.fit import Diverged
-from cmtool.training.run import dumped
 from tests.cli.conftest import TINY
 
 
 @pytest.fixture
 def broken_at(monkeypatch):
     """Make the data of some steps hold one image of NaN."""
-    real = run.batches
+    real = setup.batches
 
     def make(steps):
         def batches(*args, **kwargs):
@@ -38,7 +38,7 @@ def broken_at(monkeypatch):
 
             return microbatch
 
-        monkeypatch.setattr(run, "batches", batches)
+        monkeypatch.setattr(setup, "batches", batches)
 
     return make
 
@@ -71,7 +71,7 @@ def test_a_run_that_stays_bad_ends_with_6_and_shows_the_batch(cmtool, tmp_path, 
     assert result.out == b""
     assert result.err.count("skipped: ") == 3
     assert "error: not finite 3 steps in a row, to step 7: the loss of image 3 of" in result.err
-    assert "what this step saw is in r/failed/step-0000007" in result.err
+    assert "the batch of this step is in r/failed/step-0000007" in result.err
     assert "Traceback" not in result.err
     checkpoints = sorted((tmp_path / "r/checkpoints").glob("step-*"))
     assert [p.name for p in checkpoints] == ["step-0000004", "step-0000006"]
@@ -100,10 +100,10 @@ def test_a_run_that_stays_bad_ends_with_6_and_shows_the_batch(cmtool, tmp_path, 
 def test_a_run_that_diverged_says_so_though_the_batch_cannot_be_written(tmp_path):
     (tmp_path / "failed").write_text("in the way")
     error = Diverged("not finite", "lower the rate", SimpleNamespace(step=7), None)
-    job = SimpleNamespace(out=tmp_path, preset=None, group=ALONE)
-    assert dumped(error, job) is error
+    run = SimpleNamespace(out=tmp_path, preset=None, group=ALONE)
+    assert with_dump(error, run) is error
     assert error.exit_code == 6
-    assert error.hint.startswith("lower the rate; what this step saw cannot be written: ")
+    assert error.hint.startswith("lower the rate; the batch of this step cannot be written: ")
 
 
 def test_a_rate_that_is_far_too_high_ends_with_6_and_finite_checkpoints(cmtool, tmp_path):

@@ -14,8 +14,8 @@ from cmtool.formats.checkpoints import (
     prune,
     verify,
 )
-from cmtool.training.checkpoint import Saver, save_checkpoint
-from tests.training.test_checkpoint import trained
+from cmtool.training.saver import Saver
+from tests.training.test_checkpoint import save_checkpoint, trained
 
 
 def test_a_damaged_checkpoint_is_found_and_passed_over(tmp_path):

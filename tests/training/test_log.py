@@ -10,8 +10,7 @@ from cmtool.presets.toml import load_preset
 from cmtool.system.dist import ALONE
 from cmtool.training import log as progress
 from cmtool.training.fit import StepInfo
-from cmtool.training.folder import trim_log
-from cmtool.training.log import Clock, Meter, band_edges, band_names, log_line, read_log
+from cmtool.training.log import Clock, Meter, band_edges, band_names, log_line, read_log, trim_log
 
 
 def info(step, loss, sigma, *, norm=1.0, skipped=False):
@@ -75,11 +74,11 @@ def test_an_interrupted_line_goes_on_where_it_was_whatever_the_number_of_process
     for each in before:
         whole.add(each)
         first.add(each)
-    resumed.go_on(json.loads(json.dumps(first.held(ALONE))), leads=True)
-    beside.go_on(first.held(ALONE), leads=False)
+    resumed.restore(json.loads(json.dumps(first.sums(ALONE))), leads=True)
+    beside.restore(first.sums(ALONE), leads=False)
     whole.add(after)
     resumed.add(after)
-    assert beside.held(ALONE)["images"] == [0, 0, 0]
+    assert beside.sums(ALONE)["images"] == [0, 0, 0]
     assert whole.take(ALONE) == resumed.take(ALONE)
 
 
@@ -119,7 +118,7 @@ def test_pauses_are_in_the_time_left_and_not_in_the_speed(monkeypatch):
 
 def test_peak_memory_is_what_the_process_once_held():
     program = (  # in a process of its own, whose memory nobody else has used before
-        "import os; from pathlib import Path; from cmtool.progress import peak_memory\n"
+        "import os; from pathlib import Path; from cmtool.training.log import peak_memory\n"
         "def resident(): return int(Path('/proc/self/statm').read_text().split()[1])\n"
         "held = bytearray(b'x') * (512 << 20)\n"
         "del held\n"

@@ -124,7 +124,7 @@ def test_two_processes_resumed_as_one_end_bit_equal_to_one_that_accumulates(tmp_
         job(one, *steps, "--accumulate", "2", processes=1),
     )
     assert [codes for codes, _ in ends] == [[5, -9], [0], [0]]
-    assert "a batch has 2 parts as before, 2 a process" in stderr
+    assert "the batch is split into 2 parts as before, 2 for each process" in stderr
     assert f"resumed from {two}/checkpoints/step-0000004" in stderr
     a, b = tensors(one), tensors(two)
     assert a.keys() == b.keys()

@@ -232,7 +232,7 @@ def test_fault_03_a_full_disk_is_told_and_training_goes_on(disk, methods):
     command.wait_for(lambda: len(steps(run)) == 2)
     filler = fill(disk)
     before = contents(run / "checkpoints")
-    command.wait_for(lambda: "going on without it; free some: it needs" in command.said())
+    command.wait_for(lambda: "going on without it; free disk space: it needs" in command.said())
     assert contents(run / "checkpoints") == before
     assert leftovers(run) == []
     filler.unlink()
@@ -256,7 +256,7 @@ def test_fault_03_a_disk_that_stays_full_ends_a_run_with_code_5(disk, methods):
     before = contents(run / "checkpoints")
     command.send(signal.SIGCONT)
     err = command.failed(5, "error: no room on the disk for checkpoint step-", "are intact")
-    assert err.count("going on without it; free some: it needs") == 2
+    assert err.count("going on without it; free disk space: it needs") == 2
     assert contents(run / "checkpoints") == before
     assert leftovers(run) == []
     assert (status(run)["state"], status(run)["exit_code"]) == ("failed", 5)
@@ -317,7 +317,7 @@ def test_fault_05_06_a_damaged_checkpoint_is_passed_over_and_named(copied, place
     explicit.failed(3, "step-0000004")
     err = resume(place).done()
     bad = "is not a whole checkpoint: no manifest" if "manifest" in name else f"{name} is damaged"
-    assert "passed over: run/checkpoints/step-0000004" in err
+    assert "not used: run/checkpoints/step-0000004" in err
     assert bad in err
     assert "resumed from run/checkpoints/step-0000003" in err
     assert contents(copied / "checkpoints") == before  # the fourth step again, to the last bit

@@ -104,10 +104,10 @@ def test_two_processes_are_bit_equal_to_two_rounds(method, tmp_path):
 
 BROKEN = """
 import torch
-from cmtool import run
+from cmtool.training import setup
 from cmtool.cli import main
 
-real = run.batches
+real = setup.batches
 
 def batches(*args, **kwargs):
     fetch = real(*args, **kwargs)
@@ -120,7 +120,7 @@ def batches(*args, **kwargs):
 
     return microbatch
 
-run.batches = batches
+setup.batches = batches
 main()
 """
 

@@ -5,11 +5,11 @@ import pytest
 from cmtool.presets.toml import load_preset, to_toml
 from cmtool.training.start import split_as_before
 
-SAME, OTHER = "parts as before", "their noise is another"
+SAME, OTHER = "parts as before", "the noise is different"
 
 
 @pytest.mark.parametrize(
-    ("processes", "accumulate", "now", "asked", "expected", "told"),
+    ("processes", "accumulate", "now", "asked", "expected", "words"),
     [
         (2, 1, 2, None, 1, None),
         (2, 1, 1, None, 2, SAME),
@@ -24,7 +24,7 @@ SAME, OTHER = "parts as before", "their noise is another"
     ],
 )
 def test_a_resumed_run_keeps_the_parts_of_its_batch_where_it_can(
-    processes, accumulate, now, asked, expected, told, tmp_path
+    processes, accumulate, now, asked, expected, words, tmp_path
 ):
     preset = load_preset("digits-ct", {"train.batch": 120})
     stored = {"versions": {"cmtool": "0"}, "processes": processes}
@@ -38,4 +38,4 @@ def test_a_resumed_run_keeps_the_parts_of_its_batch_where_it_can(
     found, note = split_as_before(tmp_path, given, now, asked=asked is not None)
     assert found.train.accumulate == expected
     assert found.model_copy(update={"train": given.train}) == given
-    assert told in note if told else note is None
+    assert words in note if words else note is None

@@ -1,0 +1,228 @@
+"""What a run does between two steps: a table of observers, each with the steps at which it is due.
+
+A new one is a function, and one line in the table at the end. An observer may call all processes
+together. So each process goes through the same table, and whether an observer that does so is due
+depends on what is the same in all of them. Only the leading process has a saver and a writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmtool.core.precond import Preconditioned
+from cmtool.evaluation.during_training import Verdict, evaluate
+from cmtool.formats.checkpoints import Score, is_best
+from cmtool.presets.schema import Card
+from cmtool.sampling import evaluating, generate, plan
+from cmtool.training.checkpoint import take_part
+from cmtool.training.fit import Diverged, StepInfo
+from cmtool.training.log import Clock, Meter, Progress, log_line
+from cmtool.training.saver import Saver
+from cmtool.training.setup import Run
+from cmtool.training.state import TrainState
+from cmtool.training.writer import RunWriter
+
+GRID_SEEDS = range(40)
+
+
+@dataclass
+class News:
+    """What is known of a finished step; all but `info` is the same in every process."""
+
+    info: StepInfo
+    is_last: bool
+    diverged: Diverged | None
+    """The error that ends the run after this step."""
+    stop_reason: int
+    """Why the run stops after this step, as `Stop.reason` says it; 0 if it does not."""
+    verdict: Verdict | None = None
+    """What the evaluation at this step found."""
+    is_logged: bool = False
+
+    @property
+    def step(self) -> int:
+        """The number of finished steps."""
+        return self.info.step
+
+    def is_every(self, steps: int) -> bool:
+        """Tell whether `steps` divides the step, or it is the last one; never for 0."""
+        return steps > 0 and (self.is_last or self.step % steps == 0)
+
+
+@dataclass
+class Tools:
+    """What observers work with."""
+
+    meter: Meter
+    clock: Clock
+    ideal_seconds: float | None
+    saver: Saver | None
+    writer: RunWriter | None
+    line: dict[str, Any]
+    """The last log line."""
+
+
+def always(run: Run, news: News) -> bool:
+    """At every step."""
+    return True
+
+
+def measure(run: Run, tools: Tools, news: News) -> None:
+    """Add the step to the sums that the next log line shows."""
+    tools.meter.add(news.info)
+    tools.clock.waited += news.info.waited
+
+
+def is_skipped(run: Run, news: News) -> bool:
+    """At a step that changed nothing."""
+    return news.info.skipped and run.group.leads
+
+
+def note_skipped(run: Run, tools: Tools, news: News) -> None:
+    """Tell the watcher why a step was skipped."""
+    run.watcher.note(f"step {news.step} skipped: {news.info.fault}")
+
+
+def tend_saver(run: Run, tools: Tools, news: News) -> None:
+    """Prepare the saver once the optimizer has its moments; note what went wrong with a write."""
+    if tools.saver:
+        if not tools.saver.is_prepared:
+            tools.saver.prepare(run.state)
+        tools.saver.poll()
+
+
+def evaluates(run: Run, news: News) -> bool:
+    """Every run.eval_every steps, if the run goes on."""
+    ends = news.stop_reason or news.diverged
+    return not ends and news.is_every(run.preset.run.eval_every)
+
+
+def evaluate_model(run: Run, tools: Tools, news: News) -> None:
+    """Evaluate the kept model."""
+    assert run.evaluation is not None
+    with tools.clock.pause():
+        f = kept_model(run.state)
+        news.verdict = evaluate(run.evaluation, f, run.preset, news.step, run.group, run.device)
+
+
+def logs(run: Run, news: News) -> bool:
+    """Every run.log_every steps, at an evaluation, and where the run diverges."""
+    is_due = news.is_every(run.preset.run.log_every)
+    return is_due or news.diverged is not None or news.verdict is not None
+
+
+def log(run: Run, tools: Tools, news: News) -> None:
+    """Make the log line, together; the leading process writes it."""
+    meter, clock = tools.meter, tools.clock
+    tools.line = log_line(news.info, meter, clock, run.group, run.device, tools.ideal_seconds)
+    tools.line |= {"eval": news.verdict._asdict()} if news.verdict else {}
+    news.is_logged = True
+    if tools.writer:
+        tools.writer.log(tools.line, clock.seconds_left(news.step))
+
+
+def show_progress(run: Run, tools: Tools, news: News) -> None:
+    """Show the watcher the step and the last log line."""
+    if run.group.leads:
+        steps, left = run.preset.train.steps, tools.clock.seconds_left(news.step)
+        run.watcher.progress(Progress(news.step, steps, left, tools.line, news.is_logged))
+
+
+def must_save(run: Run, news: News) -> bool:
+    """Every run.checkpoint_every steps, and before the run stops."""
+    return news.stop_reason > 0 or news.is_every(run.preset.run.checkpoint_every)
+
+
+def may_save(run: Run, news: News) -> bool:
+    """Where a checkpoint must be saved, and at an evaluation."""
+    return news.diverged is None and (must_save(run, news) or news.verdict is not None)
+
+
+def save(run: Run, tools: Tools, news: News) -> None:
+    """Save a checkpoint; one that need not be saved only if it is among the best.
+
+    Other processes give the parts of the models that they hold, and wait for a slow disk here,
+    since in a collective they would time out.
+    """
+    state, group, saver, verdict = run.state, run.group, tools.saver, news.verdict
+    state.unlogged = tools.meter.sums(group)
+    score = verdict and Score(verdict.metric, verdict.num, verdict.value)
+    if not must_save(run, news) and not group.agreed(
+        lambda: is_among_best(saver, score), f"judged {news.step}"
+    ):
+        return
+    if saver:
+        saver.finish(final=False)
+    if group.mesh is not None:
+        group.meet(f"saves {news.step}")
+    if saver:
+        saver.save(state, wait=news.is_last or news.stop_reason > 0, score=score)
+    elif group.mesh is not None:
+        take_part(state)
+    group.meet(f"saved {news.step}")
+
+
+def is_among_best(saver: Saver | None, score: Score | None) -> bool:
+    """Tell whether a checkpoint with this score would be kept for it; the leading process knows."""
+    assert saver is not None
+    assert score is not None
+    saver.finish(final=False)  # it may be about to write what best.json names
+    return is_best(saver.folder, score, saver.keep_best)
+
+
+def samples(run: Run, news: News) -> bool:
+    """Every run.sample_every steps."""
+    return news.diverged is None and news.is_every(run.preset.run.sample_every)
+
+
+def draw_samples(run: Run, tools: Tools, news: News) -> None:
+    """Draw and write the fixed images and the report, unless the run stops; meet the others."""
+    if run.group.has_models and not news.stop_reason:
+        with tools.clock.pause():
+            images = fixed_images(kept_model(run.state), run.preset, run.device)
+            if tools.writer:
+                tools.writer.samples(images, news.step)
+                if not news.is_last:  # the report is written at the end of the run anyway
+                    tools.writer.report()
+    run.group.meet(f"sampled {news.step}")
+
+
+def kept_model(state: TrainState) -> Preconditioned:
+    """Return the model that is sampled: the first weights EMA, else the student."""
+    return next(iter(state.emas.values())).model if state.emas else state.student
+
+
+def fixed_images(model: Preconditioned, card: Card, device: str) -> Tensor:
+    """Return images of seeds 0 to 39, classes in turn: the same noise each time."""
+    labels, classes = None, card.model.num_classes
+    if classes:
+        labels = torch.arange(len(GRID_SEEDS)) % classes
+    with evaluating(model):
+        drawn = generate(model, card, plan(card), GRID_SEEDS, labels=labels, device=device)
+        return torch.cat(list(drawn)).cpu()
+
+
+def final_images(run: Run) -> dict[str, Tensor]:
+    """Return the fixed images of the teacher, if there is one, and of the kept model, by title."""
+    preset, teacher = run.preset, run.teacher
+    title = "samples" if preset.kind == "teacher" else f"{preset.sample.steps} step"
+    drawn = {"teacher": fixed_images(teacher.f, teacher.preset, run.device)} if teacher else {}
+    return {**drawn, title: fixed_images(kept_model(run.state), preset, run.device)}
+
+
+OBSERVERS: list[tuple[Callable[[Run, News], bool], Callable[[Run, Tools, News], None]]] = [
+    (always, measure),
+    (is_skipped, note_skipped),
+    (always, tend_saver),
+    (evaluates, evaluate_model),
+    (logs, log),
+    (always, show_progress),
+    (may_save, save),
+    (samples, draw_samples),
+]
+"""When something is due, and what is done then, in this order."""
