@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from cmtool.core.ema import update_average
+from cmtool.core.ema import Ema, update_average
 from cmtool.core.methods import Models, Objective
 from cmtool.core.noise import Curriculum, Stage
 from cmtool.core.precond import Preconditioned
@@ -141,15 +141,11 @@ def fit(
     The host waits for the device once a step, to read whether the gradient is finite, and before
     the optimizer; what is yielded has not been read.
     """
-    student, scaler = state.student, state.scaler
-    everything = list(student.parameters())  # to walk through the modules each step takes long
-    learned = everything if state.own is None else [*everything, *state.own.parameters()]
-    parameters = [p for p in learned if p.requires_grad]
-    averages = [(ema, list(ema.model.parameters())) for ema in state.emas.values()]
-    followers = [] if state.target is None else list(state.target.parameters())
-    student.train()
+    walked = walk(state)
+    state.student.train()
     own = None if state.own is None else shared(state.own, settings.group)
-    models = Models(shared(student, settings.group), state.target or student, own=own)
+    student = shared(state.student, settings.group)
+    models = Models(student, state.target or state.student, own=own)
     while state.step < settings.steps:
         seen = state.step * settings.batch
         stage = curriculum(state.step, settings.steps)._replace(images=seen)
@@ -160,42 +156,12 @@ def fit(
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
         batch, waited = accumulate(state, models, objective, microbatch, stage, settings)
-        if scaler is not None:
-            scaler.unscale_(state.optimizer)
-        total = torch.nn.utils.get_total_norm(  # of a list that nothing keeps until the next step
-            [p.grad for p in parameters if p.grad is not None], foreach=True
-        )
-        norm = whole(total)
-        settings.group.line_up()
-        good = bool(torch.isfinite(norm))  # here the host waits
-        fault = None if good else find_fault(student, batch, settings.group)
-        if scaler is not None:
-            scaler.update()
-        if good:
-            if settings.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(
-                    parameters, settings.max_grad_norm, total, foreach=True
-                )
-            state.optimizer.step()
-            for ema, average in averages:
-                update_average(average, everything, ema.decay(settings.batch, seen))
-            state.bad_steps = 0
-        elif fault is not None and not is_overflow(fault, scaler):
-            state.bad_steps += 1
-        if followers and (good or stage.mu == 0):  # 0 hands on a stage's student
-            update_average(followers, everything, stage.mu)
+        norm, fault = descend(state, walked, batch, stage, settings)
         info = StepInfo(
-            step=state.step + 1,
-            loss=batch.loss,
-            sigma=batch.sigma,
-            grad_norm=norm,
-            lr=rate,
-            n=stage.n,
-            mu=stage.mu,
-            skipped=not good,
-            fault=fault_text(fault, scaler),
-            waited=waited,
-        )
+            step=state.step + 1, loss=batch.loss, sigma=batch.sigma, grad_norm=norm, lr=rate,
+            n=stage.n, mu=stage.mu, skipped=fault is not None,
+            fault=fault_text(fault, state.scaler), waited=waited,
+        )  # fmt: skip
         if state.bad_steps >= settings.max_bad_steps:
             raise Diverged(
                 f"not finite {state.bad_steps} steps in a row, to step {info.step}: {info.fault}",
@@ -206,6 +172,63 @@ def fit(
             )
         state.step += 1
         yield info
+
+
+class Walked(NamedTuple):
+    """The tensors of a state, listed once: to walk through the modules each step takes long."""
+
+    student: list[Tensor]
+    learned: list[Tensor]
+    averages: list[tuple[Ema, list[Tensor]]]
+    target: list[Tensor]
+
+
+def walk(state: TrainState) -> Walked:
+    """Return the tensors of a state that a step reads or changes."""
+    student: list[Tensor] = list(state.student.parameters())
+    learned = student if state.own is None else [*student, *state.own.parameters()]
+    return Walked(
+        student,
+        [p for p in learned if p.requires_grad],
+        [(ema, list(ema.model.parameters())) for ema in state.emas.values()],
+        [] if state.target is None else list(state.target.parameters()),
+    )
+
+
+def descend(
+    state: TrainState, walked: Walked, batch: Batch, stage: Stage, settings: FitSettings
+) -> tuple[Tensor, Fault | None]:
+    """Step the optimizer, the averages and the target; return the gradient's norm, and a fault.
+
+    With a fault nothing is changed but the count of bad steps, and the target where mu is 0.
+    """
+    scaler = state.scaler
+    if scaler is not None:
+        scaler.unscale_(state.optimizer)
+    total = torch.nn.utils.get_total_norm(  # of a list that nothing keeps until the next step
+        [p.grad for p in walked.learned if p.grad is not None], foreach=True
+    )
+    norm = whole(total)
+    settings.group.line_up()
+    good = bool(torch.isfinite(norm))  # here the host waits
+    fault = None if good else find_fault(state.student, batch, settings.group)
+    if scaler is not None:
+        scaler.update()
+    if good:
+        if settings.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(
+                walked.learned, settings.max_grad_norm, total, foreach=True
+            )
+        state.optimizer.step()
+        for ema, average in walked.averages:
+            decay = ema.decay(settings.batch, stage.images)
+            update_average(average, walked.student, decay)
+        state.bad_steps = 0
+    elif fault is not None and not is_overflow(fault, scaler):
+        state.bad_steps += 1
+    if walked.target and (good or stage.mu == 0):  # 0 hands on a stage's student
+        update_average(walked.target, walked.student, stage.mu)
+    return norm, fault
 
 
 def accumulate(

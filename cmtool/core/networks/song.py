@@ -204,15 +204,7 @@ class Song(nn.Module):
         self.num_classes = num_classes
         out_channels = channels * (2 if o.learn_sigma else 1)
 
-        if o.embedding == "fourier":
-            random = torch.randn(noise_channels // 2)
-            self.register_buffer("frequencies", random * o.fourier_scale)
-        if num_classes:
-            self.map_label = Linear32(num_classes, noise_channels)
-        if o.augment_dim:
-            self.map_augment = Linear32(o.augment_dim, noise_channels, bias=False)
-        self.map_layer0 = Linear32(noise_channels, emb_channels)
-        self.map_layer1 = Linear32(emb_channels, emb_channels)
+        self.make_embedding(noise_channels, emb_channels)
 
         def block(c_in: int, c_out: int, resample: str = "", attention: bool = False) -> SongBlock:
             return SongBlock(c_in, c_out, emb_channels, o, resample=resample, attention=attention)
@@ -252,6 +244,19 @@ class Song(nn.Module):
                 head = nn.Sequential(group_norm(c), nn.SiLU(), conv)
             self.dec.append(DecoderLevel(start, blocks, head, o))
         initialise(self)
+
+    def make_embedding(self, noise_channels: int, emb_channels: int) -> None:
+        """Make the layers that embed noise label, class and warps."""
+        o = self.options
+        if o.embedding == "fourier":
+            random = torch.randn(noise_channels // 2)
+            self.register_buffer("frequencies", random * o.fourier_scale)
+        if self.num_classes:
+            self.map_label = Linear32(self.num_classes, noise_channels)
+        if o.augment_dim:
+            self.map_augment = Linear32(o.augment_dim, noise_channels, bias=False)
+        self.map_layer0 = Linear32(noise_channels, emb_channels)
+        self.map_layer1 = Linear32(emb_channels, emb_channels)
 
     def forward(
         self,
