@@ -127,11 +127,13 @@ class Machine:
             self.opcodes += 1
             if self.opcodes > MAX_OPCODES:
                 raise Refused(f"more than {MAX_OPCODES:,} opcodes: too many for weights")
-            if opcode.name == "STOP":
+            action = OPCODES.get(opcode.name)
+            if action is not None:
+                action(pickle, arg)
+            elif opcode.name == "STOP":
                 return pickle.result()
-            if opcode.name not in OPCODES:
+            else:
                 raise Refused(f"opcode {opcode.name} has no place among weights")
-            OPCODES[opcode.name](pickle, arg)
         raise Refused("the pickle does not end")
 
     def call(self, function: Any, args: Any) -> Any:
@@ -152,10 +154,7 @@ class Pickle:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-
-    def push(self, value: Any) -> None:
-        """Put a value on the stack."""
-        self.stack.append(value)
+        self.push = self.stack.append
 
     def pop(self, count: int) -> list[Any]:
         """Take so many values, all above the last mark, from the stack."""
@@ -174,9 +173,9 @@ class Pickle:
 
     def top(self) -> Any:
         """Return the value on top of the stack, which stays there."""
-        (value,) = self.pop(1)
-        self.push(value)
-        return value
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            raise Refused("the pickle's stack runs empty")
+        return self.stack[-1]
 
     def result(self) -> Any:
         """Return the one value that is left when the pickle ends."""
