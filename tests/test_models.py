@@ -15,7 +15,7 @@ from cmtool.formats import diffusers_dir
 from cmtool.formats.checkpoints import newest_checkpoint
 from cmtool.models import ASSETS, find_model, load_model
 from cmtool.presets.toml import load_preset
-from cmtool.training.checkpoint import load_checkpoint, save_checkpoint
+from tests.training.test_checkpoint import save_checkpoint
 from cmtool.training.state import build_state
 from tests.golden import golden
 
