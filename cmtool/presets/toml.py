@@ -148,7 +148,6 @@ def _merge(
         if not isinstance(value, Mapping) or (at and not value):
             for stale in [k for k in origins if k.startswith(f"{dotted}.")]:
                 del origins[stale]
-        if not isinstance(value, Mapping):
             origins[dotted] = origin
 
 

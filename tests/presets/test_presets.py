@@ -312,3 +312,12 @@ def test_fixed_consistency_training_is_that_of_appendix_b3():
     assert (preset.loss.method.name, preset.loss.target, preset.loss.distance.name) == (
         "consistency_training", "ema", "lpips",
     )  # fmt: skip
+
+
+def test_an_empty_table_empties_the_one_it_extends_and_an_empty_section_does_not(tmp_path):
+    (tmp_path / "own.toml").write_text('extends = "digits-cd"\n[sample]\nlevels = {}\n[train]\n')
+    found = resolve(str(tmp_path / "own.toml"), {})
+    assert load_preset("digits-cd").sample.levels
+    assert found.preset.sample.levels == {}
+    assert found.origins["sample.levels"] == "own.toml"
+    assert found.preset.train == load_preset("digits-cd").train
