@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cmtool import editing as edit
+    from cmtool.evaluation.measure import evaluate
     from cmtool.models import Model, load_model
     from cmtool.sampling import sample
 
