@@ -15,9 +15,10 @@ from cmtool.formats import diffusers_dir
 from cmtool.formats.checkpoints import newest_checkpoint
 from cmtool.models import ASSETS, find_model, load_model
 from cmtool.presets.toml import load_preset
-from tests.training.test_checkpoint import save_checkpoint
+from cmtool.training.checkpoint import load_checkpoint
 from cmtool.training.state import build_state
 from tests.golden import golden
+from tests.training.test_checkpoint import save_checkpoint
 
 ABOUT = {"kind": "consistency", "preset": load_preset("digits-ct").model_dump(mode="json")}
 

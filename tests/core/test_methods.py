@@ -55,12 +55,12 @@ def test_where_the_lower_level_is_zero_the_target_is_the_clean_image():
 
     def f(x, sigma, labels):
         asked.append(sigma)
-        return x * expand(sigma, x) / expand(sigma, x)
+        return 2 * x * expand(sigma, x) / expand(sigma, x)
 
     pair = noise_pair(x0, hi, lo, noise)
     loss = consistency_loss(f, f, pair, None, l2, uniform_weight)
-    torch.testing.assert_close(loss[::2], l2(pair.x_hi, x0)[::2])
-    torch.testing.assert_close(loss[1], l2(pair.x_hi, pair.x_lo)[1])
+    torch.testing.assert_close(loss[::2], l2(2 * pair.x_hi, x0)[::2])
+    torch.testing.assert_close(loss[1], l2(2 * pair.x_hi, 2 * pair.x_lo)[1])
     assert (asked[1] > 0).all()  # the network is never asked for sigma 0
 
 
@@ -142,3 +142,31 @@ def test_a_module_of_the_method_is_trained_with_the_student():
     assert float(own.line.bias.detach()) != 0
     assert float(own.line.weight.detach()) != 0
     assert float(infos[-1].loss.mean()) < float(infos[0].loss.mean())
+
+
+def test_a_step_is_skipped_when_the_gradient_of_that_module_is_not_finite():
+    student, own = mlp(), LogVariance()
+
+    def steep(models, given):
+        root = (models.own.line.bias - models.own.line.bias.detach()).abs().sqrt()
+        return (
+            consistency_loss(
+                models.student,
+                models.target,
+                noise_pair(given.x0, given.sigma_hi, given.sigma_lo, given.noise),
+                None,
+                l2,
+                uniform_weight,
+            )
+            + root.sum()
+        )
+
+    optimizer = torch.optim.SGD([*student.parameters(), *own.parameters()], lr=1e-2)
+    state = TrainState(student, None, {}, optimizer, own=own)
+    settings = FitSettings(steps=1, batch=8, seed=0, lr=1e-2)
+    objective = make_objective(steep, uniform, NoiseRange())
+    before = [p.clone() for p in student.parameters()]
+    x0 = torch.randn(8, 2, 1, 1)
+    (info,) = fit(state, objective, lambda *_: (x0, None), lambda k, n: Stage(n=9), settings)
+    assert info.skipped
+    assert all(map(torch.equal, before, student.parameters()))
