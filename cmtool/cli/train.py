@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmtool.cli._options import (
-    AsJson,
-    Device,
-    newest_run,
-    pick_device,
-    tell_notes,
-    with_options,
-)
+from cmtool.cli._options import AsJson, Device, newest_run, pick_device, tell_notes, with_options
 from cmtool.cli._output import emit, emit_json, processes, say
 from cmtool.cli._watching import make_watcher
 from cmtool.errors import UserError
@@ -44,8 +37,7 @@ class RunOptions:
     """Options that train and distill share."""
 
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="KEY=VALUE over the preset; repeatable."),
+        list[str] | None, typer.Option("--set", help="KEY=VALUE over the preset; repeatable.")
     ] = None
     data: Annotated[str | None, typer.Option(help="Data set: its name, or a path of images.")] = (
         None
@@ -83,8 +75,7 @@ class RunOptions:
     eval_every: Annotated[
         int | None,
         typer.Option(
-            min=0,
-            help="Measure the EMA weights every so many steps (fd-digits: 8x8 RGB only).",
+            min=0, help="Measure the EMA weights every so many steps (fd-digits: 8x8 RGB only)."
         ),
     ] = None
     device: Device = "auto"

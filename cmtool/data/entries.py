@@ -30,14 +30,11 @@ class Names:
         self.packed, self.ends = bytes(packed), ends
 
     def __len__(self) -> int:
-        """Return the number of names."""
         return len(self.ends) - 1
 
     def __getitem__(self, index: int) -> str:
-        """Return a name by its index."""
-        return self.packed[self.ends[index] : self.ends[index + 1]].decode(
-            "utf-8", "surrogateescape"
-        )
+        name = self.packed[self.ends[index] : self.ends[index + 1]]
+        return name.decode("utf-8", "surrogateescape")
 
 
 class Entries(NamedTuple):

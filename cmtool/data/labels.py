@@ -5,30 +5,27 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cmtool.errors import InputError
 
-MAX_TABLE = 1 << 20, 1 << 10
-"""Bytes that a table of labels may have: for the table, and for each image."""
 EDM_FOLDER = 5
 """EDM's archives spread images over folders named by five digits. These are not classes."""
 SPLITS = {"train", "val", "valid", "validation", "test"}
+"""Folders train and val side by side are splits, not classes."""
 
 
 def table_limit(images: int) -> int:
-    """Return how many bytes a table of labels may have for a number of images."""
-    most, each = MAX_TABLE
-    return most + each * images
+    """Return how many bytes a table of labels may have: 1 MiB, and 1 KiB for each image."""
+    return (1 << 20) + (1 << 10) * images
 
 
 def check_table(size: int, limit: int, shown: str) -> None:
     """Raise InputError for a file that is too large to be a table of labels."""
     if size > limit:
-        raise InputError(
-            f"{shown} has {size:,} bytes", "a table of labels is smaller: remove or replace it"
-        )
+        hint = "a table of labels is smaller: remove or replace it"
+        raise InputError(f"{shown} has {size:,} bytes", hint)
 
 
 def find_labels(
@@ -48,15 +45,10 @@ def find_labels(
     classes = {folder: place for place, folder in enumerate(sorted(set(folders)))}
     if len(classes) < 2 or all(c.isdigit() and len(c) == EDM_FOLDER for c in classes):
         return None
-    check_splits(source, {folder.partition("/")[0] for folder in classes})
+    splits = sorted(SPLITS.intersection(folder.partition("/")[0] for folder in classes))
+    if "train" in splits and len(splits) > 1:
+        raise InputError(f"{source} holds {', '.join(splits)}", f"give one of them: {source}/train")
     return [classes[folder] for folder in folders]
-
-
-def check_splits(source: str, folders: Collection[str]) -> None:
-    """Raise InputError for folders train and val side by side: they are splits, not classes."""
-    found = sorted(SPLITS.intersection(folders))
-    if "train" in found and len(found) > 1:
-        raise InputError(f"{source} holds {', '.join(found)}", f"give one of them: {source}/train")
 
 
 def _json_labels(content: bytes, shown: str) -> dict[str, Any] | None:
@@ -64,18 +56,16 @@ def _json_labels(content: bytes, shown: str) -> dict[str, Any] | None:
         listed = json.loads(content).get("labels")
         return None if listed is None else {str(name): label for name, label in listed}
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise InputError(
-            f"{shown} is not {{'labels': [[name, class], ...]}}", "make it again, or remove it"
-        ) from None
+        what = f"{shown} is not {{'labels': [[name, class], ...]}}"
+        raise InputError(what, "make it again, or remove it") from None
 
 
 def _csv_labels(content: bytes, shown: str) -> dict[str, Any]:
     try:
         rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8-sig"))) if row]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"{shown} is not a table: {error}", "write name,class on each line"
-        ) from None
+        what = f"{shown} is not a table: {error}"
+        raise InputError(what, "write name,class on each line") from None
     if any(len(row) != 2 for row in rows):
         raise InputError(f"{shown} has other than two columns", "write name,class on each line")
     classes = sorted({label for _, label in rows if not label.lstrip("-").isdigit()})
@@ -99,8 +89,7 @@ def _looked_up(table: dict[str, Any], names: Sequence[str], shown: str) -> list[
         label = table.get(name)
         if type(label) is not int or label < 0:
             what = "gives no class" if name not in table else f"gives the class {label!r}"
-            raise InputError(
-                f"{shown} {what} for {name!r}", "classes count from 0: correct that line"
-            )
+            hint = "classes count from 0: correct that line"
+            raise InputError(f"{shown} {what} for {name!r}", hint)
         labels.append(label)
     return labels
