@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 import typer
+from typer import Option
 
 from cmtool import __version__
 from cmtool.cli import (
@@ -65,7 +66,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(
+    version: bool = Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:

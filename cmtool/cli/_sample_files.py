@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmtool.cli._output import emit, emit_bytes, say
+from cmtool.cli._output import emit, say, write_bytes
 from cmtool.errors import ResourceError, UserError
 
 if TYPE_CHECKING:
@@ -96,22 +96,18 @@ def _write_zip(out: str, drawing: Drawing) -> None:
     from cmtool.data.archives import write_zip
     from cmtool.data.images import png_bytes
 
+    names = map(image_name, drawing.seeds)
+    infos = drawing.about() if drawing.metadata else [{}] * len(drawing.seeds)
     images = (image for part in drawing.everything() for image in part)
-    rows = zip(drawing.seeds, images, drawing.about(), drawing.classes(), strict=True)
-    write_zip(
-        Path(out),
-        (
-            (image_name(seed), png_bytes(image, info if drawing.metadata else {}), label)
-            for seed, image, info, label in rows
-        ),
-    )
+    files = map(png_bytes, images, infos)
+    write_zip(Path(out), zip(names, files, drawing.classes(), strict=True))
 
 
 def _write_npz(out: str, drawing: Drawing) -> None:
     from cmtool.data.archives import write_npz
 
     images = (image for part in drawing.everything() for image in part)
-    classes = None if drawing.labels is None else drawing.labels.tolist()
+    classes = None if drawing.labels is None else drawing.classes()
     write_npz(Path(out), images, len(drawing.seeds), classes)
 
 
@@ -120,15 +116,10 @@ def _write_grid(out: str, drawing: Drawing) -> None:
 
     from cmtool.data.images import contact_sheet, png_bytes
     from cmtool.sampling import provenance
-    from cmtool.system.files import write_atomic
 
     picture = contact_sheet(torch.cat(list(drawing.everything())))
     about = provenance(drawing.model, drawing.plan) | {"cmtool:seeds": seed_ranges(drawing.seeds)}
-    content = png_bytes(picture, about if drawing.metadata else {})
-    if out == "-":
-        emit_bytes(content)
-    else:
-        write_atomic(Path(out), content)
+    write_bytes(out, png_bytes(picture, about if drawing.metadata else {}))
 
 
 def image_name(seed: int) -> str:
@@ -183,10 +174,9 @@ def write_folder(
                 written += 1
         except ResourceError as error:
             record(indices[:written])
-            raise ResourceError(
-                f"{error.what}: {len(records)} of {len(paths)} images are there",
-                f"{error.hint}; then the same command draws the rest",
-            ) from None
+            what = f"{error.what}: {len(records)} of {len(paths)} images are there"
+            hint = f"{error.hint}; then the same command draws the rest"
+            raise ResourceError(what, hint) from None
         for part in drawing.group.gather(indices):
             record(part)
     return {"images": records} if drawing.group.leads else {}
@@ -203,10 +193,8 @@ def _missing(
         if overwrite or not path.exists():
             missing.append(index)
         elif drawing.metadata and png_info(path) != infos[index]:
-            raise UserError(
-                f"{path} holds another image than this command makes",
-                "give another --out, or --overwrite",
-            )
+            what = f"{path} holds another image than this command makes"
+            raise UserError(what, "give another --out, or --overwrite")
     if len(missing) < len(paths):
         say(f"{len(paths) - len(missing)} of {len(paths)} images are there already")
     return missing

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from cmtool.cli._options import AsJson, KindOption, ModelPreset, Weights, parse_kind, tell_notes
 from cmtool.cli._output import emit, emit_json, make_folder, printable, say
@@ -17,7 +18,7 @@ app = typer.Typer(no_args_is_help=True, help="Describe a model file, or convert 
 
 Source = Annotated[
     str,
-    typer.Argument(
+    Argument(
         metavar="PATH",
         help="Run, checkpoint, .safetensors; EDM .pkl, openai .pt, diffusers folder, JAX file.",
     ),
@@ -60,12 +61,12 @@ def info(
 def convert(
     path: Source,
     out: Annotated[
-        Path, typer.Argument(help="A .safetensors file, or a folder for a diffusers pipeline.")
+        Path, Argument(help="A .safetensors file, or a folder for a diffusers pipeline.")
     ],
     weights: Weights = "ema",
     preset: ModelPreset = None,
     kind: KindOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace what is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a model to cmtool's own format or to a diffusers ConsistencyModelPipeline.

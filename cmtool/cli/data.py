@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer import Argument, Option
 
 from cmtool.cli._options import AsJson
 from cmtool.cli._output import emit, emit_json, make_folder, say
@@ -21,9 +22,7 @@ app = typer.Typer(no_args_is_help=True, help="Inspect a set of images, or prepar
 
 Source = Annotated[
     str,
-    typer.Argument(
-        metavar="SRC", help="Folder, zip, npz, CIFAR-10 tarball, LSUN database, or digits."
-    ),
+    Argument(metavar="SRC", help="Folder, zip, npz, CIFAR-10 tarball, LSUN database, or digits."),
 ]
 
 
@@ -87,24 +86,22 @@ def _print_facts(facts: dict[str, Any]) -> None:
 @app.command("prepare")
 def prepare(
     source: Source,
-    out: Annotated[Path, typer.Argument(metavar="DST.zip", help="The archive to write.")],
+    out: Annotated[Path, Argument(metavar="DST.zip", help="The archive to write.")],
     size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Side of the square images in pixels. Default: unchanged."),
+        int | None, Option(min=1, help="Side of the square images in pixels. Default: unchanged.")
     ] = None,
     fit: Annotated[
         str,
-        typer.Option(
+        Option(
             help="How to bring images to --size: edm (crop, Lanczos), adm (box, bicubic, crop),"
             " box, or exact, which refuses other sizes."
         ),
     ] = "exact",
-    grey: Annotated[bool, typer.Option("--grey", help="Write images of one channel.")] = False,
+    grey: Annotated[bool, Option("--grey", help="Write images of one channel.")] = False,
     skip_bad: Annotated[
-        int,
-        typer.Option(min=0, help="Most images that may be left out because they cannot be read."),
+        int, Option(min=0, help="Most images that may be left out because they cannot be read.")
     ] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the archive.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the archive.")] = False,
 ) -> None:
     """Write images and classes into a zip in the layout of EDM's tool. Prints its path.
 

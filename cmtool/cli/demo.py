@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from cmtool.cli._output import emit, make_folder, say
 from cmtool.errors import InputError, UserError
@@ -23,15 +23,12 @@ if TYPE_CHECKING:
 
 TEACHER = "digits-edm"
 NUM = "2048"
+FOLDER = Path("cmtool-demo")
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
-        "cmtool-demo"
-    ),
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier demo.")
-    ] = False,
+    out: Annotated[Path, Option(help="Folder for everything the demo makes.")] = FOLDER,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier demo.")] = False,
 ) -> None:
     """Distill, sample, edit and evaluate on bundled digits; a report at the end.
 
@@ -48,13 +45,15 @@ def demo(
         if not (out / "student" / "run.json").is_file():
             raise UserError(f"{out} does not hold an earlier demo", "give another --out")
 
+    from cmtool.training.report import Figure, write_report
+
     start = time.monotonic()
     make_folder(out)
     tour = Tour(out, ["--overwrite"] if overwrite else [])
     say_lines(
-        "A teacher comes bundled: an EDM diffusion model of small coloured digits. It needs 35"
+        "A teacher comes bundled: an EDM diffusion model of small coloured digits. It needs 35\n"
+        "network calls an image. Distillation turns it into a model that needs one.\n"
     )
-    say_lines("network calls an image. Distillation turns it into a model that needs one.\n")
     tour.run("distill", "--teacher", TEACHER, "--out", str(tour.student), *tour.replace)
     say_lines(
         "\nImages from the same noise: the teacher, then the student in one step and in two.\n"
@@ -68,7 +67,15 @@ def demo(
     rows = measure(tour)
 
     report = out / "report.html"
-    write(report, tour, rows, {**grids, "mended": mended}, time.monotonic() - start)
+    figures = [
+        Figure("The run", tour.student / "summary.png"),
+        Figure("Teacher, 35 network calls an image", grids["teacher"]),
+        Figure("Student, 1 network call", grids["one-step"]),
+        Figure("Student, 2 network calls", grids["two-steps"]),
+        Figure("Inpainting: given, masked, answer", mended),
+    ]
+    seconds = time.monotonic() - start
+    write_report(report, rows=rows, figures=figures, commands=tour.commands, seconds=seconds)
     say_lines("")
     for row in rows:
         calls = "-" if row.calls is None else str(row.calls)
@@ -77,22 +84,6 @@ def demo(
         f"\n{time.monotonic() - start:.0f} seconds. Open the report, then try `cmtool --help`."
     )
     emit(str(report))
-
-
-def write(
-    report: Path, tour: Tour, rows: list[Row], pictures: dict[str, Path], seconds: float
-) -> None:
-    """Write the report of the demo."""
-    from cmtool.training.report import Figure, write_report
-
-    figures = [
-        Figure("The run", tour.student / "summary.png"),
-        Figure("Teacher, 35 network calls an image", pictures["teacher"]),
-        Figure("Student, 1 network call", pictures["one-step"]),
-        Figure("Student, 2 network calls", pictures["two-steps"]),
-        Figure("Inpainting: given, masked, answer", pictures["mended"]),
-    ]
-    write_report(report, rows=rows, figures=figures, commands=tour.commands, seconds=seconds)
 
 
 class Tour:
@@ -139,7 +130,8 @@ def mend_digits(tour: Tour) -> Path:
     from cmtool.system.files import write_atomic
 
     pictures = first_of_each_class(digits("held-out"))
-    mask = right_half(pictures[0])
+    mask = torch.zeros(1, *pictures.shape[-2:], dtype=torch.uint8)
+    mask[:, :, pictures.shape[-1] // 2 :] = 255  # white: the right half is regenerated
     write_atomic(tour.out / "mask.png", png_bytes(mask))
     answers = []
     for index, picture in enumerate(pictures):
@@ -186,12 +178,3 @@ def first_of_each_class(data: Dataset) -> Tensor:
     assert data.labels is not None
     first = [int((data.labels == label).nonzero()[0]) for label in range(data.num_classes)]
     return data.images[torch.tensor(first)]
-
-
-def right_half(picture: Tensor) -> Tensor:
-    """Return a mask (1, H, W) uint8 whose right half is white."""
-    import torch
-
-    mask = torch.zeros(1, *picture.shape[-2:], dtype=torch.uint8)
-    mask[:, :, picture.shape[-1] // 2 :] = 255
-    return mask

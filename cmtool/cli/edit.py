@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
+from typer import Argument, Option
 
 from cmtool.cli._edits import (
     EditOptions,
@@ -47,14 +48,12 @@ app = typer.Typer(
 
 def inpaint(
     mask: Annotated[
-        Path | None, typer.Option(help="Mask of the picture's size. White is regenerated.")
+        Path | None, Option(help="Mask of the picture's size. White is regenerated.")
     ] = None,
     box: Annotated[
-        str | None, typer.Option(help="Rectangle as the mask: LEFT,TOP,WIDTH,HEIGHT in pixels.")
+        str | None, Option(help="Rectangle as the mask: LEFT,TOP,WIDTH,HEIGHT in pixels.")
     ] = None,
-    text: Annotated[
-        str | None, typer.Option(help="Letters as the mask, as large as they fit.")
-    ] = None,
+    text: Annotated[str | None, Option(help="Letters as the mask, as large as they fit.")] = None,
 ) -> Prepare:
     """Regenerate the white part of a mask; every other pixel stays as it is.
 
@@ -88,7 +87,7 @@ def inpaint(
 
 def superres(
     factor: Annotated[
-        int, typer.Option(help="How many times larger. It must divide the model's size.")
+        int, Option(help="How many times larger. It must divide the model's size.")
     ] = 2,
 ) -> Prepare:
     """Enlarge a picture; the means of the answer's blocks are its pixels.
@@ -135,7 +134,7 @@ def stroke() -> Prepare:
 def denoise(
     sigma: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="Deviation of the noise. Half of the range is 1, so that 0.2 is 25 grey levels."
             " Default: estimated."
         ),
@@ -184,18 +183,16 @@ for _name, _row in EDITS.items():
 def interpolate(
     options: ModelOptions,
     images: Annotated[
-        list[str] | None, typer.Argument(help="Two pictures; or none, and --seeds.")
+        list[str] | None, Argument(help="Two pictures; or none, and --seeds.")
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Two seeds: 3,7.")] = None,
-    frames: Annotated[
-        int, typer.Option(min=2, help="Pictures on the way, both ends included.")
-    ] = 8,
+    seeds: Annotated[str | None, Option(help="Two seeds: 3,7.")] = None,
+    frames: Annotated[int, Option(min=2, help="Pictures on the way, both ends included.")] = 8,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the noise under which pictures are mixed.")
+        int, Option(min=0, help="Seed of the noise under which pictures are mixed.")
     ] = 0,
     out: Annotated[
         str,
-        typer.Option(
+        Option(
             "--out",
             "-o",
             help="A .png strip, an animated .gif or .webp, a folder, or - for the strip on stdout.",

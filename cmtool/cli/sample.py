@@ -6,41 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
-from cmtool.cli._options import (
-    AsJson,
-    Batch,
-    Checkpoint,
-    Device,
-    Grid,
-    Indices,
-    KindOption,
-    ModelPreset,
-    NoMetadata,
-    Precision,
-    Sampler,
-    SamplerOptions,
-    Seeds,
-    Sigmas,
-    Steps,
-    Weights,
-    parse_seeds,
-    pick_device,
-    pick_model,
-    pick_plan,
-    pick_precision,
-    with_options,
-)
-from cmtool.cli._output import (
-    check_free,
-    emit,
-    emit_json,
-    make_folder,
-    processes,
-    refuse_terminal,
-    say,
-)
+from cmtool.cli import _options as shared
+from cmtool.cli._output import emit, emit_json, prepare_output, processes, say
 from cmtool.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -59,17 +28,17 @@ ONE_FILE = (".png", ".zip", ".npz")
 class SampleOptions:
     """Options of cmtool sample."""
 
-    checkpoint: Checkpoint = None
-    seeds: Seeds = "0-15"
-    steps: Steps = None
-    sigmas: Sigmas = None
-    ts: Indices = None
-    grid: Grid = None
-    sampler: Sampler = None
-    set_: SamplerOptions = None
+    checkpoint: shared.Checkpoint = None
+    seeds: shared.Seeds = "0-15"
+    steps: shared.Steps = None
+    sigmas: shared.Sigmas = None
+    ts: shared.Indices = None
+    grid: shared.Grid = None
+    sampler: shared.Sampler = None
+    set_: shared.SamplerOptions = None
     class_: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--class",
             help="Class of every image, or one per seed: 0,1,2. Default: each image's seed draws"
             " its class.",
@@ -77,25 +46,25 @@ class SampleOptions:
     ] = None
     out: Annotated[
         str,
-        typer.Option(
+        Option(
             "--out",
             "-o",
             help="A folder, a .zip or .npz of images, a .png for one grid, or - for the grid on"
             " stdout.",
         ),
     ] = "samples"
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False
-    batch: Batch = 256
+    overwrite: shared.Overwrite = False
+    batch: shared.Batch = 256
     rounding: Annotated[
-        str, typer.Option(help="Rounding to 8 bits: nearest, or floor as the PyTorch release does.")
+        str, Option(help="Rounding to 8 bits: nearest, or floor as the PyTorch release does.")
     ] = "nearest"
-    no_metadata: NoMetadata = False
-    weights: Weights = "ema"
-    preset: ModelPreset = None
-    kind: KindOption = None
-    device: Device = "auto"
-    precision: Precision = "fp32"
-    as_json: AsJson = False
+    no_metadata: shared.NoMetadata = False
+    weights: shared.Weights = "ema"
+    preset: shared.ModelPreset = None
+    kind: shared.KindOption = None
+    device: shared.Device = "auto"
+    precision: shared.Precision = "fp32"
+    as_json: shared.AsJson = False
 
     def drawing(self, seeds: list[int]) -> Drawing:
         """Return what is to be drawn, by this process alone. Raises UserError, InputError."""
@@ -105,18 +74,17 @@ class SampleOptions:
 
         if self.rounding not in ROUNDINGS:
             raise UserError(f"--rounding {self.rounding!r}", nearest(self.rounding, ROUNDINGS))
-        where = pick_device(self.device)
-        precision = pick_precision(self.precision, where)
-        model = pick_model(self.checkpoint, self.weights, where, said=self.kind, preset=self.preset)
+        where = shared.pick_device(self.device)
+        precision = shared.pick_precision(self.precision, where)
+        model = shared.pick_model(
+            self.checkpoint, self.weights, where, said=self.kind, preset=self.preset
+        )
         labels = _labels(self.class_, seeds, model)
-        chosen = pick_plan(
+        chosen = shared.pick_plan(
             model, self.sampler, self.set_, self.steps, self.sigmas, self.ts, self.grid
         )._replace(precision=precision)
-        shown = ",".join(f"{sigma:.4g}" for sigma in chosen.sigmas)
-        say(
-            f"{len(seeds)} images, {chosen.sampler.name} at sigma {shown}:"
-            f" {chosen.evaluations} network calls each"
-        )
+        how = f"{chosen.sampler.name} at sigma {','.join(f'{s:.4g}' for s in chosen.sigmas)}"
+        say(f"{len(seeds)} images, {how}: {chosen.evaluations} network calls each")
         to_uint8 = ROUNDINGS[self.rounding]
         return Drawing(
             model, chosen, seeds, labels, self.batch, where, to_uint8, not self.no_metadata, ALONE
@@ -139,11 +107,11 @@ def _sample(options: SampleOptions) -> None:
     An image is a function of its seed: it is the same in any batch, order and number of processes.
     A file that holds the image already is skipped, so that a stopped command can be run again.
     """  # fmt: skip
-    seeds = parse_seeds(options.seeds)
+    seeds = shared.parse_seeds(options.seeds)
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {options.seeds!r} names a seed twice", "name each seed once")
     out = options.out
-    _check_out(out, options.overwrite)
+    prepare_output(out, options.overwrite, ONE_FILE)
 
     from cmtool.cli._sample_files import write_folder, write_one_file
     from cmtool.system import dist
@@ -169,21 +137,7 @@ def _sample(options: SampleOptions) -> None:
         emit(out)
 
 
-sample = with_options(_sample, SampleOptions)
-
-
-def _check_out(out: str, overwrite: bool) -> None:
-    """Make the folder of the results. Raises UserError for an --out that cannot be written."""
-    suffix = Path(out).suffix.lower()
-    if out == "-":
-        refuse_terminal()
-    elif suffix in (".jpg", ".jpeg", ".webp", ".gif"):
-        raise UserError(f"--out {out}: pictures are written as PNG", "give a folder or a .png file")
-    elif suffix in ONE_FILE:
-        check_free(Path(out), overwrite)
-        make_folder(Path(out).parent)
-    else:
-        make_folder(Path(out))
+sample = shared.with_options(_sample, SampleOptions)
 
 
 def _labels(class_: str | None, seeds: list[int], model: Model) -> Tensor | None:
@@ -196,9 +150,7 @@ def _labels(class_: str | None, seeds: list[int], model: Model) -> Tensor | None
     count = model.preset.model.num_classes
     if class_ is None:
         return seeded_labels(seeds, count) if count else None
-    try:
-        given = [int(part) for part in class_.split(",")]
-    except ValueError:
-        raise UserError(f"--class {class_!r}", "a class index, or one per seed: 0,1,2") from None
+    hint = "a class index, or one per seed: 0,1,2"
+    given = shared.parse_list(class_, int, f"--class {class_!r}", hint)
     check_classes(given, len(seeds), count)
     return torch.tensor(given).expand(len(seeds))

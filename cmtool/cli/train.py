@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from cmtool.cli._options import AsJson, Device, newest_run, pick_device, tell_notes, with_options
 from cmtool.cli._output import emit, emit_json, processes, say
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from cmtool.models import Model
     from cmtool.presets.toml import Resolved
 
-Preset = Annotated[str, typer.Option("--preset", help="A preset's name or a TOML file.")]
+Preset = Annotated[str, Option("--preset", help="A preset's name or a TOML file.")]
 DistanceOption = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--metric",
         help="Distance d(x, y) of the loss, loss.distance in a preset:"
         " l1, l2, l2_32, linf, lpips, pseudo_huber.",
@@ -37,32 +37,28 @@ class RunOptions:
     """Options that train and distill share."""
 
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE over the preset; repeatable.")
+        list[str] | None, Option("--set", help="KEY=VALUE over the preset; repeatable.")
     ] = None
-    data: Annotated[str | None, typer.Option(help="Data set: its name, or a path of images.")] = (
-        None
-    )
+    data: Annotated[str | None, Option(help="Data set: its name, or a path of images.")] = None
     metric: DistanceOption = None
     out: Annotated[
-        Path | None, typer.Option(help="Run folder. Default: runs/PRESET, numbered if taken.")
+        Path | None, Option(help="Run folder. Default: runs/PRESET, numbered if taken.")
     ] = None
-    seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None
+    seed: Annotated[int | None, Option(help="Seed of the run.")] = None
     accumulate: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Parts that each batch is split into, to save memory. Same result."
-        ),
+        Option(min=1, help="Parts that each batch is split into, to save memory. Same result."),
     ] = None
     precision: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Precision of the networks: fp32, bf16, fp16, or auto, which is bf16 where the"
             " device computes in it."
         ),
     ] = None
     compile_: Annotated[
         bool | None,
-        typer.Option(
+        Option(
             "--compile/--no-compile",
             help="Run the networks by torch.compile. For GPUs: on a CPU it takes minutes and gains"
             " nothing.",
@@ -70,21 +66,19 @@ class RunOptions:
     ] = None
     max_time: Annotated[
         str | None,
-        typer.Option(help="Save and stop after this time, with exit code 75: 3600, 90m, 11h30m."),
+        Option(help="Save and stop after this time, with exit code 75: 3600, 90m, 11h30m."),
     ] = None
     eval_every: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=0, help="Measure the EMA weights every so many steps (fd-digits: 8x8 RGB only)."
         ),
     ] = None
     device: Device = "auto"
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = (
-        False
-    )
+    resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --out.")] = False
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", "-n", help="Print the resolved preset and stop.")
+        bool, Option("--dry-run", "-n", help="Print the resolved preset and stop.")
     ] = False
     as_json: AsJson = False
 
@@ -125,10 +119,8 @@ def _train(options: RunOptions, preset: Preset = "digits-edm") -> None:
     from cmtool.presets.build import needs_teacher
 
     if needs_teacher(resolved.preset):
-        raise UserError(
-            f"preset {preset} distills a teacher, or starts from one",
-            f"cmtool distill --preset {preset}",
-        )
+        what = f"preset {preset} distills a teacher, or starts from one"
+        raise UserError(what, f"cmtool distill --preset {preset}")
     _run(options, preset, resolved, None)
 
 
@@ -136,7 +128,7 @@ def _distill(
     options: RunOptions,
     teacher: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Teacher model. Default: the newest finished teacher under runs/, else digits-edm."
         ),
     ] = None,
@@ -186,15 +178,6 @@ def _teacher_of(out: Path | None) -> str | None:
         return None
 
 
-def _folder(out: Path | None, preset: str) -> AbstractContextManager[Path]:
-    """Return a block that has the run folder: the one named, else a new one."""
-    if out is not None:
-        return nullcontext(out)
-    from cmtool.training.folder import new_folder
-
-    return new_folder(Path(preset).stem)
-
-
 def _run(options: RunOptions, preset: str, resolved: Resolved, teacher: Model | None) -> None:
     """Run a training, or print its preset; then print where the last checkpoint is."""
     if options.dry_run:
@@ -207,9 +190,10 @@ def _run(options: RunOptions, preset: str, resolved: Resolved, teacher: Model | 
         note_batch(resolved, preset)
 
     from cmtool.training import run
+    from cmtool.training.folder import new_folder
 
     steps, start = resolved.preset.train.steps, time.monotonic()
-    with _folder(options.out, preset) as folder:
+    with nullcontext(options.out) if options.out else new_folder(Path(preset).stem) as folder:
         say(f"run folder: {folder}")
         with make_watcher(steps) as watcher:
             final = run.train(
@@ -225,12 +209,9 @@ def _run(options: RunOptions, preset: str, resolved: Resolved, teacher: Model | 
             )
     say(f"report: {folder / 'report.html'}")
     if options.as_json:
+        about = {"kind": resolved.preset.kind, "steps": steps}
         seconds = round(time.monotonic() - start, 1)
-        kind = resolved.preset.kind
-        emit_json(
-            {"run": str(folder), "checkpoint": str(final), "kind": kind, "steps": steps,
-             "seconds": seconds}
-        )  # fmt: skip
+        emit_json({"run": str(folder), "checkpoint": str(final), **about, "seconds": seconds})
     else:
         emit(str(final))
 
