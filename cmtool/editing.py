@@ -160,27 +160,22 @@ def _edit(
 ) -> Tensor:  # fmt: skip
     """Return the edit of images and what belongs to them, all at once where that is possible."""
     image = _checked(given[0])
-    batch = tuple(map(_batch, given))
+    batch = list(map(_batch, given))
     if image.shape[-3] != model.preset.model.channels:
-        raise InputError(
-            f"the image has {image.shape[-3]} channels, not {model.preset.model.channels}",
-            "give an image as the model makes them",
-        )
-    seeds = range(options.seed, options.seed + len(batch[0]))
-    if singly or (options.label is None and model.preset.model.num_classes):
-        parts = list(zip(*(tensor.split(1) for tensor in batch), strict=True))
-    else:
-        parts = [batch]
-    answers, done = [], 0
-    for part in parts:
+        what = f"the image has {image.shape[-3]} channels, not {model.preset.model.channels}"
+        raise InputError(what, "give an image as the model makes them")
+    singly = singly or (options.label is None and model.preset.model.num_classes > 0)
+    size = 1 if singly else len(batch[0])
+    answers: list[Tensor] = []
+    for part in zip(*(tensor.split(size) for tensor in batch), strict=True):
         prepared = prepare(model, *part, fit=options.fit, name="the image")
         chosen = prepared.plan(model, options.steps, options.sigmas)
-        some = seeds[done : done + len(part[0])]
+        seed = options.seed + len(answers)  # a part is one image, or all
         label = options.label
         if label is None:
-            label = fitting_class(model, prepared.edit, chosen, some[0])
-        answers.append(run_prepared(prepared, model, chosen, some, label))
-        done += len(some)
+            label = fitting_class(model, prepared.edit, chosen, seed)
+        seeds = range(seed, seed + len(part[0]))
+        answers.append(run_prepared(prepared, model, chosen, seeds, label))
     answer = torch.cat(answers)
     return answer if image.ndim == 4 else answer[0]
 
@@ -188,9 +183,8 @@ def _edit(
 def _checked(image: Tensor) -> Tensor:
     """Return the image. Raises InputError unless it is float and has 3 or 4 dimensions."""
     if not image.is_floating_point():
-        raise InputError(
-            f"the image is {image.dtype}, not float in [-1, 1]", "give image / 127.5 - 1"
-        )
+        what = f"the image is {image.dtype}, not float in [-1, 1]"
+        raise InputError(what, "give image / 127.5 - 1")
     if image.ndim not in (3, 4):
         raise InputError(f"the image is {tuple(image.shape)}", "give (C, H, W) or (B, C, H, W)")
     return image
@@ -198,17 +192,6 @@ def _checked(image: Tensor) -> Tensor:
 
 def _batch(image: Tensor) -> Tensor:
     return image if image.ndim == 4 else image[None]
-
-
-def prepare_images(
-    make: Callable[[Tensor], Edit], model: Model, images: Tensor, *, fit: str, name: str
-) -> PreparedEdit:
-    """Return the edit that `make` makes of images (B, C, H, W), on the model's device.
-
-    The images are brought to a size that the model can edit by the rule `fit`.
-    """
-    layout, x = _on_canvas(model, images, fit, name)
-    return PreparedEdit(make(x), layout, (layout.unpad(x),))
 
 
 def prepare_inpaint(
@@ -258,14 +241,14 @@ def prepare_colorize(model: Model, images: Tensor, *, fit: str, name: str) -> Pr
         raise InputError(f"{model.source} makes grey pictures", "give a model of colour pictures")
     layout, x = _on_canvas(model, images, fit, name)
     gray = edits.luma(x)
-    panels = (x, gray.expand_as(x))
-    return PreparedEdit(edits.colorize(gray), layout, tuple(map(layout.unpad, panels)))
+    panels = (layout.unpad(x), layout.unpad(gray.expand_as(x)))
+    return PreparedEdit(edits.colorize(gray), layout, panels)
 
 
 def prepare_stroke(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
     """Return the edit that makes pictures of rough paintings."""
-    prepared = prepare_images(edits.stroke, model, images, fit=fit, name=name)
-    return replace(prepared, levels=stroke_levels(model))
+    layout, x = _on_canvas(model, images, fit, name)
+    return PreparedEdit(edits.stroke(x), layout, (layout.unpad(x),), stroke_levels(model))
 
 
 def prepare_denoise(
@@ -275,13 +258,13 @@ def prepare_denoise(
 
     Raises UserError for a sigma outside the model's range.
     """
-    prepared = prepare_images(edits.denoise, model, images, fit=fit, name=name)
+    layout, x = _on_canvas(model, images, fit, name)
     low, high = model.preset.noise.sigma_min, model.preset.noise.sigma_max
     if sigma is None:
-        sigma = min(max(float(edits.estimate_sigma(prepared.edit.init)), low), high)
+        sigma = min(max(float(edits.estimate_sigma(x)), low), high)
     if not low <= sigma <= high:
         raise UserError(f"--sigma {sigma:g}", f"the model knows {low:g} to {high:g}")
-    return replace(prepared, levels=(sigma,))
+    return PreparedEdit(edits.denoise(x), layout, (layout.unpad(x),), (sigma,))
 
 
 def fitting_class(model: Model, edit: Edit, chosen: Plan, seed: int) -> int | None:

@@ -8,24 +8,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from cmtool.core import samplers
 from cmtool.core.edits import Edit, none_at_first
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import SeededNoise, seeded_labels
-from cmtool.core.samplers import (
-    SAMPLERS,
-    check_levels,
-    clipped,
-    count_calls,
-    in_chunks,
-    multistep,
-    sampling_levels,
-    tiled,
-)
 from cmtool.core.tensors import identity
 from cmtool.core.types import Denoiser, RandnLike
 from cmtool.errors import InputError, UserError, nearest
@@ -50,7 +42,7 @@ class Plan(NamedTuple):
     @property
     def evaluations(self) -> int:
         """Network calls an image."""
-        return count_calls(build_sampler(self.sampler), self.sigmas)
+        return samplers.count_calls(build_sampler(self.sampler), self.sigmas)
 
 
 def plan(
@@ -67,30 +59,25 @@ def plan(
     sampler that does not suit this kind of model, and for levels that the model never saw.
     """
     chosen = sampler or preset.sample.sampler
-    if chosen.name not in SAMPLERS:
-        raise UserError(f"no sampler {chosen.name!r}", nearest(chosen.name, SAMPLERS))
+    known = samplers.SAMPLERS
+    if chosen.name not in known:
+        raise UserError(f"no sampler {chosen.name!r}", nearest(chosen.name, known))
     if chosen.name != "multistep" and preset.kind != "teacher":
-        raise UserError(
-            f"sampler {chosen.name!r} walks a teacher's ODE; this is a {preset.kind} model",
-            "use multistep, or leave --sampler out",
-        )
+        what = f"sampler {chosen.name!r} walks a teacher's ODE; this is a {preset.kind} model"
+        raise UserError(what, "use multistep, or leave --sampler out")
     if chosen.name == "multistep" and preset.kind == "teacher":
-        raise UserError(
-            "multistep needs a consistency model; this is a teacher",
-            nearest("multistep", [name for name in SAMPLERS if name != "multistep"]),
-        )
+        hint = nearest("multistep", [name for name in known if name != "multistep"])
+        raise UserError("multistep needs a consistency model; this is a teacher", hint)
     if sigmas is not None and steps is not None:
         raise UserError(f"both --steps {steps} and --sigmas", "give one of them")
     if sigmas is not None:
         check_known(preset, sigmas)
         return Plan(chosen, tuple(sigmas))
     n = steps or preset.sample.steps
-    tuned = preset.sample.levels.get(str(n))
-    if tuned is not None:
-        return Plan(chosen, tuple(tuned))
-    if preset.kind != "teacher":
-        return Plan(chosen, tuple(trained_levels(preset, n)))
-    return Plan(chosen, tuple(sampling_levels(n, noise_range(preset))))
+    levels = preset.sample.levels.get(str(n))
+    if levels is None and preset.kind == "teacher":
+        levels = samplers.sampling_levels(n, noise_range(preset))
+    return Plan(chosen, tuple(trained_levels(preset, n) if levels is None else levels))
 
 
 def edit_plan(
@@ -115,11 +102,9 @@ def edit_plan(
 def check_known(preset: Card, sigmas: Sequence[float]) -> None:
     """Raise UserError for levels that do not descend, or that the model never saw."""
     if max(sigmas, default=0) > preset.noise.sigma_max:
-        raise UserError(
-            f"noise level {max(sigmas):g} is above the model's {preset.noise.sigma_max:g}",
-            "the model never saw so much noise: lower the level",
-        )
-    check_levels(sigmas, preset.noise.sigma_min)
+        what = f"noise level {max(sigmas):g} is above the model's {preset.noise.sigma_max:g}"
+        raise UserError(what, "the model never saw so much noise: lower the level")
+    samplers.check_levels(sigmas, preset.noise.sigma_min)
 
 
 def indexed_levels(preset: Card, indices: Sequence[int], grid: int | None) -> list[float]:
@@ -129,16 +114,13 @@ def indexed_levels(preset: Card, indices: Sequence[int], grid: int | None) -> li
     `grid` is the model's own if None. Raises UserError.
     """
     points = grid or grid_size(preset)
-    shown = ",".join(map(str, indices))
     if points < 2:
         raise UserError(f"--grid {points}", "a grid has 2 points or more")
     ascend = all(a < b for a, b in itertools.pairwise(indices))
     if not ascend or len(indices) < 2 or indices[0] < 0 or indices[-1] != points - 1:
-        raise UserError(
-            f"--ts {shown} on a grid of {points}",
-            f"indices ascend from 0 (most noise) and end with {points - 1}, the clean image",
-        )
-    levels = sampling_levels(points, noise_range(preset))
+        hint = f"indices ascend from 0 (most noise) and end with {points - 1}, the clean image"
+        raise UserError(f"--ts {','.join(map(str, indices))} on a grid of {points}", hint)
+    levels = samplers.sampling_levels(points, noise_range(preset))
     return [levels[i] for i in indices[:-1]]
 
 
@@ -149,7 +131,7 @@ def trained_levels(preset: Card, n: int) -> list[float]:
     More levels than the grid has above sigma_min are taken from a grid that has enough.
     """
     size = grid_size(preset)
-    grid = sampling_levels(max(size, n + 1), noise_range(preset))
+    grid = samplers.sampling_levels(max(size, n + 1), noise_range(preset))
     return [grid[round(i * (len(grid) - 1) / n)] for i in range(n)]
 
 
@@ -193,7 +175,7 @@ def steady(f: Denoiser, size: tuple[int, int], device: torch.device | str) -> De
     """
     if torch.device(device).type != "cpu":
         return f
-    return in_chunks(f, max(1, min(CHUNK_PIXELS // (size[0] * size[1]), MAX_CHUNK)))
+    return samplers.in_chunks(f, max(1, min(CHUNK_PIXELS // (size[0] * size[1]), MAX_CHUNK)))
 
 
 def _finite(x0: Tensor) -> Tensor:
@@ -202,10 +184,8 @@ def _finite(x0: Tensor) -> Tensor:
     Without the error they would become black pictures.
     """
     if not bool(torch.isfinite(x0).all()):
-        raise InputError(
-            "the model makes values that are not finite",
-            "the model diverged: use an earlier checkpoint; or use --precision fp32",
-        )
+        hint = "the model diverged: use an earlier checkpoint; or use --precision fp32"
+        raise InputError("the model makes values that are not finite", hint)
     return x0
 
 
@@ -242,9 +222,8 @@ def check_classes(classes: Sequence[int], num_images: int, num_classes: int) -> 
         if not 0 <= index < num_classes:
             raise UserError(f"no class {index}", f"the model knows 0 to {num_classes - 1}")
     if len(classes) not in (1, num_images):
-        raise UserError(
-            f"{len(classes)} classes for {num_images} seeds", "give one class, or one per seed"
-        )
+        what = f"{len(classes)} classes for {num_images} seeds"
+        raise UserError(what, "give one class, or one per seed")
 
 
 def model_device(model: Model) -> torch.device:
@@ -279,7 +258,6 @@ def generate(
     labels: Tensor | None = None,
     batch: int = 256,
     device: str = "cpu",
-    clip: bool = True,
     noise: RandnLike | None = None,
 ) -> Iterator[Tensor]:
     """Yield images (B, C, H, W) in [-1, 1] for consecutive batches of seeds.
@@ -289,8 +267,7 @@ def generate(
     InputError for values that are not finite.
     """
     denoiser = computing_in(f, chosen.precision, device)
-    denoiser = steady(denoiser, preset.model.image_size, device)
-    denoiser = clipped(denoiser) if clip else denoiser
+    denoiser = samplers.clipped(steady(denoiser, preset.model.image_size, device))
     draw = build_sampler(chosen.sampler)
     shape = (preset.model.channels, *preset.model.image_size)
     for start in range(0, len(seeds), batch):
@@ -298,15 +275,9 @@ def generate(
         given = None if labels is None else labels[start : start + batch].to(device)
         if given is None and preset.model.num_classes:
             given = seeded_labels(part, preset.model.num_classes).to(device)
-        x0 = draw(
-            denoiser,
-            torch.zeros(len(part), *shape, device=device),
-            chosen.sigmas,
-            noise or SeededNoise(part),
-            sigma_min=preset.noise.sigma_min,
-            labels=given,
-        )
-        yield _finite(x0)
+        init = torch.zeros(len(part), *shape, device=device)
+        own, sigma_min = noise or SeededNoise(part), preset.noise.sigma_min
+        yield _finite(draw(denoiser, init, chosen.sigmas, own, sigma_min=sigma_min, labels=given))
 
 
 @torch.no_grad()
@@ -318,9 +289,17 @@ def run_edit(
     What the edit keeps is kept. Images larger than the model's are made of overlapping tiles.
     Raises InputError for values that are not finite.
     """
-    noise: RandnLike = SeededNoise(seeds)
-    x0 = multistep(
-        _for_edits(model, edit, chosen),
+    return edit.finish(_finite(_edited(model, edit, chosen, SeededNoise(seeds), labels)))
+
+
+def _edited(
+    model: Model, edit: Edit, chosen: Plan, noise: RandnLike, labels: Tensor | None
+) -> Tensor:
+    """Return what the model answers to an edit of pictures of any size."""
+    size, device = model.preset.model.image_size, edit.init.device
+    f = steady(computing_in(model.f, chosen.precision, device), size, device)
+    return samplers.multistep(
+        samplers.clipped(samplers.tiled(f, size)),
         edit.init,
         chosen.sigmas,
         none_at_first(noise) if edit.is_noisy else noise,
@@ -328,14 +307,6 @@ def run_edit(
         labels=labels,
         project=edit.project,
     )
-    return edit.finish(_finite(x0))
-
-
-def _for_edits(model: Model, edit: Edit, chosen: Plan) -> Denoiser:
-    """Return the model for the pictures of an edit, of any size."""
-    size, device = model.preset.model.image_size, edit.init.device
-    f = computing_in(model.f, chosen.precision, device)
-    return clipped(tiled(steady(f, size, device), size))
 
 
 @torch.no_grad()
@@ -359,13 +330,7 @@ def best_class(model: Model, edit: Edit, chosen: Plan, seed: int) -> int:
     def same_for_all(like: Tensor) -> Tensor:
         return noise(like[:1]).expand_as(like)
 
-    multistep(
-        _for_edits(model, edit, chosen),
-        edit.init[:1].expand(num_classes, *edit.init.shape[1:]),
-        chosen.sigmas,
-        none_at_first(same_for_all) if edit.is_noisy else same_for_all,
-        sigma_min=model.preset.noise.sigma_min,
-        labels=torch.arange(num_classes, device=edit.init.device),
-        project=project,
-    )
+    init = edit.init[:1].expand(num_classes, *edit.init.shape[1:])
+    labels = torch.arange(num_classes, device=init.device)
+    _edited(model, replace(edit, init=init, project=project), chosen, same_for_all, labels)
     return int(torch.stack(gaps[1:] or gaps).mean(0).argmin())

@@ -43,9 +43,8 @@ def info(
     """
     from cmtool.models import load_model
 
-    model = load_model(
-        path, weights=weights, preset=preset, kind=parse_kind(kind), otherwise="teacher"
-    )
+    said = parse_kind(kind)
+    model = load_model(path, weights=weights, preset=preset, kind=said, otherwise="teacher")
     tell_notes(model)
     facts = describe(model)
     if as_json:

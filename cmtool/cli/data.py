@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -64,11 +65,9 @@ def info(source: Source, as_json: AsJson = False) -> None:
         emit_json(facts)
     else:
         _print_facts(facts)
-    if found.bad:
-        raise InputError(
-            f"{len(found.bad)} of {len(data)} images cannot be read",
-            f"replace them, or leave them out: cmtool data prepare --skip-bad {len(found.bad)}",
-        )
+    if bad := len(found.bad):
+        hint = f"replace them, or leave them out: cmtool data prepare --skip-bad {bad}"
+        raise InputError(f"{bad} of {len(data)} images cannot be read", hint)
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
@@ -157,8 +156,6 @@ def _readable(data: Dataset, skip_bad: int) -> Iterator[tuple[int, bytes]]:
 
 def _workers(count: int) -> int:
     """Return how many processes decode: none for few images, where starting them takes longer."""
-    import os
-
     return 0 if count < 1000 else min(os.cpu_count() or 1, 16)
 
 

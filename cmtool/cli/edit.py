@@ -76,10 +76,8 @@ def inpaint(
         h, w = images.shape[2:]
         if mask is not None:
             painted = read_image(mask, mode="L")
-        elif text is not None:
-            painted = text_mask(text, h, w)
         else:
-            painted = box_mask(box or "", h, w)
+            painted = text_mask(text, h, w) if text is not None else box_mask(box or "", h, w)
         return prepare_inpaint(model, images, painted[None] >= 128, fit=fit, name=name)
 
     return prepare
@@ -174,7 +172,6 @@ EDITS: dict[str, EditRow] = {
     "denoise": EditRow(denoise, without=("steps", "sigmas", "variations")),
 }
 
-
 for _name, _row in EDITS.items():
     _run = partial(edit_pictures, _name, _row.prepare)
     app.command(_name)(with_options(_run, EditOptions, _row.prepare, _row.without))
@@ -210,12 +207,11 @@ def interpolate(
     Between seeds the noise travels a great circle. Pictures are mixed under noise of the first
     level: a high level mixes what they show, a low level mixes their pixels.
     """  # fmt: skip
-    ends = parse_seeds(seeds) if seeds is not None else []
-    if (len(images or []), len(ends)) not in ((2, 0), (0, 2)):
-        raise UserError(
-            f"{len(images or [])} pictures and {len(ends)} seeds", "give two of one of them"
-        )
-    interpolate_between(options, images or [], ends, frames, seed, out)
+    given, ends = images or [], parse_seeds(seeds) if seeds is not None else []
+    if (len(given), len(ends)) not in ((2, 0), (0, 2)):
+        what = f"{len(given)} pictures and {len(ends)} seeds"
+        raise UserError(what, "give two of one of them")
+    interpolate_between(options, given, ends, frames, seed, out)
 
 
 app.command("interpolate")(with_options(interpolate, ModelOptions))

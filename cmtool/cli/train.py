@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -86,17 +86,14 @@ class RunOptions:
         """Return the preset with what the command line changes; a resumed run has its own."""
         from cmtool.presets.toml import parse_override, resolve
 
-        flags = {
-            "--data": ("data.path", self.data), "--metric": ("loss.distance", self.metric),
-            "--seed": ("train.seed", self.seed),
-            "--accumulate": ("train.accumulate", self.accumulate),
-            "--precision": ("train.precision", self.precision),
-            "--compile": ("train.compile", self.compile_),
-            "--eval-every": ("run.eval_every", self.eval_every),
+        flags: dict[str, dict[str, Any]] = {
+            "--data": {"data.path": self.data}, "--metric": {"loss.distance": self.metric},
+            "--seed": {"train.seed": self.seed}, "--compile": {"train.compile": self.compile_},
+            "--accumulate": {"train.accumulate": self.accumulate},
+            "--precision": {"train.precision": self.precision},
+            "--eval-every": {"run.eval_every": self.eval_every},
         }  # fmt: skip
-        layers: dict[str, dict[str, Any]] = {
-            flag: {key: value} for flag, (key, value) in flags.items() if value is not None
-        }
+        layers = {flag: given for flag, given in flags.items() if None not in given.values()}
         layers["--set"] = dict(map(parse_override, self.set_ or []))
         if self.resume and self.out is None:
             raise UserError("--resume without a run folder", "name it with --out runs/NAME")
@@ -172,10 +169,9 @@ def is_sharded(resolved: Resolved) -> bool:
 
 def _teacher_of(out: Path | None) -> str | None:
     """Return the teacher that the run in `out` was started with."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads((out / "run.json").read_text())["teacher"]["source"]) if out else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return None
 
 
 def _run(options: RunOptions, preset: str, resolved: Resolved, teacher: Model | None) -> None:
