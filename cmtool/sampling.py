@@ -26,6 +26,8 @@ from cmtool.presets.build import build_curriculum, build_sampler, noise_range
 from cmtool.presets.schema import Card, Choice, Preset
 from cmtool.system.devices import autocast
 
+Sigmas = Sequence[float] | None
+"""Descending noise levels, if any are given."""
 PUBLISHED_GRID = 40
 CHUNK_PIXELS, MAX_CHUNK = 4096, 16
 """Most pixels, and most images, that the network sees at once on a CPU: this is quickest."""
@@ -46,11 +48,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    preset: Card,
-    *,
-    sampler: Choice | None = None,
-    steps: int | None = None,
-    sigmas: Sequence[float] | None = None,
+    preset: Card, steps: int | None = None, sigmas: Sigmas = None, sampler: Choice | None = None
 ) -> Plan:
     """Return how to sample a model: by what is given, else by what its preset says.
 
@@ -81,11 +79,7 @@ def plan(
 
 
 def edit_plan(
-    preset: Card,
-    *,
-    steps: int | None = None,
-    sigmas: Sequence[float] | None = None,
-    default: Sequence[float] | None = None,
+    preset: Card, steps: int | None = None, sigmas: Sigmas = None, default: Sigmas = None
 ) -> Plan:
     """Return how to edit with a consistency model: `sigmas`, `steps`, or the edit's `default`.
 
@@ -96,7 +90,7 @@ def edit_plan(
         sigmas = default
     if sigmas is None and steps is None:
         steps = min(grid_size(preset) - 1, PUBLISHED_GRID)
-    return plan(preset, steps=steps, sigmas=sigmas)
+    return plan(preset, steps, sigmas)
 
 
 def check_known(preset: Card, sigmas: Sequence[float]) -> None:
@@ -194,7 +188,7 @@ def sample(
     seeds: Iterable[int],
     *,
     steps: int | None = None,
-    sigmas: Sequence[float] | None = None,
+    sigmas: Sigmas = None,
     labels: int | Sequence[int] | Tensor | None = None,
 ) -> Tensor:
     """Return images (N, C, H, W) in [-1, 1], one a seed: those that `cmtool sample` draws.
@@ -204,7 +198,7 @@ def sample(
     its seed. Raises UserError for levels and classes the model does not know.
     """
     numbers = list(seeds)
-    chosen = plan(model.preset, steps=steps, sigmas=sigmas)
+    chosen = plan(model.preset, steps, sigmas)
     classes = None if labels is None else torch.as_tensor(labels).reshape(-1)
     if classes is not None:
         check_classes(classes.tolist(), len(numbers), model.preset.model.num_classes)
@@ -310,13 +304,16 @@ def _edited(
 
 
 @torch.no_grad()
-def best_class(model: Model, edit: Edit, chosen: Plan, seed: int) -> int:
+def best_class(model: Model, edit: Edit, chosen: Plan, seed: int) -> int | None:
     """Return the class under which an edit's answer (of one image) fits best what was given.
 
     The edit is run once per class. What is given is what `project` puts back, by how much it has
-    to change x0; where it puts back nothing, the image the edit started from.
+    to change x0; where it puts back nothing, the image the edit started from. None for an
+    unconditional model.
     """
     num_classes = model.preset.model.num_classes
+    if not num_classes:
+        return None
     gaps: list[Tensor] = []
 
     def project(x0: Tensor) -> Tensor:

@@ -140,8 +140,8 @@ def edit_pictures(name: str, row: Callable[..., Prepare], options: EditOptions, 
     prepare = row(**own)
 
     from cmtool.data.images import from_uint8, read_image, to_uint8
-    from cmtool.editing import fitting_class, run_prepared
-    from cmtool.sampling import precision_info
+    from cmtool.editing import run_prepared
+    from cmtool.sampling import best_class, precision_info
 
     pictures = {source: read_image(contents[source], _shown(source)) for source in names}
     model, precision = options.load()
@@ -157,7 +157,7 @@ def edit_pictures(name: str, row: Callable[..., Prepare], options: EditOptions, 
         chosen = edit.plan(model, options.steps, sigmas)._replace(precision=precision)
         label = options.class_
         if label is None:
-            label = fitting_class(model, edit.edit, chosen, options.seed)
+            label = best_class(model, edit.edit, chosen, options.seed)
             if label is not None:
                 say(f"{_shown(source)}: class {label} fits best; choose with --class")
         answers = to_uint8(run_prepared(edit, model, chosen, seeds, label)).cpu()
@@ -177,22 +177,18 @@ def interpolate_between(
     sigmas = shared.parse_sigmas(options.sigmas)
     prepare_output(out, options.overwrite, (".png", ".gif", ".webp"))
 
-    from cmtool.data.images import canvas, from_uint8, read_image, to_uint8
+    from cmtool.data.images import from_uint8, read_image, to_uint8
     from cmtool.editing import between_images, between_seeds, mixing_plan
     from cmtool.sampling import plan, precision_info
 
     pictures = [read_image(read_input(image), image) for image in images]
     model, precision = options.load()
     if pictures:
-        for picture, name in zip(pictures, images, strict=True):
-            h, w = picture.shape[1:]
-            canvas(h, w, model.preset.model.image_size, "exact", name)
         chosen = mixing_plan(model, options.steps, sigmas)._replace(precision=precision)
-        start, end = map(from_uint8, pictures)
-        drawn = between_images(model, chosen, (start, end), frames, seed, options.class_)
+        given = [from_uint8(picture) for picture in pictures]
+        drawn = between_images(model, chosen, given, frames, seed, options.class_, images)
     else:
-        chosen = plan(model.preset, steps=options.steps, sigmas=sigmas)
-        chosen = chosen._replace(precision=precision)
+        chosen = plan(model.preset, options.steps, sigmas)._replace(precision=precision)
         drawn = between_seeds(model, chosen, (ends[0], ends[1]), frames, options.class_)
     about = {
         "cmtool:edit": "interpolate", "cmtool:model": model.sha256,
@@ -201,21 +197,6 @@ def interpolate_between(
     }  # fmt: skip
     output = Output(out, options.overwrite)
     output.write_frames(to_uint8(drawn).cpu(), {} if options.no_metadata else about)
-
-
-def box_mask(box: str, h: int, w: int) -> Tensor:
-    """Return the mask (1, h, w) uint8 of "LEFT,TOP,WIDTH,HEIGHT". Raises UserError."""
-    import torch
-
-    try:
-        left, top, width, height = map(int, box.split(","))
-    except ValueError:
-        raise UserError(f"--box {box!r}", "LEFT,TOP,WIDTH,HEIGHT, for example 4,0,4,8") from None
-    if not (0 <= left < left + width <= w and 0 <= top < top + height <= h):
-        raise UserError(f"--box {box} is not within {w}x{h}", "LEFT,TOP,WIDTH,HEIGHT in pixels")
-    mask = torch.zeros(1, h, w, dtype=torch.uint8)
-    mask[:, top : top + height, left : left + width] = 255
-    return mask
 
 
 def read_input(image: str) -> bytes:

@@ -52,10 +52,7 @@ Steps = Annotated[
 ]
 Indices = Annotated[
     str | None,
-    Option(
-        "--ts",
-        help="Noise levels by the paper's indices: 0,22,39. The last index is the clean image.",
-    ),
+    Option(help="Noise levels by the paper's indices: 0,22,39. The last index is the clean image."),
 ]
 Grid = Annotated[
     int | None,
@@ -90,16 +87,14 @@ NoMetadata = Annotated[
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing files.")]
 
+Command = Callable[..., Any]
 MAX_SEEDS = 10_000_000
 T = TypeVar("T")
 
 
 def with_options(
-    run: Callable[..., None],
-    options: type[Any],
-    own: Callable[..., Any] | None = None,
-    without: Collection[str] = (),
-) -> Callable[..., None]:
+    run: Command, options: type[Any], own: Command | None = None, without: Collection[str] = ()
+) -> Command:
     """Return a command with the options of a dataclass, and with the parameters of a function.
 
     So commands share options that are declared once. The command calls `run`, with an instance of

@@ -58,12 +58,12 @@ class Drawing:
             yield indices[start : min(start + self.batch, first + stride)]
 
     def everything(self) -> Iterator[Tensor]:
-        """Yield the images (n, C, H, W) of each round, of all processes, in order."""
+        """Yield the images (C, H, W) of all processes, in order, round by round."""
         import torch
 
         for indices in self.rounds(range(len(self.seeds))):
             drawn = self.draw(indices) if indices else None
-            yield torch.cat([part for part in self.group.gather(drawn) if part is not None])
+            yield from torch.cat([part for part in self.group.gather(drawn) if part is not None])
 
     def classes(self) -> list[int] | list[None]:
         """Return the class of each image."""
@@ -98,17 +98,15 @@ def _write_zip(out: str, drawing: Drawing) -> None:
 
     names = map(image_name, drawing.seeds)
     infos = drawing.about() if drawing.metadata else [{}] * len(drawing.seeds)
-    images = (image for part in drawing.everything() for image in part)
-    files = map(png_bytes, images, infos)
+    files = map(png_bytes, drawing.everything(), infos)
     write_zip(Path(out), zip(names, files, drawing.classes(), strict=True))
 
 
 def _write_npz(out: str, drawing: Drawing) -> None:
     from cmtool.data.archives import write_npz
 
-    images = (image for part in drawing.everything() for image in part)
     classes = None if drawing.labels is None else drawing.classes()
-    write_npz(Path(out), images, len(drawing.seeds), classes)
+    write_npz(Path(out), drawing.everything(), len(drawing.seeds), classes)
 
 
 def _write_grid(out: str, drawing: Drawing) -> None:
@@ -117,7 +115,7 @@ def _write_grid(out: str, drawing: Drawing) -> None:
     from cmtool.data.images import contact_sheet, png_bytes
     from cmtool.sampling import provenance
 
-    picture = contact_sheet(torch.cat(list(drawing.everything())))
+    picture = contact_sheet(torch.stack(list(drawing.everything())))
     about = provenance(drawing.model, drawing.plan) | {"cmtool:seeds": seed_ranges(drawing.seeds)}
     write_bytes(out, png_bytes(picture, about if drawing.metadata else {}))
 

@@ -93,7 +93,7 @@ def convert(
     written = convert_model(model, out, overwrite=overwrite)
     say(f"checked: {parameters(model):,} parameters, equal answers on the same input")
     if as_json:
-        emit_json({"path": str(out), "format": written, **{"from": describe(model)}})
+        emit_json({"path": str(out), "format": written, "from": describe(model)})
     else:
         emit(str(out))
 
@@ -101,7 +101,6 @@ def convert(
 def describe(model: Model) -> dict[str, Any]:
     """Return the facts of a model as plain data."""
     card = model.preset
-    h, w = card.model.image_size
     return {
         "path": model.source,
         "format": model.format,
@@ -109,7 +108,7 @@ def describe(model: Model) -> dict[str, Any]:
         "network": card.model.network.name,
         "options": card.model.network.options,
         "parameters": parameters(model),
-        "image_size": [h, w],
+        "image_size": list(card.model.image_size),
         "channels": card.model.channels,
         "classes": card.model.num_classes,
         "sigma": {

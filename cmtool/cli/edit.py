@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 from typer import Argument, Option
 
-from cmtool.cli._edits import (
-    EditOptions,
-    ModelOptions,
-    Prepare,
-    box_mask,
-    edit_pictures,
-    interpolate_between,
-)
+from cmtool.cli._edits import EditOptions, ModelOptions, Prepare, edit_pictures, interpolate_between
 from cmtool.cli._options import parse_seeds, with_options
 from cmtool.cli._output import say
 from cmtool.errors import UserError
@@ -155,6 +148,21 @@ def denoise(
         return prepared
 
     return prepare
+
+
+def box_mask(box: str, h: int, w: int) -> Tensor:
+    """Return the mask (1, h, w) uint8 of "LEFT,TOP,WIDTH,HEIGHT". Raises UserError."""
+    import torch
+
+    try:
+        left, top, width, height = map(int, box.split(","))
+    except ValueError:
+        raise UserError(f"--box {box!r}", "LEFT,TOP,WIDTH,HEIGHT, for example 4,0,4,8") from None
+    if not (0 <= left < left + width <= w and 0 <= top < top + height <= h):
+        raise UserError(f"--box {box} is not within {w}x{h}", "LEFT,TOP,WIDTH,HEIGHT in pixels")
+    mask = torch.zeros(1, h, w, dtype=torch.uint8)
+    mask[:, top : top + height, left : left + width] = 255
+    return mask
 
 
 class EditRow(NamedTuple):

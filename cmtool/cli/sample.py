@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from cmtool.cli import _options as shared
-from cmtool.cli._output import emit, emit_json, prepare_output, processes, say
+from cmtool.cli._measurement import joined
+from cmtool.cli._output import emit, emit_json, prepare_output, say
 from cmtool.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -114,21 +115,16 @@ def _sample(options: SampleOptions) -> None:
     prepare_output(out, options.overwrite, ONE_FILE)
 
     from cmtool.cli._sample_files import write_folder, write_one_file
-    from cmtool.system import dist
 
     drawing = options.drawing(seeds)
-    try:
-        drawing = replace(drawing, group=dist.join(*processes(), drawing.device, TIMEOUT))
+    with joined(drawing.device, TIMEOUT) as group:
+        drawing = replace(drawing, group=group)
         if out == "-" or Path(out).suffix.lower() in ONE_FILE:
             facts = write_one_file(out, drawing)
         else:
             facts = write_folder(
                 Path(out), drawing, overwrite=options.overwrite, print_paths=not options.as_json
             )
-    except RuntimeError as error:
-        raise dist.lost_contact(error, drawing.group, 0) or error from None
-    finally:
-        dist.leave()
     if options.as_json and out != "-":
         chosen = drawing.plan
         about = {"sigmas": chosen.sigmas, "precision": chosen.precision}

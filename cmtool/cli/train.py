@@ -25,9 +25,8 @@ Preset = Annotated[str, Option("--preset", help="A preset's name or a TOML file.
 DistanceOption = Annotated[
     str | None,
     Option(
-        "--metric",
         help="Distance d(x, y) of the loss, loss.distance in a preset:"
-        " l1, l2, l2_32, linf, lpips, pseudo_huber.",
+        " l1, l2, l2_32, linf, lpips, pseudo_huber."
     ),
 ]
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmtool.data import entries
 from cmtool.data.entries import MAX_MEMBER, Entries, Names, fingerprint, is_image, numbered
 from cmtool.data.images import SUFFIXES
-from cmtool.data.labels import LABELS, check_table, find_labels, table_limit
 from cmtool.errors import InputError
 from cmtool.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
 from cmtool.system.files import replacing
@@ -77,9 +77,9 @@ def zip_entries(path: Path) -> Entries:
             images = [member for member in every if is_image(member.filename)]
             members = sorted(images, key=lambda member: member.filename)
             tables = {}
-            for name in LABELS.keys() & archive.NameToInfo.keys():
+            for name in entries.LABELS.keys() & archive.NameToInfo.keys():
                 size = archive.NameToInfo[name].file_size
-                check_table(size, table_limit(len(images)), f"{name} in {path}")
+                entries.check_table(size, len(images), f"{name} in {path}")
                 tables[name] = archive.read(name)
     except (zipfile.BadZipFile, OSError, ValueError, zlib.error, NotImplementedError) as error:
         raise InputError(f"{path} is damaged: {error}", "fetch it again") from None
@@ -111,7 +111,7 @@ def zip_entries(path: Path) -> Entries:
             what = f"{names[index]!r} in {path} is damaged: {error}"
             raise InputError(what, "replace it") from None
 
-    labels = find_labels(str(path), listed, lambda name, _: tables.get(name))
+    labels = entries.find_labels(str(path), listed, tables.get)
     facts = (f"{name} {crc}" for name, crc in zip(listed, reader.crc, strict=True))
     return Entries(names, read, labels, fingerprint(facts, labels))
 

@@ -272,14 +272,14 @@ def text_mask(text: str, h: int, w: int) -> Tensor:
     raise UserError(f"--text {text!r} does not fit into {w}x{h}", "give fewer letters")
 
 
-def animation_bytes(frames: Tensor, suffix: str, *, frames_per_second: float = 12.0) -> bytes:
-    """Return frames (n, C, H, W) uint8 as an endless animated .gif or .webp."""
+def animation_bytes(frames: Tensor, suffix: str) -> bytes:
+    """Return frames (n, C, H, W) uint8 as an endless animated .gif or .webp, 12 a second."""
     pictures = [_picture(frame) for frame in frames]
     buffer = io.BytesIO()
     exact = {"lossless": True} if suffix == ".webp" else {}
     pictures[0].save(
         buffer, ANIMATIONS[suffix], save_all=True, append_images=pictures[1:], loop=0,
-        duration=round(1000 / frames_per_second), **exact,
+        duration=round(1000 / 12), **exact,
     )  # fmt: skip
     return buffer.getvalue()
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from cmtool.data.archives import cifar_entries, npz_entries, zip_entries
-from cmtool.data.entries import Entries, Names, fingerprint, is_image
+from cmtool.data.entries import Entries, Names, check_table, find_labels, fingerprint, is_image
 from cmtool.data.images import SUFFIXES, fitted, image_mode, read_image, recoloured
-from cmtool.data.labels import check_table, find_labels
 from cmtool.data.lsun import lmdb_entries
 from cmtool.errors import InputError
 
@@ -48,11 +47,11 @@ def folder_entries(path: Path) -> Entries:
     if not found:
         raise InputError(f"no images in {path}", f"looked for {', '.join(SUFFIXES)}")
 
-    def beside(name: str, limit: int) -> bytes | None:
+    def beside(name: str) -> bytes | None:
         file = path / name
         if not file.is_file():
             return None
-        check_table(file.stat().st_size, limit, str(file))
+        check_table(file.stat().st_size, len(found), str(file))
         return _read(file, "repair the file, or remove it")
 
     labels = find_labels(str(path), found, beside)
