@@ -69,7 +69,10 @@ def plan(
     if sigmas is not None and steps is not None:
         raise UserError(f"both --steps {steps} and --sigmas", "give one of them")
     if sigmas is not None:
-        check_known(preset, sigmas)
+        if max(sigmas, default=0) > preset.noise.sigma_max:
+            what = f"noise level {max(sigmas):g} is above the model's {preset.noise.sigma_max:g}"
+            raise UserError(what, "the model never saw so much noise: lower the level")
+        samplers.check_levels(sigmas, preset.noise.sigma_min)
         return Plan(chosen, tuple(sigmas))
     n = steps or preset.sample.steps
     levels = preset.sample.levels.get(str(n))
@@ -91,14 +94,6 @@ def edit_plan(
     if sigmas is None and steps is None:
         steps = min(grid_size(preset) - 1, PUBLISHED_GRID)
     return plan(preset, steps, sigmas)
-
-
-def check_known(preset: Card, sigmas: Sequence[float]) -> None:
-    """Raise UserError for levels that do not descend, or that the model never saw."""
-    if max(sigmas, default=0) > preset.noise.sigma_max:
-        what = f"noise level {max(sigmas):g} is above the model's {preset.noise.sigma_max:g}"
-        raise UserError(what, "the model never saw so much noise: lower the level")
-    samplers.check_levels(sigmas, preset.noise.sigma_min)
 
 
 def indexed_levels(preset: Card, indices: Sequence[int], grid: int | None) -> list[float]:

@@ -54,14 +54,6 @@ def emit(text: str) -> None:
             print(text, flush=True)
 
 
-def emit_bytes(content: bytes) -> None:
-    """Write bytes to stdout. Raises UserError on a terminal."""
-    refuse_terminal()
-    with _stdout():
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
-
-
 @contextmanager
 def _stdout() -> Iterator[None]:
     """Turn a failed write to stdout into its exit code; Python would write again at its end."""
@@ -77,15 +69,18 @@ def _stdout() -> Iterator[None]:
 
 
 def write_bytes(out: str, content: bytes, *, tell: bool = False) -> None:
-    """Write one file, or stdout for -; print the path of a file if `tell`."""
+    """Write one file, or stdout for - if it is no terminal; print the path of a file if `tell`."""
     from cmtool.system.files import write_atomic
 
-    if out == "-":
-        emit_bytes(content)
+    if out != "-":
+        write_atomic(Path(out), content)
+        if tell:
+            emit(out)
         return
-    write_atomic(Path(out), content)
-    if tell:
-        emit(out)
+    refuse_terminal()
+    with _stdout():
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
 
 
 def refuse_terminal() -> None:

@@ -80,9 +80,7 @@ def demo(
     for row in rows:
         calls = "-" if row.calls is None else str(row.calls)
         say_lines(f"{row.label:<26} {calls:>3} calls   fd-digits {row.value:6.2f}")
-    say_lines(
-        f"\n{time.monotonic() - start:.0f} seconds. Open the report, then try `cmtool --help`."
-    )
+    say_lines(f"\n{seconds:.0f} seconds. Open the report, then try `cmtool --help`.")
     emit(str(report))
 
 
@@ -115,9 +113,8 @@ def draw_grids(tour: Tour) -> dict[str, Path]:
         "one-step": ["-c", str(tour.student)],
         "two-steps": ["-c", str(tour.student), "--steps", "2"],
     }.items():
-        grids[name] = tour.out / f"{name}.png"
-        given = [*arguments, "--seeds", "0-49", "--out", str(grids[name]), *tour.replace]
-        tour.run("sample", *given)
+        out = grids[name] = tour.out / f"{name}.png"
+        tour.run("sample", *arguments, "--seeds", "0-49", "--out", str(out), *tour.replace)
     return grids
 
 
@@ -142,9 +139,8 @@ def mend_digits(tour: Tour) -> Path:
             "-c", str(tour.student), "--out", str(answer), *tour.replace,
         )  # fmt: skip
         answers.append(read_image(answer))
-    masked = pictures.where(mask == 0, 128)
     mended = tour.out / "inpainting.png"
-    rows_of_three = torch.cat([pictures, masked, torch.stack(answers)])
+    rows_of_three = torch.cat([pictures, pictures.where(mask == 0, 128), torch.stack(answers)])
     write_atomic(mended, png_bytes(grid(rows_of_three, len(pictures), scale=6)))
     return mended
 

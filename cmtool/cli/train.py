@@ -151,7 +151,9 @@ def _distill(
         teacher = _teacher_of(options.out) if options.resume else None
         teacher = teacher or newest_run("teacher") or "digits-edm"
         say(f"teacher: {teacher}")
-    home = "cpu" if is_sharded(resolved) else pick_device(options.device)
+    # a model that will be sharded is whole until then, in main memory
+    is_sharded = resolved.preset.run.sharding == "fsdp" and processes()[1] > 1
+    home = "cpu" if is_sharded else pick_device(options.device)
     model = load_model(teacher, device=home, otherwise="teacher")
     tell_notes(model)
     _run(options, preset, with_teacher(resolved, model), model)
@@ -159,11 +161,6 @@ def _distill(
 
 train = with_options(_train, RunOptions)
 distill = with_options(_distill, RunOptions)
-
-
-def is_sharded(resolved: Resolved) -> bool:
-    """Tell whether models will be sharded; until then they are whole, in main memory."""
-    return resolved.preset.run.sharding == "fsdp" and processes()[1] > 1
 
 
 def _teacher_of(out: Path | None) -> str | None:
