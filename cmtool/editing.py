@@ -43,10 +43,6 @@ class PreparedEdit:
     panels: tuple[Tensor, ...]
     levels: tuple[float, ...] | None = None
 
-    def plan(self, model: Model, steps: int | None, sigmas: Sigmas) -> Plan:
-        """Return the levels to edit at: those given, else the edit's own, else the model's."""
-        return sampling.edit_plan(model.preset, steps, sigmas, self.levels)
-
 
 def inpaint(
     model: Model, image: Tensor, mask: Tensor, *, steps: int | None = None, sigmas: Sigmas = None,
@@ -118,7 +114,7 @@ def interpolate(
         return between_seeds(model, chosen, (start, end), frames, label)
     if isinstance(start, int) or isinstance(end, int):
         raise UserError("an image and a seed", "give two images, or two seeds")
-    chosen = mixing_plan(model, steps, sigmas)
+    chosen = sampling.edit_plan(model.preset, steps, sigmas, stroke_levels(model))
     return between_images(model, chosen, (_checked(start), _checked(end)), frames, seed, label)
 
 
@@ -141,7 +137,7 @@ def _edit(
     answers: list[Tensor] = []
     for part in zip(*(tensor.split(size) for tensor in batch), strict=True):
         prepared = prepare(model, *part, fit=fit, name="the image")
-        chosen = prepared.plan(model, steps, sigmas)
+        chosen = sampling.edit_plan(model.preset, steps, sigmas, prepared.levels)
         first, fits = seed + len(answers), label  # a part is one image, or all
         if fits is None:
             fits = sampling.best_class(model, prepared.edit, chosen, first)
@@ -292,13 +288,6 @@ def between_images(
         label = sampling.best_class(model, edits.stroke(start), chosen, seed)
     labels = None if label is None else torch.full((frames,), label, device=start.device)
     return sampling.run_edit(model, edit, chosen, [seed] * frames, labels)
-
-
-def mixing_plan(model: Model, steps: int | None, sigmas: Sigmas) -> Plan:
-    """Return the levels at which images are mixed: those given, else those of strokes."""
-    return sampling.edit_plan(
-        model.preset, steps=steps, sigmas=sigmas, default=stroke_levels(model)
-    )
 
 
 def stroke_levels(model: Model) -> tuple[float, ...]:

@@ -168,10 +168,7 @@ def steady(f: Denoiser, size: tuple[int, int], device: torch.device | str) -> De
 
 
 def _finite(x0: Tensor) -> Tensor:
-    """Return images as they are. Raises InputError for values that are not finite.
-
-    Without the error they would become black pictures.
-    """
+    """Return images. Raises InputError for values that are not finite, which would be black."""
     if not bool(torch.isfinite(x0).all()):
         hint = "the model diverged: use an earlier checkpoint; or use --precision fp32"
         raise InputError("the model makes values that are not finite", hint)

@@ -141,7 +141,7 @@ def edit_pictures(name: str, row: Callable[..., Prepare], options: EditOptions, 
 
     from cmtool.data.images import from_uint8, read_image, to_uint8
     from cmtool.editing import run_prepared
-    from cmtool.sampling import best_class, precision_info
+    from cmtool.sampling import best_class, edit_plan, precision_info
 
     pictures = {source: read_image(contents[source], _shown(source)) for source in names}
     model, precision = options.load()
@@ -154,7 +154,8 @@ def edit_pictures(name: str, row: Callable[..., Prepare], options: EditOptions, 
     output.check([name for group in names.values() for name in group])
     seeds = range(options.seed, options.seed + options.variations)
     for source, edit in prepared.items():
-        chosen = edit.plan(model, options.steps, sigmas)._replace(precision=precision)
+        chosen = edit_plan(model.preset, options.steps, sigmas, edit.levels)
+        chosen = chosen._replace(precision=precision)
         label = options.class_
         if label is None:
             label = best_class(model, edit.edit, chosen, options.seed)
@@ -178,13 +179,14 @@ def interpolate_between(
     prepare_output(out, options.overwrite, (".png", ".gif", ".webp"))
 
     from cmtool.data.images import from_uint8, read_image, to_uint8
-    from cmtool.editing import between_images, between_seeds, mixing_plan
-    from cmtool.sampling import plan, precision_info
+    from cmtool.editing import between_images, between_seeds, stroke_levels
+    from cmtool.sampling import edit_plan, plan, precision_info
 
     pictures = [read_image(read_input(image), image) for image in images]
     model, precision = options.load()
     if pictures:
-        chosen = mixing_plan(model, options.steps, sigmas)._replace(precision=precision)
+        chosen = edit_plan(model.preset, options.steps, sigmas, stroke_levels(model))
+        chosen = chosen._replace(precision=precision)
         given = [from_uint8(picture) for picture in pictures]
         drawn = between_images(model, chosen, given, frames, seed, options.class_, images)
     else:

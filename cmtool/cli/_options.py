@@ -291,9 +291,8 @@ def pick_plan(
         if levels is not None or steps is not None:
             raise UserError(f"--ts {ts} and another choice of levels", "give only one of them")
         what = f"--ts {ts!r} is not a list of indices"
-        levels = indexed_levels(
-            model.preset, parse_list(ts, int, what, "for example 0,22,39"), grid
-        )
+        indices = parse_list(ts, int, what, "for example 0,22,39")
+        levels = indexed_levels(model.preset, indices, grid)
     elif grid is not None:
         hint = "--grid is the grid of the indices: give --ts too"
         raise UserError(f"--grid {grid} without --ts", hint)

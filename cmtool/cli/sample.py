@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -257,13 +258,9 @@ def image_name(seed: int) -> str:
 
 def seed_ranges(seeds: list[int]) -> str:
     """Return seeds as --seeds takes them: "0-15,99"."""
-    ranges: list[list[int]] = []
-    for seed in seeds:
-        if ranges and seed == ranges[-1][1] + 1:
-            ranges[-1][1] = seed
-        else:
-            ranges.append([seed, seed])
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
+    groups = groupby(enumerate(seeds), key=lambda pair: pair[1] - pair[0])  # equal in a range
+    ranges = [[seed for _, seed in group] for _, group in groups]
+    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in ranges)
 
 
 def write_folder(drawing: Drawing) -> dict[str, Any]:

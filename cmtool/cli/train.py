@@ -201,9 +201,8 @@ def _run(options: RunOptions, preset: str, resolved: Resolved, teacher: Model | 
             )
     say(f"report: {folder / 'report.html'}")
     if options.as_json:
-        about = {"kind": resolved.preset.kind, "steps": steps}
-        seconds = round(time.monotonic() - start, 1)
-        emit_json({"run": str(folder), "checkpoint": str(final), **about, "seconds": seconds})
+        about = {"run": str(folder), "checkpoint": str(final), "kind": resolved.preset.kind}
+        emit_json({**about, "steps": steps, "seconds": round(time.monotonic() - start, 1)})
     else:
         emit(str(final))
 

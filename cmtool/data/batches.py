@@ -152,10 +152,9 @@ def decoded_ahead(images: Images, parts: Sequence[Tensor], workers: int) -> Iter
 
     Raises InputError naming what cannot be read, ResourceError for a worker that is gone.
     """
-    if isinstance(images, Tensor):
-        workers = 0
     made = Results(lambda number: images[parts[number]])
-    for found in made_ahead(made, range(len(parts)), workers):
+    crew = 0 if isinstance(images, Tensor) else workers
+    for found in made_ahead(made, range(len(parts)), crew):
         if isinstance(found, InputError):
             raise found
         yield found

@@ -93,9 +93,8 @@ class LazyImages:
     channels: int
     size: tuple[int, int] | None
     fit: str
-
-    def __post_init__(self) -> None:
-        self.first: tuple[str, tuple[int, int]] | None = None
+    first: tuple[str, tuple[int, int]] | None = None
+    """The name and the size of the image that was asked for first."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -106,7 +105,6 @@ class LazyImages:
         return len(self), self.channels, h, w
 
     def __len__(self) -> int:
-        """Return the number of images; decodes none."""
         return len(self.entries.names)
 
     def __getitem__(self, index: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ WORKER_TIMEOUT = 300
 
 
 class Results(TorchDataset[Any]):
-    """What a function makes of each number; an InputError is an item too, not raised."""
+    """What a function makes of each number, or the InputError that it raises."""
 
     def __init__(self, make: Callable[[int], Any]) -> None:
         self.make = make
