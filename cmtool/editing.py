@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from cmtool import sampling
 from cmtool.core import edits
 from cmtool.core.edits import Edit
 from cmtool.core.rng import SeededNoise, seeded_labels
@@ -24,16 +24,7 @@ from cmtool.core.samplers import sampling_levels
 from cmtool.data.images import Canvas, canvas
 from cmtool.errors import InputError, UserError
 from cmtool.models import Model
-from cmtool.sampling import (
-    Plan,
-    best_class,
-    edit_plan,
-    generate,
-    grid_size,
-    model_device,
-    plan,
-    run_edit,
-)
+from cmtool.sampling import Plan, Sigmas, model_device
 
 STROKE_LEVELS = ((5.38, 1.0), (2.24, 0.4))
 """The paper's levels for strokes on pictures of 256 pixels (App. D), and the least of each."""
@@ -52,25 +43,10 @@ class PreparedEdit:
     panels: tuple[Tensor, ...]
     levels: tuple[float, ...] | None = None
 
-    def plan(self, model: Model, steps: int | None, sigmas: Sequence[float] | None) -> Plan:
-        """Return the levels to edit at: those given, else the edit's own, else the model's."""
-        return edit_plan(model.preset, steps=steps, sigmas=sigmas, default=self.levels)
-
-
-class EditOptions(NamedTuple):
-    """What all edits of images have in common."""
-
-    steps: int | None
-    sigmas: Sequence[float] | None
-    label: int | None
-    seed: int
-    fit: str
-
 
 def inpaint(
-    model: Model, image: Tensor, mask: Tensor, *, steps: int | None = None,
-    sigmas: Sequence[float] | None = None, label: int | None = None, seed: int = 0,
-    fit: str = "exact",
+    model: Model, image: Tensor, mask: Tensor, *, steps: int | None = None, sigmas: Sigmas = None,
+    label: int | None = None, seed: int = 0, fit: str = "exact",
 ) -> Tensor:  # fmt: skip
     """Return the image with the masked pixels made anew; every other pixel stays as it is.
 
@@ -80,42 +56,36 @@ def inpaint(
     if mask.dtype != torch.bool:
         raise InputError(f"the mask is {mask.dtype}, not bool", "give mask > 0.5, or the like")
     mask = mask[(None,) * (4 - mask.ndim)].expand(_batch(image).shape[0], -1, -1, -1)
-    options = EditOptions(steps, sigmas, label, seed, fit)
-    return _edit(model, prepare_inpaint, (image, mask), options)
+    return _edit(model, prepare_inpaint, (image, mask), steps, sigmas, label, seed, fit)
 
 
 def superres(
     model: Model, image: Tensor, factor: int = 2, *, steps: int | None = None,
-    sigmas: Sequence[float] | None = None, label: int | None = None, seed: int = 0,
-    fit: str = "exact",
+    sigmas: Sigmas = None, label: int | None = None, seed: int = 0, fit: str = "exact",
 ) -> Tensor:  # fmt: skip
     """Return the image `factor` times as large; the means of the answer's blocks are its pixels.
 
     An image of the model's own size is sharpened: the means of its own blocks are kept.
     """
-    options = EditOptions(steps, sigmas, label, seed, fit)
-    return _edit(model, partial(prepare_superres, factor=factor), (image,), options)
+    prepare = partial(prepare_superres, factor=factor)
+    return _edit(model, prepare, (image,), steps, sigmas, label, seed, fit)
 
 
 def colorize(
-    model: Model, image: Tensor, *, steps: int | None = None,
-    sigmas: Sequence[float] | None = None, label: int | None = None, seed: int = 0,
-    fit: str = "exact",
+    model: Model, image: Tensor, *, steps: int | None = None, sigmas: Sigmas = None,
+    label: int | None = None, seed: int = 0, fit: str = "exact",
 ) -> Tensor:  # fmt: skip
     """Return the image, of one or three channels, with new colours; its luma stays."""
     image = image.expand(*image.shape[:-3], 3, -1, -1) if image.shape[-3] == 1 else image
-    options = EditOptions(steps, sigmas, label, seed, fit)
-    return _edit(model, prepare_colorize, (image,), options)
+    return _edit(model, prepare_colorize, (image,), steps, sigmas, label, seed, fit)
 
 
 def stroke(
-    model: Model, image: Tensor, *, steps: int | None = None,
-    sigmas: Sequence[float] | None = None, label: int | None = None, seed: int = 0,
-    fit: str = "exact",
+    model: Model, image: Tensor, *, steps: int | None = None, sigmas: Sigmas = None,
+    label: int | None = None, seed: int = 0, fit: str = "exact",
 ) -> Tensor:  # fmt: skip
     """Return a picture made of a rough painting; a higher first sigma leaves less of it."""
-    options = EditOptions(steps, sigmas, label, seed, fit)
-    return _edit(model, prepare_stroke, (image,), options)
+    return _edit(model, prepare_stroke, (image,), steps, sigmas, label, seed, fit)
 
 
 def denoise(
@@ -126,15 +96,13 @@ def denoise(
 
     sigma is in the units of images in [-1, 1]: 2 / 255 is one grey level.
     """
-    options = EditOptions(None, None, label, seed, fit)
     prepare = partial(prepare_denoise, sigma=sigma)
-    return _edit(model, prepare, (image,), options, singly=sigma is None)
+    return _edit(model, prepare, (image,), None, None, label, seed, fit, singly=sigma is None)
 
 
 def interpolate(
     model: Model, start: Tensor | int, end: Tensor | int, *, frames: int = 8,
-    steps: int | None = None, sigmas: Sequence[float] | None = None, label: int | None = None,
-    seed: int = 0,
+    steps: int | None = None, sigmas: Sigmas = None, label: int | None = None, seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """Return `frames` images from start to end, both included: two images, or two seeds.
 
@@ -142,11 +110,11 @@ def interpolate(
     under the noise of `seed` at the first level.
     """
     if isinstance(start, int) and isinstance(end, int):
-        chosen = plan(model.preset, steps=steps, sigmas=sigmas)
+        chosen = sampling.plan(model.preset, steps, sigmas)
         return between_seeds(model, chosen, (start, end), frames, label)
     if isinstance(start, int) or isinstance(end, int):
         raise UserError("an image and a seed", "give two images, or two seeds")
-    chosen = mixing_plan(model, steps, sigmas)
+    chosen = sampling.edit_plan(model.preset, steps, sigmas, stroke_levels(model))
     return between_images(model, chosen, (_checked(start), _checked(end)), frames, seed, label)
 
 
@@ -155,32 +123,26 @@ Prepare = Callable[..., PreparedEdit]
 
 
 def _edit(
-    model: Model, prepare: Prepare, given: tuple[Tensor, ...], options: EditOptions,
-    *, singly: bool = False,
+    model: Model, prepare: Prepare, given: tuple[Tensor, ...], steps: int | None, sigmas: Sigmas,
+    label: int | None, seed: int, fit: str, *, singly: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return the edit of images and what belongs to them, all at once where that is possible."""
     image = _checked(given[0])
-    batch = tuple(map(_batch, given))
+    batch = list(map(_batch, given))
     if image.shape[-3] != model.preset.model.channels:
-        raise InputError(
-            f"the image has {image.shape[-3]} channels, not {model.preset.model.channels}",
-            "give an image as the model makes them",
-        )
-    seeds = range(options.seed, options.seed + len(batch[0]))
-    if singly or (options.label is None and model.preset.model.num_classes):
-        parts = list(zip(*(tensor.split(1) for tensor in batch), strict=True))
-    else:
-        parts = [batch]
-    answers, done = [], 0
-    for part in parts:
-        prepared = prepare(model, *part, fit=options.fit, name="the image")
-        chosen = prepared.plan(model, options.steps, options.sigmas)
-        some = seeds[done : done + len(part[0])]
-        label = options.label
-        if label is None:
-            label = fitting_class(model, prepared.edit, chosen, some[0])
-        answers.append(run_prepared(prepared, model, chosen, some, label))
-        done += len(some)
+        what = f"the image has {image.shape[-3]} channels, not {model.preset.model.channels}"
+        raise InputError(what, "give an image as the model makes them")
+    singly = singly or (label is None and model.preset.model.num_classes > 0)
+    size = 1 if singly else len(batch[0])
+    answers: list[Tensor] = []
+    for part in zip(*(tensor.split(size) for tensor in batch), strict=True):
+        prepared = prepare(model, *part, fit=fit, name="the image")
+        chosen = sampling.edit_plan(model.preset, steps, sigmas, prepared.levels)
+        first, fits = seed + len(answers), label  # a part is one image, or all
+        if fits is None:
+            fits = sampling.best_class(model, prepared.edit, chosen, first)
+        seeds = range(first, first + len(part[0]))
+        answers.append(run_prepared(prepared, model, chosen, seeds, fits))
     answer = torch.cat(answers)
     return answer if image.ndim == 4 else answer[0]
 
@@ -188,9 +150,8 @@ def _edit(
 def _checked(image: Tensor) -> Tensor:
     """Return the image. Raises InputError unless it is float and has 3 or 4 dimensions."""
     if not image.is_floating_point():
-        raise InputError(
-            f"the image is {image.dtype}, not float in [-1, 1]", "give image / 127.5 - 1"
-        )
+        what = f"the image is {image.dtype}, not float in [-1, 1]"
+        raise InputError(what, "give image / 127.5 - 1")
     if image.ndim not in (3, 4):
         raise InputError(f"the image is {tuple(image.shape)}", "give (C, H, W) or (B, C, H, W)")
     return image
@@ -198,17 +159,6 @@ def _checked(image: Tensor) -> Tensor:
 
 def _batch(image: Tensor) -> Tensor:
     return image if image.ndim == 4 else image[None]
-
-
-def prepare_images(
-    make: Callable[[Tensor], Edit], model: Model, images: Tensor, *, fit: str, name: str
-) -> PreparedEdit:
-    """Return the edit that `make` makes of images (B, C, H, W), on the model's device.
-
-    The images are brought to a size that the model can edit by the rule `fit`.
-    """
-    layout, x = _on_canvas(model, images, fit, name)
-    return PreparedEdit(make(x), layout, (layout.unpad(x),))
 
 
 def prepare_inpaint(
@@ -258,14 +208,14 @@ def prepare_colorize(model: Model, images: Tensor, *, fit: str, name: str) -> Pr
         raise InputError(f"{model.source} makes grey pictures", "give a model of colour pictures")
     layout, x = _on_canvas(model, images, fit, name)
     gray = edits.luma(x)
-    panels = (x, gray.expand_as(x))
-    return PreparedEdit(edits.colorize(gray), layout, tuple(map(layout.unpad, panels)))
+    panels = (layout.unpad(x), layout.unpad(gray.expand_as(x)))
+    return PreparedEdit(edits.colorize(gray), layout, panels)
 
 
 def prepare_stroke(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
     """Return the edit that makes pictures of rough paintings."""
-    prepared = prepare_images(edits.stroke, model, images, fit=fit, name=name)
-    return replace(prepared, levels=stroke_levels(model))
+    layout, x = _on_canvas(model, images, fit, name)
+    return PreparedEdit(edits.stroke(x), layout, (layout.unpad(x),), stroke_levels(model))
 
 
 def prepare_denoise(
@@ -275,18 +225,13 @@ def prepare_denoise(
 
     Raises UserError for a sigma outside the model's range.
     """
-    prepared = prepare_images(edits.denoise, model, images, fit=fit, name=name)
+    layout, x = _on_canvas(model, images, fit, name)
     low, high = model.preset.noise.sigma_min, model.preset.noise.sigma_max
     if sigma is None:
-        sigma = min(max(float(edits.estimate_sigma(prepared.edit.init)), low), high)
+        sigma = min(max(float(edits.estimate_sigma(x)), low), high)
     if not low <= sigma <= high:
         raise UserError(f"--sigma {sigma:g}", f"the model knows {low:g} to {high:g}")
-    return replace(prepared, levels=(sigma,))
-
-
-def fitting_class(model: Model, edit: Edit, chosen: Plan, seed: int) -> int | None:
-    """Return the class that fits an edit of one image best; None for an unconditional model."""
-    return best_class(model, edit, chosen, seed) if model.preset.model.num_classes else None
+    return PreparedEdit(edits.denoise(x), layout, (layout.unpad(x),), (sigma,))
 
 
 def run_prepared(
@@ -295,7 +240,7 @@ def run_prepared(
     """Return the answers (n, C, h, w), one a seed, of n images, or of n variations of one."""
     init = prepared.edit.init.expand(len(seeds), -1, -1, -1)
     labels = None if label is None else torch.full((len(seeds),), label, device=init.device)
-    result = run_edit(model, replace(prepared.edit, init=init), chosen, seeds, labels)
+    result = sampling.run_edit(model, replace(prepared.edit, init=init), chosen, seeds, labels)
     return prepared.canvas.unpad(result)
 
 
@@ -316,7 +261,7 @@ def between_seeds(
     if label is None and model.preset.model.num_classes:
         label = int(seeded_labels(seeds[:1], model.preset.model.num_classes))
     labels = None if label is None else torch.full((frames,), label)
-    images = generate(
+    images = sampling.generate(
         model.f, model.preset, chosen, range(frames), labels=labels, batch=frames,
         device=str(model_device(model)), noise=path,
     )  # fmt: skip
@@ -324,8 +269,8 @@ def between_seeds(
 
 
 def between_images(
-    model: Model, chosen: Plan, images: tuple[Tensor, Tensor], frames: int, seed: int,
-    label: int | None,
+    model: Model, chosen: Plan, images: Sequence[Tensor], frames: int, seed: int,
+    label: int | None, names: Sequence[str] = ("the image", "the image"),
 ) -> Tensor:  # fmt: skip
     """Return `frames` images (n, C, H, W) from one image (C, H, W) to another.
 
@@ -333,20 +278,16 @@ def between_images(
     a high level mixes what they show, a low one their pixels. Raises InputError for images that
     have not the model's size.
     """
-    for image in images:
-        _on_canvas(model, image[None], "exact", "the image")
-    start, end = (image[None].to(model_device(model)) for image in images)
+    start, end = (
+        _on_canvas(model, image[None], "exact", name)[1]
+        for image, name in zip(images, names, strict=True)
+    )
     weights = torch.linspace(0, 1, frames, device=start.device).reshape(-1, 1, 1, 1)
     edit = edits.stroke((1 - weights) * start + weights * end)
     if label is None:
-        label = fitting_class(model, edits.stroke(start), chosen, seed)
+        label = sampling.best_class(model, edits.stroke(start), chosen, seed)
     labels = None if label is None else torch.full((frames,), label, device=start.device)
-    return run_edit(model, edit, chosen, [seed] * frames, labels)
-
-
-def mixing_plan(model: Model, steps: int | None, sigmas: Sequence[float] | None) -> Plan:
-    """Return the levels at which images are mixed: those given, else those of strokes."""
-    return edit_plan(model.preset, steps=steps, sigmas=sigmas, default=stroke_levels(model))
+    return sampling.run_edit(model, edit, chosen, [seed] * frames, labels)
 
 
 def stroke_levels(model: Model) -> tuple[float, ...]:
@@ -356,7 +297,7 @@ def stroke_levels(model: Model) -> tuple[float, ...]:
     side; those of the training grid nearest to that are taken.
     """
     side = min(model.preset.model.image_size)
-    known = sampling_levels(grid_size(model.preset), model.noise_range)[:-1]
+    known = sampling_levels(sampling.grid_size(model.preset), model.noise_range)[:-1]
     wanted = [max(level * side / 256, least) for level, least in STROKE_LEVELS]
     near = {min(known, key=lambda k: abs(k / s - s / k)) for s in wanted}
     return tuple(sorted(near, reverse=True))

@@ -8,24 +8,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from cmtool.core import samplers
 from cmtool.core.edits import Edit, none_at_first
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import SeededNoise, seeded_labels
-from cmtool.core.samplers import (
-    SAMPLERS,
-    check_levels,
-    clipped,
-    count_calls,
-    in_chunks,
-    multistep,
-    sampling_levels,
-    tiled,
-)
 from cmtool.core.tensors import identity
 from cmtool.core.types import Denoiser, RandnLike
 from cmtool.errors import InputError, UserError, nearest
@@ -34,6 +26,8 @@ from cmtool.presets.build import build_curriculum, build_sampler, noise_range
 from cmtool.presets.schema import Card, Choice, Preset
 from cmtool.system.devices import autocast
 
+Sigmas = Sequence[float] | None
+"""Descending noise levels, if any are given."""
 PUBLISHED_GRID = 40
 CHUNK_PIXELS, MAX_CHUNK = 4096, 16
 """Most pixels, and most images, that the network sees at once on a CPU: this is quickest."""
@@ -50,15 +44,11 @@ class Plan(NamedTuple):
     @property
     def evaluations(self) -> int:
         """Network calls an image."""
-        return count_calls(build_sampler(self.sampler), self.sigmas)
+        return samplers.count_calls(build_sampler(self.sampler), self.sigmas)
 
 
 def plan(
-    preset: Card,
-    *,
-    sampler: Choice | None = None,
-    steps: int | None = None,
-    sigmas: Sequence[float] | None = None,
+    preset: Card, steps: int | None = None, sigmas: Sigmas = None, sampler: Choice | None = None
 ) -> Plan:
     """Return how to sample a model: by what is given, else by what its preset says.
 
@@ -67,38 +57,32 @@ def plan(
     sampler that does not suit this kind of model, and for levels that the model never saw.
     """
     chosen = sampler or preset.sample.sampler
-    if chosen.name not in SAMPLERS:
-        raise UserError(f"no sampler {chosen.name!r}", nearest(chosen.name, SAMPLERS))
+    known = samplers.SAMPLERS
+    if chosen.name not in known:
+        raise UserError(f"no sampler {chosen.name!r}", nearest(chosen.name, known))
     if chosen.name != "multistep" and preset.kind != "teacher":
-        raise UserError(
-            f"sampler {chosen.name!r} walks a teacher's ODE; this is a {preset.kind} model",
-            "use multistep, or leave --sampler out",
-        )
+        what = f"sampler {chosen.name!r} walks a teacher's ODE; this is a {preset.kind} model"
+        raise UserError(what, "use multistep, or leave --sampler out")
     if chosen.name == "multistep" and preset.kind == "teacher":
-        raise UserError(
-            "multistep needs a consistency model; this is a teacher",
-            nearest("multistep", [name for name in SAMPLERS if name != "multistep"]),
-        )
+        hint = nearest("multistep", [name for name in known if name != "multistep"])
+        raise UserError("multistep needs a consistency model; this is a teacher", hint)
     if sigmas is not None and steps is not None:
         raise UserError(f"both --steps {steps} and --sigmas", "give one of them")
     if sigmas is not None:
-        check_known(preset, sigmas)
+        if max(sigmas, default=0) > preset.noise.sigma_max:
+            what = f"noise level {max(sigmas):g} is above the model's {preset.noise.sigma_max:g}"
+            raise UserError(what, "the model never saw so much noise: lower the level")
+        samplers.check_levels(sigmas, preset.noise.sigma_min)
         return Plan(chosen, tuple(sigmas))
     n = steps or preset.sample.steps
-    tuned = preset.sample.levels.get(str(n))
-    if tuned is not None:
-        return Plan(chosen, tuple(tuned))
-    if preset.kind != "teacher":
-        return Plan(chosen, tuple(trained_levels(preset, n)))
-    return Plan(chosen, tuple(sampling_levels(n, noise_range(preset))))
+    levels = preset.sample.levels.get(str(n))
+    if levels is None and preset.kind == "teacher":
+        levels = samplers.sampling_levels(n, noise_range(preset))
+    return Plan(chosen, tuple(trained_levels(preset, n) if levels is None else levels))
 
 
 def edit_plan(
-    preset: Card,
-    *,
-    steps: int | None = None,
-    sigmas: Sequence[float] | None = None,
-    default: Sequence[float] | None = None,
+    preset: Card, steps: int | None = None, sigmas: Sigmas = None, default: Sigmas = None
 ) -> Plan:
     """Return how to edit with a consistency model: `sigmas`, `steps`, or the edit's `default`.
 
@@ -109,17 +93,7 @@ def edit_plan(
         sigmas = default
     if sigmas is None and steps is None:
         steps = min(grid_size(preset) - 1, PUBLISHED_GRID)
-    return plan(preset, steps=steps, sigmas=sigmas)
-
-
-def check_known(preset: Card, sigmas: Sequence[float]) -> None:
-    """Raise UserError for levels that do not descend, or that the model never saw."""
-    if max(sigmas, default=0) > preset.noise.sigma_max:
-        raise UserError(
-            f"noise level {max(sigmas):g} is above the model's {preset.noise.sigma_max:g}",
-            "the model never saw so much noise: lower the level",
-        )
-    check_levels(sigmas, preset.noise.sigma_min)
+    return plan(preset, steps, sigmas)
 
 
 def indexed_levels(preset: Card, indices: Sequence[int], grid: int | None) -> list[float]:
@@ -129,16 +103,13 @@ def indexed_levels(preset: Card, indices: Sequence[int], grid: int | None) -> li
     `grid` is the model's own if None. Raises UserError.
     """
     points = grid or grid_size(preset)
-    shown = ",".join(map(str, indices))
     if points < 2:
         raise UserError(f"--grid {points}", "a grid has 2 points or more")
     ascend = all(a < b for a, b in itertools.pairwise(indices))
     if not ascend or len(indices) < 2 or indices[0] < 0 or indices[-1] != points - 1:
-        raise UserError(
-            f"--ts {shown} on a grid of {points}",
-            f"indices ascend from 0 (most noise) and end with {points - 1}, the clean image",
-        )
-    levels = sampling_levels(points, noise_range(preset))
+        hint = f"indices ascend from 0 (most noise) and end with {points - 1}, the clean image"
+        raise UserError(f"--ts {','.join(map(str, indices))} on a grid of {points}", hint)
+    levels = samplers.sampling_levels(points, noise_range(preset))
     return [levels[i] for i in indices[:-1]]
 
 
@@ -149,7 +120,7 @@ def trained_levels(preset: Card, n: int) -> list[float]:
     More levels than the grid has above sigma_min are taken from a grid that has enough.
     """
     size = grid_size(preset)
-    grid = sampling_levels(max(size, n + 1), noise_range(preset))
+    grid = samplers.sampling_levels(max(size, n + 1), noise_range(preset))
     return [grid[round(i * (len(grid) - 1) / n)] for i in range(n)]
 
 
@@ -193,19 +164,14 @@ def steady(f: Denoiser, size: tuple[int, int], device: torch.device | str) -> De
     """
     if torch.device(device).type != "cpu":
         return f
-    return in_chunks(f, max(1, min(CHUNK_PIXELS // (size[0] * size[1]), MAX_CHUNK)))
+    return samplers.in_chunks(f, max(1, min(CHUNK_PIXELS // (size[0] * size[1]), MAX_CHUNK)))
 
 
 def _finite(x0: Tensor) -> Tensor:
-    """Return images as they are. Raises InputError for values that are not finite.
-
-    Without the error they would become black pictures.
-    """
+    """Return images. Raises InputError for values that are not finite, which would be black."""
     if not bool(torch.isfinite(x0).all()):
-        raise InputError(
-            "the model makes values that are not finite",
-            "the model diverged: use an earlier checkpoint; or use --precision fp32",
-        )
+        hint = "the model diverged: use an earlier checkpoint; or use --precision fp32"
+        raise InputError("the model makes values that are not finite", hint)
     return x0
 
 
@@ -214,7 +180,7 @@ def sample(
     seeds: Iterable[int],
     *,
     steps: int | None = None,
-    sigmas: Sequence[float] | None = None,
+    sigmas: Sigmas = None,
     labels: int | Sequence[int] | Tensor | None = None,
 ) -> Tensor:
     """Return images (N, C, H, W) in [-1, 1], one a seed: those that `cmtool sample` draws.
@@ -224,7 +190,7 @@ def sample(
     its seed. Raises UserError for levels and classes the model does not know.
     """
     numbers = list(seeds)
-    chosen = plan(model.preset, steps=steps, sigmas=sigmas)
+    chosen = plan(model.preset, steps, sigmas)
     classes = None if labels is None else torch.as_tensor(labels).reshape(-1)
     if classes is not None:
         check_classes(classes.tolist(), len(numbers), model.preset.model.num_classes)
@@ -242,9 +208,8 @@ def check_classes(classes: Sequence[int], num_images: int, num_classes: int) -> 
         if not 0 <= index < num_classes:
             raise UserError(f"no class {index}", f"the model knows 0 to {num_classes - 1}")
     if len(classes) not in (1, num_images):
-        raise UserError(
-            f"{len(classes)} classes for {num_images} seeds", "give one class, or one per seed"
-        )
+        what = f"{len(classes)} classes for {num_images} seeds"
+        raise UserError(what, "give one class, or one per seed")
 
 
 def model_device(model: Model) -> torch.device:
@@ -279,7 +244,6 @@ def generate(
     labels: Tensor | None = None,
     batch: int = 256,
     device: str = "cpu",
-    clip: bool = True,
     noise: RandnLike | None = None,
 ) -> Iterator[Tensor]:
     """Yield images (B, C, H, W) in [-1, 1] for consecutive batches of seeds.
@@ -289,8 +253,7 @@ def generate(
     InputError for values that are not finite.
     """
     denoiser = computing_in(f, chosen.precision, device)
-    denoiser = steady(denoiser, preset.model.image_size, device)
-    denoiser = clipped(denoiser) if clip else denoiser
+    denoiser = samplers.clipped(steady(denoiser, preset.model.image_size, device))
     draw = build_sampler(chosen.sampler)
     shape = (preset.model.channels, *preset.model.image_size)
     for start in range(0, len(seeds), batch):
@@ -298,15 +261,9 @@ def generate(
         given = None if labels is None else labels[start : start + batch].to(device)
         if given is None and preset.model.num_classes:
             given = seeded_labels(part, preset.model.num_classes).to(device)
-        x0 = draw(
-            denoiser,
-            torch.zeros(len(part), *shape, device=device),
-            chosen.sigmas,
-            noise or SeededNoise(part),
-            sigma_min=preset.noise.sigma_min,
-            labels=given,
-        )
-        yield _finite(x0)
+        init = torch.zeros(len(part), *shape, device=device)
+        own, sigma_min = noise or SeededNoise(part), preset.noise.sigma_min
+        yield _finite(draw(denoiser, init, chosen.sigmas, own, sigma_min=sigma_min, labels=given))
 
 
 @torch.no_grad()
@@ -318,9 +275,17 @@ def run_edit(
     What the edit keeps is kept. Images larger than the model's are made of overlapping tiles.
     Raises InputError for values that are not finite.
     """
-    noise: RandnLike = SeededNoise(seeds)
-    x0 = multistep(
-        _for_edits(model, edit, chosen),
+    return edit.finish(_finite(_edited(model, edit, chosen, SeededNoise(seeds), labels)))
+
+
+def _edited(
+    model: Model, edit: Edit, chosen: Plan, noise: RandnLike, labels: Tensor | None
+) -> Tensor:
+    """Return what the model answers to an edit of pictures of any size."""
+    size, device = model.preset.model.image_size, edit.init.device
+    f = steady(computing_in(model.f, chosen.precision, device), size, device)
+    return samplers.multistep(
+        samplers.clipped(samplers.tiled(f, size)),
         edit.init,
         chosen.sigmas,
         none_at_first(noise) if edit.is_noisy else noise,
@@ -328,24 +293,19 @@ def run_edit(
         labels=labels,
         project=edit.project,
     )
-    return edit.finish(_finite(x0))
-
-
-def _for_edits(model: Model, edit: Edit, chosen: Plan) -> Denoiser:
-    """Return the model for the pictures of an edit, of any size."""
-    size, device = model.preset.model.image_size, edit.init.device
-    f = computing_in(model.f, chosen.precision, device)
-    return clipped(tiled(steady(f, size, device), size))
 
 
 @torch.no_grad()
-def best_class(model: Model, edit: Edit, chosen: Plan, seed: int) -> int:
+def best_class(model: Model, edit: Edit, chosen: Plan, seed: int) -> int | None:
     """Return the class under which an edit's answer (of one image) fits best what was given.
 
     The edit is run once per class. What is given is what `project` puts back, by how much it has
-    to change x0; where it puts back nothing, the image the edit started from.
+    to change x0; where it puts back nothing, the image the edit started from. None for an
+    unconditional model.
     """
     num_classes = model.preset.model.num_classes
+    if not num_classes:
+        return None
     gaps: list[Tensor] = []
 
     def project(x0: Tensor) -> Tensor:
@@ -359,13 +319,7 @@ def best_class(model: Model, edit: Edit, chosen: Plan, seed: int) -> int:
     def same_for_all(like: Tensor) -> Tensor:
         return noise(like[:1]).expand_as(like)
 
-    multistep(
-        _for_edits(model, edit, chosen),
-        edit.init[:1].expand(num_classes, *edit.init.shape[1:]),
-        chosen.sigmas,
-        none_at_first(same_for_all) if edit.is_noisy else same_for_all,
-        sigma_min=model.preset.noise.sigma_min,
-        labels=torch.arange(num_classes, device=edit.init.device),
-        project=project,
-    )
+    init = edit.init[:1].expand(num_classes, *edit.init.shape[1:])
+    labels = torch.arange(num_classes, device=init.device)
+    _edited(model, replace(edit, init=init, project=project), chosen, same_for_all, labels)
     return int(torch.stack(gaps[1:] or gaps).mean(0).argmin())

@@ -9,21 +9,12 @@ from pathlib import Path
 from types import FrameType
 
 import typer
+from typer import Option
 
 from cmtool import __version__
-from cmtool.cli import (
-    checkpoint,
-    data,
-    demo,
-    edit,
-    evaluate,
-    explain,
-    preset,
-    sample,
-    search,
-    train,
-)
+from cmtool.cli import checkpoint, data, demo, edit, evaluate, explain, preset, sample, search
 from cmtool.cli._output import say
+from cmtool.cli.train import distill, train
 from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError, is_full
 
 app = typer.Typer(
@@ -44,8 +35,8 @@ Try `cmtool demo` first: it distills, samples, edits and evaluates on bundled di
 
 Results go to stdout, everything else to stderr; `-` is stdin or stdout.""",
 )
-app.command("train")(train.train)
-app.command("distill")(train.distill)
+app.command("train")(train)
+app.command("distill")(distill)
 app.command("sample")(sample.sample)
 app.command("search")(search.search)
 app.add_typer(edit.app, name="edit")
@@ -65,7 +56,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(
+    version: bool = Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:

@@ -8,31 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-import typer
+from typer import Argument, Option
 
-from cmtool.cli._options import (
-    Checkpoint,
-    Device,
-    ModelPreset,
-    NoMetadata,
-    Precision,
-    Sigmas,
-    Steps,
-    Weights,
-    parse_sigmas,
-    pick_device,
-    pick_model,
-    pick_precision,
-)
-from cmtool.cli._output import (
-    check_free,
-    emit,
-    emit_bytes,
-    is_one_file,
-    make_folder,
-    refuse_terminal,
-    say,
-)
+from cmtool.cli import _options as shared
+from cmtool.cli._output import check_free, prepare_output, say, write_bytes
 from cmtool.errors import InputError, UserError
 
 if TYPE_CHECKING:
@@ -40,7 +19,6 @@ if TYPE_CHECKING:
 
     from cmtool.editing import PreparedEdit
     from cmtool.models import Model
-    from cmtool.sampling import Plan
 
 Prepare = Callable[..., "PreparedEdit"]
 """`(model, images, *, fit, name) -> PreparedEdit`, of images (1, C, H, W) in [-1, 1]."""
@@ -50,29 +28,27 @@ Prepare = Callable[..., "PreparedEdit"]
 class ModelOptions:
     """Options of every edit: the model, how it runs, and what may be overwritten."""
 
-    checkpoint: Checkpoint = None
-    steps: Steps = None
-    sigmas: Sigmas = None
+    checkpoint: shared.Checkpoint = None
+    steps: shared.Steps = None
+    sigmas: shared.Sigmas = None
     class_: Annotated[
         int | None,
-        typer.Option(
-            "--class", help="Class of a conditional model. Default: the class that fits best."
-        ),
+        Option("--class", help="Class of a conditional model. Default: the class that fits best."),
     ] = None
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False
-    no_metadata: NoMetadata = False
-    weights: Weights = "ema"
-    preset: ModelPreset = None
-    device: Device = "auto"
-    precision: Precision = "fp32"
+    overwrite: shared.Overwrite = False
+    no_metadata: shared.NoMetadata = False
+    weights: shared.Weights = "ema"
+    preset: shared.ModelPreset = None
+    device: shared.Device = "auto"
+    precision: shared.Precision = "fp32"
 
     def load(self) -> tuple[Model, str]:
         """Return the model and the precision to run it in. Raises UserError, InputError."""
         from cmtool.sampling import check_classes
 
-        where = pick_device(self.device)
-        precision = pick_precision(self.precision, where)
-        model = pick_model(
+        where = shared.pick_device(self.device)
+        precision = shared.pick_precision(self.precision, where)
+        model = shared.pick_model(
             self.checkpoint, self.weights, where, kind="consistency", preset=self.preset
         )
         if self.class_ is not None:
@@ -85,45 +61,44 @@ class EditOptions(ModelOptions):
     """Options of the edits of single pictures."""
 
     images: Annotated[
-        list[str] | None, typer.Argument(help="Pictures; - or nothing in a pipe is stdin.")
+        list[str] | None, Argument(help="Pictures; - or nothing in a pipe is stdin.")
     ] = None
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the noise. Another seed gives another answer.")
+        int, Option(min=0, help="Seed of the noise. Another seed gives another answer.")
     ] = 0
     variations: Annotated[
-        int, typer.Option(min=1, help="Answers per picture, from seeds --seed, --seed + 1, ...")
+        int, Option(min=1, help="Answers per picture, from seeds --seed, --seed + 1, ...")
     ] = 1
     fit: Annotated[
         str,
-        typer.Option(
+        Option(
             help="What to do with a picture of another size: exact refuses it, crop takes its"
             " centre, pad fills it up, tile works in overlapping tiles."
         ),
     ] = "exact"
     compare: Annotated[
-        bool,
-        typer.Option("--compare", help="Show what was given, what the model saw, and the answer."),
+        bool, Option("--compare", help="Show what was given, what the model saw, and the answer.")
     ] = False
     out: Annotated[
-        str,
-        typer.Option(
-            "--out", "-o", help="A .png, a folder (one file per answer), or - for stdout."
-        ),
+        str, Option("--out", "-o", help="A .png, a folder (one file per answer), or - for stdout.")
     ] = "-"
 
 
 class Output(NamedTuple):
-    """Where answers go: `target` is None for stdout."""
+    """Where answers go: --out, and whether they may replace files."""
 
     out: str
-    target: Path | None
     overwrite: bool
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether all goes into one picture, or to stdout, and not into a folder."""
+        return self.out == "-" or Path(self.out).suffix.lower() in (".png", ".gif", ".webp")
 
     def check(self, names: list[str]) -> None:
         """Raise UserError for a file in the folder that exists and may not be overwritten."""
-        if self.target is not None and not is_one_file(self.out):
-            for name in names:
-                check_free(self.target / name, self.overwrite)
+        for name in names if not self.is_one_file else []:
+            check_free(Path(self.out) / name, self.overwrite)
 
     def write(
         self, names: list[str], answers: Tensor, about: dict[str, str], before: list[Tensor]
@@ -133,47 +108,40 @@ class Output(NamedTuple):
         The pictures `before` stand to the left of the answers. Prints what was written.
         """
         from cmtool.data.images import png_bytes, row
-        from cmtool.system.files import write_atomic
 
-        if is_one_file(self.out):
-            content = png_bytes(row([*before, *answers]), about)
-            if self.target is None:
-                emit_bytes(content)
-            else:
-                write_atomic(self.target, content)
-                emit(self.out)
+        if self.is_one_file:
+            write_bytes(self.out, png_bytes(row([*before, *answers]), about), tell=True)
             return
-        assert self.target is not None
         for name, answer in zip(names, answers, strict=True):
-            check_free(self.target / name, self.overwrite)
-            write_atomic(self.target / name, png_bytes(row([*before, answer]), about))
-            emit(str(self.target / name))
+            path = Path(self.out) / name
+            check_free(path, self.overwrite)
+            write_bytes(str(path), png_bytes(row([*before, answer]), about), tell=True)
 
     def write_frames(self, frames: Tensor, about: dict[str, str]) -> None:
         """Write frames (n, C, H, W) uint8 as an animation, if that is asked for, or as answers."""
         from cmtool.data.images import ANIMATIONS, animation_bytes
-        from cmtool.system.files import write_atomic
 
-        if self.target is not None and self.target.suffix.lower() in ANIMATIONS:
-            write_atomic(self.target, animation_bytes(frames, self.target.suffix.lower()))
-            emit(self.out)
+        if (suffix := Path(self.out).suffix.lower()) in ANIMATIONS:
+            write_bytes(self.out, animation_bytes(frames, suffix), tell=True)
         else:
             self.write([f"frame{i:04d}.png" for i in range(len(frames))], frames, about, [])
 
 
 def edit_pictures(name: str, row: Callable[..., Prepare], options: EditOptions, **own: Any) -> None:
     """Run one edit on every picture; everything is checked before the first answer is made."""
-    sigmas = parse_sigmas(options.sigmas)
+    sigmas = shared.parse_sigmas(options.sigmas)
     sources = options.images or ["-"]
     contents = {source: read_input(source) for source in sources}
-    output = open_output(options.out, options.overwrite, (".png",))
-    if len(sources) > 1 and is_one_file(options.out):
+    prepare_output(options.out, options.overwrite, (".png",))
+    output = Output(options.out, options.overwrite)
+    if len(sources) > 1 and output.is_one_file:
         raise UserError(f"{len(sources)} pictures and --out {options.out}", "give a folder")
     names = _answer_names(sources, options.variations)
     prepare = row(**own)
 
     from cmtool.data.images import from_uint8, read_image, to_uint8
-    from cmtool.editing import fitting_class, run_prepared
+    from cmtool.editing import run_prepared
+    from cmtool.sampling import best_class, edit_plan, precision_info
 
     pictures = {source: read_image(contents[source], _shown(source)) for source in names}
     model, precision = options.load()
@@ -183,80 +151,54 @@ def edit_pictures(name: str, row: Callable[..., Prepare], options: EditOptions, 
         source: prepare(model, from_uint8(picture[None]), fit=options.fit, name=_shown(source))
         for source, picture in pictures.items()
     }
-    for group in names.values():
-        output.check(group)
+    output.check([name for group in names.values() for name in group])
     seeds = range(options.seed, options.seed + options.variations)
     for source, edit in prepared.items():
-        chosen = edit.plan(model, options.steps, sigmas)._replace(precision=precision)
+        chosen = edit_plan(model.preset, options.steps, sigmas, edit.levels)
+        chosen = chosen._replace(precision=precision)
         label = options.class_
         if label is None:
-            label = fitting_class(model, edit.edit, chosen, options.seed)
+            label = best_class(model, edit.edit, chosen, options.seed)
             if label is not None:
                 say(f"{_shown(source)}: class {label} fits best; choose with --class")
         answers = to_uint8(run_prepared(edit, model, chosen, seeds, label)).cpu()
-        about = {} if options.no_metadata else _about(name, model, chosen, options.seed, label)
-        panels = edit.panels if options.compare else ()
-        output.write(names[source], answers, about, [to_uint8(p[0]).cpu() for p in panels])
-
-
-def _about(name: str, model: Model, chosen: Plan, seed: int, label: int | None) -> dict[str, str]:
-    """Return what a PNG says of how it was made."""
-    from cmtool.sampling import precision_info
-
-    about = {
-        "cmtool:edit": name, "cmtool:model": model.sha256, "cmtool:weights": model.weights,
-        "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)), "cmtool:seed": str(seed),
-        **precision_info(chosen),
-    }  # fmt: skip
-    return about if label is None else {**about, "cmtool:class": str(label)}
+        about = {
+            "cmtool:edit": name, "cmtool:model": model.sha256, "cmtool:weights": model.weights,
+            "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)), "cmtool:seed": str(options.seed),
+            **precision_info(chosen), **({} if label is None else {"cmtool:class": str(label)}),
+        }  # fmt: skip
+        panels = [to_uint8(p[0]).cpu() for p in (edit.panels if options.compare else ())]
+        output.write(names[source], answers, {} if options.no_metadata else about, panels)
 
 
 def interpolate_between(
     options: ModelOptions, images: list[str], ends: list[int], frames: int, seed: int, out: str
 ) -> None:
     """Write the pictures between two images, or between two seeds."""
-    sigmas = parse_sigmas(options.sigmas)
-    output = open_output(out, options.overwrite, (".png", ".gif", ".webp"))
+    sigmas = shared.parse_sigmas(options.sigmas)
+    prepare_output(out, options.overwrite, (".png", ".gif", ".webp"))
 
-    from cmtool.data.images import canvas, from_uint8, read_image, to_uint8
-    from cmtool.editing import between_images, between_seeds, mixing_plan
-    from cmtool.sampling import plan, precision_info
+    from cmtool.data.images import from_uint8, read_image, to_uint8
+    from cmtool.editing import between_images, between_seeds, stroke_levels
+    from cmtool.sampling import edit_plan, plan, precision_info
 
     pictures = [read_image(read_input(image), image) for image in images]
     model, precision = options.load()
     if pictures:
-        for picture, name in zip(pictures, images, strict=True):
-            h, w = picture.shape[1:]
-            canvas(h, w, model.preset.model.image_size, "exact", name)
-        chosen = mixing_plan(model, options.steps, sigmas)._replace(precision=precision)
-        start, end = map(from_uint8, pictures)
-        drawn = between_images(model, chosen, (start, end), frames, seed, options.class_)
-    else:
-        chosen = plan(model.preset, steps=options.steps, sigmas=sigmas)
+        chosen = edit_plan(model.preset, options.steps, sigmas, stroke_levels(model))
         chosen = chosen._replace(precision=precision)
+        given = [from_uint8(picture) for picture in pictures]
+        drawn = between_images(model, chosen, given, frames, seed, options.class_, images)
+    else:
+        chosen = plan(model.preset, options.steps, sigmas)._replace(precision=precision)
         drawn = between_seeds(model, chosen, (ends[0], ends[1]), frames, options.class_)
     about = {
         "cmtool:edit": "interpolate", "cmtool:model": model.sha256,
         "cmtool:ends": ",".join(images or map(str, ends)),
         "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)), **precision_info(chosen),
     }  # fmt: skip
+    output = Output(out, options.overwrite)
     output.write_frames(to_uint8(drawn).cpu(), {} if options.no_metadata else about)
-
-
-def box_mask(box: str, h: int, w: int) -> Tensor:
-    """Return the mask (1, h, w) uint8 of "LEFT,TOP,WIDTH,HEIGHT". Raises UserError."""
-    import torch
-
-    try:
-        left, top, width, height = map(int, box.split(","))
-    except ValueError:
-        raise UserError(f"--box {box!r}", "LEFT,TOP,WIDTH,HEIGHT, for example 4,0,4,8") from None
-    inside = 0 <= left < left + width <= w and 0 <= top < top + height <= h
-    if not inside:
-        raise UserError(f"--box {box} is not within {w}x{h}", "LEFT,TOP,WIDTH,HEIGHT in pixels")
-    mask = torch.zeros(1, h, w, dtype=torch.uint8)
-    mask[:, top : top + height, left : left + width] = 255
-    return mask
 
 
 def read_input(image: str) -> bytes:
@@ -283,26 +225,9 @@ def _answer_names(sources: list[str], variations: int) -> dict[str, list[str]]:
     names, every = {}, []
     for source in sources:
         stem = "edited" if source == "-" else Path(source).stem
-        numbered = [f"{stem}-{i}.png" for i in range(variations)]
-        names[source] = [f"{stem}.png"] if variations == 1 else numbered
+        numbers = [""] if variations == 1 else [f"-{i}" for i in range(variations)]
+        names[source] = [f"{stem}{number}.png" for number in numbers]
         every += names[source]
     if len(set(every)) < len(every):
         raise UserError("two pictures of one name", "their answers would be one file: rename one")
     return names
-
-
-def open_output(out: str, overwrite: bool, endings: tuple[str, ...]) -> Output:
-    """Return where answers go; its folder is there, and may be written to."""
-    if out == "-":
-        refuse_terminal()
-        return Output(out, None, overwrite)
-    target = Path(out)
-    suffix = target.suffix.lower()
-    if suffix in endings:
-        check_free(target, overwrite)
-        make_folder(target.parent)
-    elif suffix in (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff"):
-        raise UserError(f"--out {out}", f"give a folder, or a file ending in {', '.join(endings)}")
-    else:
-        make_folder(target)
-    return Output(out, target, overwrite)

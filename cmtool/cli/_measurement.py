@@ -85,11 +85,11 @@ def ticker() -> Callable[[str, int, int], None]:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Group]:
+def joined(device: str, timeout: float = TIMEOUT) -> Iterator[Group]:
     """Yield the group of torchrun's processes, and leave it after the block."""
     from cmtool.system import dist
 
-    group = dist.join(*processes(), device, TIMEOUT)
+    group = dist.join(*processes(), device, timeout)
     try:
         yield group
     except RuntimeError as error:

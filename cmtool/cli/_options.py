@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import re
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import typer
+from typer import Option
 
 from cmtool.cli._output import processes, say
-from cmtool.cli._startup import importing_torch
 from cmtool.errors import InputError, ResourceError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 Checkpoint = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--checkpoint",
         "-c",
         help="Run, checkpoint, weight file of any format, or digits-cd, digits-edm (bundled)."
@@ -30,81 +32,69 @@ Checkpoint = Annotated[
     ),
 ]
 Weights = Annotated[
-    str, typer.Option(help="Weights of a checkpoint to use: ema, model, target, ema-NAME.")
+    str, Option(help="Weights of a checkpoint to use: ema, model, target, ema-NAME.")
 ]
 Device = Annotated[
-    str,
-    typer.Option(help="Device: cpu, cuda, cuda:1, ..., or auto, which is a GPU if there is one."),
+    str, Option(help="Device: cpu, cuda, cuda:1, ..., or auto, which is a GPU if there is one.")
 ]
 Precision = Annotated[
     str,
-    typer.Option(
+    Option(
         help="Precision of the network: fp32, bf16, fp16, or auto, which is bf16 where the device"
         " computes in it. bf16 and fp16 are faster; images differ a little between precisions."
     ),
 ]
-Seeds = Annotated[str, typer.Option(help="Seeds, one per image: 0-15, or 3,7,10-12.")]
-Sigmas = Annotated[
-    str | None, typer.Option(help="Noise levels from high to low, for example 80,0.8.")
-]
-FirstSeed = Annotated[int, typer.Option(min=0, help="Seed of the first image that is drawn.")]
+Seeds = Annotated[str, Option(help="Seeds, one per image: 0-15, or 3,7,10-12.")]
+Sigmas = Annotated[str | None, Option(help="Noise levels from high to low, for example 80,0.8.")]
+FirstSeed = Annotated[int, Option(min=0, help="Seed of the first image that is drawn.")]
 Steps = Annotated[
-    int | None,
-    typer.Option(min=1, help="Number of steps. The model's preset has the noise levels."),
+    int | None, Option(min=1, help="Number of steps. The model's preset has the noise levels.")
 ]
 Indices = Annotated[
     str | None,
-    typer.Option(
-        "--ts",
-        help="Noise levels by the paper's indices: 0,22,39. The last index is the clean image.",
-    ),
+    Option(help="Noise levels by the paper's indices: 0,22,39. The last index is the clean image."),
 ]
 Grid = Annotated[
     int | None,
-    typer.Option(
-        "--grid", help="Points of the grid that --ts counts on. Default: the model's own grid."
-    ),
+    Option(help="Points of the grid that --ts counts on. Default: the model's own grid."),
 ]
 Sampler = Annotated[
     str | None,
-    typer.Option(
+    Option(
         help="multistep for a consistency model; heun, euler, dpm2, dpmpp_2m, ancestral or"
         " stochastic_heun for a teacher."
     ),
 ]
 SamplerOptions = Annotated[
     list[str] | None,
-    typer.Option("--set", help="An option of the sampler, such as s_churn=40; repeatable."),
+    Option("--set", help="An option of the sampler, such as s_churn=40; repeatable."),
 ]
 Batch = Annotated[
-    int, typer.Option(min=1, help="Images per network call. It does not change the images.")
+    int, Option(min=1, help="Images per network call. It does not change the images.")
 ]
 ModelPreset = Annotated[
     str | None,
-    typer.Option(
-        "--preset",
-        help="Preset with what a file from elsewhere does not say: image size, kind, head width.",
+    Option(
+        help="Preset with what a file from elsewhere does not say: image size, kind, head width."
     ),
 ]
 KindOption = Annotated[
-    str | None,
-    typer.Option("--kind", help="teacher or consistency, for a file that does not say it."),
+    str | None, Option(help="teacher or consistency, for a file that does not say it.")
 ]
 NoMetadata = Annotated[
-    bool, typer.Option("--no-metadata", help="Do not write into the PNG how it was made.")
+    bool, Option("--no-metadata", help="Do not write into the PNG how it was made.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing files.")]
 
-
+Command = Callable[..., Any]
 MAX_SEEDS = 10_000_000
+T = TypeVar("T")
 
 
 def with_options(
-    run: Callable[..., None],
-    options: type[Any],
-    own: Callable[..., Any] | None = None,
-    without: Collection[str] = (),
-) -> Callable[..., None]:
+    run: Command, options: type[Any], own: Command | None = None, without: Collection[str] = ()
+) -> Command:
     """Return a command with the options of a dataclass, and with the parameters of a function.
 
     So commands share options that are declared once. The command calls `run`, with an instance of
@@ -132,9 +122,8 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
-            raise UserError(
-                f"--seeds {text!r} is not a list of seeds", "for example 0-15 or 3,7,10-12"
-            )
+            hint = "for example 0-15 or 3,7,10-12"
+            raise UserError(f"--seeds {text!r} is not a list of seeds", hint)
         first, last = int(match[1]), int(match[2] or match[1])
         if len(seeds) + last - first >= MAX_SEEDS:
             raise UserError(f"--seeds {text!r} asks for too many images", f"at most {MAX_SEEDS:,}")
@@ -142,16 +131,38 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+def parse_list(text: str, number: Callable[[str], T], what: str, hint: str) -> list[T]:
+    """Return the numbers of a text like "80,0.8". Raises UserError(what, hint)."""
+    try:
+        return [number(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(what, hint) from None
+
+
 def parse_sigmas(text: str | None) -> list[float] | None:
     """Return [80.0, 0.8] for "80,0.8". Raises UserError."""
     if text is None:
         return None
+    what = f"--sigmas {text!r} is not a list of numbers"
+    return parse_list(text, float, what, "for example 80,0.8")
+
+
+@contextmanager
+def importing_torch() -> Iterator[None]:
+    """Rest the garbage collector while the block imports torch, which takes a fifth less time.
+
+    What is imported stays until the process ends, so the collector skips it from then on. Does
+    nothing if torch is imported already.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
     try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(
-            f"--sigmas {text!r} is not a list of numbers", "for example 80,0.8"
-        ) from None
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pick_device(name: str) -> str:
@@ -162,13 +173,11 @@ def pick_device(name: str) -> str:
     """
     with importing_torch():
         import torch
-
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
     try:
-        chosen = own_device(
-            name, num_gpus, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
-        )
+        chosen = own_device(name, num_gpus, local_rank, local_size)
         _check_device(chosen)
     except UserError as error:
         error.rank = processes()[0] if local_rank == 0 else None
@@ -186,17 +195,12 @@ def own_device(name: str, num_gpus: int, local_rank: int, local_size: int) -> st
     if local_size == 1 or not name.startswith("cuda"):
         return name
     if name != "cuda":
-        raise UserError(
-            f"--device {name} for {local_size} processes",
-            "give cuda: each process takes its own GPU",
-        )
+        hint = "give cuda: each process takes its own GPU"
+        raise UserError(f"--device {name} for {local_size} processes", hint)
     if local_size > num_gpus:
-        raise ResourceError(
-            f"{local_size} processes on a machine with {num_gpus} GPUs",
-            f"torchrun --nproc-per-node {num_gpus}, and --accumulate to keep the batch"
-            if num_gpus
-            else "use --device cpu",
-        )
+        fewer = f"torchrun --nproc-per-node {num_gpus}, and --accumulate to keep the batch"
+        hint = fewer if num_gpus else "use --device cpu"
+        raise ResourceError(f"{local_size} processes on a machine with {num_gpus} GPUs", hint)
     return f"cuda:{local_rank}"
 
 
@@ -209,10 +213,8 @@ def _check_device(name: str) -> None:
         if name.startswith("cuda:"):
             torch.cuda.set_device(name)  # NCCL uses it too
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"device {name!r}: {reason}", "use auto, cpu, or a device torch sees"
-        ) from None
+        what = f"device {name!r}: {str(error).splitlines()[0]}"
+        raise UserError(what, "use auto, cpu, or a device torch sees") from None
 
 
 def pick_precision(name: str, device: str) -> str:
@@ -288,25 +290,17 @@ def pick_plan(
     if ts is not None:
         if levels is not None or steps is not None:
             raise UserError(f"--ts {ts} and another choice of levels", "give only one of them")
-        levels = indexed_levels(model.preset, _parse_indices(ts), grid)
+        what = f"--ts {ts!r} is not a list of indices"
+        indices = parse_list(ts, int, what, "for example 0,22,39")
+        levels = indexed_levels(model.preset, indices, grid)
     elif grid is not None:
-        raise UserError(
-            f"--grid {grid} without --ts", "--grid is the grid of the indices: give --ts too"
-        )
-    given = dict(map(parse_override, options or []))
+        hint = "--grid is the grid of the indices: give --ts too"
+        raise UserError(f"--grid {grid} without --ts", hint)
     own = model.preset.sample.sampler
     name = sampler or own.name
     kept = own.options if name == own.name else {}
-    return plan(
-        model.preset, sampler=Choice(name=name, **{**kept, **given}), steps=steps, sigmas=levels
-    )
-
-
-def _parse_indices(ts: str) -> list[int]:
-    try:
-        return [int(part) for part in ts.split(",")]
-    except ValueError:
-        raise UserError(f"--ts {ts!r} is not a list of indices", "for example 0,22,39") from None
+    chosen = Choice(name=name, **{**kept, **dict(map(parse_override, options or []))})
+    return plan(model.preset, sampler=chosen, steps=steps, sigmas=levels)
 
 
 def newest_run(kind: Kind | None = None) -> str | None:

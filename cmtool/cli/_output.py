@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,18 +49,9 @@ def printable(text: str) -> str:
 
 def emit(text: str) -> None:
     """Write one line to stdout; if the reader is gone, end quietly with exit code 141."""
-    if not leads():
-        return
-    with _stdout():
-        print(text, flush=True)
-
-
-def emit_bytes(content: bytes) -> None:
-    """Write bytes to stdout. Raises UserError on a terminal."""
-    refuse_terminal()
-    with _stdout():
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
+    if leads():
+        with _stdout():
+            print(text, flush=True)
 
 
 @contextmanager
@@ -77,15 +68,25 @@ def _stdout() -> Iterator[None]:
         raise
 
 
+def write_bytes(out: str, content: bytes, *, tell: bool = False) -> None:
+    """Write one file, or stdout for - if it is no terminal; print the path of a file if `tell`."""
+    from cmtool.system.files import write_atomic
+
+    if out != "-":
+        write_atomic(Path(out), content)
+        if tell:
+            emit(out)
+        return
+    refuse_terminal()
+    with _stdout():
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+
+
 def refuse_terminal() -> None:
     """Raise UserError when a picture would go to a terminal."""
     if sys.stdout.isatty():
         raise UserError("a picture would go to the terminal", "use --out FILE, or a pipe")
-
-
-def is_one_file(out: str) -> bool:
-    """Tell whether --out is one picture: a file with a picture's ending, or stdout."""
-    return out == "-" or Path(out).suffix.lower() in (".png", ".gif", ".webp")
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -97,6 +98,26 @@ def check_free(path: Path, overwrite: bool) -> None:
 def emit_json(content: dict[str, Any], *, compact: bool = True) -> None:
     """Write one JSON object to stdout, on one line if `compact`."""
     emit(json.dumps(content, indent=None if compact else 1))
+
+
+def prepare_output(out: str, overwrite: bool, endings: Sequence[str]) -> None:
+    """Make the folder of the results: --out itself, or that of a file with one of the endings.
+
+    Raises UserError for an --out that cannot be written: a terminal, a file that exists, a picture
+    with another ending.
+    """
+    target = Path(out)
+    suffix = target.suffix.lower()
+    if out == "-":
+        refuse_terminal()
+    elif suffix in endings:
+        check_free(target, overwrite)
+        make_folder(target.parent)
+    elif suffix in (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff"):
+        hint = f"give a folder, or a file ending in {', '.join(endings)}"
+        raise UserError(f"--out {out}: this command does not write {suffix}", hint)
+    else:
+        make_folder(target)
 
 
 def make_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from cmtool.cli._output import leads, say
@@ -17,28 +18,22 @@ def figures_of(news: Progress) -> dict[str, str]:
     if not line:
         return {}
     bands = "/".join(_figure(loss, 2) for loss in line["loss_by_sigma"].values())
-    skipped = {"skipped": str(line["skipped"])} if line["skipped"] else {}
-    mfu = {"mfu": f"{line['mfu']:.1%}"} if "mfu" in line else {}
-    found = line.get("eval")
-    value = {found["metric"]: f"{found['value']:.4g}"} if found else {}
-    return {
-        "loss": _figure(line["loss"]),
-        "by_sigma": bands,
-        **skipped,
-        "images/s": f"{line['images_per_second']:.0f}",
-        "Mimg": f"{line['images'] / 1e6:.4g}",
-        "data_wait": f"{line['data_wait']:.1%}",
-        "mem": f"{line['memory_gib']:.2f}GiB",
-        **mfu,
-        **value,
-    }
+    figures = {"loss": _figure(line["loss"]), "by_sigma": bands}
+    if line["skipped"]:
+        figures["skipped"] = str(line["skipped"])
+    figures["images/s"] = f"{line['images_per_second']:.0f}"
+    figures["Mimg"] = f"{line['images'] / 1e6:.4g}"
+    figures["data_wait"] = f"{line['data_wait']:.1%}"
+    figures["mem"] = f"{line['memory_gib']:.2f}GiB"
+    if "mfu" in line:
+        figures["mfu"] = f"{line['mfu']:.1%}"
+    if found := line.get("eval"):
+        figures[found["metric"]] = f"{found['value']:.4g}"
+    return figures
 
 
-class LineWatcher:
+class LineWatcher(AbstractContextManager["LineWatcher"]):
     """Shows how a run goes in plain lines, for pipes and logs."""
-
-    def __enter__(self) -> LineWatcher:
-        return self
 
     def __exit__(self, *_: object) -> None:
         return None
@@ -46,12 +41,8 @@ class LineWatcher:
     def progress(self, news: Progress) -> None:
         """Write a line at each log interval."""
         if news.is_log_line:
-            figures = {
-                "step": f"{news.step}/{news.steps}",
-                **figures_of(news),
-                "left": _clock(news.seconds_left),
-            }
-            say(" ".join(f"{key}={value}" for key, value in figures.items()))
+            figures = " ".join(f"{key}={value}" for key, value in figures_of(news).items())
+            say(f"step={news.step}/{news.steps} {figures} left={_clock(news.seconds_left)}")
 
     def note(self, text: str) -> None:
         """Write a remark."""

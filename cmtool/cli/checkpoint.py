@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from cmtool.cli._options import AsJson, KindOption, ModelPreset, Weights, parse_kind, tell_notes
 from cmtool.cli._output import emit, emit_json, make_folder, printable, say
@@ -17,7 +18,7 @@ app = typer.Typer(no_args_is_help=True, help="Describe a model file, or convert 
 
 Source = Annotated[
     str,
-    typer.Argument(
+    Argument(
         metavar="PATH",
         help="Run, checkpoint, .safetensors; EDM .pkl, openai .pt, diffusers folder, JAX file.",
     ),
@@ -42,9 +43,8 @@ def info(
     """
     from cmtool.models import load_model
 
-    model = load_model(
-        path, weights=weights, preset=preset, kind=parse_kind(kind), otherwise="teacher"
-    )
+    said = parse_kind(kind)
+    model = load_model(path, weights=weights, preset=preset, kind=said, otherwise="teacher")
     tell_notes(model)
     facts = describe(model)
     if as_json:
@@ -60,12 +60,12 @@ def info(
 def convert(
     path: Source,
     out: Annotated[
-        Path, typer.Argument(help="A .safetensors file, or a folder for a diffusers pipeline.")
+        Path, Argument(help="A .safetensors file, or a folder for a diffusers pipeline.")
     ],
     weights: Weights = "ema",
     preset: ModelPreset = None,
     kind: KindOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace what is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a model to cmtool's own format or to a diffusers ConsistencyModelPipeline.
@@ -93,7 +93,7 @@ def convert(
     written = convert_model(model, out, overwrite=overwrite)
     say(f"checked: {parameters(model):,} parameters, equal answers on the same input")
     if as_json:
-        emit_json({"path": str(out), "format": written, **{"from": describe(model)}})
+        emit_json({"path": str(out), "format": written, "from": describe(model)})
     else:
         emit(str(out))
 
@@ -101,7 +101,6 @@ def convert(
 def describe(model: Model) -> dict[str, Any]:
     """Return the facts of a model as plain data."""
     card = model.preset
-    h, w = card.model.image_size
     return {
         "path": model.source,
         "format": model.format,
@@ -109,7 +108,7 @@ def describe(model: Model) -> dict[str, Any]:
         "network": card.model.network.name,
         "options": card.model.network.options,
         "parameters": parameters(model),
-        "image_size": [h, w],
+        "image_size": list(card.model.image_size),
         "channels": card.model.channels,
         "classes": card.model.num_classes,
         "sigma": {

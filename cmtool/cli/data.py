@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer import Argument, Option
 
 from cmtool.cli._options import AsJson
 from cmtool.cli._output import emit, emit_json, make_folder, say
@@ -21,9 +23,7 @@ app = typer.Typer(no_args_is_help=True, help="Inspect a set of images, or prepar
 
 Source = Annotated[
     str,
-    typer.Argument(
-        metavar="SRC", help="Folder, zip, npz, CIFAR-10 tarball, LSUN database, or digits."
-    ),
+    Argument(metavar="SRC", help="Folder, zip, npz, CIFAR-10 tarball, LSUN database, or digits."),
 ]
 
 
@@ -65,11 +65,9 @@ def info(source: Source, as_json: AsJson = False) -> None:
         emit_json(facts)
     else:
         _print_facts(facts)
-    if found.bad:
-        raise InputError(
-            f"{len(found.bad)} of {len(data)} images cannot be read",
-            f"replace them, or leave them out: cmtool data prepare --skip-bad {len(found.bad)}",
-        )
+    if bad := len(found.bad):
+        hint = f"replace them, or leave them out: cmtool data prepare --skip-bad {bad}"
+        raise InputError(f"{bad} of {len(data)} images cannot be read", hint)
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
@@ -87,24 +85,22 @@ def _print_facts(facts: dict[str, Any]) -> None:
 @app.command("prepare")
 def prepare(
     source: Source,
-    out: Annotated[Path, typer.Argument(metavar="DST.zip", help="The archive to write.")],
+    out: Annotated[Path, Argument(metavar="DST.zip", help="The archive to write.")],
     size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Side of the square images in pixels. Default: unchanged."),
+        int | None, Option(min=1, help="Side of the square images in pixels. Default: unchanged.")
     ] = None,
     fit: Annotated[
         str,
-        typer.Option(
+        Option(
             help="How to bring images to --size: edm (crop, Lanczos), adm (box, bicubic, crop),"
             " box, or exact, which refuses other sizes."
         ),
     ] = "exact",
-    grey: Annotated[bool, typer.Option("--grey", help="Write images of one channel.")] = False,
+    grey: Annotated[bool, Option("--grey", help="Write images of one channel.")] = False,
     skip_bad: Annotated[
-        int,
-        typer.Option(min=0, help="Most images that may be left out because they cannot be read."),
+        int, Option(min=0, help="Most images that may be left out because they cannot be read.")
     ] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the archive.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the archive.")] = False,
 ) -> None:
     """Write images and classes into a zip in the layout of EDM's tool. Prints its path.
 
@@ -160,8 +156,6 @@ def _readable(data: Dataset, skip_bad: int) -> Iterator[tuple[int, bytes]]:
 
 def _workers(count: int) -> int:
     """Return how many processes decode: none for few images, where starting them takes longer."""
-    import os
-
     return 0 if count < 1000 else min(os.cpu_count() or 1, 16)
 
 

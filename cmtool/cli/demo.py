@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from cmtool.cli._output import emit, make_folder, say
 from cmtool.errors import InputError, UserError
@@ -23,15 +23,12 @@ if TYPE_CHECKING:
 
 TEACHER = "digits-edm"
 NUM = "2048"
+FOLDER = Path("cmtool-demo")
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
-        "cmtool-demo"
-    ),
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier demo.")
-    ] = False,
+    out: Annotated[Path, Option(help="Folder for everything the demo makes.")] = FOLDER,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier demo.")] = False,
 ) -> None:
     """Distill, sample, edit and evaluate on bundled digits; a report at the end.
 
@@ -48,13 +45,15 @@ def demo(
         if not (out / "student" / "run.json").is_file():
             raise UserError(f"{out} does not hold an earlier demo", "give another --out")
 
+    from cmtool.training.report import Figure, write_report
+
     start = time.monotonic()
     make_folder(out)
     tour = Tour(out, ["--overwrite"] if overwrite else [])
     say_lines(
-        "A teacher comes bundled: an EDM diffusion model of small coloured digits. It needs 35"
+        "A teacher comes bundled: an EDM diffusion model of small coloured digits. It needs 35\n"
+        "network calls an image. Distillation turns it into a model that needs one.\n"
     )
-    say_lines("network calls an image. Distillation turns it into a model that needs one.\n")
     tour.run("distill", "--teacher", TEACHER, "--out", str(tour.student), *tour.replace)
     say_lines(
         "\nImages from the same noise: the teacher, then the student in one step and in two.\n"
@@ -68,31 +67,21 @@ def demo(
     rows = measure(tour)
 
     report = out / "report.html"
-    write(report, tour, rows, {**grids, "mended": mended}, time.monotonic() - start)
+    figures = [
+        Figure("The run", tour.student / "summary.png"),
+        Figure("Teacher, 35 network calls an image", grids["teacher"]),
+        Figure("Student, 1 network call", grids["one-step"]),
+        Figure("Student, 2 network calls", grids["two-steps"]),
+        Figure("Inpainting: given, masked, answer", mended),
+    ]
+    seconds = time.monotonic() - start
+    write_report(report, rows=rows, figures=figures, commands=tour.commands, seconds=seconds)
     say_lines("")
     for row in rows:
         calls = "-" if row.calls is None else str(row.calls)
         say_lines(f"{row.label:<26} {calls:>3} calls   fd-digits {row.value:6.2f}")
-    say_lines(
-        f"\n{time.monotonic() - start:.0f} seconds. Open the report, then try `cmtool --help`."
-    )
+    say_lines(f"\n{seconds:.0f} seconds. Open the report, then try `cmtool --help`.")
     emit(str(report))
-
-
-def write(
-    report: Path, tour: Tour, rows: list[Row], pictures: dict[str, Path], seconds: float
-) -> None:
-    """Write the report of the demo."""
-    from cmtool.training.report import Figure, write_report
-
-    figures = [
-        Figure("The run", tour.student / "summary.png"),
-        Figure("Teacher, 35 network calls an image", pictures["teacher"]),
-        Figure("Student, 1 network call", pictures["one-step"]),
-        Figure("Student, 2 network calls", pictures["two-steps"]),
-        Figure("Inpainting: given, masked, answer", pictures["mended"]),
-    ]
-    write_report(report, rows=rows, figures=figures, commands=tour.commands, seconds=seconds)
 
 
 class Tour:
@@ -124,9 +113,8 @@ def draw_grids(tour: Tour) -> dict[str, Path]:
         "one-step": ["-c", str(tour.student)],
         "two-steps": ["-c", str(tour.student), "--steps", "2"],
     }.items():
-        grids[name] = tour.out / f"{name}.png"
-        given = [*arguments, "--seeds", "0-49", "--out", str(grids[name]), *tour.replace]
-        tour.run("sample", *given)
+        out = grids[name] = tour.out / f"{name}.png"
+        tour.run("sample", *arguments, "--seeds", "0-49", "--out", str(out), *tour.replace)
     return grids
 
 
@@ -139,7 +127,8 @@ def mend_digits(tour: Tour) -> Path:
     from cmtool.system.files import write_atomic
 
     pictures = first_of_each_class(digits("held-out"))
-    mask = right_half(pictures[0])
+    mask = torch.zeros(1, *pictures.shape[-2:], dtype=torch.uint8)
+    mask[:, :, pictures.shape[-1] // 2 :] = 255  # white: the right half is regenerated
     write_atomic(tour.out / "mask.png", png_bytes(mask))
     answers = []
     for index, picture in enumerate(pictures):
@@ -150,9 +139,8 @@ def mend_digits(tour: Tour) -> Path:
             "-c", str(tour.student), "--out", str(answer), *tour.replace,
         )  # fmt: skip
         answers.append(read_image(answer))
-    masked = pictures.where(mask == 0, 128)
     mended = tour.out / "inpainting.png"
-    rows_of_three = torch.cat([pictures, masked, torch.stack(answers)])
+    rows_of_three = torch.cat([pictures, pictures.where(mask == 0, 128), torch.stack(answers)])
     write_atomic(mended, png_bytes(grid(rows_of_three, len(pictures), scale=6)))
     return mended
 
@@ -186,12 +174,3 @@ def first_of_each_class(data: Dataset) -> Tensor:
     assert data.labels is not None
     first = [int((data.labels == label).nonzero()[0]) for label in range(data.num_classes)]
     return data.images[torch.tensor(first)]
-
-
-def right_half(picture: Tensor) -> Tensor:
-    """Return a mask (1, H, W) uint8 whose right half is white."""
-    import torch
-
-    mask = torch.zeros(1, *picture.shape[-2:], dtype=torch.uint8)
-    mask[:, :, picture.shape[-1] // 2 :] = 255
-    return mask

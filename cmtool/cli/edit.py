@@ -11,15 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
+from typer import Argument, Option
 
-from cmtool.cli._edits import (
-    EditOptions,
-    ModelOptions,
-    Prepare,
-    box_mask,
-    edit_pictures,
-    interpolate_between,
-)
+from cmtool.cli._edits import EditOptions, ModelOptions, Prepare, edit_pictures, interpolate_between
 from cmtool.cli._options import parse_seeds, with_options
 from cmtool.cli._output import say
 from cmtool.errors import UserError
@@ -47,14 +41,12 @@ app = typer.Typer(
 
 def inpaint(
     mask: Annotated[
-        Path | None, typer.Option(help="Mask of the picture's size. White is regenerated.")
+        Path | None, Option(help="Mask of the picture's size. White is regenerated.")
     ] = None,
     box: Annotated[
-        str | None, typer.Option(help="Rectangle as the mask: LEFT,TOP,WIDTH,HEIGHT in pixels.")
+        str | None, Option(help="Rectangle as the mask: LEFT,TOP,WIDTH,HEIGHT in pixels.")
     ] = None,
-    text: Annotated[
-        str | None, typer.Option(help="Letters as the mask, as large as they fit.")
-    ] = None,
+    text: Annotated[str | None, Option(help="Letters as the mask, as large as they fit.")] = None,
 ) -> Prepare:
     """Regenerate the white part of a mask; every other pixel stays as it is.
 
@@ -77,10 +69,8 @@ def inpaint(
         h, w = images.shape[2:]
         if mask is not None:
             painted = read_image(mask, mode="L")
-        elif text is not None:
-            painted = text_mask(text, h, w)
         else:
-            painted = box_mask(box or "", h, w)
+            painted = text_mask(text, h, w) if text is not None else box_mask(box or "", h, w)
         return prepare_inpaint(model, images, painted[None] >= 128, fit=fit, name=name)
 
     return prepare
@@ -88,7 +78,7 @@ def inpaint(
 
 def superres(
     factor: Annotated[
-        int, typer.Option(help="How many times larger. It must divide the model's size.")
+        int, Option(help="How many times larger. It must divide the model's size.")
     ] = 2,
 ) -> Prepare:
     """Enlarge a picture; the means of the answer's blocks are its pixels.
@@ -135,7 +125,7 @@ def stroke() -> Prepare:
 def denoise(
     sigma: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="Deviation of the noise. Half of the range is 1, so that 0.2 is 25 grey levels."
             " Default: estimated."
         ),
@@ -160,6 +150,21 @@ def denoise(
     return prepare
 
 
+def box_mask(box: str, h: int, w: int) -> Tensor:
+    """Return the mask (1, h, w) uint8 of "LEFT,TOP,WIDTH,HEIGHT". Raises UserError."""
+    import torch
+
+    try:
+        left, top, width, height = map(int, box.split(","))
+    except ValueError:
+        raise UserError(f"--box {box!r}", "LEFT,TOP,WIDTH,HEIGHT, for example 4,0,4,8") from None
+    if not (0 <= left < left + width <= w and 0 <= top < top + height <= h):
+        raise UserError(f"--box {box} is not within {w}x{h}", "LEFT,TOP,WIDTH,HEIGHT in pixels")
+    mask = torch.zeros(1, h, w, dtype=torch.uint8)
+    mask[:, top : top + height, left : left + width] = 255
+    return mask
+
+
 class EditRow(NamedTuple):
     """An edit of single pictures, and the shared options that it has no use for."""
 
@@ -175,7 +180,6 @@ EDITS: dict[str, EditRow] = {
     "denoise": EditRow(denoise, without=("steps", "sigmas", "variations")),
 }
 
-
 for _name, _row in EDITS.items():
     _run = partial(edit_pictures, _name, _row.prepare)
     app.command(_name)(with_options(_run, EditOptions, _row.prepare, _row.without))
@@ -184,18 +188,16 @@ for _name, _row in EDITS.items():
 def interpolate(
     options: ModelOptions,
     images: Annotated[
-        list[str] | None, typer.Argument(help="Two pictures; or none, and --seeds.")
+        list[str] | None, Argument(help="Two pictures; or none, and --seeds.")
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Two seeds: 3,7.")] = None,
-    frames: Annotated[
-        int, typer.Option(min=2, help="Pictures on the way, both ends included.")
-    ] = 8,
+    seeds: Annotated[str | None, Option(help="Two seeds: 3,7.")] = None,
+    frames: Annotated[int, Option(min=2, help="Pictures on the way, both ends included.")] = 8,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the noise under which pictures are mixed.")
+        int, Option(min=0, help="Seed of the noise under which pictures are mixed.")
     ] = 0,
     out: Annotated[
         str,
-        typer.Option(
+        Option(
             "--out",
             "-o",
             help="A .png strip, an animated .gif or .webp, a folder, or - for the strip on stdout.",
@@ -213,12 +215,11 @@ def interpolate(
     Between seeds the noise travels a great circle. Pictures are mixed under noise of the first
     level: a high level mixes what they show, a low level mixes their pixels.
     """  # fmt: skip
-    ends = parse_seeds(seeds) if seeds is not None else []
-    if (len(images or []), len(ends)) not in ((2, 0), (0, 2)):
-        raise UserError(
-            f"{len(images or [])} pictures and {len(ends)} seeds", "give two of one of them"
-        )
-    interpolate_between(options, images or [], ends, frames, seed, out)
+    given, ends = images or [], parse_seeds(seeds) if seeds is not None else []
+    if (len(given), len(ends)) not in ((2, 0), (0, 2)):
+        what = f"{len(given)} pictures and {len(ends)} seeds"
+        raise UserError(what, "give two of one of them")
+    interpolate_between(options, given, ends, frames, seed, out)
 
 
 app.command("interpolate")(with_options(interpolate, ModelOptions))

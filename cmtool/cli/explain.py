@@ -6,7 +6,7 @@ import re
 import sys
 from typing import Annotated
 
-import typer
+from typer import Argument
 
 from cmtool.cli._output import emit
 
@@ -15,7 +15,7 @@ MAX_WIDTH = 100
 
 
 def explain(
-    topic: Annotated[str | None, typer.Argument(help="Name of a page. Default: list them.")] = None,
+    topic: Annotated[str | None, Argument(help="Name of a page. Default: list them.")] = None,
 ) -> None:
     """Explain a method or a task: print a page, or list all pages.
 

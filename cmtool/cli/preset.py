@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from cmtool.cli._output import emit
 
@@ -24,9 +25,9 @@ def list_() -> None:
 
 @app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(help="A preset's name, or the path of a TOML file.")],
+    name: Annotated[str, Argument(help="A preset's name, or the path of a TOML file.")],
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE over the preset; repeatable.")
+        list[str] | None, Option("--set", help="KEY=VALUE over the preset; repeatable.")
     ] = None,
 ) -> None:
     """Print a resolved preset, with the origin of every value.

@@ -1,53 +1,27 @@
-"""cmtool sample: seeds in, images out."""
+"""cmtool sample: seeds in, images out: a PNG each in a folder, or all in one grid, zip or npz."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
-from cmtool.cli._options import (
-    AsJson,
-    Batch,
-    Checkpoint,
-    Device,
-    Grid,
-    Indices,
-    KindOption,
-    ModelPreset,
-    NoMetadata,
-    Precision,
-    Sampler,
-    SamplerOptions,
-    Seeds,
-    Sigmas,
-    Steps,
-    Weights,
-    parse_seeds,
-    pick_device,
-    pick_model,
-    pick_plan,
-    pick_precision,
-    with_options,
-)
-from cmtool.cli._output import (
-    check_free,
-    emit,
-    emit_json,
-    make_folder,
-    processes,
-    refuse_terminal,
-    say,
-)
-from cmtool.errors import UserError, nearest
+from cmtool.cli import _options as shared
+from cmtool.cli._measurement import joined
+from cmtool.cli._output import emit, emit_json, prepare_output, say, write_bytes
+from cmtool.errors import ResourceError, UserError, nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from torch import Tensor
 
-    from cmtool.cli._sample_files import Drawing
     from cmtool.models import Model
+    from cmtool.sampling import Plan
+    from cmtool.system.dist import Group
 
 TIMEOUT = 600.0
 """Seconds that one process waits for another."""
@@ -59,17 +33,17 @@ ONE_FILE = (".png", ".zip", ".npz")
 class SampleOptions:
     """Options of cmtool sample."""
 
-    checkpoint: Checkpoint = None
-    seeds: Seeds = "0-15"
-    steps: Steps = None
-    sigmas: Sigmas = None
-    ts: Indices = None
-    grid: Grid = None
-    sampler: Sampler = None
-    set_: SamplerOptions = None
+    checkpoint: shared.Checkpoint = None
+    seeds: shared.Seeds = "0-15"
+    steps: shared.Steps = None
+    sigmas: shared.Sigmas = None
+    ts: shared.Indices = None
+    grid: shared.Grid = None
+    sampler: shared.Sampler = None
+    set_: shared.SamplerOptions = None
     class_: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--class",
             help="Class of every image, or one per seed: 0,1,2. Default: each image's seed draws"
             " its class.",
@@ -77,50 +51,46 @@ class SampleOptions:
     ] = None
     out: Annotated[
         str,
-        typer.Option(
+        Option(
             "--out",
             "-o",
             help="A folder, a .zip or .npz of images, a .png for one grid, or - for the grid on"
             " stdout.",
         ),
     ] = "samples"
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False
-    batch: Batch = 256
+    overwrite: shared.Overwrite = False
+    batch: shared.Batch = 256
     rounding: Annotated[
-        str, typer.Option(help="Rounding to 8 bits: nearest, or floor as the PyTorch release does.")
+        str, Option(help="Rounding to 8 bits: nearest, or floor as the PyTorch release does.")
     ] = "nearest"
-    no_metadata: NoMetadata = False
-    weights: Weights = "ema"
-    preset: ModelPreset = None
-    kind: KindOption = None
-    device: Device = "auto"
-    precision: Precision = "fp32"
-    as_json: AsJson = False
+    no_metadata: shared.NoMetadata = False
+    weights: shared.Weights = "ema"
+    preset: shared.ModelPreset = None
+    kind: shared.KindOption = None
+    device: shared.Device = "auto"
+    precision: shared.Precision = "fp32"
+    as_json: shared.AsJson = False
 
     def drawing(self, seeds: list[int]) -> Drawing:
         """Return what is to be drawn, by this process alone. Raises UserError, InputError."""
-        from cmtool.cli._sample_files import Drawing
         from cmtool.data.images import ROUNDINGS
         from cmtool.system.dist import ALONE
 
         if self.rounding not in ROUNDINGS:
             raise UserError(f"--rounding {self.rounding!r}", nearest(self.rounding, ROUNDINGS))
-        where = pick_device(self.device)
-        precision = pick_precision(self.precision, where)
-        model = pick_model(self.checkpoint, self.weights, where, said=self.kind, preset=self.preset)
+        where = shared.pick_device(self.device)
+        precision = shared.pick_precision(self.precision, where)
+        model = shared.pick_model(
+            self.checkpoint, self.weights, where, said=self.kind, preset=self.preset
+        )
         labels = _labels(self.class_, seeds, model)
-        chosen = pick_plan(
+        chosen = shared.pick_plan(
             model, self.sampler, self.set_, self.steps, self.sigmas, self.ts, self.grid
         )._replace(precision=precision)
-        shown = ",".join(f"{sigma:.4g}" for sigma in chosen.sigmas)
-        say(
-            f"{len(seeds)} images, {chosen.sampler.name} at sigma {shown}:"
-            f" {chosen.evaluations} network calls each"
-        )
+        how = f"{chosen.sampler.name} at sigma {','.join(f'{s:.4g}' for s in chosen.sigmas)}"
+        say(f"{len(seeds)} images, {how}: {chosen.evaluations} network calls each")
         to_uint8 = ROUNDINGS[self.rounding]
-        return Drawing(
-            model, chosen, seeds, labels, self.batch, where, to_uint8, not self.no_metadata, ALONE
-        )
+        return Drawing(self, model, chosen, seeds, labels, where, to_uint8, ALONE)
 
 
 def _sample(options: SampleOptions) -> None:
@@ -139,28 +109,19 @@ def _sample(options: SampleOptions) -> None:
     An image is a function of its seed: it is the same in any batch, order and number of processes.
     A file that holds the image already is skipped, so that a stopped command can be run again.
     """  # fmt: skip
-    seeds = parse_seeds(options.seeds)
+    seeds = shared.parse_seeds(options.seeds)
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {options.seeds!r} names a seed twice", "name each seed once")
     out = options.out
-    _check_out(out, options.overwrite)
-
-    from cmtool.cli._sample_files import write_folder, write_one_file
-    from cmtool.system import dist
+    prepare_output(out, options.overwrite, ONE_FILE)
 
     drawing = options.drawing(seeds)
-    try:
-        drawing = replace(drawing, group=dist.join(*processes(), drawing.device, TIMEOUT))
+    with joined(drawing.device, TIMEOUT) as group:
+        drawing = replace(drawing, group=group)
         if out == "-" or Path(out).suffix.lower() in ONE_FILE:
-            facts = write_one_file(out, drawing)
+            facts = write_one_file(drawing)
         else:
-            facts = write_folder(
-                Path(out), drawing, overwrite=options.overwrite, print_paths=not options.as_json
-            )
-    except RuntimeError as error:
-        raise dist.lost_contact(error, drawing.group, 0) or error from None
-    finally:
-        dist.leave()
+            facts = write_folder(drawing)
     if options.as_json and out != "-":
         chosen = drawing.plan
         about = {"sigmas": chosen.sigmas, "precision": chosen.precision}
@@ -169,21 +130,7 @@ def _sample(options: SampleOptions) -> None:
         emit(out)
 
 
-sample = with_options(_sample, SampleOptions)
-
-
-def _check_out(out: str, overwrite: bool) -> None:
-    """Make the folder of the results. Raises UserError for an --out that cannot be written."""
-    suffix = Path(out).suffix.lower()
-    if out == "-":
-        refuse_terminal()
-    elif suffix in (".jpg", ".jpeg", ".webp", ".gif"):
-        raise UserError(f"--out {out}: pictures are written as PNG", "give a folder or a .png file")
-    elif suffix in ONE_FILE:
-        check_free(Path(out), overwrite)
-        make_folder(Path(out).parent)
-    else:
-        make_folder(Path(out))
+sample = shared.with_options(_sample, SampleOptions)
 
 
 def _labels(class_: str | None, seeds: list[int], model: Model) -> Tensor | None:
@@ -196,9 +143,179 @@ def _labels(class_: str | None, seeds: list[int], model: Model) -> Tensor | None
     count = model.preset.model.num_classes
     if class_ is None:
         return seeded_labels(seeds, count) if count else None
-    try:
-        given = [int(part) for part in class_.split(",")]
-    except ValueError:
-        raise UserError(f"--class {class_!r}", "a class index, or one per seed: 0,1,2") from None
+    hint = "a class index, or one per seed: 0,1,2"
+    given = shared.parse_list(class_, int, f"--class {class_!r}", hint)
     check_classes(given, len(seeds), count)
     return torch.tensor(given).expand(len(seeds))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Images to draw, one a seed, by all processes together; uint8, on the CPU.
+
+    `labels` (N,) are their classes, None for an unconditional model.
+    """
+
+    options: SampleOptions
+    model: Model
+    plan: Plan
+    seeds: list[int]
+    labels: Tensor | None
+    device: str
+    to_uint8: Callable[[Tensor], Tensor]
+    group: Group
+
+    def draw(self, indices: Sequence[int]) -> Tensor:
+        """Return some of the images (n, C, H, W), at least one, in one batch."""
+        import torch
+
+        from cmtool.sampling import generate
+
+        seeds = [self.seeds[index] for index in indices]
+        labels = None if self.labels is None else self.labels[list(indices)]
+        drawn = generate(
+            self.model.f, self.model.preset, self.plan, seeds, labels=labels,
+            batch=self.options.batch, device=self.device,
+        )  # fmt: skip
+        return self.to_uint8(torch.cat(list(drawn))).cpu()
+
+    def rounds(self, indices: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Yield this process's part of each round: at most a batch of the indices, in order."""
+        batch = self.options.batch
+        stride = batch * self.group.world_size
+        for first in range(0, len(indices), stride):
+            start = first + batch * self.group.rank
+            yield indices[start : min(start + batch, first + stride)]
+
+    def everything(self) -> Iterator[Tensor]:
+        """Yield the images (C, H, W) of all processes, in order, round by round."""
+        import torch
+
+        for indices in self.rounds(range(len(self.seeds))):
+            drawn = self.draw(indices) if indices else None
+            yield from torch.cat([part for part in self.group.gather(drawn) if part is not None])
+
+    def classes(self) -> list[int] | list[None]:
+        """Return the class of each image."""
+        return [None] * len(self.seeds) if self.labels is None else self.labels.tolist()
+
+    def about(self) -> list[dict[str, str]]:
+        """Return what the PNG of each image says of how it was made."""
+        from cmtool.sampling import provenance
+
+        same = provenance(self.model, self.plan)
+        infos = [{**same, "cmtool:seed": str(seed)} for seed in self.seeds]
+        for info, label in zip(infos, self.classes(), strict=True):
+            if label is not None:
+                info["cmtool:class"] = str(label)
+        return infos
+
+
+def write_one_file(drawing: Drawing) -> dict[str, Any]:
+    """Write all images into one zip, npz or grid; return what to say of it."""
+    out = drawing.options.out
+    if not drawing.group.leads:
+        for _ in drawing.everything():
+            pass
+        return {}
+    write = {".zip": _write_zip, ".npz": _write_npz}.get(Path(out).suffix.lower(), _write_grid)
+    write(out, drawing)
+    return {"path": out, "seeds": drawing.seeds}
+
+
+def _write_zip(out: str, drawing: Drawing) -> None:
+    from cmtool.data.archives import write_zip
+    from cmtool.data.images import png_bytes
+
+    names = map(image_name, drawing.seeds)
+    infos = [{}] * len(drawing.seeds) if drawing.options.no_metadata else drawing.about()
+    files = map(png_bytes, drawing.everything(), infos)
+    write_zip(Path(out), zip(names, files, drawing.classes(), strict=True))
+
+
+def _write_npz(out: str, drawing: Drawing) -> None:
+    from cmtool.data.archives import write_npz
+
+    classes = None if drawing.labels is None else drawing.classes()
+    write_npz(Path(out), drawing.everything(), len(drawing.seeds), classes)
+
+
+def _write_grid(out: str, drawing: Drawing) -> None:
+    import torch
+
+    from cmtool.data.images import contact_sheet, png_bytes
+    from cmtool.sampling import provenance
+
+    picture = contact_sheet(torch.stack(list(drawing.everything())))
+    about = provenance(drawing.model, drawing.plan) | {"cmtool:seeds": seed_ranges(drawing.seeds)}
+    write_bytes(out, png_bytes(picture, {} if drawing.options.no_metadata else about))
+
+
+def image_name(seed: int) -> str:
+    """Return the file name of a seed's image."""
+    return f"seed{seed:06d}.png"
+
+
+def seed_ranges(seeds: list[int]) -> str:
+    """Return seeds as --seeds takes them: "0-15,99"."""
+    groups = groupby(enumerate(seeds), key=lambda pair: pair[1] - pair[0])  # equal in a range
+    ranges = [[seed for _, seed in group] for _, group in groups]
+    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in ranges)
+
+
+def write_folder(drawing: Drawing) -> dict[str, Any]:
+    """Write a PNG for each image, and print its path when it is there; return records of all.
+
+    Images that are there already are not drawn. Raises UserError, before any is drawn, for a file
+    that holds another image.
+    """
+    from cmtool.data.images import png_bytes
+    from cmtool.system.files import write_atomic
+
+    options, infos = drawing.options, drawing.about()
+    paths = [Path(options.out) / image_name(seed) for seed in drawing.seeds]
+    missing = _missing(paths, infos, options)
+    drawing.group.tell(None)  # all processes have looked before one of them writes
+    records: list[dict[str, Any]] = []
+    classes = drawing.classes()
+
+    def record(indices: Sequence[int]) -> None:
+        for index in indices:
+            path, seed = str(paths[index]), drawing.seeds[index]
+            records.append({"path": path, "seed": seed, "class": classes[index]})
+            if not options.as_json:
+                emit(path)
+
+    record(sorted(set(range(len(paths))) - set(missing)))
+    for indices in drawing.rounds(missing):
+        images = drawing.draw(indices) if indices else ()
+        written = 0
+        try:
+            for index, image in zip(indices, images, strict=True):
+                info = {} if options.no_metadata else infos[index]
+                write_atomic(paths[index], png_bytes(image, info))
+                written += 1
+        except ResourceError as error:
+            record(indices[:written])
+            what = f"{error.what}: {len(records)} of {len(paths)} images are there"
+            hint = f"{error.hint}; then the same command draws the rest"
+            raise ResourceError(what, hint) from None
+        for part in drawing.group.gather(indices):
+            record(part)
+    return {"images": records} if drawing.group.leads else {}
+
+
+def _missing(paths: list[Path], infos: list[dict[str, str]], options: SampleOptions) -> list[int]:
+    """Return the indices of the images to draw. Raises UserError for another image in a file."""
+    from cmtool.data.images import png_info
+
+    missing = []
+    for index, path in enumerate(paths):
+        if options.overwrite or not path.exists():
+            missing.append(index)
+        elif not options.no_metadata and png_info(path) != infos[index]:
+            what = f"{path} holds another image than this command makes"
+            raise UserError(what, "give another --out, or --overwrite")
+    if len(missing) < len(paths):
+        say(f"{len(paths) - len(missing)} of {len(paths)} images are there already")
+    return missing

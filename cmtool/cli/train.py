@@ -5,21 +5,14 @@ from __future__ import annotations
 import json
 import re
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
-from cmtool.cli._options import (
-    AsJson,
-    Device,
-    newest_run,
-    pick_device,
-    tell_notes,
-    with_options,
-)
+from cmtool.cli._options import AsJson, Device, newest_run, pick_device, tell_notes, with_options
 from cmtool.cli._output import emit, emit_json, processes, say
 from cmtool.cli._watching import make_watcher
 from cmtool.errors import UserError
@@ -28,13 +21,12 @@ if TYPE_CHECKING:
     from cmtool.models import Model
     from cmtool.presets.toml import Resolved
 
-Preset = Annotated[str, typer.Option("--preset", help="A preset's name or a TOML file.")]
+Preset = Annotated[str, Option("--preset", help="A preset's name or a TOML file.")]
 DistanceOption = Annotated[
     str | None,
-    typer.Option(
-        "--metric",
+    Option(
         help="Distance d(x, y) of the loss, loss.distance in a preset:"
-        " l1, l2, l2_32, linf, lpips, pseudo_huber.",
+        " l1, l2, l2_32, linf, lpips, pseudo_huber."
     ),
 ]
 
@@ -44,33 +36,28 @@ class RunOptions:
     """Options that train and distill share."""
 
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="KEY=VALUE over the preset; repeatable."),
+        list[str] | None, Option("--set", help="KEY=VALUE over the preset; repeatable.")
     ] = None
-    data: Annotated[str | None, typer.Option(help="Data set: its name, or a path of images.")] = (
-        None
-    )
+    data: Annotated[str | None, Option(help="Data set: its name, or a path of images.")] = None
     metric: DistanceOption = None
     out: Annotated[
-        Path | None, typer.Option(help="Run folder. Default: runs/PRESET, numbered if taken.")
+        Path | None, Option(help="Run folder. Default: runs/PRESET, numbered if taken.")
     ] = None
-    seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None
+    seed: Annotated[int | None, Option(help="Seed of the run.")] = None
     accumulate: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Parts that each batch is split into, to save memory. Same result."
-        ),
+        Option(min=1, help="Parts that each batch is split into, to save memory. Same result."),
     ] = None
     precision: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Precision of the networks: fp32, bf16, fp16, or auto, which is bf16 where the"
             " device computes in it."
         ),
     ] = None
     compile_: Annotated[
         bool | None,
-        typer.Option(
+        Option(
             "--compile/--no-compile",
             help="Run the networks by torch.compile. For GPUs: on a CPU it takes minutes and gains"
             " nothing.",
@@ -78,22 +65,19 @@ class RunOptions:
     ] = None
     max_time: Annotated[
         str | None,
-        typer.Option(help="Save and stop after this time, with exit code 75: 3600, 90m, 11h30m."),
+        Option(help="Save and stop after this time, with exit code 75: 3600, 90m, 11h30m."),
     ] = None
     eval_every: Annotated[
         int | None,
-        typer.Option(
-            min=0,
-            help="Measure the EMA weights every so many steps (fd-digits: 8x8 RGB only).",
+        Option(
+            min=0, help="Measure the EMA weights every so many steps (fd-digits: 8x8 RGB only)."
         ),
     ] = None
     device: Device = "auto"
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = (
-        False
-    )
+    resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --out.")] = False
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", "-n", help="Print the resolved preset and stop.")
+        bool, Option("--dry-run", "-n", help="Print the resolved preset and stop.")
     ] = False
     as_json: AsJson = False
 
@@ -101,17 +85,14 @@ class RunOptions:
         """Return the preset with what the command line changes; a resumed run has its own."""
         from cmtool.presets.toml import parse_override, resolve
 
-        flags = {
-            "--data": ("data.path", self.data), "--metric": ("loss.distance", self.metric),
-            "--seed": ("train.seed", self.seed),
-            "--accumulate": ("train.accumulate", self.accumulate),
-            "--precision": ("train.precision", self.precision),
-            "--compile": ("train.compile", self.compile_),
-            "--eval-every": ("run.eval_every", self.eval_every),
+        flags: dict[str, dict[str, Any]] = {
+            "--data": {"data.path": self.data}, "--metric": {"loss.distance": self.metric},
+            "--seed": {"train.seed": self.seed}, "--compile": {"train.compile": self.compile_},
+            "--accumulate": {"train.accumulate": self.accumulate},
+            "--precision": {"train.precision": self.precision},
+            "--eval-every": {"run.eval_every": self.eval_every},
         }  # fmt: skip
-        layers: dict[str, dict[str, Any]] = {
-            flag: {key: value} for flag, (key, value) in flags.items() if value is not None
-        }
+        layers = {flag: given for flag, given in flags.items() if None not in given.values()}
         layers["--set"] = dict(map(parse_override, self.set_ or []))
         if self.resume and self.out is None:
             raise UserError("--resume without a run folder", "name it with --out runs/NAME")
@@ -134,10 +115,8 @@ def _train(options: RunOptions, preset: Preset = "digits-edm") -> None:
     from cmtool.presets.build import needs_teacher
 
     if needs_teacher(resolved.preset):
-        raise UserError(
-            f"preset {preset} distills a teacher, or starts from one",
-            f"cmtool distill --preset {preset}",
-        )
+        what = f"preset {preset} distills a teacher, or starts from one"
+        raise UserError(what, f"cmtool distill --preset {preset}")
     _run(options, preset, resolved, None)
 
 
@@ -145,7 +124,7 @@ def _distill(
     options: RunOptions,
     teacher: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Teacher model. Default: the newest finished teacher under runs/, else digits-edm."
         ),
     ] = None,
@@ -172,7 +151,9 @@ def _distill(
         teacher = _teacher_of(options.out) if options.resume else None
         teacher = teacher or newest_run("teacher") or "digits-edm"
         say(f"teacher: {teacher}")
-    home = "cpu" if is_sharded(resolved) else pick_device(options.device)
+    # a model that will be sharded is whole until then, in main memory
+    is_sharded = resolved.preset.run.sharding == "fsdp" and processes()[1] > 1
+    home = "cpu" if is_sharded else pick_device(options.device)
     model = load_model(teacher, device=home, otherwise="teacher")
     tell_notes(model)
     _run(options, preset, with_teacher(resolved, model), model)
@@ -182,26 +163,11 @@ train = with_options(_train, RunOptions)
 distill = with_options(_distill, RunOptions)
 
 
-def is_sharded(resolved: Resolved) -> bool:
-    """Tell whether models will be sharded; until then they are whole, in main memory."""
-    return resolved.preset.run.sharding == "fsdp" and processes()[1] > 1
-
-
 def _teacher_of(out: Path | None) -> str | None:
     """Return the teacher that the run in `out` was started with."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads((out / "run.json").read_text())["teacher"]["source"]) if out else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _folder(out: Path | None, preset: str) -> AbstractContextManager[Path]:
-    """Return a block that has the run folder: the one named, else a new one."""
-    if out is not None:
-        return nullcontext(out)
-    from cmtool.training.folder import new_folder
-
-    return new_folder(Path(preset).stem)
+    return None
 
 
 def _run(options: RunOptions, preset: str, resolved: Resolved, teacher: Model | None) -> None:
@@ -216,9 +182,10 @@ def _run(options: RunOptions, preset: str, resolved: Resolved, teacher: Model | 
         note_batch(resolved, preset)
 
     from cmtool.training import run
+    from cmtool.training.folder import new_folder
 
     steps, start = resolved.preset.train.steps, time.monotonic()
-    with _folder(options.out, preset) as folder:
+    with nullcontext(options.out) if options.out else new_folder(Path(preset).stem) as folder:
         say(f"run folder: {folder}")
         with make_watcher(steps) as watcher:
             final = run.train(
@@ -234,12 +201,8 @@ def _run(options: RunOptions, preset: str, resolved: Resolved, teacher: Model | 
             )
     say(f"report: {folder / 'report.html'}")
     if options.as_json:
-        seconds = round(time.monotonic() - start, 1)
-        kind = resolved.preset.kind
-        emit_json(
-            {"run": str(folder), "checkpoint": str(final), "kind": kind, "steps": steps,
-             "seconds": seconds}
-        )  # fmt: skip
+        about = {"run": str(folder), "checkpoint": str(final), "kind": resolved.preset.kind}
+        emit_json({**about, "steps": steps, "seconds": round(time.monotonic() - start, 1)})
     else:
         emit(str(final))
 

@@ -1,17 +1,229 @@
-"""Write many images into one file: a zip of PNG files as EDM's tools read it, an npz as ADM's."""
+"""Many images in one file: a zip, ADM's npz or CIFAR-10's tarball. Nothing is extracted."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import itertools
 import json
+import os
+import struct
+import tarfile
 import zipfile
-from collections.abc import Iterable, Sequence
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from cmtool.data import entries
+from cmtool.data.entries import MAX_MEMBER, Entries, Names, fingerprint, is_image, numbered
+from cmtool.data.images import SUFFIXES
+from cmtool.errors import InputError
+from cmtool.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
 from cmtool.system.files import replacing
+
+MAX_RATIO = 200
+"""Bytes that one packed byte of an image may unpack to."""
+MAX_ARRAY = 2 << 30
+"""Bytes that a compressed array may unpack to."""
+DAMAGE = (LookupError, ValueError, OSError, EOFError, struct.error, zlib.error)
+"""What reading a damaged archive raises."""
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+
+
+class ZipReader:
+    """Reads the images of a zip by number, in any process, from an index of a few bytes each.
+
+    Python's own index takes half a kilobyte a file in each process.
+    """
+
+    def __init__(self, path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+        self.path = path
+        self.offset = array("Q", (m.header_offset for m in members))
+        self.packed = array("Q", (m.compress_size for m in members))
+        self.size = array("Q", (m.file_size for m in members))
+        self.crc = array("L", (m.CRC for m in members))
+        self.stored = bytes(m.compress_type == zipfile.ZIP_STORED for m in members)
+        self.opened: tuple[int, int] | None = None
+
+    def __call__(self, index: int) -> bytes:
+        """Return the content of a member. Raises ValueError for a damaged one."""
+        if self.opened is None or self.opened[0] != os.getpid():
+            self.opened = (os.getpid(), os.open(self.path, os.O_RDONLY))
+        file, start = self.opened[1], self.offset[index]
+        header = os.pread(file, LOCAL_HEADER.size, start)
+        signature, name_bytes, extra_bytes = LOCAL_HEADER.unpack(header)
+        start += LOCAL_HEADER.size + name_bytes + extra_bytes
+        content = os.pread(file, self.packed[index], start)
+        if not self.stored[index]:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, self.size[index])
+        if signature != b"PK\x03\x04" or len(content) != self.size[index]:
+            raise ValueError("it is cut short")
+        if zlib.crc32(content) != self.crc[index]:
+            raise ValueError("its checksum differs")
+        return content
+
+
+def zip_entries(path: Path) -> Entries:
+    """Return the images in a zip. Raises InputError for names that come twice, and for bombs."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            every = archive.infolist()
+            images = [member for member in every if is_image(member.filename)]
+            members = sorted(images, key=lambda member: member.filename)
+            tables = {}
+            for name in entries.LABELS.keys() & archive.NameToInfo.keys():
+                size = archive.NameToInfo[name].file_size
+                entries.check_table(size, len(images), f"{name} in {path}")
+                tables[name] = archive.read(name)
+    except (zipfile.BadZipFile, OSError, ValueError, zlib.error, NotImplementedError) as error:
+        raise InputError(f"{path} is damaged: {error}", "fetch it again") from None
+    if len({member.filename for member in every}) < len(every):
+        raise InputError(f"{path} holds a name twice", "make the archive again")
+    if not members:
+        raise InputError(f"no images in {path}", f"looked for {', '.join(SUFFIXES)}")
+    for member in members:
+        size, packed = member.file_size, max(member.compress_size, 1)
+        if size > MAX_MEMBER or size / packed > MAX_RATIO:
+            raise InputError(
+                f"{member.filename!r} in {path} unpacks from {packed:,} to {size:,} bytes",
+                "it cannot be an image: remove it from the archive",
+            )
+        is_plain = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        if not is_plain or member.flag_bits & 1:
+            raise InputError(
+                f"{member.filename!r} in {path} is encrypted, or packed in a rare way",
+                "make the archive again with cmtool data prepare",
+            )
+    listed = [member.filename for member in members]
+    names = Names(listed)
+    reader = ZipReader(path, members)
+
+    def read(index: int) -> bytes:
+        try:
+            return reader(index)
+        except (ValueError, OSError, struct.error, zlib.error) as error:
+            what = f"{names[index]!r} in {path} is damaged: {error}"
+            raise InputError(what, "replace it") from None
+
+    labels = entries.find_labels(str(path), listed, tables.get)
+    facts = (f"{name} {crc}" for name, crc in zip(listed, reader.crc, strict=True))
+    return Entries(names, read, labels, fingerprint(facts, labels))
+
+
+def npz_entries(path: Path) -> Entries:
+    """Return arr_0 (N, H, W, C) uint8 and arr_1 (N,) of an npz, as ADM's tools write them.
+
+    What is not compressed stays in the file. Raises InputError for anything else in it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            arrays = {m.filename: _checked_array(path, archive, m) for m in archive.infolist()}
+            images = arrays["arr_0.npy"]()
+            labels = arrays["arr_1.npy"]() if "arr_1.npy" in arrays else None
+            facts = [f"{member.filename} {member.CRC}" for member in archive.infolist()]
+    except InputError:
+        raise
+    except (*DAMAGE, AttributeError, RuntimeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} holds no images: {error}", "arr_0 is N x H x W x C") from None
+    is_set = images.dtype == np.uint8 and images.ndim == 4 and 0 not in images.shape
+    if not is_set or images.shape[3] not in (1, 3):
+        raise InputError(
+            f"arr_0 of {path} is {images.dtype} {images.shape}", "it must be uint8, N x H x W x 3"
+        )
+    if labels is not None and (
+        labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or (labels < 0).any()
+    ):
+        raise InputError(f"arr_1 of {path} is not a class per image", "it must be N whole numbers")
+    classes = None if labels is None else labels.tolist()
+
+    def read(index: int) -> Tensor:
+        return torch.from_numpy(np.array(images[index].transpose(2, 0, 1), order="C"))
+
+    return Entries(numbered(len(images)), read, classes, fingerprint(facts, classes))
+
+
+def _checked_array(
+    path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo
+) -> Callable[[], Any]:
+    """Return a function that reads an array of an npz. Its header is checked against its size."""
+    with archive.open(member) as opened:
+        version = np.lib.format.read_magic(opened)
+        header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+        shape, fortran, dtype = header(opened)
+        skipped = opened.tell()
+    claimed = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    stored = member.compress_type == zipfile.ZIP_STORED
+    packed = max(member.compress_size, 1)
+    if claimed > member.file_size or (not stored and claimed > min(MAX_ARRAY, MAX_RATIO * packed)):
+        raise InputError(
+            f"{member.filename} in {path} claims {claimed:,} bytes",
+            "it is damaged, or too large: make a zip with cmtool data prepare",
+        )
+
+    def read() -> Any:
+        if not stored or dtype.hasobject:
+            with archive.open(member) as opened:
+                return np.lib.format.read_array(opened, allow_pickle=False)
+        with path.open("rb") as file:
+            file.seek(member.header_offset)
+            _, name_bytes, extra_bytes = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+            start = file.tell() + name_bytes + extra_bytes + skipped
+        order: Any = "F" if fortran else "C"
+        return np.memmap(path, dtype, "r", start, tuple(shape), order)
+
+    return read
+
+
+def cifar_entries(path: Path) -> Entries:
+    """Return the 50,000 training images of cifar-10-python.tar.gz, batch after batch."""
+    batches = []
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.size > MAX_MEMBER:
+                    raise ValueError(f"{member.name!r} has {member.size:,} bytes")
+                name = member.name.rpartition("/")[2]
+                if not member.isfile() or not name.startswith("data_batch_"):
+                    continue
+                opened = archive.extractfile(member)
+                assert opened is not None
+                batches.append((name, *cifar_batch(opened.read(MAX_MEMBER), member.size)))
+    except (*DAMAGE, TypeError, tarfile.TarError) as error:
+        raise InputError(f"{path} is not CIFAR-10's archive: {error}", "fetch it again") from None
+    if not batches:
+        raise InputError(f"{path} holds no data_batch_1 ...", "give cifar-10-python.tar.gz")
+    batches.sort(key=lambda batch: batch[0])
+    rows = np.concatenate([part for _, part, _ in batches])
+    classes = [label for _, _, part in batches for label in part]
+    pictures = torch.from_numpy(rows.reshape(-1, 3, 32, 32))
+    mark = fingerprint([hashlib.sha256(rows.tobytes()).hexdigest()], classes)
+    return Entries(numbered(len(classes)), lambda i: pictures[i], classes, mark)
+
+
+def cifar_batch(content: bytes, size: int) -> tuple[np.ndarray[Any, Any], list[int]]:
+    """Return the rows (N, 3072) uint8 and classes of one file of CIFAR-10's python archive.
+
+    Raises Refused for anything else in it, ValueError and its kin for a damaged file.
+    """
+    stream = io.BytesIO(content)
+    table = expect(Machine(size, NUMPY_TABLE).run(stream, len(content)), dict)
+    rows, classes = table.get("data"), table.get("labels")
+    match rows.state if isinstance(rows, Array) else None:
+        case (_, (int(count), 3072), Dtype("u1"), False | 0, str(text)):
+            raw = text.encode("latin-1")
+        case _:
+            raise Refused("its data is no table of 3,072 bytes an image")
+    if len(raw) != count * 3072 or len(expect(classes, list)) != count:
+        raise Refused(f"{count} images have {len(raw):,} bytes and {len(classes)} classes")
+    if any(type(c) is not int or not 0 <= c <= 9 for c in classes):
+        raise Refused("a class is not 0 to 9")
+    return np.frombuffer(raw, np.uint8).reshape(count, 3072), classes
 
 
 def write_zip(path: Path, pictures: Iterable[tuple[str, bytes, int | None]]) -> int:
@@ -29,9 +241,7 @@ def write_zip(path: Path, pictures: Iterable[tuple[str, bytes, int | None]]) -> 
     return len(labels)
 
 
-def write_npz(
-    path: Path, images: Iterable[Tensor], count: int, labels: Sequence[int] | None
-) -> None:
+def write_npz(path: Path, images: Iterable[Tensor], count: int, labels: Any) -> None:
     """Write `count` images (C, H, W) uint8 as arr_0 (N, H, W, C), and their classes as arr_1.
 
     Each image is written at once, so that memory does not grow with their number.

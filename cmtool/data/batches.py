@@ -7,12 +7,11 @@ import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
 
 from cmtool.core.rng import keyed_generator
 from cmtool.core.tensors import to_device
@@ -20,7 +19,7 @@ from cmtool.data.datasets import Dataset, Images
 from cmtool.data.images import from_uint8
 from cmtool.errors import InputError, ResourceError
 from cmtool.system.devices import keep_freed_memory
-from cmtool.system.workers import WORKER_TIMEOUT, made_ahead
+from cmtool.system.workers import WORKER_TIMEOUT, Results, made_ahead
 
 BatchFn = Callable[[int, int], tuple[Tensor, Tensor | None]]
 """`(step, shard) -> (x0, labels)`, one microbatch."""
@@ -48,32 +47,24 @@ def batches(
     divide, and later ResourceError for a worker that died or hangs for `timeout` seconds.
     """
     if batch % shards:
-        raise InputError(
-            f"a batch of {batch} cannot be split into {shards} equal parts",
-            f"use a multiple of {shards}",
-        )
+        what = f"a batch of {batch} cannot be split into {shards} equal parts"
+        raise InputError(what, f"use a multiple of {shards}")
     if device == "cpu":
         keep_freed_memory()
-    pick = Picker(moved_to(data, device), batch, batch // shards, seed, flip)
+    elif isinstance(data.images, Tensor):  # in memory, so on the GPU
+        labels = None if data.labels is None else data.labels.to(device)
+        data = replace(data, images=data.images.to(device), labels=labels)
+    pick = Picker(data, batch, batch // shards, seed, flip)
     fetch: BatchFn = pick
     if workers and not isinstance(data.images, Tensor):
         fetch = PickerAhead(pick, workers, range(rank, shards, world_size), timeout)
 
     def microbatch(step: int, shard: int) -> tuple[Tensor, Tensor | None]:
         images, labels = fetch(step, shard)
-        return from_uint8(to_device(images, device)), None if labels is None else to_device(
-            labels, device
-        )
+        given = None if labels is None else to_device(labels, device)
+        return from_uint8(to_device(images, device)), given
 
     return microbatch
-
-
-def moved_to(data: Dataset, device: str) -> Dataset:
-    """Return the data set with its images on the device, if it has them in memory."""
-    if not isinstance(data.images, Tensor) or device == "cpu":
-        return data
-    labels = None if data.labels is None else data.labels.to(device)
-    return replace(data, images=data.images.to(device), labels=labels)
 
 
 @dataclass(frozen=True)
@@ -118,39 +109,42 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=keyed_generator("epoch", seed, epoch))
 
 
+@dataclass
 class PickerAhead:
     """A Picker whose microbatches worker processes decode ahead, in the order of training."""
 
-    def __init__(self, pick: Picker, workers: int, shards: range, timeout: float) -> None:
-        self.pick = pick
-        self.workers = workers
-        self.shards = shards
-        self.timeout = timeout
-        self.decoded: Iterator[Any] | None = None
-        self.next: tuple[int, int] | None = None
+    pick: Picker
+    workers: int
+    shards: range
+    timeout: float
+    decoded: Iterator[Any] | None = None
+    next: int | None = None
+    """The number of the microbatch that `decoded` yields next, in this process's order."""
 
     def __call__(self, step: int, shard: int) -> tuple[Tensor, Tensor | None]:
         """Return one microbatch. Raises ResourceError when a worker died or hangs."""
-        if self.next != (step, shard):
+        number = step * len(self.shards) + self.shards.index(shard)
+        if self.next != number:
             gc.freeze()  # else garbage collections copy the memory that workers share with us
             atexit.register(gc.unfreeze)
-            start = step * len(self.shards) + self.shards.index(shard)
-            microbatches = _Microbatches(self.pick, self.shards)
-            order = itertools.count(start)
-            self.decoded = made_ahead(microbatches, order, self.workers, self.timeout)
+            made = Results(partial(_numbered, self.pick, self.shards))
+            self.decoded = made_ahead(made, itertools.count(number), self.workers, self.timeout)
         assert self.decoded is not None
         try:
             found = next(self.decoded)
         except ResourceError as error:
             raise ResourceError(f"{error.what} at step {step}", error.hint) from None
-        later = self.shards.index(shard) + 1
-        self.next = (
-            (step, self.shards[later]) if later < len(self.shards) else (step + 1, self.shards[0])
-        )
+        self.next = number + 1
         if isinstance(found, InputError):
             self.decoded = self.next = None  # this ends the workers too
             raise found
         return found
+
+
+def _numbered(pick: Picker, shards: range, number: int) -> tuple[Tensor, Tensor | None]:
+    """Return a microbatch by its number in the order in which a process asks for them."""
+    step, place = divmod(number, len(shards))
+    return pick(step, shards[place])
 
 
 def decoded_ahead(images: Images, parts: Sequence[Tensor], workers: int) -> Iterator[Tensor]:
@@ -158,38 +152,9 @@ def decoded_ahead(images: Images, parts: Sequence[Tensor], workers: int) -> Iter
 
     Raises InputError naming what cannot be read, ResourceError for a worker that is gone.
     """
-    if isinstance(images, Tensor):
-        workers = 0
-    for found in made_ahead(_ImageParts(images, parts), range(len(parts)), workers):
+    made = Results(lambda number: images[parts[number]])
+    crew = 0 if isinstance(images, Tensor) else workers
+    for found in made_ahead(made, range(len(parts)), crew):
         if isinstance(found, InputError):
             raise found
         yield found
-
-
-class _Microbatches(TorchDataset[Any]):
-    """The microbatches of one process, numbered in the order in which it asks for them."""
-
-    def __init__(self, pick: Picker, shards: range) -> None:
-        self.pick = pick
-        self.shards = shards
-
-    def __getitem__(self, number: int) -> Any:
-        step, place = divmod(number, len(self.shards))
-        try:
-            return self.pick(step, self.shards[place])
-        except InputError as error:  # raised again where the user can see it
-            return error
-
-
-class _ImageParts(TorchDataset[Any]):
-    """The images of each index; an error is returned, not raised."""
-
-    def __init__(self, images: Images, parts: Sequence[Tensor]) -> None:
-        self.images = images
-        self.parts = parts
-
-    def __getitem__(self, number: int) -> Any:
-        try:
-            return self.images[self.parts[number]]
-        except InputError as error:
-            return error

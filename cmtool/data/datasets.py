@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmtool.data.folders import listed_entries
-from cmtool.data.sources import LazyImages, open_images
+from cmtool.data.sources import LazyImages, listed_entries, open_images
 from cmtool.errors import InputError, nearest
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
@@ -33,15 +32,10 @@ class Images(Protocol):
     @property
     def shape(self) -> Sequence[int]:
         """N, C, H, W."""
-        ...
 
-    def __len__(self) -> int:
-        """Return N."""
-        ...
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: Tensor, /) -> Tensor:
-        """Return the images (n, C, H, W) of a one-dimensional index."""
-        ...
+    def __getitem__(self, index: Tensor, /) -> Tensor: ...  # of one dimension -> (n, C, H, W)
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,6 @@ class Dataset:
     known_hash: str = ""
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self.images)
 
     @property
@@ -142,17 +135,17 @@ def load_dataset(
         raise InputError(f"no data set or folder {name!r}", hint)
     entries = open_images(path)
     if entries is None:
-        raise InputError(
-            f"{name} is not a data set", "give a folder or zip of images, an npz, or a tarball"
-        )
+        hint = "give a folder or zip of images, an npz, or a tarball"
+        raise InputError(f"{name} is not a data set", hint)
     lazy = LazyImages(name, entries, channels, size, fit)
     labels = None if entries.labels is None else torch.tensor(entries.labels)
+    count = 0 if labels is None else int(labels.max()) + 1
     if not in_memory or math.prod(lazy.shape) > MAX_IN_MEMORY:
-        return Dataset(name, lazy, labels, _count(labels), entries.fingerprint)
+        return Dataset(name, lazy, labels, count, entries.fingerprint)
     everything = torch.empty(lazy.shape, dtype=torch.uint8)
     for index, image in enumerate(everything):
         image.copy_(lazy.image(index))
-    return Dataset(name, everything, labels, _count(labels))
+    return Dataset(name, everything, labels, count)
 
 
 def listed_images(paths: Sequence[str]) -> Dataset:
@@ -160,10 +153,6 @@ def listed_images(paths: Sequence[str]) -> Dataset:
     images = LazyImages("", listed_entries(paths), 3, None, "exact")
     name = paths[0] if len(paths) == 1 else f"{len(paths)} files"
     return Dataset(name, images, None, 0, images.entries.fingerprint)
-
-
-def _count(labels: Tensor | None) -> int:
-    return 0 if labels is None else int(labels.max()) + 1
 
 
 DATASETS: dict[str, Callable[[str], Dataset]] = {"digits": digits}

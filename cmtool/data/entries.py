@@ -1,19 +1,30 @@
-"""What a source of images holds: the names of its images, how to read one, their labels."""
+"""What a source of images holds: the names of its images, how to read one, and their classes.
+
+Classes come from a table beside the images, or from the folders they are in.
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import json
 import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from cmtool.data.images import SUFFIXES
+from cmtool.errors import InputError
 
 MAX_MEMBER = 64 << 20
 """Bytes that one image in an archive may have."""
+EDM_FOLDER = 5
+"""EDM's archives spread images over folders named by five digits. These are not classes."""
+SPLITS = {"train", "val", "valid", "validation", "test"}
+"""Folders train and val side by side are splits, not classes."""
 
 
 class Names:
@@ -30,14 +41,11 @@ class Names:
         self.packed, self.ends = bytes(packed), ends
 
     def __len__(self) -> int:
-        """Return the number of names."""
         return len(self.ends) - 1
 
     def __getitem__(self, index: int) -> str:
-        """Return a name by its index."""
-        return self.packed[self.ends[index] : self.ends[index + 1]].decode(
-            "utf-8", "surrogateescape"
-        )
+        name = self.packed[self.ends[index] : self.ends[index + 1]]
+        return name.decode("utf-8", "surrogateescape")
 
 
 class Entries(NamedTuple):
@@ -70,3 +78,77 @@ def fingerprint(facts: Iterable[str], labels: Sequence[int] | None) -> str:
         digest.update(f"{fact}\n".encode("utf-8", "surrogateescape"))
     digest.update(repr(labels).encode())
     return digest.hexdigest()[:16]
+
+
+def check_table(size: int, images: int, shown: str) -> None:
+    """Raise InputError for a file of more than 1 MiB, and 1 KiB an image, as a table of labels."""
+    if size > (1 << 20) + (1 << 10) * images:
+        hint = "a table of labels is smaller: remove or replace it"
+        raise InputError(f"{shown} has {size:,} bytes", hint)
+
+
+def find_labels(
+    source: str, names: Sequence[str], read: Callable[[str], bytes | None]
+) -> list[int] | None:
+    """Return a class per image from dataset.json, labels.csv or the sub-folders; or None.
+
+    `read(name)` returns a file beside the images, or None. Raises InputError naming the first bad
+    entry, and for a folder that holds train and other splits.
+    """
+    for name, parse in LABELS.items():
+        content = read(name)
+        if content is not None:
+            table = parse(content, f"{name} in {source}")
+            return None if table is None else _looked_up(table, names, f"{name} in {source}")
+    folders = [name.rpartition("/")[0] for name in names]
+    classes = {folder: place for place, folder in enumerate(sorted(set(folders)))}
+    if len(classes) < 2 or all(c.isdigit() and len(c) == EDM_FOLDER for c in classes):
+        return None
+    splits = sorted(SPLITS.intersection(folder.partition("/")[0] for folder in classes))
+    if "train" in splits and len(splits) > 1:
+        raise InputError(f"{source} holds {', '.join(splits)}", f"give one of them: {source}/train")
+    return [classes[folder] for folder in folders]
+
+
+def _json_labels(content: bytes, shown: str) -> dict[str, Any] | None:
+    try:
+        listed = json.loads(content).get("labels")
+        return None if listed is None else {str(name): label for name, label in listed}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        what = f"{shown} is not {{'labels': [[name, class], ...]}}"
+        raise InputError(what, "make it again, or remove it") from None
+
+
+def _csv_labels(content: bytes, shown: str) -> dict[str, Any]:
+    try:
+        rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8-sig"))) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        what = f"{shown} is not a table: {error}"
+        raise InputError(what, "write name,class on each line") from None
+    if any(len(row) != 2 for row in rows):
+        raise InputError(f"{shown} has other than two columns", "write name,class on each line")
+    classes = sorted({label for _, label in rows if not label.lstrip("-").isdigit()})
+    if classes:  # classes by name; the name in a header is not a class
+        if rows[0][1] in classes and sum(row[1] == rows[0][1] for row in rows) == 1:
+            rows, classes = rows[1:], sorted({label for _, label in rows[1:]})
+        if any(not label.lstrip("-").isdigit() for label in classes):
+            return {name: classes.index(label) for name, label in rows}
+    return {name: int(label) for name, label in rows}
+
+
+LABELS: dict[str, Callable[[bytes, str], dict[str, Any] | None]] = {
+    "dataset.json": _json_labels,
+    "labels.csv": _csv_labels,
+}
+
+
+def _looked_up(table: dict[str, Any], names: Sequence[str], shown: str) -> list[int]:
+    labels = []
+    for name in names:
+        label = table.get(name)
+        if type(label) is not int or label < 0:
+            what = "gives no class" if name not in table else f"gives the class {label!r}"
+            hint = "classes count from 0: correct that line"
+            raise InputError(f"{shown} {what} for {name!r}", hint)
+        labels.append(label)
+    return labels

@@ -20,6 +20,8 @@ from cmtool.errors import InputError, UserError, nearest
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 64_000_000
+DAMAGE = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for a damaged file."""
 T = TypeVar("T")
 
 
@@ -58,11 +60,9 @@ def read_image(source: Path | bytes, name: str = "", mode: str = "RGB") -> Tenso
 
 def image_mode(source: Path | bytes, name: str = "") -> str:
     """Return how an image file stores its pixels: RGB, L, P, CMYK, I;16 ..., "rotated" by EXIF."""
-
-    def mode(image: Image.Image) -> str:
-        return f"{image.mode} rotated" if _orientation(image) in TURNS else image.mode
-
-    return _use_image(source, name, mode)
+    return _use_image(
+        source, name, lambda image: image.mode + " rotated" * (_orientation(image) in TURNS)
+    )
 
 
 def _use_image(source: Path | bytes, name: str, use: Callable[[Image.Image], T]) -> T:
@@ -72,22 +72,16 @@ def _use_image(source: Path | bytes, name: str, use: Callable[[Image.Image], T])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large sizes are refused here; odd EXIF does no harm
-            with Image.open(
-                source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS
-            ) as image:
+            opened = source if isinstance(source, Path) else io.BytesIO(source)
+            with Image.open(opened, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise InputError(
-                        f"{shown} has {image.width}x{image.height} pixels",
-                        "the limit is 64 million",
-                    )
+                    what = f"{shown} has {image.width}x{image.height} pixels"
+                    raise InputError(what, "the limit is 64 million")
                 return use(image)
     except UnidentifiedImageError:
-        raise InputError(
-            f"{shown} is not an image cmtool reads", f"use one of {', '.join(FORMATS)}"
-        ) from None
-    except (
-        OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError
-    ) as error:  # fmt: skip
+        hint = f"use one of {', '.join(FORMATS)}"
+        raise InputError(f"{shown} is not an image cmtool reads", hint) from None
+    except DAMAGE as error:
         raise InputError(f"{shown} cannot be decoded: {error}", "replace the file") from None
 
 
@@ -173,31 +167,33 @@ def _picture(image: Tensor) -> Image.Image:
     return Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
 
 
-def _crop(image: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+def _centre(image: Image.Image, side: int) -> Image.Image:
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _resized(image: Image.Image, side: int, how: Image.Resampling) -> Image.Image:
+    """Return the centre of the image with its shorter side of `side` pixels."""
+    scale = side / min(image.size)
+    size = round(image.width * scale), round(image.height * scale)
+    return _centre(image.resize(size, how), side)
 
 
 def _fit_edm(image: Image.Image, side: int) -> Image.Image:
     """EDM's dataset tool: the largest centred square, then Lanczos."""
-    square = min(image.size)
-    return _crop(image, square, square).resize((side, side), Image.Resampling.LANCZOS)
+    return _centre(image, min(image.size)).resize((side, side), Image.Resampling.LANCZOS)
 
 
 def _fit_adm(image: Image.Image, side: int) -> Image.Image:
     """ADM's loader: box-halve while at least twice too large, bicubic, then the centre."""
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = side / min(image.size)
-    size = round(image.width * scale), round(image.height * scale)
-    return _crop(image.resize(size, Image.Resampling.BICUBIC), side, side)
+    return _resized(image, side, Image.Resampling.BICUBIC)
 
 
 def _fit_box(image: Image.Image, side: int) -> Image.Image:
     """The release's LSUN script: box to the shorter side, then the centre."""
-    scale = side / min(image.size)
-    size = round(image.width * scale), round(image.height * scale)
-    return _crop(image.resize(size, Image.Resampling.BOX), side, side)
+    return _resized(image, side, Image.Resampling.BOX)
 
 
 FITS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
@@ -244,17 +240,13 @@ def canvas(h: int, w: int, size: tuple[int, int], how: str, name: str = "the ima
     """
     if how not in CANVASES:
         raise UserError(f"--fit {how!r}", nearest(how, CANVASES))
-    big_h, big_w = h >= size[0], w >= size[1]
-    whole = (0, 0, h, w)
-    pad = (max(size[0] - h, 0), max(size[1] - w, 0))
-    if (h, w) == size or how == "tile":
-        return Canvas(whole, pad)
-    if how == "crop" and big_h and big_w:
+    is_large = h >= size[0] and w >= size[1]
+    is_small = h <= size[0] and w <= size[1]
+    if (h, w) == size or how == "tile" or (how == "pad" and is_small):
+        return Canvas((0, 0, h, w), (max(size[0] - h, 0), max(size[1] - w, 0)))
+    if how == "crop" and is_large:
         return Canvas(((h - size[0]) // 2, (w - size[1]) // 2, *size), (0, 0))
-    if how == "pad" and h <= size[0] and w <= size[1]:
-        return Canvas(whole, pad)
-    good = ["tile", *(["crop"] if big_h and big_w else [])]
-    good += ["pad"] if h <= size[0] and w <= size[1] else []
+    good = ["tile", *["crop"] * is_large, *["pad"] * is_small]
     raise InputError(
         f"{name} is {w}x{h}, the model makes {size[1]}x{size[0]}",
         f"resize it to {size[1]}x{size[0]}, or choose --fit {' or '.join(good)}",
@@ -280,14 +272,14 @@ def text_mask(text: str, h: int, w: int) -> Tensor:
     raise UserError(f"--text {text!r} does not fit into {w}x{h}", "give fewer letters")
 
 
-def animation_bytes(frames: Tensor, suffix: str, *, frames_per_second: float = 12.0) -> bytes:
-    """Return frames (n, C, H, W) uint8 as an endless animated .gif or .webp."""
+def animation_bytes(frames: Tensor, suffix: str) -> bytes:
+    """Return frames (n, C, H, W) uint8 as an endless animated .gif or .webp, 12 a second."""
     pictures = [_picture(frame) for frame in frames]
     buffer = io.BytesIO()
     exact = {"lossless": True} if suffix == ".webp" else {}
     pictures[0].save(
         buffer, ANIMATIONS[suffix], save_all=True, append_images=pictures[1:], loop=0,
-        duration=round(1000 / frames_per_second), **exact,
+        duration=round(1000 / 12), **exact,
     )  # fmt: skip
     return buffer.getvalue()
 
@@ -322,9 +314,8 @@ def grid(images: Tensor, columns: int, *, scale: int = 1, gap: int = 1) -> Tenso
     b, c, h, w = images.shape
     columns = min(columns, b)
     rows = -(-b // columns)
-    canvas = torch.full(
-        (c, rows * (h + gap) + gap, columns * (w + gap) + gap), 255, dtype=torch.uint8
-    )
+    size = rows * (h + gap) + gap, columns * (w + gap) + gap
+    canvas = torch.full((c, *size), 255, dtype=torch.uint8)
     for i, image in enumerate(images.cpu()):
         top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
         canvas[:, top : top + h, left : left + w] = image

@@ -15,9 +15,8 @@ def lmdb_entries(path: Path) -> Entries:
     try:
         import lmdb
     except ImportError:
-        raise MissingError(
-            f"{path} is an lmdb, which needs another package", "pip install 'cmtool[lmdb]'"
-        ) from None
+        what = f"{path} is an lmdb, which needs another package"
+        raise MissingError(what, "pip install 'cmtool[lmdb]'") from None
     opened: dict[int, Any] = {}
 
     def environment() -> Any:

@@ -5,8 +5,10 @@ A source is opened by its content and name. It is never extracted: images are de
 
 from __future__ import annotations
 
+import os
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmtool.data.cifar import cifar_entries
-from cmtool.data.entries import Entries
-from cmtool.data.folders import folder_entries
-from cmtool.data.images import fitted, image_mode, read_image, recoloured
+from cmtool.data.archives import cifar_entries, npz_entries, zip_entries
+from cmtool.data.entries import Entries, Names, check_table, find_labels, fingerprint, is_image
+from cmtool.data.images import SUFFIXES, fitted, image_mode, read_image, recoloured
 from cmtool.data.lsun import lmdb_entries
-from cmtool.data.zips import npz_entries, zip_entries
 from cmtool.errors import InputError
 
 
@@ -34,6 +34,53 @@ def open_images(path: Path) -> Entries | None:
     return cifar_entries(path) if tarfile.is_tarfile(path) else None
 
 
+def folder_entries(path: Path) -> Entries:
+    """Return the images under a folder, sorted by path."""
+    found = []
+    for folder, _, files in os.walk(path):
+        inside = os.path.relpath(folder, path)
+        for file in files:
+            name = file if inside == "." else f"{inside}/{file}".replace(os.sep, "/")
+            if is_image(name):
+                found.append(name)
+    found.sort()
+    if not found:
+        raise InputError(f"no images in {path}", f"looked for {', '.join(SUFFIXES)}")
+
+    def beside(name: str) -> bytes | None:
+        file = path / name
+        if not file.is_file():
+            return None
+        check_table(file.stat().st_size, len(found), str(file))
+        return _read(file, "repair the file, or remove it")
+
+    labels = find_labels(str(path), found, beside)
+    sizes = (f"{name} {(path / name).lstat().st_size}" for name in found)
+    names = Names(found)
+
+    def read(index: int) -> bytes:
+        return _read(path / names[index], "repair the file, or remove it")
+
+    return Entries(names, read, labels, fingerprint(sizes, labels))
+
+
+def listed_entries(paths: Sequence[str]) -> Entries:
+    """Return the image files of a list of paths, in the order of the list."""
+    names = Names(paths)
+
+    def read(index: int) -> bytes:
+        return _read(names[index], "check the path")
+
+    return Entries(names, read, None, fingerprint(paths, None))
+
+
+def _read(file: Path | str, hint: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}", hint) from None
+
+
 @dataclass
 class LazyImages:
     """Images (N, C, H, W) uint8 that are decoded when they are asked for, in any process.
@@ -46,9 +93,8 @@ class LazyImages:
     channels: int
     size: tuple[int, int] | None
     fit: str
-
-    def __post_init__(self) -> None:
-        self.first: tuple[str, tuple[int, int]] | None = None
+    first: tuple[str, tuple[int, int]] | None = None
+    """The name and the size of the image that was asked for first."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -59,7 +105,6 @@ class LazyImages:
         return len(self), self.channels, h, w
 
     def __len__(self) -> int:
-        """Return the number of images; decodes none."""
         return len(self.entries.names)
 
     def __getitem__(self, index: Tensor) -> Tensor:

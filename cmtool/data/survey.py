@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
 
 from cmtool.data.datasets import Dataset
 from cmtool.data.images import from_uint8, png_bytes
 from cmtool.data.sources import LazyImages
 from cmtool.errors import InputError
-from cmtool.system.workers import made_ahead
+from cmtool.system.workers import Results, made_ahead
 
 PART = 64
 """Images that a worker takes at a time."""
-T = TypeVar("T")
 
 
 @dataclass
@@ -51,7 +49,7 @@ class Survey:
 
 def surveys(data: Dataset, workers: int = 0) -> Iterator[Survey]:
     """Yield what each PART of the images holds, in their own sizes."""
-    yield from _map_parts(data, range(len(data)), workers, _survey)
+    return _map_parts(data, range(len(data)), workers, _survey)
 
 
 def pngs(data: Dataset, workers: int = 0) -> Iterator[list[bytes | InputError]]:
@@ -61,15 +59,15 @@ def pngs(data: Dataset, workers: int = 0) -> Iterator[list[bytes | InputError]]:
     """
     if isinstance(data.images, LazyImages):
         data.images.settle()  # else each worker would take the size of its own first image
-    yield from _map_parts(data, range(len(data)), workers, _encode)
+    return _map_parts(data, range(len(data)), workers, _encode)
 
 
 def check_images(data: Dataset, workers: int = 0, rank: int = 0, world_size: int = 1) -> None:
     """Decode this process's share of all images. Raises InputError naming a bad one."""
-    for error in _map_parts(data, range(rank, len(data), world_size), workers, _check):
-        if error is not None:
-            error.rank = rank
-            raise error
+    for found in _map_parts(data, range(rank, len(data), world_size), workers, _decode):
+        if isinstance(found, InputError):
+            found.rank = rank
+            raise found
 
 
 def _survey(data: Dataset, part: Sequence[int]) -> Survey:
@@ -103,29 +101,14 @@ def _encode(data: Dataset, part: Sequence[int]) -> list[bytes | InputError]:
     return found
 
 
-def _check(data: Dataset, part: Sequence[int]) -> InputError | None:
-    try:
-        data.images[torch.tensor(part)]
-    except InputError as error:
-        return error
-    return None
+def _decode(data: Dataset, part: Sequence[int]) -> None:
+    data.images[torch.tensor(part)]
 
 
 def _map_parts(
-    data: Dataset, order: range, workers: int, use: Callable[[Dataset, Sequence[int]], T]
-) -> Iterator[T]:
-    """Yield what `use` returns for each part of the order."""
+    data: Dataset, order: range, workers: int, use: Callable[[Dataset, Sequence[int]], Any]
+) -> Iterator[Any]:
+    """Yield what `use` returns for each part of the order, or the InputError it raises."""
     parts = [order[i : i + PART] for i in range(0, len(order), PART)]
-    yield from made_ahead(_Mapped(data, parts, use), range(len(parts)), workers)
-
-
-class _Mapped(TorchDataset[Any], Generic[T]):
-    """What a function returns for each part of a data set."""
-
-    def __init__(
-        self, data: Dataset, parts: list[range], use: Callable[[Dataset, Sequence[int]], T]
-    ) -> None:
-        self.data, self.parts, self.use = data, parts, use
-
-    def __getitem__(self, part: int) -> T:
-        return self.use(self.data, self.parts[part])
+    made = Results(lambda number: use(data, parts[number]))
+    yield from made_ahead(made, range(len(parts)), workers)

@@ -106,9 +106,7 @@ class Group(NamedTuple):
 
     def agreed(self, action: Callable[[], T], name: str) -> T:
         """Return the result of an action of the leading process; all raise what it raises."""
-        done: T | UserError | None = None
-        if self.leads:
-            done = _outcome(action)
+        done = _outcome(action) if self.leads else None
         self.meet(name)
         return _returned(self.tell(done))  # type: ignore[return-value]  # never None: the leading process has one
 
@@ -134,11 +132,9 @@ class Group(NamedTuple):
 
         A collective would time out while the leading process draws or writes.
         """
-        if self.store is None:
-            return
-        if self.leads:
+        if self.store is not None and self.leads:
             self.store.set(name, "")
-        else:
+        elif self.store is not None:
             self._await([name])
 
     def _await(self, keys: list[str]) -> None:
@@ -152,8 +148,7 @@ class Group(NamedTuple):
 
     def confess(self, failure: str) -> None:
         """Leave a message about what ends this process, unless another process has."""
-        store = self.store
-        if store is not None:
+        if (store := self.store) is not None:
             _try_for(lambda: store.compare_set("failure", "", failure))
 
     def failure(self) -> str | None:
@@ -212,26 +207,21 @@ def join(
     try:
         store = assemble(found, rank, world_size)
     except dist.DistStoreError:
-        raise ResourceError(
-            f"not all of {world_size} processes are there after {JOIN_TIMEOUT:.0f} s",
-            "read the messages of the other processes",
-        ) from None
+        what = f"not all of {world_size} processes are there after {JOIN_TIMEOUT:.0f} s"
+        raise ResourceError(what, "read the messages of the other processes") from None
     on_gpu = device.startswith("cuda")
     patience = timedelta(seconds=timeout)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    longer = patience + timedelta(seconds=MARGIN) if on_gpu else patience
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            timeout=patience + timedelta(seconds=MARGIN) if on_gpu else patience,
-            store=store,
-            rank=rank,
-            world_size=world_size,
+            backend, timeout=longer, store=store, rank=rank, world_size=world_size
         )
         talk = dist.new_group(backend="gloo", timeout=patience) if on_gpu else None
     except RuntimeError as error:
-        raise ResourceError(
-            f"the processes cannot reach each other: {str(error).splitlines()[0][:200]}",
-            "on several nodes, name the network interface that joins them: GLOO_SOCKET_IFNAME",
-        ) from error
+        what = f"the processes cannot reach each other: {str(error).splitlines()[0][:200]}"
+        hint = "on several nodes, name the network interface that joins them: GLOO_SOCKET_IFNAME"
+        raise ResourceError(what, hint) from error
     assert not isinstance(talk, int)  # what processes outside a group get
     if not sharded:
         return Group(rank, world_size, store, talk)

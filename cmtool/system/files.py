@@ -15,9 +15,7 @@ from cmtool.errors import InputError, ResourceError, is_full
 
 def file_facts(file: Path) -> dict[str, Any]:
     """Return the size and sha256 of a file."""
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 def write_json(path: Path, content: dict[str, Any], *, durable: bool = False) -> None:
@@ -35,19 +33,12 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = False) -> None:
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is not a regular file", "give another name")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
         if durable:
             sync(temporary)
-        temporary.replace(path)
-        if durable:
-            sync(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and is_full(error):
-            raise ResourceError(f"no room on the disk for {path}", "free disk space") from None
-        raise
+    if durable:
+        sync(path.parent)
 
 
 def sync(path: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any
@@ -15,10 +15,23 @@ from typing import Any
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from cmtool.errors import ResourceError
+from cmtool.errors import InputError, ResourceError
 
 WORKER_TIMEOUT = 300
 """Seconds without a result after which workers count as hanging."""
+
+
+class Results(TorchDataset[Any]):
+    """What a function makes of each number, or the InputError that it raises."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self.make = make
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.make(number)
+        except InputError as error:  # raised again where the user can see it
+            return error
 
 
 def made_ahead(
