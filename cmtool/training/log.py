@@ -1,4 +1,7 @@
-"""log.jsonl: what its lines say (means since the last one, speed, memory), and the file itself."""
+"""log.jsonl: what its lines say (means since the last one, speed, memory), and the file itself.
+
+The same numbers go into TensorBoard's event files.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
 from cmtool.core.noise import NoiseRange
-from cmtool.errors import ResourceError, is_full
+from cmtool.errors import MissingError, ResourceError, is_full
 from cmtool.presets.schema import Preset
 from cmtool.system.dist import Group
 from cmtool.system.files import write_atomic
 from cmtool.training.fit import StepInfo
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Progress(NamedTuple):
@@ -261,3 +267,28 @@ class LogFile:
                 file.truncate(end)
                 raise ResourceError(f"no room on the disk for {self.path}", "free disk space")
         self.unwritten.clear()
+
+
+def event_writer() -> type[SummaryWriter]:
+    """Return the class that writes event files. Raises MissingError without TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingError(
+            f"run.tensorboard needs the package tensorboard: {error}",
+            "pip install 'cmtool[tensorboard]', or --set run.tensorboard=false",
+        ) from None
+    return SummaryWriter
+
+
+def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield a log line's numbers under names that TensorBoard takes, tables as `table/key`."""
+    for key, value in line.items():
+        if key == "eval":
+            yield f"eval/{value['metric']}", value["value"]
+        elif isinstance(value, Mapping):
+            for band, number in value.items():
+                if number is not None:
+                    yield f"{key}/{band.replace('<', 'below_').replace('>', 'above_')}", number
+        elif key not in ("step", "time") and value is not None:
+            yield key, value

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from cmtool import __version__
 from cmtool.formats.checkpoints import best
 from cmtool.system.files import write_atomic
+from cmtool.training.folder import read_json
 from cmtool.training.log import read_log
 from cmtool.training.plots import run_plots, svgs
-from cmtool.training.status import read_json
 
 MAX_FRAMES = 12
 """A run's report shows at most so many sample grids."""

@@ -14,22 +14,16 @@ from cmtool.presets.build import noise_range
 from cmtool.presets.schema import Preset
 from cmtool.system import dist
 from cmtool.system.dist import ALONE, Group
-from cmtool.training.checkpoint import load_newest
-from cmtool.training.failure import explained, with_dump
+from cmtool.training.checkpoint import Saver, load_newest
 from cmtool.training.fit import Diverged, StepInfo, fit
-from cmtool.training.folder import clear_leftovers, clear_run, locked, prepare_folder
+from cmtool.training.folder import clear_leftovers, clear_run, keep_status, locked, prepare_folder
 from cmtool.training.log import Clock, Meter, Watcher, trim_log
-from cmtool.training.observers import OBSERVERS, News, Tools, final_images
-from cmtool.training.record import check_same, write_record
+from cmtool.training.observers import OBSERVERS, News, RunWriter, Tools, final_images
 from cmtool.training.report import write_run_report
-from cmtool.training.saver import Saver
-from cmtool.training.setup import Run, set_up
-from cmtool.training.start import Start, decide_start
+from cmtool.training.start import Run, Start, check_same, decide_start, set_up, write_record
 from cmtool.training.state import fit_settings
-from cmtool.training.status import keep_status
-from cmtool.training.stop import Stop, stop_signals, stopped
+from cmtool.training.stop import Stop, explained, stop_signals, stopped, with_dump
 from cmtool.training.utilisation import ideal_seconds
-from cmtool.training.writer import RunWriter
 
 
 def train(
