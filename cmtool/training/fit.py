@@ -92,8 +92,7 @@ class Diverged(DivergedError):
 
     def __init__(self, what: str, hint: str, info: StepInfo, batch: Batch) -> None:
         super().__init__(what, hint)
-        self.info = info
-        self.batch = batch
+        self.info, self.batch = info, batch
 
 
 def learning_rate(settings: FitSettings, step: int, progress: float) -> float:
@@ -114,13 +113,6 @@ def sync_in_last_round(models: Models, *, last: bool) -> Iterator[None]:
             if not last and isinstance(model, DistributedDataParallel):
                 stack.enter_context(model.no_sync())
         yield
-
-
-def start_anew(state: TrainState) -> None:
-    """Forget the optimizer's moments and set every weights EMA to the student."""
-    state.optimizer.state.clear()
-    for ema in state.emas.values():
-        update_average(ema.model.parameters(), state.student.parameters(), 0.0)
 
 
 def fit(
@@ -149,8 +141,10 @@ def fit(
     while state.step < settings.steps:
         seen = state.step * settings.batch
         stage = curriculum(state.step, settings.steps)._replace(images=seen)
-        if stage.fresh:
-            start_anew(state)
+        if stage.fresh:  # the optimizer has no moments, and each weights EMA is the student
+            state.optimizer.state.clear()
+            for _, average in walked.averages:
+                update_average(average, walked.student, 0.0)
         rate = learning_rate(settings, state.step, stage.progress)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
@@ -163,13 +157,12 @@ def fit(
             fault=fault_text(fault, state.scaler), waited=waited,
         )  # fmt: skip
         if state.bad_steps >= settings.max_bad_steps:
-            raise Diverged(
-                f"not finite {state.bad_steps} steps in a row, to step {info.step}: {info.fault}",
+            what = f"not finite {state.bad_steps} steps in a row, to step {info.step}: {info.fault}"
+            hint = (
                 "start again with a lower train.lr, or --set train.max_grad_norm=1; the last"
-                " checkpoint is intact",
-                info,
-                batch,
+                " checkpoint is intact"
             )
+            raise Diverged(what, hint, info, batch)
         state.step += 1
         yield info
 
@@ -245,8 +238,7 @@ def accumulate(
     """
     group = settings.group
     shards = tuple(range(group.rank, settings.rounds * group.world_size, group.world_size))
-    images, classes, sigmas, losses = [], [], [], []
-    waited = 0.0
+    parts, waited = [], 0.0
     for shard in shards:
         generator = step_generator(settings.seed, state.step, shard)
         asked = time.perf_counter()
@@ -257,10 +249,8 @@ def accumulate(
                 loss, sigma = objective(models, x0, labels, stage, generator)
             mean = guarded_mean(loss) / (settings.rounds * group.world_size)
             (state.scaler.scale(mean) if state.scaler is not None else mean).backward()
-        images.append(x0)
-        classes.append(labels)
-        sigmas.append(sigma)
-        losses.append(loss.detach())
+        parts.append((x0, labels, sigma, loss.detach()))
+    images, classes, sigmas, losses = zip(*parts, strict=True)
     known = [labels for labels in classes if labels is not None]
     labels = torch.cat(known) if known else None
     return Batch(torch.cat(images), labels, torch.cat(sigmas), torch.cat(losses), shards), waited
@@ -275,23 +265,15 @@ def guarded_mean(loss: Tensor) -> Tensor:
     return mean * torch.where(torch.isfinite(mean.detach()), 1.0, torch.nan)
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Tell whether all of a tensor is finite; the host waits for the answer."""
-    return bool(torch.isfinite(tensor).all())
-
-
 def find_fault(student: Preconditioned, batch: Batch, group: Group) -> Fault:
     """Return what is not finite in a step; all processes call this and get the same answer."""
     place = int(batch.loss.argmax())
-    names = [name for name, _ in student.network.named_parameters()]
-    parameter = next(
-        (
-            name
-            for name, p in student.network.named_parameters()
-            if p.grad is not None and not all(map(is_finite, local([p.grad])))
-        ),
-        None,
-    )
+    grads = {name: p.grad for name, p in student.network.named_parameters()}
+    names, parameter = list(grads), None
+    for name, grad in grads.items():
+        if grad is not None and not all(torch.isfinite(part).all() for part in local([grad])):
+            parameter = name
+            break
     round_, image = divmod(place, len(batch.loss) // len(batch.shards))
     sigma, loss = float(batch.sigma[place]), float(batch.loss[place])
     faults = group.gather(Fault(parameter, batch.shards[round_], image, sigma, loss))

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -126,11 +126,10 @@ class Meter:
         for total in (self.loss, self.images, self.norm):
             total.zero_()
         self.steps = self.skipped = 0
-        by_sigma = [mean(total, count) for total, count in zip(loss, images, strict=True)]
         return Means(
             loss=mean(sum(loss), sum(images)),
-            loss_by_sigma=dict(zip(self.names, by_sigma, strict=True)),
-            images_by_sigma={n: int(c) for n, c in zip(self.names, images, strict=True)},
+            loss_by_sigma=dict(zip(self.names, map(mean, loss, images), strict=True)),
+            images_by_sigma=dict(zip(self.names, map(int, images), strict=True)),
             grad_norm=mean(sums["grad_norm"], sums["steps"]),
             skipped=sums["skipped"],
         )
@@ -176,11 +175,11 @@ def log_line(
     clock: Clock,
     group: Group,
     device: str,
-    ideal_seconds: float | None = None,
+    ideal: float | None = None,
 ) -> dict[str, Any]:
     """Return the line for log.jsonl and reset the sums; every process calls this.
 
-    It has an `mfu` if the `ideal_seconds` of a step are known.
+    It has an `mfu` if the `ideal` seconds of a step are known.
     """
     means = meter.take(group)  # this waits for the device, so the clock is read after it
     seconds, waited = clock.lap(info.step)
@@ -188,21 +187,13 @@ def log_line(
         "step": info.step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "images": info.step * clock.batch,
-        "loss": means.loss,
-        "loss_by_sigma": means.loss_by_sigma,
-        "images_by_sigma": means.images_by_sigma,
-        "grad_norm": means.grad_norm,
-        "lr": info.lr,
-        "n": info.n,
-        "mu": info.mu,
-        "skipped": means.skipped,
+        **means._asdict(),
+        **{"lr": info.lr, "n": info.n, "mu": info.mu},
         "images_per_second": round(clock.batch / seconds, 1),
         "data_wait": round(waited / seconds, 4),
         "memory_gib": round(peak_memory(device) / 2**30, 3),
     }
-    if ideal_seconds is not None:
-        line["mfu"] = round(ideal_seconds / seconds, 4)
-    return line
+    return line if ideal is None else {**line, "mfu": round(ideal / seconds, 4)}
 
 
 def peak_memory(device: str) -> int:
@@ -222,11 +213,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         return []
     lines: dict[int, dict[str, Any]] = {}
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+        with suppress(ValueError, TypeError, LookupError, RecursionError):
             line = json.loads(text)
             lines[int(line["step"])] = line
-        except (ValueError, TypeError, LookupError, RecursionError):
-            continue
     return [lines[step] for step in sorted(lines)]
 
 
@@ -235,13 +224,12 @@ def trim_log(out: Path, step: int) -> None:
     log = out / "log.jsonl"
     if not log.exists():
         return
-    lines = read_log(log)
-    superseded = "".join(json.dumps(line) + "\n" for line in lines if line["step"] > step)
+    texts = [(line["step"], json.dumps(line) + "\n") for line in read_log(log)]
+    superseded = "".join(text for number, text in texts if number > step)
     if superseded:
         with (out / "log.superseded.jsonl").open("a", encoding="utf-8") as file:
             file.write(superseded)
-    kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
-    write_atomic(log, kept.encode())
+    write_atomic(log, "".join(text for number, text in texts if number <= step).encode())
 
 
 class LogFile:
@@ -250,6 +238,10 @@ class LogFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.unwritten: list[str] = []
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the lines written so far."""
+        return read_log(self.path)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line and the unwritten ones, or nothing. Raises ResourceError on a full disk."""

@@ -26,16 +26,7 @@ from cmtool.system.files import write_atomic
 from cmtool.training.checkpoint import Saver, take_part
 from cmtool.training.fit import Diverged, StepInfo
 from cmtool.training.folder import StatusWriter
-from cmtool.training.log import (
-    Clock,
-    LogFile,
-    Meter,
-    Progress,
-    event_writer,
-    log_line,
-    read_log,
-    scalars,
-)
+from cmtool.training.log import Clock, LogFile, Meter, Progress, event_writer, log_line, scalars
 from cmtool.training.plots import picture, write_summary
 from cmtool.training.report import write_run_report
 from cmtool.training.start import Run
@@ -135,7 +126,7 @@ class RunWriter:
         """Write summary.png: the curve, and images of teacher and model from the same noise."""
         out, title = self.run.out, self.run.preset.description
         with self.expendable("summary.png"):
-            write_summary(out / "summary.png", read_log(out / "log.jsonl"), panels, title)
+            write_summary(out / "summary.png", self.log_file.lines(), panels, title)
 
 
 @dataclass

@@ -84,12 +84,8 @@ def claimed(run: Run, start: Start) -> Iterator[None]:
 
 def lead(run: Run, start: Start, stop: Stop) -> None:
     """Train as the leading process, which writes the run's files."""
-    out, state, steps = run.out, run.state, run.preset.train.steps
-    with (
-        reported(out, run.watcher),
-        keep_status(out, start.launchers) as write_status,
-        explained(run),
-    ):
+    out, state = run.out, run.state
+    with reported(out, run.watcher), keep_status(out, start.launchers) as write, explained(run):
         clear_leftovers(out)
         if start.resume:
             load_newest(out / "checkpoints", state, run.group, run.watcher.note)
@@ -97,10 +93,10 @@ def lead(run: Run, start: Start, stop: Stop) -> None:
         else:
             clear_run(out)
         write_record(run, start.origins)
-        write_status(step=state.step, steps=steps)
-        with make_saver(run) as saver, RunWriter(run, write_status) as writer:
+        write(step=state.step, steps=run.preset.train.steps)
+        with make_saver(run) as saver, RunWriter(run, write) as writer:
             follow(run, stop, saver, writer)
-        write_status(state="done", step=state.step, seconds_left=0, exit_code=0)
+        write(state="done", step=state.step, seconds_left=0, exit_code=0)
 
 
 def assist(run: Run, start: Start, stop: Stop) -> None:
@@ -133,10 +129,8 @@ def make_saver(run: Run) -> Saver:
     """Return what writes the run's checkpoints."""
     preset = run.preset
     about = {"kind": preset.kind, "preset": preset.model_dump(mode="json"), "cmtool": __version__}
-    return Saver(
-        run.out / "checkpoints", about, keep=preset.run.keep, keep_best=preset.run.keep_best,
-        note=run.watcher.note,
-    )  # fmt: skip
+    folder, keep = run.out / "checkpoints", preset.run.keep
+    return Saver(folder, about, keep=keep, keep_best=preset.run.keep_best, note=run.watcher.note)
 
 
 def follow(run: Run, stop: Stop, saver: Saver | None, writer: RunWriter | None) -> None:
