@@ -29,12 +29,9 @@ from cmtool.system.parallel import fill, whole
 from cmtool.training.state import TrainState, counters, set_counters
 
 Note = Callable[[str], None]
-"""Shows a remark to the user."""
 Files = dict[str, dict[str, Tensor]]
-"""Tensors by file and name."""
 
 MAX_FAILURES = 3
-"""Failed saves in a row that end the run."""
 MARGIN = 1.05
 """Room that a checkpoint needs on the disk, as a multiple of the bytes of its tensors."""
 SLOW = 20.0
@@ -60,7 +57,6 @@ def take_snapshot(state: TrainState, reuse: Snapshot | None = None) -> Snapshot:
     The copy of a sharded state is whole: the other processes call `take_part` meanwhile.
     """
     files: Files = {}
-    on_gpu = False
     for file, tensors in state_tensors(state).items():
         files[file] = {}
         for name, tensor in tensors.items():
@@ -68,8 +64,7 @@ def take_snapshot(state: TrainState, reuse: Snapshot | None = None) -> Snapshot:
             if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
                 buffer = make_buffer(tensor)
             files[file][name] = buffer.copy_(whole(tensor.detach()), non_blocking=True)
-            on_gpu = on_gpu or tensor.is_cuda
-    if on_gpu:
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return Snapshot(state.step, files, counters(state))
 
@@ -104,12 +99,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, about: dict[str, Any]) ->
         manifest = {file.name: file_facts(file) for file in sorted(temporary.iterdir())}
         for file in temporary.iterdir():
             sync(file)
-        write_json(
-            temporary / MANIFEST,
-            {"format": 1, "step": snapshot.step, "files": manifest},
-        )
-        sync(temporary / MANIFEST)
-        sync(temporary)
+        facts = {"format": 1, "step": snapshot.step, "files": manifest}
+        write_json(temporary / MANIFEST, facts, durable=True)
         if final.exists():
             checkpoints.discard(final)
         temporary.rename(final)
@@ -118,9 +109,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, about: dict[str, Any]) ->
         shutil.rmtree(temporary, ignore_errors=True)
         if is_full(error) or isinstance(error, ResourceError):
             raise no_room(final.name, "free disk space") from None
-        raise ResourceError(
-            f"cannot write checkpoint {final.name}: {error}", "the checkpoints before it are intact"
-        ) from None
+        what = f"cannot write checkpoint {final.name}: {error}"
+        raise ResourceError(what, "the checkpoints before it are intact") from None
     return final
 
 
@@ -157,8 +147,8 @@ def no_room(name: str, hint: str) -> ResourceError:
 class Saver:
     """Writes checkpoints in a thread of its own.
 
-    On a full disk the run goes on, and the next checkpoint is tried; the third failure in a row
-    ends the run.
+    On a full disk the run goes on, and the next checkpoint is tried; MAX_FAILURES in a
+    row end the run.
     """
 
     def __init__(
@@ -198,6 +188,11 @@ class Saver:
         self._start(lambda: self._write(snapshot, score))
         if wait:
             self.finish(final=True)
+
+    def would_keep(self, score: Score) -> bool:
+        """Tell whether a checkpoint with this score would be kept for it."""
+        self.finish(final=False)  # it may be about to write what best.json names
+        return checkpoints.is_best(self.folder, score, self.keep_best)
 
     def poll(self) -> None:
         """Note, or raise, what went wrong with a write that has ended; wait for none."""
@@ -245,10 +240,9 @@ class Saver:
         self.thread.start()
 
     def _make_buffers(self, like: Files) -> None:
-        files = {
-            file: {name: make_buffer(tensor).zero_() for name, tensor in tensors.items()}
-            for file, tensors in like.items()
-        }
+        files: Files = {}
+        for file, tensors in like.items():
+            files[file] = {name: make_buffer(tensor).zero_() for name, tensor in tensors.items()}
         self.snapshot = Snapshot(-1, files, {})
 
     def _write(self, snapshot: Snapshot, score: Score | None) -> None:
@@ -258,9 +252,8 @@ class Saver:
         self.saved, self.failures = snapshot.step, 0
         self.seconds = time.monotonic() - start
         if self.seconds > SLOW:
-            self.remarks.append(
-                f"saving took {self.seconds:.0f} s: give a stopped run as long before it is killed"
-            )
+            advice = "give a stopped run as long before it is killed"
+            self.remarks.append(f"saving took {self.seconds:.0f} s: {advice}")
         try:
             checkpoints.verify(final)
             if score is not None:
@@ -292,10 +285,8 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
             continue
         if stored.keys() != tensors.keys():
             unmatched = min(stored.keys() ^ tensors.keys())
-            raise InputError(
-                f"{path / name}.safetensors does not fit this run: {unmatched}",
-                "resume with the preset the run was started with",
-            )
+            what = f"{path / name}.safetensors does not fit this run: {unmatched}"
+            raise InputError(what, "resume with the preset the run was started with")
         with torch.no_grad():
             for key, tensor in tensors.items():
                 fill(tensor, stored[key])
@@ -319,11 +310,8 @@ def state_tensors(state: TrainState, *, fill_optimizer: bool = False) -> Files:
     if state.own is not None:
         files["method"] = dict(state.own.state_dict())
         names |= {p: f"method/{name}" for name, p in state.own.named_parameters()}
-    files["optimizer"] = {
-        f"{names[p]}.{key}": value
-        for p, buffers in state.optimizer.state.items()
-        for key, value in buffers.items()
-    }
+    moments = state.optimizer.state.items()
+    files["optimizer"] = {f"{names[p]}.{key}": t for p, own in moments for key, t in own.items()}
     return files
 
 

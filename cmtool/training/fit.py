@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from cmtool.core.ema import Ema, update_average
+from cmtool.core.ema import update_average
 from cmtool.core.methods import Models, Objective
 from cmtool.core.noise import Curriculum, Stage
 from cmtool.core.precond import Preconditioned
@@ -67,15 +67,15 @@ class Fault(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What one step did; its tensors are on the device, for whoever wants to wait for them."""
+    """What one step did; its tensors are on the device, for whoever wants to wait for them.
+
+    Each image of this process has a loss and a sigma, (B,). grad_norm, (), is that before clipping.
+    """
 
     step: int
     loss: Tensor
-    """Of each image of this process, (B,)."""
     sigma: Tensor
-    """The noise level of each image, (B,)."""
     grad_norm: Tensor
-    """Before clipping, ()."""
     lr: float
     n: int
     mu: float
@@ -133,7 +133,7 @@ def fit(
     The host waits for the device once a step, to read whether the gradient is finite, and before
     the optimizer; what is yielded has not been read.
     """
-    walked = walk(state)
+    walked = Walked(state)
     state.student.train()
     own = None if state.own is None else shared(state.own, settings.group)
     student = shared(state.student, settings.group)
@@ -158,34 +158,21 @@ def fit(
         )  # fmt: skip
         if state.bad_steps >= settings.max_bad_steps:
             what = f"not finite {state.bad_steps} steps in a row, to step {info.step}: {info.fault}"
-            hint = (
-                "start again with a lower train.lr, or --set train.max_grad_norm=1; the last"
-                " checkpoint is intact"
-            )
-            raise Diverged(what, hint, info, batch)
+            remedy = "start again with a lower train.lr, or --set train.max_grad_norm=1"
+            raise Diverged(what, f"{remedy}; the last checkpoint is intact", info, batch)
         state.step += 1
         yield info
 
 
-class Walked(NamedTuple):
+class Walked:
     """The tensors of a state, listed once: to walk through the modules each step takes long."""
 
-    student: list[Tensor]
-    learned: list[Tensor]
-    averages: list[tuple[Ema, list[Tensor]]]
-    target: list[Tensor]
-
-
-def walk(state: TrainState) -> Walked:
-    """Return the tensors of a state that a step reads or changes."""
-    student: list[Tensor] = list(state.student.parameters())
-    learned = student if state.own is None else [*student, *state.own.parameters()]
-    return Walked(
-        student,
-        [p for p in learned if p.requires_grad],
-        [(ema, list(ema.model.parameters())) for ema in state.emas.values()],
-        [] if state.target is None else list(state.target.parameters()),
-    )
+    def __init__(self, state: TrainState) -> None:
+        self.student: list[Tensor] = list(state.student.parameters())
+        own = () if state.own is None else state.own.parameters()
+        self.learned = [p for p in (*self.student, *own) if p.requires_grad]
+        self.averages = [(ema, list(ema.model.parameters())) for ema in state.emas.values()]
+        self.target = [] if state.target is None else list(state.target.parameters())
 
 
 def descend(
@@ -198,9 +185,8 @@ def descend(
     scaler = state.scaler
     if scaler is not None:
         scaler.unscale_(state.optimizer)
-    total = torch.nn.utils.get_total_norm(  # of a list that nothing keeps until the next step
-        [p.grad for p in walked.learned if p.grad is not None], foreach=True
-    )
+    grads = (p.grad for p in walked.learned if p.grad is not None)
+    total = torch.nn.utils.get_total_norm(list(grads), foreach=True)  # nothing keeps this list
     norm = whole(total)
     settings.group.line_up()
     good = bool(torch.isfinite(norm))  # here the host waits
@@ -214,8 +200,7 @@ def descend(
             )
         state.optimizer.step()
         for ema, average in walked.averages:
-            decay = ema.decay(settings.batch, stage.images)
-            update_average(average, walked.student, decay)
+            update_average(average, walked.student, ema.decay(settings.batch, stage.images))
         state.bad_steps = 0
     elif fault is not None and not is_overflow(fault, scaler):
         state.bad_steps += 1
@@ -269,17 +254,14 @@ def find_fault(student: Preconditioned, batch: Batch, group: Group) -> Fault:
     """Return what is not finite in a step; all processes call this and get the same answer."""
     place = int(batch.loss.argmax())
     grads = {name: p.grad for name, p in student.network.named_parameters()}
-    names, parameter = list(grads), None
-    for name, grad in grads.items():
-        if grad is not None and not all(torch.isfinite(part).all() for part in local([grad])):
-            parameter = name
-            break
+    parts = ((name, local([grad])) for name, grad in grads.items() if grad is not None)
+    bad = (name for name, held in parts if not all(torch.isfinite(t).all() for t in held))
     round_, image = divmod(place, len(batch.loss) // len(batch.shards))
     sigma, loss = float(batch.sigma[place]), float(batch.loss[place])
-    faults = group.gather(Fault(parameter, batch.shards[round_], image, sigma, loss))
+    faults = group.gather(Fault(next(bad, None), batch.shards[round_], image, sigma, loss))
     found = [fault.parameter for fault in faults if fault.parameter is not None]
     worst = max(faults, key=lambda f: f.loss if math.isfinite(f.loss) else math.inf)
-    return worst._replace(parameter=min(found, key=names.index, default=None))
+    return worst._replace(parameter=min(found, key=list(grads).index, default=None))
 
 
 def is_overflow(fault: Fault, scaler: GradScaler | None) -> bool:
@@ -291,7 +273,6 @@ def is_overflow(fault: Fault, scaler: GradScaler | None) -> bool:
 
 def fault_text(fault: Fault | None, scaler: GradScaler | None) -> str:
     """Return a fault in words, "" for none."""
-    if fault is None:
-        return ""
-    scale = f"; the loss is scaled by {scaler.get_scale():g} now" if scaler is not None else ""
-    return f"{fault}{scale}"
+    if fault is None or scaler is None:
+        return str(fault or "")
+    return f"{fault}; the loss is scaled by {scaler.get_scale():g} now"

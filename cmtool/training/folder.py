@@ -54,8 +54,7 @@ def is_resumable(out: Path) -> bool:
 
 def launcher() -> str:
     """Return the name of the torchrun that started this process; "" without one."""
-    elastic = "TORCHELASTIC_RUN_ID" in os.environ
-    return f"{platform.node()}:{os.getppid()}" if elastic else ""
+    return f"{platform.node()}:{os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
 
 
 def launched_by(out: Path, launchers: Sequence[str]) -> bool:
@@ -136,10 +135,8 @@ def locked(out: Path) -> Iterator[None]:
     except Timeout:
         holder = read_json(out / "status.json")
         pid, host, since = (holder.get(key, "?") for key in ("pid", "host", "since"))
-        raise BusyError(
-            f"{out} is in use by process {pid} on {host} since {since}",
-            "wait for it, or give another --out",
-        ) from None
+        what = f"{out} is in use by process {pid} on {host} since {since}"
+        raise BusyError(what, "wait for it, or give another --out") from None
     try:
         yield
     finally:

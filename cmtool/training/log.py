@@ -141,9 +141,13 @@ def mean(total: float, count: float) -> float | None:
 
 
 class Clock:
-    """The time a run takes, from its start or resumption on."""
+    """The time a run takes, from its start or resumption on.
 
-    def __init__(self, step: int, preset: Preset) -> None:
+    `ideal` is the seconds of a step that used all of the devices, None if it is not known.
+    """
+
+    def __init__(self, step: int, preset: Preset, ideal: float | None = None) -> None:
+        self.ideal = ideal
         self.steps, self.batch = preset.train.steps, preset.train.batch
         self.first = self.step = step
         self.start = self.since = time.monotonic()
@@ -170,17 +174,9 @@ class Clock:
 
 
 def log_line(
-    info: StepInfo,
-    meter: Meter,
-    clock: Clock,
-    group: Group,
-    device: str,
-    ideal: float | None = None,
+    info: StepInfo, meter: Meter, clock: Clock, group: Group, device: str
 ) -> dict[str, Any]:
-    """Return the line for log.jsonl and reset the sums; every process calls this.
-
-    It has an `mfu` if the `ideal` seconds of a step are known.
-    """
+    """Return the line for log.jsonl and reset the sums; every process calls this."""
     means = meter.take(group)  # this waits for the device, so the clock is read after it
     seconds, waited = clock.lap(info.step)
     line = {
@@ -193,7 +189,7 @@ def log_line(
         "data_wait": round(waited / seconds, 4),
         "memory_gib": round(peak_memory(device) / 2**30, 3),
     }
-    return line if ideal is None else {**line, "mfu": round(ideal / seconds, 4)}
+    return line if clock.ideal is None else {**line, "mfu": round(clock.ideal / seconds, 4)}
 
 
 def peak_memory(device: str) -> int:
@@ -266,10 +262,9 @@ def event_writer() -> type[SummaryWriter]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise MissingError(
-            f"run.tensorboard needs the package tensorboard: {error}",
-            "pip install 'cmtool[tensorboard]', or --set run.tensorboard=false",
-        ) from None
+        what = f"run.tensorboard needs the package tensorboard: {error}"
+        hint = "pip install 'cmtool[tensorboard]', or --set run.tensorboard=false"
+        raise MissingError(what, hint) from None
     return SummaryWriter
 
 

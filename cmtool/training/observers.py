@@ -19,7 +19,7 @@ from cmtool.core.precond import Preconditioned
 from cmtool.data.images import png_bytes
 from cmtool.errors import ResourceError
 from cmtool.evaluation.during_training import Verdict, evaluate
-from cmtool.formats.checkpoints import Score, is_best
+from cmtool.formats.checkpoints import Score
 from cmtool.presets.schema import Card
 from cmtool.sampling import evaluating, generate, plan
 from cmtool.system.files import write_atomic
@@ -34,21 +34,20 @@ from cmtool.training.state import TrainState
 
 GRID_SEEDS = range(40)
 COLUMNS = 10
-"""Images in a row of a sample grid."""
 
 
 @dataclass
 class News:
-    """What is known of a finished step; all but `info` is the same in every process."""
+    """What is known of a finished step; all but `info` is the same in every process.
+
+    After it, `diverged` ends the run, or a `stop_reason` other than 0, which `Stop.reason` gave.
+    """
 
     info: StepInfo
     is_last: bool
     diverged: Diverged | None
-    """The error that ends the run after this step."""
     stop_reason: int
-    """Why the run stops after this step, as `Stop.reason` says it; 0 if it does not."""
     verdict: Verdict | None = None
-    """What the evaluation at this step found."""
     is_logged: bool = False
 
     @property
@@ -131,15 +130,13 @@ class RunWriter:
 
 @dataclass
 class Tools:
-    """What observers work with."""
+    """What observers work with; `line` is the last log line."""
 
     meter: Meter
     clock: Clock
-    ideal_seconds: float | None
     saver: Saver | None
     writer: RunWriter | None
     line: dict[str, Any]
-    """The last log line."""
 
 
 def always(run: Run, news: News) -> bool:
@@ -151,11 +148,6 @@ def measure(run: Run, tools: Tools, news: News) -> None:
     """Add the step to the sums that the next log line shows."""
     tools.meter.add(news.info)
     tools.clock.waited += news.info.waited
-
-
-def is_skipped(run: Run, news: News) -> bool:
-    """At a step that changed nothing."""
-    return news.info.skipped and run.group.leads
 
 
 def note_skipped(run: Run, tools: Tools, news: News) -> None:
@@ -193,12 +185,11 @@ def logs(run: Run, news: News) -> bool:
 
 def log(run: Run, tools: Tools, news: News) -> None:
     """Make the log line, together; the leading process writes it."""
-    meter, clock = tools.meter, tools.clock
-    tools.line = log_line(news.info, meter, clock, run.group, run.device, tools.ideal_seconds)
+    tools.line = log_line(news.info, tools.meter, tools.clock, run.group, run.device)
     tools.line |= {"eval": news.verdict._asdict()} if news.verdict else {}
     news.is_logged = True
     if tools.writer:
-        tools.writer.log(tools.line, clock.seconds_left(news.step))
+        tools.writer.log(tools.line, tools.clock.seconds_left(news.step))
 
 
 def show_progress(run: Run, tools: Tools, news: News) -> None:
@@ -227,9 +218,11 @@ def save(run: Run, tools: Tools, news: News) -> None:
     state, group, saver, verdict = run.state, run.group, tools.saver, news.verdict
     state.unlogged = tools.meter.sums(group)
     score = verdict and Score(verdict.metric, verdict.num, verdict.value)
-    if not must_save(run, news) and not group.agreed(
-        lambda: is_among_best(saver, score), f"judged {news.step}"
-    ):
+
+    def is_best() -> bool:  # asked of the leading process, which has the saver
+        return bool(saver and score and saver.would_keep(score))
+
+    if not must_save(run, news) and not group.agreed(is_best, f"judged {news.step}"):
         return
     if saver:
         saver.finish(final=False)
@@ -240,14 +233,6 @@ def save(run: Run, tools: Tools, news: News) -> None:
     elif group.mesh is not None:
         take_part(state)
     group.meet(f"saved {news.step}")
-
-
-def is_among_best(saver: Saver | None, score: Score | None) -> bool:
-    """Tell whether a checkpoint with this score would be kept for it; the leading process knows."""
-    assert saver is not None
-    assert score is not None
-    saver.finish(final=False)  # it may be about to write what best.json names
-    return is_best(saver.folder, score, saver.keep_best)
 
 
 def samples(run: Run, news: News) -> bool:
@@ -274,9 +259,8 @@ def kept_model(state: TrainState) -> Preconditioned:
 
 def fixed_images(model: Preconditioned, card: Card, device: str) -> Tensor:
     """Return images of seeds 0 to 39, classes in turn: the same noise each time."""
-    labels, classes = None, card.model.num_classes
-    if classes:
-        labels = torch.arange(len(GRID_SEEDS)) % classes
+    classes = card.model.num_classes
+    labels = torch.arange(len(GRID_SEEDS)) % classes if classes else None
     with evaluating(model):
         drawn = generate(model, card, plan(card), GRID_SEEDS, labels=labels, device=device)
         return torch.cat(list(drawn)).cpu()
@@ -292,7 +276,7 @@ def final_images(run: Run) -> dict[str, Tensor]:
 
 OBSERVERS: list[tuple[Callable[[Run, News], bool], Callable[[Run, Tools, News], None]]] = [
     (always, measure),
-    (is_skipped, note_skipped),
+    (lambda run, news: news.info.skipped and run.group.leads, note_skipped),
     (always, tend_saver),
     (evaluates, evaluate_model),
     (logs, log),

@@ -13,10 +13,7 @@ from cmtool.data.images import display_scale, grid, to_uint8
 from cmtool.system.files import replacing
 
 MAX_POINTS = 400
-"""A curve has at most so many points: its neighbours are averaged."""
-
 Log = Sequence[Mapping[str, Any]]
-"""Lines of log.jsonl, by step."""
 
 
 class Curve(NamedTuple):
@@ -74,7 +71,7 @@ def varying(curve: Curve) -> list[Curve]:
 
 
 def curve(name: str, points: Sequence[tuple[float, float | None]]) -> Curve:
-    """Return the points that have a value as a curve of at most MAX_POINTS."""
+    """Return the points that have a value as a curve of at most MAX_POINTS, by averages."""
     known = [(step, value) for step, value in points if value is not None]
     size = -(-len(known) // MAX_POINTS) or 1
     parts = [known[i : i + size] for i in range(0, len(known), size)]

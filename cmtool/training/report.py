@@ -17,9 +17,7 @@ from cmtool.training.log import read_log
 from cmtool.training.plots import run_plots, svgs
 
 MAX_FRAMES = 12
-"""A run's report shows at most so many sample grids."""
 MAX_BYTES = 16 << 20
-"""So many bytes at most in all of them: of large pictures there are fewer."""
 
 
 class Row(NamedTuple):

@@ -141,10 +141,10 @@ def follow(run: Run, stop: Stop, saver: Saver | None, writer: RunWriter | None) 
     preset, group = run.preset, run.group
     stop.at_once = False
     ideal = ideal_seconds(preset, run.teacher, run.device, group.world_size) if writer else None
-    clock, meter = Clock(run.state.step, preset), Meter(noise_range(preset), run.device)
+    clock, meter = Clock(run.state.step, preset, ideal), Meter(noise_range(preset), run.device)
     meter.restore(run.state.unlogged, leads=group.leads)
-    tools = Tools(meter, clock, ideal, saver, writer, line={})
-    for info, diverged in until_divergence(finished_steps(run, tools, stop)):
+    tools = Tools(meter, clock, saver, writer, line={})
+    for info, diverged in finished_steps(run, tools, stop):
         is_last = info.step == preset.train.steps
         news = News(info, is_last, diverged, 0 if is_last else group.any(stop.reason()))
         for due, observe in OBSERVERS:
@@ -162,40 +162,30 @@ def follow(run: Run, stop: Stop, saver: Saver | None, writer: RunWriter | None) 
             writer.summary(images)
 
 
-def finished_steps(run: Run, tools: Tools, stop: Stop) -> Iterator[StepInfo]:
-    """Return the steps of `fit`; a process on its own may be stopped while it waits for images."""
+def finished_steps(
+    run: Run, tools: Tools, stop: Stop
+) -> Iterator[tuple[StepInfo, Diverged | None]]:
+    """Yield the news of each step, and with the last of a run that diverges the error that ends it.
+
+    A process on its own may be stopped while it waits for images. If a signal ends the wait, or
+    images fail to come, it saves before the end.
+    """
+    state, first, saver, writer = run.state, run.state.step, tools.saver, tools.writer
     settings, alone = fit_settings(run.preset, run.group), run.group.world_size == 1
     microbatch = stop.interruptible(run.microbatch) if alone else run.microbatch
-    steps = fit(run.state, run.objective, microbatch, run.curriculum, settings)
-    return saved_first(steps, run, tools) if alone else steps
-
-
-def until_divergence(steps: Iterator[StepInfo]) -> Iterator[tuple[StepInfo, Diverged | None]]:
-    """Yield each step's news, and with the last of a run that diverges the error that ends it."""
     try:
-        for info in steps:
+        for info in fit(state, run.objective, microbatch, run.curriculum, settings):
             yield info, None
     except Diverged as error:
         yield error.info, error
-
-
-def saved_first(steps: Iterator[StepInfo], run: Run, tools: Tools) -> Iterator[StepInfo]:
-    """Yield the steps; if images fail to come, or a signal ends the wait, save before the end."""
-    state, first = run.state, run.state.step
-    saver, writer = tools.saver, tools.writer
-    assert saver is not None  # this process is the leading one
-    assert writer is not None
-    try:
-        yield from steps
-    except Diverged:
-        raise
     except UserError as error:
-        saver.close()
-        if state.step > max(first, saver.saved):
-            state.unlogged = tools.meter.sums(ALONE)
-            saver.save(state, wait=True)
-        writer.write_status(step=state.step)
-        if isinstance(error, Stopped) and state.step:
-            number = error.exit_code - 128
-            raise stopped(number, state.step, saver.seconds, run.out) from None
+        if alone and saver and writer:
+            saver.close()
+            if state.step > max(first, saver.saved):
+                state.unlogged = tools.meter.sums(ALONE)
+                saver.save(state, wait=True)
+            writer.write_status(step=state.step)
+            if isinstance(error, Stopped) and state.step:
+                number = error.exit_code - 128
+                raise stopped(number, state.step, saver.seconds, run.out) from None
         raise

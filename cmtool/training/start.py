@@ -53,18 +53,19 @@ PROBES = 1000
 
 
 class Start(NamedTuple):
-    """How a run starts, the same in all its processes."""
+    """How a run starts, the same in all its processes.
+
+    `preset` has its precision and the parts of its batch decided, of which `note` tells the user;
+    `launchers` are the torchruns of the processes, "" without one.
+    """
 
     out: Path
     preset: Preset
-    """With its precision and the parts of its batch decided."""
     origins: Mapping[str, str]
     resume: bool
     overwrite: bool
     launchers: Sequence[str]
-    """The torchrun of each process, "" without one."""
     note: str | None
-    """What the user should know of the parts of the batch."""
 
 
 class Run(NamedTuple):
@@ -140,10 +141,8 @@ def split_as_before(
         accumulate = next(fitting, least)
     parts, note = accumulate * processes, None
     if parts != before:
-        note = (
-            f"the batch is split into {parts} parts now, {before} before: the images stay the"
-            " same, the noise is different from here on"
-        )
+        now = f"the batch is split into {parts} parts now, {before} before"
+        note = f"{now}: the images stay the same, the noise is different from here on"
     elif processes != stored:
         note = f"the batch is split into {parts} parts as before, {accumulate} for each process"
     return _with_train(preset, accumulate=accumulate), note
@@ -160,15 +159,11 @@ def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
     """
     ours, theirs = resolved.preset.model, teacher.preset.model
     if theirs.scalings.name != "edm":
-        raise InputError(
-            f"{teacher.source} has the scalings of {theirs.scalings.name}: a student that starts"
-            " from its weights would be another function",
-            "distill a teacher with EDM's scalings",
-        )
-    options = dict(theirs.network.options)
-    options.pop("dropout", None)
-    if "dropout" in ours.network.options:
-        options["dropout"] = ours.network.options["dropout"]
+        found = f"{teacher.source} has the scalings of {theirs.scalings.name}"
+        what = f"{found}: a student that starts from its weights would be another function"
+        raise InputError(what, "distill a teacher with EDM's scalings")
+    options = {k: v for k, v in theirs.network.options.items() if k != "dropout"}
+    options |= {k: v for k, v in ours.network.options.items() if k == "dropout"}
     network = Choice(name=theirs.network.name, **options)
     model = theirs.model_copy(update={"network": network, "scalings": ours.scalings})
     preset = resolved.preset.model_copy(update={"model": model, "noise": teacher.preset.noise})
@@ -225,20 +220,19 @@ def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:
     channels, h, w = preset.model.channels, *preset.model.image_size
     c, dh, dw = data.images.shape[1:]
     if (c, dh, dw) != (channels, h, w):
+        has = f"{data.name} has images of {dw}x{dh} with {c} channels"
+        settings = f"--set model.image_size=[{dh},{dw}] --set model.channels={c}"
         raise InputError(
-            f"{data.name} has images of {dw}x{dh} with {c} channels, {who} wants {w}x{h} with"
-            f" {channels}",
-            f"resize the images, or --set model.image_size=[{dh},{dw}] --set model.channels={c}"
+            f"{has}, {who} wants {w}x{h} with {channels}",
+            f"resize the images, or {settings}"
             if teacher is None
             else "bring the images to the teacher's size and channels, or give another teacher",
         )
     if preset.model.num_classes != data.num_classes:
-        raise InputError(
-            f"{data.name} has {data.num_classes} classes, {who} {preset.model.num_classes}",
-            f"--set model.num_classes={data.num_classes}"
-            if teacher is None
-            else "give the classes the teacher was trained with, or another teacher",
-        )
+        what = f"{data.name} has {data.num_classes} classes, {who} {preset.model.num_classes}"
+        remedy = "give the classes the teacher was trained with, or another teacher"
+        ours = f"--set model.num_classes={data.num_classes}"
+        raise InputError(what, ours if teacher is None else remedy)
 
 
 def run_inputs(run: Run) -> dict[str, object]:

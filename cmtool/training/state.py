@@ -37,14 +37,12 @@ def build_state(
     """
     train = preset.train
     if train.compile and group.mesh is not None:
-        raise UserError(
-            "train.compile with run.sharding = 'fsdp': models are whole in parts only",
-            "leave one of them out",
-        )
+        what = "train.compile with run.sharding = 'fsdp': models are whole in parts only"
+        raise UserError(what, "leave one of them out")
 
     def spread(model: Preconditioned) -> None:
         kinds = NETWORKS[preset.model.network.name].blocks
-        shard(model, group, blocks_of(model, kinds))
+        shard(model, group, [part for part in model.modules() if isinstance(part, kinds)])
 
     with seeded(keyed_generator("init", train.seed)):
         network = build_network(preset.model)
@@ -86,18 +84,12 @@ def build_own(preset: Preset, device: str, group: Group) -> nn.Module | None:
     return own
 
 
-def blocks_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.Module]:
-    """Return the modules of these kinds within a module."""
-    return [part for part in module.modules() if isinstance(part, kinds)]
-
-
 def recompute_activations(network: nn.Module, name: str) -> None:
     """Make the residual blocks of a network keep only their inputs for the backward pass."""
-    blocks = blocks_of(network, NETWORKS[name].blocks)
+    blocks = [part for part in network.modules() if isinstance(part, NETWORKS[name].blocks)]
     if not blocks:
-        raise UserError(
-            f"network {name!r} has no residual blocks", "leave train.checkpoint_activations out"
-        )
+        what = f"network {name!r} has no residual blocks"
+        raise UserError(what, "leave train.checkpoint_activations out")
     for block in blocks:
         block.recompute = True  # type: ignore[assignment]  # of a module, torch says: Tensor or Module
 

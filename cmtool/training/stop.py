@@ -63,11 +63,9 @@ class Stop:
     def check(self) -> None:
         """Raise Stopped if a signal has come."""
         if self.caught:
-            raise Stopped(
-                f"stopped by signal {self.caught[0]} before the first step",
-                "run the same command again; add --resume if its folder holds a run already",
-                self.caught[0],
-            )
+            what = f"stopped by signal {self.caught[0]} before the first step"
+            hint = "run the same command again; add --resume if its folder holds a run already"
+            raise Stopped(what, hint, self.caught[0])
 
     def interruptible(self, fetch: BatchFn) -> BatchFn:
         """Return `fetch` made so that a signal ends it at once: no step is half done then.
@@ -131,10 +129,8 @@ def out_of_memory(error: Exception, run: Run) -> ResourceError:
     ]
     reason = str(error).splitlines()[0] if str(error) else "MemoryError"
     step, images = run.state.step, t.batch // t.accumulate // group.world_size
-    return ResourceError(
-        f"out of memory after step {step}, with {images} images at a time: {reason[:200]}",
-        f"{', or '.join(remedies)}; the last checkpoint is intact",
-    )
+    what = f"out of memory after step {step}, with {images} images at a time: {reason[:200]}"
+    return ResourceError(what, f"{', or '.join(remedies)}; the last checkpoint is intact")
 
 
 def with_dump(error: Diverged, run: Run) -> Diverged:
@@ -152,8 +148,8 @@ def write_failure(error: Diverged, run: Run) -> Path:
     """Write the batch of the step at which a run diverged, and return its folder.
 
     fault.json says what was not finite and gives the key (seed, step, shard) of each microbatch's
-    randomness, batch.safetensors has x0, labels, sigma and loss, images.png shows x0. It is no
-    checkpoint. The leading process has the folder, each other process a folder within it.
+    randomness, batch.safetensors has x0, labels, sigma and loss, images.png shows x0. Each process
+    but the leading one has a folder within the folder.
     """
     info, batch = error.info, error.batch
     folder = run.out / "failed" / f"step-{info.step:07d}"
