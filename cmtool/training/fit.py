@@ -194,10 +194,8 @@ def descend(
     if scaler is not None:
         scaler.update()
     if good:
-        if settings.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                walked.learned, settings.max_grad_norm, total, foreach=True
-            )
+        if (limit := settings.max_grad_norm) is not None:
+            torch.nn.utils.clip_grads_with_norm_(walked.learned, limit, total, foreach=True)
         state.optimizer.step()
         for ema, average in walked.averages:
             update_average(average, walked.student, ema.decay(settings.batch, stage.images))

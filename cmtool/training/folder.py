@@ -87,9 +87,8 @@ def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model |
 
 def _is_only_begun(out: Path) -> bool:
     """Tell whether a folder holds at most what a run makes before it is one."""
-    ours = MADE_FIRST
-    if "pid" in read_json(out / "status.json"):
-        ours = ours | {"status.json", "preset.toml", "report.html"}
+    has_status = "pid" in read_json(out / "status.json")
+    ours = MADE_FIRST | ({"status.json", "preset.toml", "report.html"} if has_status else set())
     made = {p.name for p in out.iterdir() if not re.fullmatch(TEMPORARY, p.name)}
     return made <= ours and not any((*out.glob("checkpoints/*"), *out.glob("samples/*")))
 

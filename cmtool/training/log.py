@@ -1,7 +1,4 @@
-"""log.jsonl: what its lines say (means since the last one, speed, memory), and the file itself.
-
-The same numbers go into TensorBoard's event files.
-"""
+"""log.jsonl: what its lines say (means, speed, memory), the file itself, and TensorBoard's."""
 
 from __future__ import annotations
 

@@ -218,11 +218,9 @@ def save(run: Run, tools: Tools, news: News) -> None:
     state, group, saver, verdict = run.state, run.group, tools.saver, news.verdict
     state.unlogged = tools.meter.sums(group)
     score = verdict and Score(verdict.metric, verdict.num, verdict.value)
-
-    def is_best() -> bool:  # asked of the leading process, which has the saver
-        return bool(saver and score and saver.would_keep(score))
-
-    if not must_save(run, news) and not group.agreed(is_best, f"judged {news.step}"):
+    if not must_save(run, news) and not group.agreed(
+        lambda: bool(saver and score and saver.would_keep(score)), f"judged {news.step}"
+    ):
         return
     if saver:
         saver.finish(final=False)

@@ -1,7 +1,4 @@
-"""How a run starts: what is decided, built and checked before its first step, and recorded of it.
-
-A run starts afresh, over an earlier run, or where one stopped.
-"""
+"""How a run starts: what is decided, built and checked before its first step, and recorded."""
 
 from __future__ import annotations
 
@@ -105,10 +102,8 @@ def decide_start(
     out, launchers = group.tell(out), group.gather(launcher())
     best = group.tell(best_precision(device))
     if preset.train.precision == "auto":  # the run records the precision, and goes on in it
-        preset, origins = (
-            _with_train(preset, precision=best),
-            {**origins, "train.precision": "auto"},
-        )
+        origins = {**origins, "train.precision": "auto"}
+        preset = _with_train(preset, precision=best)
     group.agreed(lambda: refuse_busy(out), "not busy")
     is_restart = group.tell(launched_by(out, launchers) and is_resumable(out))
     note = None
@@ -221,13 +216,10 @@ def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:
     c, dh, dw = data.images.shape[1:]
     if (c, dh, dw) != (channels, h, w):
         has = f"{data.name} has images of {dw}x{dh} with {c} channels"
-        settings = f"--set model.image_size=[{dh},{dw}] --set model.channels={c}"
-        raise InputError(
-            f"{has}, {who} wants {w}x{h} with {channels}",
-            f"resize the images, or {settings}"
-            if teacher is None
-            else "bring the images to the teacher's size and channels, or give another teacher",
-        )
+        remedy = "bring the images to the teacher's size and channels, or give another teacher"
+        ours = f"resize the images, or --set model.image_size=[{dh},{dw}] --set model.channels={c}"
+        what = f"{has}, {who} wants {w}x{h} with {channels}"
+        raise InputError(what, ours if teacher is None else remedy)
     if preset.model.num_classes != data.num_classes:
         what = f"{data.name} has {data.num_classes} classes, {who} {preset.model.num_classes}"
         remedy = "give the classes the teacher was trained with, or another teacher"
@@ -295,10 +287,8 @@ def _other(out: Path, what: str, where: str, before: object, now: object) -> Use
     if isinstance(before, dict) and isinstance(now, dict):
         differing = [k for k in {**before, **now} if before.get(k) != now.get(k)]
         before, now = ({k: d.get(k) for k in differing} for d in (before, now))
-    return UserError(
-        f"the run in {out} was started with another {what}: {where}{before}, now {now}",
-        f"resume with the same {what}, or start a new run with another --out",
-    )
+    text = f"the run in {out} was started with another {what}: {where}{before}, now {now}"
+    return UserError(text, f"resume with the same {what}, or start a new run with another --out")
 
 
 def check_steps(out: Path, stored: Preset, preset: Preset) -> None:
@@ -309,11 +299,10 @@ def check_steps(out: Path, stored: Preset, preset: Preset) -> None:
     if now < done:
         raise UserError(f"train.steps = {now}: {out} is at step {done}", "give more steps")
     if not same_so_far(stored, preset):
-        raise UserError(
-            f"the run in {out} was started with train.steps = {before}, now {now}: N(k), mu(k) or"
-            " the learning rate of its finished steps would have been different",
-            "resume without changing it, or start a new run with another --out",
-        )
+        what = f"the run in {out} was started with train.steps = {before}, now {now}"
+        why = "N(k), mu(k) or the learning rate of its finished steps would have been different"
+        hint = "resume without changing it, or start a new run with another --out"
+        raise UserError(f"{what}: {why}", hint)
 
 
 def same_so_far(a: Preset, b: Preset) -> bool:

@@ -32,9 +32,8 @@ def step_flops(preset: Preset, teacher: Model | None) -> int | None:
     """
     with suppress(Exception):  # a network that the meta device cannot run is trained all the same
         student = shape_of(preset).requires_grad_(True).train()
-        objective = build.build_objective(
-            preset, shape_of(teacher.preset) if teacher else None, "meta"
-        )
+        frozen = shape_of(teacher.preset) if teacher else None
+        objective = build.build_objective(preset, frozen, "meta")
         x0 = torch.empty(1, preset.model.channels, *preset.model.image_size, device="meta")
         classes = preset.model.num_classes
         labels = torch.empty(1, dtype=torch.int64, device="meta") if classes else None
