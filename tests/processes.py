@@ -21,7 +21,8 @@ import torch
 from cmtool.cli import main
 from cmtool.core.methods import METHODS
 from cmtool.data import datasets as data
-from cmtool.training import saver, setup
+from cmtool.training import checkpoint
+from cmtool.training import start as run_start
 from tests.training.test_state import WEIGHED
 
 
@@ -30,13 +31,13 @@ def boom():
 
 
 def slow_disk():
-    write = saver.write_checkpoint
+    write = checkpoint.write_checkpoint
 
     def slowly(*arguments):
         time.sleep(6)
         return write(*arguments)
 
-    saver.write_checkpoint = slowly
+    checkpoint.write_checkpoint = slowly
 
 
 FAULTS = {
@@ -49,7 +50,7 @@ FAULTS = {
 
 def befall(name, step):
     """Let a fault happen in this process before a step."""
-    batches = setup.batches
+    batches = run_start.batches
 
     def faulty(*arguments, **options):
         microbatch = batches(*arguments, **options)
@@ -61,7 +62,7 @@ def befall(name, step):
 
         return fetch
 
-    setup.batches = faulty
+    run_start.batches = faulty
 
 
 def forbid_writing(folder):

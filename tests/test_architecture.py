@@ -23,7 +23,7 @@ ONE_IMPORTER = {
     "matplotlib": "training/plots.py",
     "jinja2": "training/report.py",
     "filelock": "training/folder.py",
-    "torch.utils.tensorboard": "training/events.py",
+    "torch.utils.tensorboard": "training/log.py",
 }
 NOT_IN_CORE = {"typer", "pydantic", "rich", "numpy"}
 

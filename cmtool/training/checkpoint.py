@@ -1,7 +1,7 @@
 """A training checkpoint, a folder of safetensors and JSON: from a state, and back.
 
 It is written to a folder `.tmp-*`, which is renamed when all files are on the disk. The manifest
-(sizes and hashes) is the last of them.
+(sizes and hashes) is the last of them. Training waits for a copy of its tensors, not for the disk.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,20 +19,30 @@ import safetensors
 import torch
 from torch import Tensor
 
-from cmtool.errors import DivergedError, InputError, ResourceError, is_full
-from cmtool.formats.checkpoints import MANIFEST, discard, newest_checkpoint
+from cmtool.errors import DivergedError, InputError, ResourceError, UserError, is_full
+from cmtool.formats import checkpoints
+from cmtool.formats.checkpoints import MANIFEST, Score
 from cmtool.formats.native import read_weights, write_weights
 from cmtool.system.dist import Group
 from cmtool.system.files import file_facts, sync, write_json
 from cmtool.system.parallel import fill, whole
 from cmtool.training.state import TrainState, counters, set_counters
 
+Note = Callable[[str], None]
+Files = dict[str, dict[str, Tensor]]
+
+MAX_FAILURES = 3
+MARGIN = 1.05
+"""Room that a checkpoint needs on the disk, as a multiple of the bytes of its tensors."""
+SLOW = 20.0
+"""Seconds of a save from which a warning is due: whoever sends a signal often kills after 30."""
+
 
 class Snapshot(NamedTuple):
     """A copy of a state's tensors by file, on the CPU, that training does not change."""
 
     step: int
-    files: dict[str, dict[str, Tensor]]
+    files: Files
     counters: dict[str, Any]
 
     @property
@@ -44,18 +56,15 @@ def take_snapshot(state: TrainState, reuse: Snapshot | None = None) -> Snapshot:
 
     The copy of a sharded state is whole: the other processes call `take_part` meanwhile.
     """
-    files: dict[str, dict[str, Tensor]] = {}
-    on_gpu = False
+    files: Files = {}
     for file, tensors in state_tensors(state).items():
         files[file] = {}
-        kept = reuse.files.get(file, {}) if reuse else {}
         for name, tensor in tensors.items():
-            old = kept.get(name)
-            fits = old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype
-            buffer = old if fits and old is not None else make_buffer(tensor)
+            buffer = reuse.files.get(file, {}).get(name) if reuse else None
+            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+                buffer = make_buffer(tensor)
             files[file][name] = buffer.copy_(whole(tensor.detach()), non_blocking=True)
-            on_gpu = on_gpu or tensor.is_cuda
-    if on_gpu:
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return Snapshot(state.step, files, counters(state))
 
@@ -90,34 +99,174 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, about: dict[str, Any]) ->
         manifest = {file.name: file_facts(file) for file in sorted(temporary.iterdir())}
         for file in temporary.iterdir():
             sync(file)
-        write_json(temporary / MANIFEST, {"format": 1, "step": snapshot.step, "files": manifest})
-        sync(temporary / MANIFEST)
-        sync(temporary)
+        facts = {"format": 1, "step": snapshot.step, "files": manifest}
+        write_json(temporary / MANIFEST, facts, durable=True)
         if final.exists():
-            discard(final)
+            checkpoints.discard(final)
         temporary.rename(final)
         sync(folder)
     except (OSError, safetensors.SafetensorError, ResourceError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_full(error) or isinstance(error, ResourceError):
             raise no_room(final.name, "free disk space") from None
-        raise ResourceError(
-            f"cannot write checkpoint {final.name}: {error}", "the checkpoints before it are intact"
-        ) from None
+        what = f"cannot write checkpoint {final.name}: {error}"
+        raise ResourceError(what, "the checkpoints before it are intact") from None
     return final
+
+
+def _check_finite(snapshot: Snapshot) -> None:
+    for file, tensors in snapshot.files.items():
+        for name, values in tensors.items():
+            if not torch.isfinite(values).all():
+                what = f"{file}: {name} is not finite at step {snapshot.step}"
+                raise DivergedError(what, "resume from the last checkpoint with a lower train.lr")
+
+
+def make_room(folder: Path, snapshot: Snapshot, keep: int) -> None:
+    """Check that the disk has room for a snapshot; if not, prune to the newest `keep` checkpoints.
+
+    Raises ResourceError when that is not enough. A quota may still stop the writer.
+    """
+    needed = int(snapshot.num_bytes * MARGIN)
+    folder.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder).free >= needed:
+        return
+    checkpoints.prune(folder, keep)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        hint = f"free disk space: it needs {needed / 1e6:,.1f} MB and has {free / 1e6:,.1f}"
+        raise no_room(f"step-{snapshot.step:07d}", hint)
 
 
 def no_room(name: str, hint: str) -> ResourceError:
     """Return the error for a checkpoint that finds no room."""
-    return ResourceError(
-        f"no room on the disk for checkpoint {name}",
-        f"{hint}; the checkpoints before it are intact",
-    )
+    what = f"no room on the disk for checkpoint {name}"
+    return ResourceError(what, f"{hint}; the checkpoints before it are intact")
 
 
-def load_newest(folder: Path, state: TrainState, group: Group, note: Callable[[str], None]) -> None:
+class Saver:
+    """Writes checkpoints in a thread of its own.
+
+    On a full disk the run goes on, and the next checkpoint is tried; MAX_FAILURES in a
+    row end the run.
+    """
+
+    def __init__(
+        self, folder: Path, about: dict[str, Any], *, keep: int, keep_best: int = 0, note: Note
+    ) -> None:
+        self.folder, self.about, self.note = folder, about, note
+        self.keep, self.keep_best = keep, keep_best
+        self.saved = -1  # the step of the last checkpoint written, and the time that it took
+        self.seconds = 0.0
+        self.is_prepared = False
+        self.snapshot: Snapshot | None = None
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        self.remarks: list[str] = []
+        self.failures = 0
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Exception):  # a second Ctrl-C waits for nothing
+            self.close()
+
+    def prepare(self, state: TrainState) -> None:
+        """Make the memory of the copies in the background: new memory is slow at first use."""
+        self.is_prepared = True
+        like = state_tensors(state)
+        self._start(lambda: self._make_buffers(like))
+
+    def save(self, state: TrainState, *, wait: bool, score: Score | None = None) -> None:
+        """Save a state; with `wait`, return when it is on the disk, and raise if it is not.
+
+        With a `score` it is kept as one of the best, if it is one.
+        """
+        self.finish(final=False)
+        snapshot = self.snapshot = take_snapshot(state, self.snapshot)
+        self._start(lambda: self._write(snapshot, score))
+        if wait:
+            self.finish(final=True)
+
+    def would_keep(self, score: Score) -> bool:
+        """Tell whether a checkpoint with this score would be kept for it."""
+        self.finish(final=False)  # it may be about to write what best.json names
+        return checkpoints.is_best(self.folder, score, self.keep_best)
+
+    def poll(self) -> None:
+        """Note, or raise, what went wrong with a write that has ended; wait for none."""
+        if self.thread is not None and not self.thread.is_alive():
+            self.finish(final=False)
+
+    def finish(self, *, final: bool) -> None:
+        """Wait for the write that goes on. Raises what went wrong with it if the run cannot go on.
+
+        That is so for a `final` write, for the third failure in a row, and for all but a full disk.
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        while self.remarks:
+            self.note(self.remarks.pop(0))
+        error, self.error = self.error, None
+        if error is None:
+            return
+        self.failures += 1
+        if final or self.failures >= MAX_FAILURES or not isinstance(error, ResourceError):
+            raise error
+        self.note(f"{error.what}: going on without it; {error.hint}")
+
+    def close(self) -> None:
+        """Wait for the write that goes on, and note what went wrong with it: the run is ending."""
+        try:
+            self.finish(final=False)
+        except Exception as error:  # the end has a cause of its own
+            self.note(f"while saving: {error}")
+
+    def _start(self, work: Callable[[], None]) -> None:
+        """Run `work` in a thread, for which a second Ctrl-C does not wait."""
+
+        def run() -> None:
+            try:
+                work()
+            except OSError as error:
+                what = f"cannot write to {self.folder}: {error.strerror}"
+                self.error = ResourceError(what, "check its permissions")
+            except Exception as error:  # finish() raises it in the main thread
+                self.error = error
+
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+
+    def _make_buffers(self, like: Files) -> None:
+        files: Files = {}
+        for file, tensors in like.items():
+            files[file] = {name: make_buffer(tensor).zero_() for name, tensor in tensors.items()}
+        self.snapshot = Snapshot(-1, files, {})
+
+    def _write(self, snapshot: Snapshot, score: Score | None) -> None:
+        start = time.monotonic()
+        make_room(self.folder, snapshot, self.keep)
+        final = write_checkpoint(self.folder, snapshot, self.about)
+        self.saved, self.failures = snapshot.step, 0
+        self.seconds = time.monotonic() - start
+        if self.seconds > SLOW:
+            advice = "give a stopped run as long before it is killed"
+            self.remarks.append(f"saving took {self.seconds:.0f} s: {advice}")
+        try:
+            checkpoints.verify(final)
+            if score is not None:
+                checkpoints.record_best(self.folder, final.name, score, self.keep_best)
+            checkpoints.prune(self.folder, self.keep, snapshot.step)
+            checkpoints.point_to(self.folder, final)
+        except (OSError, UserError) as error:  # the checkpoint is whole without them
+            self.remarks.append(f"after saving {final.name}: {error}")
+
+
+def load_newest(folder: Path, state: TrainState, group: Group, note: Note) -> None:
     """Set `state` to the newest undamaged checkpoint, which the leading process finds."""
-    newest, complaints = group.agreed(lambda: newest_checkpoint(folder), "resume")
+    newest, complaints = group.agreed(lambda: checkpoints.newest_checkpoint(folder), "resume")
     for complaint in complaints:
         note(f"not used: {complaint}")
     if newest is None:
@@ -129,29 +278,22 @@ def load_newest(folder: Path, state: TrainState, group: Group, note: Callable[[s
 
 def load_checkpoint(path: Path, state: TrainState) -> None:
     """Set `state` to the tensors and step of a verified checkpoint. Raises InputError."""
-    wanted = state_tensors(state, fill_optimizer=True)
-    for name, tensors in wanted.items():
+    for name, tensors in state_tensors(state, fill_optimizer=True).items():
         stored = read_weights(path / f"{name}.safetensors")
-        if (
-            name == "optimizer" and not stored
-        ):  # saved at the start of a stage, before its first step
+        if name == "optimizer" and not stored:  # saved before the first step of a stage
             state.optimizer.state.clear()
             continue
         if stored.keys() != tensors.keys():
-            unmatched = sorted(stored.keys() ^ tensors.keys())[0]
-            raise InputError(
-                f"{path / name}.safetensors does not fit this run: {unmatched}",
-                "resume with the preset the run was started with",
-            )
+            unmatched = min(stored.keys() ^ tensors.keys())
+            what = f"{path / name}.safetensors does not fit this run: {unmatched}"
+            raise InputError(what, "resume with the preset the run was started with")
         with torch.no_grad():
             for key, tensor in tensors.items():
                 fill(tensor, stored[key])
     set_counters(state, json.loads((path / "state.json").read_text()))
 
 
-def state_tensors(
-    state: TrainState, *, fill_optimizer: bool = False
-) -> dict[str, dict[str, Tensor]]:
+def state_tensors(state: TrainState, *, fill_optimizer: bool = False) -> Files:
     """Return the tensors of a state by file name: model, target, one per EMA, optimizer.
 
     With `fill_optimizer`, an optimizer that has not stepped yet first gets the buffers that a
@@ -168,33 +310,20 @@ def state_tensors(
     if state.own is not None:
         files["method"] = dict(state.own.state_dict())
         names |= {p: f"method/{name}" for name, p in state.own.named_parameters()}
-    files["optimizer"] = {
-        f"{names[p]}.{key}": value
-        for p, buffers in state.optimizer.state.items()
-        for key, value in buffers.items()
-    }
+    moments = state.optimizer.state.items()
+    files["optimizer"] = {f"{names[p]}.{key}": t for p, own in moments for key, t in own.items()}
     return files
 
 
 def _make_moments(state: TrainState) -> None:
     """Make the optimizer create its buffers: take a step with zero gradients and rate 0."""
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    rates = [group["lr"] for group in state.optimizer.param_groups]
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
-    for group in state.optimizer.param_groups:
+    groups = state.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for group in groups:
         group["lr"] = 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
     state.optimizer.step()
-    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+    for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
-
-
-def _check_finite(snapshot: Snapshot) -> None:
-    for file, tensors in snapshot.files.items():
-        for name, values in tensors.items():
-            if not torch.isfinite(values).all():
-                raise DivergedError(
-                    f"{file}: {name} is not finite at step {snapshot.step}",
-                    "resume from the last checkpoint with a lower train.lr",
-                )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from cmtool.core.ema import Ema, update_average
+from cmtool.core.ema import update_average
 from cmtool.core.methods import Models, Objective
 from cmtool.core.noise import Curriculum, Stage
 from cmtool.core.precond import Preconditioned
@@ -67,15 +67,15 @@ class Fault(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What one step did; its tensors are on the device, for whoever wants to wait for them."""
+    """What one step did; its tensors are on the device, for whoever wants to wait for them.
+
+    Each image of this process has a loss and a sigma, (B,). grad_norm, (), is that before clipping.
+    """
 
     step: int
     loss: Tensor
-    """Of each image of this process, (B,)."""
     sigma: Tensor
-    """The noise level of each image, (B,)."""
     grad_norm: Tensor
-    """Before clipping, ()."""
     lr: float
     n: int
     mu: float
@@ -92,8 +92,7 @@ class Diverged(DivergedError):
 
     def __init__(self, what: str, hint: str, info: StepInfo, batch: Batch) -> None:
         super().__init__(what, hint)
-        self.info = info
-        self.batch = batch
+        self.info, self.batch = info, batch
 
 
 def learning_rate(settings: FitSettings, step: int, progress: float) -> float:
@@ -116,13 +115,6 @@ def sync_in_last_round(models: Models, *, last: bool) -> Iterator[None]:
         yield
 
 
-def start_anew(state: TrainState) -> None:
-    """Forget the optimizer's moments and set every weights EMA to the student."""
-    state.optimizer.state.clear()
-    for ema in state.emas.values():
-        update_average(ema.model.parameters(), state.student.parameters(), 0.0)
-
-
 def fit(
     state: TrainState,
     objective: Objective,
@@ -141,7 +133,7 @@ def fit(
     The host waits for the device once a step, to read whether the gradient is finite, and before
     the optimizer; what is yielded has not been read.
     """
-    walked = walk(state)
+    walked = Walked(state)
     state.student.train()
     own = None if state.own is None else shared(state.own, settings.group)
     student = shared(state.student, settings.group)
@@ -149,8 +141,10 @@ def fit(
     while state.step < settings.steps:
         seen = state.step * settings.batch
         stage = curriculum(state.step, settings.steps)._replace(images=seen)
-        if stage.fresh:
-            start_anew(state)
+        if stage.fresh:  # the optimizer has no moments, and each weights EMA is the student
+            state.optimizer.state.clear()
+            for _, average in walked.averages:
+                update_average(average, walked.student, 0.0)
         rate = learning_rate(settings, state.step, stage.progress)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
@@ -163,36 +157,22 @@ def fit(
             fault=fault_text(fault, state.scaler), waited=waited,
         )  # fmt: skip
         if state.bad_steps >= settings.max_bad_steps:
-            raise Diverged(
-                f"not finite {state.bad_steps} steps in a row, to step {info.step}: {info.fault}",
-                "start again with a lower train.lr, or --set train.max_grad_norm=1; the last"
-                " checkpoint is intact",
-                info,
-                batch,
-            )
+            what = f"not finite {state.bad_steps} steps in a row, to step {info.step}: {info.fault}"
+            remedy = "start again with a lower train.lr, or --set train.max_grad_norm=1"
+            raise Diverged(what, f"{remedy}; the last checkpoint is intact", info, batch)
         state.step += 1
         yield info
 
 
-class Walked(NamedTuple):
+class Walked:
     """The tensors of a state, listed once: to walk through the modules each step takes long."""
 
-    student: list[Tensor]
-    learned: list[Tensor]
-    averages: list[tuple[Ema, list[Tensor]]]
-    target: list[Tensor]
-
-
-def walk(state: TrainState) -> Walked:
-    """Return the tensors of a state that a step reads or changes."""
-    student: list[Tensor] = list(state.student.parameters())
-    learned = student if state.own is None else [*student, *state.own.parameters()]
-    return Walked(
-        student,
-        [p for p in learned if p.requires_grad],
-        [(ema, list(ema.model.parameters())) for ema in state.emas.values()],
-        [] if state.target is None else list(state.target.parameters()),
-    )
+    def __init__(self, state: TrainState) -> None:
+        self.student: list[Tensor] = list(state.student.parameters())
+        own = () if state.own is None else state.own.parameters()
+        self.learned = [p for p in (*self.student, *own) if p.requires_grad]
+        self.averages = [(ema, list(ema.model.parameters())) for ema in state.emas.values()]
+        self.target = [] if state.target is None else list(state.target.parameters())
 
 
 def descend(
@@ -205,9 +185,8 @@ def descend(
     scaler = state.scaler
     if scaler is not None:
         scaler.unscale_(state.optimizer)
-    total = torch.nn.utils.get_total_norm(  # of a list that nothing keeps until the next step
-        [p.grad for p in walked.learned if p.grad is not None], foreach=True
-    )
+    grads = (p.grad for p in walked.learned if p.grad is not None)
+    total = torch.nn.utils.get_total_norm(list(grads), foreach=True)  # nothing keeps this list
     norm = whole(total)
     settings.group.line_up()
     good = bool(torch.isfinite(norm))  # here the host waits
@@ -215,14 +194,11 @@ def descend(
     if scaler is not None:
         scaler.update()
     if good:
-        if settings.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                walked.learned, settings.max_grad_norm, total, foreach=True
-            )
+        if (limit := settings.max_grad_norm) is not None:
+            torch.nn.utils.clip_grads_with_norm_(walked.learned, limit, total, foreach=True)
         state.optimizer.step()
         for ema, average in walked.averages:
-            decay = ema.decay(settings.batch, stage.images)
-            update_average(average, walked.student, decay)
+            update_average(average, walked.student, ema.decay(settings.batch, stage.images))
         state.bad_steps = 0
     elif fault is not None and not is_overflow(fault, scaler):
         state.bad_steps += 1
@@ -245,8 +221,7 @@ def accumulate(
     """
     group = settings.group
     shards = tuple(range(group.rank, settings.rounds * group.world_size, group.world_size))
-    images, classes, sigmas, losses = [], [], [], []
-    waited = 0.0
+    parts, waited = [], 0.0
     for shard in shards:
         generator = step_generator(settings.seed, state.step, shard)
         asked = time.perf_counter()
@@ -257,10 +232,8 @@ def accumulate(
                 loss, sigma = objective(models, x0, labels, stage, generator)
             mean = guarded_mean(loss) / (settings.rounds * group.world_size)
             (state.scaler.scale(mean) if state.scaler is not None else mean).backward()
-        images.append(x0)
-        classes.append(labels)
-        sigmas.append(sigma)
-        losses.append(loss.detach())
+        parts.append((x0, labels, sigma, loss.detach()))
+    images, classes, sigmas, losses = zip(*parts, strict=True)
     known = [labels for labels in classes if labels is not None]
     labels = torch.cat(known) if known else None
     return Batch(torch.cat(images), labels, torch.cat(sigmas), torch.cat(losses), shards), waited
@@ -275,29 +248,18 @@ def guarded_mean(loss: Tensor) -> Tensor:
     return mean * torch.where(torch.isfinite(mean.detach()), 1.0, torch.nan)
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Tell whether all of a tensor is finite; the host waits for the answer."""
-    return bool(torch.isfinite(tensor).all())
-
-
 def find_fault(student: Preconditioned, batch: Batch, group: Group) -> Fault:
     """Return what is not finite in a step; all processes call this and get the same answer."""
     place = int(batch.loss.argmax())
-    names = [name for name, _ in student.network.named_parameters()]
-    parameter = next(
-        (
-            name
-            for name, p in student.network.named_parameters()
-            if p.grad is not None and not all(map(is_finite, local([p.grad])))
-        ),
-        None,
-    )
+    grads = {name: p.grad for name, p in student.network.named_parameters()}
+    parts = ((name, local([grad])) for name, grad in grads.items() if grad is not None)
+    bad = (name for name, held in parts if not all(torch.isfinite(t).all() for t in held))
     round_, image = divmod(place, len(batch.loss) // len(batch.shards))
     sigma, loss = float(batch.sigma[place]), float(batch.loss[place])
-    faults = group.gather(Fault(parameter, batch.shards[round_], image, sigma, loss))
+    faults = group.gather(Fault(next(bad, None), batch.shards[round_], image, sigma, loss))
     found = [fault.parameter for fault in faults if fault.parameter is not None]
     worst = max(faults, key=lambda f: f.loss if math.isfinite(f.loss) else math.inf)
-    return worst._replace(parameter=min(found, key=names.index, default=None))
+    return worst._replace(parameter=min(found, key=list(grads).index, default=None))
 
 
 def is_overflow(fault: Fault, scaler: GradScaler | None) -> bool:
@@ -309,7 +271,6 @@ def is_overflow(fault: Fault, scaler: GradScaler | None) -> bool:
 
 def fault_text(fault: Fault | None, scaler: GradScaler | None) -> str:
     """Return a fault in words, "" for none."""
-    if fault is None:
-        return ""
-    scale = f"; the loss is scaled by {scaler.get_scale():g} now" if scaler is not None else ""
-    return f"{fault}{scale}"
+    if fault is None or scaler is None:
+        return str(fault or "")
+    return f"{fault}; the loss is scaled by {scaler.get_scale():g} now"

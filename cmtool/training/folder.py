@@ -1,21 +1,28 @@
-"""The folder of a run: who may use it, who holds it, and what is removed from it."""
+"""The folder of a run: who may use it, who holds it, its status.json, and what is removed."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cmtool.errors import BusyError, InputError, UserError
+from cmtool.errors import BusyError, InputError, Paused, ResourceError, Stopped, UserError
 from cmtool.formats.checkpoints import clear_temporary, prune_all
 from cmtool.models import Model
-from cmtool.training.status import launched_by, launcher, read_json
+from cmtool.system.files import write_json
+
+StatusWriter = Callable[..., None]
+"""Writes status.json: the given fields replace those before."""
 
 TEMPORARY = r"\..+\.[0-9]+\.tmp"
 """Pattern of the names that files have while they are written."""
@@ -23,6 +30,15 @@ MADE_FIRST = {".lock", "checkpoints", "samples"}
 """What a run makes before its folder says that it is a run."""
 RESULTS = ("samples/step-*.png", "log*.jsonl", "preset.toml", "summary.png", "report.html")
 """Files of a run that overwriting it removes, beside its checkpoints."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, an empty one for a file that holds none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def is_run(out: Path) -> bool:
@@ -36,6 +52,20 @@ def is_resumable(out: Path) -> bool:
     return is_run(out) and (out / "preset.toml").is_file()
 
 
+def launcher() -> str:
+    """Return the name of the torchrun that started this process; "" without one."""
+    return f"{platform.node()}:{os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+
+
+def launched_by(out: Path, launchers: Sequence[str]) -> bool:
+    """Tell whether one of these torchruns has begun, or resumed, the run in `out`.
+
+    Then its workers are not the first: it starts new ones when one fails (`--max-restarts`).
+    """
+    before = read_json(out / "status.json").get("launchers")
+    return isinstance(before, list) and not {*before}.isdisjoint(filter(None, launchers))
+
+
 def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model | None) -> None:
     """Make the run folder. Raises UserError or InputError for one that must be left alone."""
     if out.exists() and not out.is_dir():
@@ -46,7 +76,7 @@ def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model |
         raise UserError(f"{out} holds a run already", "go on with --resume, or --overwrite it")
     if out.exists() and not is_run(out) and not _is_only_begun(out):
         raise UserError(f"{out} is not empty and not a run", "give a new folder with --out")
-    if overwrite and teacher and _is_inside(Path(teacher.source), out):
+    if overwrite and teacher and Path(teacher.source).resolve().is_relative_to(out.resolve()):
         raise UserError(f"the teacher is in {out}", "overwriting it would lose it: change --out")
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -57,18 +87,10 @@ def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model |
 
 def _is_only_begun(out: Path) -> bool:
     """Tell whether a folder holds at most what a run makes before it is one."""
-    ours = MADE_FIRST
-    if "pid" in read_json(out / "status.json"):
-        ours = ours | {"status.json", "preset.toml", "report.html"}
-    made = [p for p in out.iterdir() if not re.fullmatch(TEMPORARY, p.name)]
-    inside = [p for name in ("checkpoints", "samples") for p in (out / name).glob("*")]
-    return {p.name for p in made} <= ours and not inside
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    """Tell whether a path is a folder, or lies within it."""
-    path = path.resolve()
-    return folder.resolve() in (path, *path.parents)
+    has_status = "pid" in read_json(out / "status.json")
+    ours = MADE_FIRST | ({"status.json", "preset.toml", "report.html"} if has_status else set())
+    made = {p.name for p in out.iterdir() if not re.fullmatch(TEMPORARY, p.name)}
+    return made <= ours and not any((*out.glob("checkpoints/*"), *out.glob("samples/*")))
 
 
 @contextmanager
@@ -84,11 +106,11 @@ def new_folder(name: str) -> Iterator[Path]:
             break
         try:
             out.mkdir(parents=True)
+            break
         except FileExistsError:
             continue
         except OSError as error:
             raise InputError(f"cannot make {out}: {error.strerror}", "give another --out") from None
-        break
     try:
         yield out
     finally:
@@ -111,15 +133,50 @@ def locked(out: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         holder = read_json(out / "status.json")
-        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-        raise BusyError(
-            f"{out} is in use by {who} since {holder.get('since', '?')}",
-            "wait for it, or give another --out",
-        ) from None
+        pid, host, since = (holder.get(key, "?") for key in ("pid", "host", "since"))
+        what = f"{out} is in use by process {pid} on {host} since {since}"
+        raise BusyError(what, "wait for it, or give another --out") from None
     try:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def keep_status(out: Path, launchers: Sequence[str] = ()) -> Iterator[StatusWriter]:
+    """Keep status.json true during a block: running, done, stopped or failed, step, exit code."""
+    facts: dict[str, object] = {
+        "state": "running",
+        "step": 0,
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "launchers": sorted(filter(None, set(launchers))),
+    }
+
+    def write(**fields: object) -> None:
+        facts.update(fields)
+        try:
+            write_json(out / "status.json", facts, durable=facts["state"] != "running")
+        except ResourceError:  # the disk is full; to write over the old file needs no room
+            with (out / "status.json").open("r+") as file:
+                file.write(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+                file.truncate()
+
+    write()
+    try:
+        yield write
+    except BaseException as error:
+        end: dict[str, object] = {"state": "failed", "exit_code": 1, "error": repr(error)}
+        if isinstance(error, Stopped | Paused):
+            end = {"state": "stopped", "exit_code": error.exit_code}
+        elif isinstance(error, UserError):
+            end |= {"exit_code": error.exit_code, "error": error.what}
+        elif isinstance(error, SystemExit):
+            end = {"state": "stopped", "exit_code": error.code, "error": "stopped without saving"}
+        with suppress(OSError):  # the error that ended the run is still shown
+            write(**end)
+        raise
 
 
 def clear_leftovers(out: Path) -> None:

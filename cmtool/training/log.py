@@ -1,4 +1,4 @@
-"""log.jsonl: what its lines say (means since the last one, speed, memory), and the file itself."""
+"""log.jsonl: what its lines say (means, speed, memory), the file itself, and TensorBoard's."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
 from cmtool.core.noise import NoiseRange
-from cmtool.errors import ResourceError, is_full
+from cmtool.errors import MissingError, ResourceError, is_full
 from cmtool.presets.schema import Preset
 from cmtool.system.dist import Group
 from cmtool.system.files import write_atomic
 from cmtool.training.fit import StepInfo
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Progress(NamedTuple):
@@ -120,11 +123,10 @@ class Meter:
         for total in (self.loss, self.images, self.norm):
             total.zero_()
         self.steps = self.skipped = 0
-        by_sigma = [mean(total, count) for total, count in zip(loss, images, strict=True)]
         return Means(
             loss=mean(sum(loss), sum(images)),
-            loss_by_sigma=dict(zip(self.names, by_sigma, strict=True)),
-            images_by_sigma={n: int(c) for n, c in zip(self.names, images, strict=True)},
+            loss_by_sigma=dict(zip(self.names, map(mean, loss, images), strict=True)),
+            images_by_sigma=dict(zip(self.names, map(int, images), strict=True)),
             grad_norm=mean(sums["grad_norm"], sums["steps"]),
             skipped=sums["skipped"],
         )
@@ -136,9 +138,13 @@ def mean(total: float, count: float) -> float | None:
 
 
 class Clock:
-    """The time a run takes, from its start or resumption on."""
+    """The time a run takes, from its start or resumption on.
 
-    def __init__(self, step: int, preset: Preset) -> None:
+    `ideal` is the seconds of a step that used all of the devices, None if it is not known.
+    """
+
+    def __init__(self, step: int, preset: Preset, ideal: float | None = None) -> None:
+        self.ideal = ideal
         self.steps, self.batch = preset.train.steps, preset.train.batch
         self.first = self.step = step
         self.start = self.since = time.monotonic()
@@ -165,38 +171,22 @@ class Clock:
 
 
 def log_line(
-    info: StepInfo,
-    meter: Meter,
-    clock: Clock,
-    group: Group,
-    device: str,
-    ideal_seconds: float | None = None,
+    info: StepInfo, meter: Meter, clock: Clock, group: Group, device: str
 ) -> dict[str, Any]:
-    """Return the line for log.jsonl and reset the sums; every process calls this.
-
-    It has an `mfu` if the `ideal_seconds` of a step are known.
-    """
+    """Return the line for log.jsonl and reset the sums; every process calls this."""
     means = meter.take(group)  # this waits for the device, so the clock is read after it
     seconds, waited = clock.lap(info.step)
     line = {
         "step": info.step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "images": info.step * clock.batch,
-        "loss": means.loss,
-        "loss_by_sigma": means.loss_by_sigma,
-        "images_by_sigma": means.images_by_sigma,
-        "grad_norm": means.grad_norm,
-        "lr": info.lr,
-        "n": info.n,
-        "mu": info.mu,
-        "skipped": means.skipped,
+        **means._asdict(),
+        **{"lr": info.lr, "n": info.n, "mu": info.mu},
         "images_per_second": round(clock.batch / seconds, 1),
         "data_wait": round(waited / seconds, 4),
         "memory_gib": round(peak_memory(device) / 2**30, 3),
     }
-    if ideal_seconds is not None:
-        line["mfu"] = round(ideal_seconds / seconds, 4)
-    return line
+    return line if clock.ideal is None else {**line, "mfu": round(clock.ideal / seconds, 4)}
 
 
 def peak_memory(device: str) -> int:
@@ -216,11 +206,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         return []
     lines: dict[int, dict[str, Any]] = {}
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+        with suppress(ValueError, TypeError, LookupError, RecursionError):
             line = json.loads(text)
             lines[int(line["step"])] = line
-        except (ValueError, TypeError, LookupError, RecursionError):
-            continue
     return [lines[step] for step in sorted(lines)]
 
 
@@ -229,13 +217,12 @@ def trim_log(out: Path, step: int) -> None:
     log = out / "log.jsonl"
     if not log.exists():
         return
-    lines = read_log(log)
-    superseded = "".join(json.dumps(line) + "\n" for line in lines if line["step"] > step)
+    texts = [(line["step"], json.dumps(line) + "\n") for line in read_log(log)]
+    superseded = "".join(text for number, text in texts if number > step)
     if superseded:
         with (out / "log.superseded.jsonl").open("a", encoding="utf-8") as file:
             file.write(superseded)
-    kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
-    write_atomic(log, kept.encode())
+    write_atomic(log, "".join(text for number, text in texts if number <= step).encode())
 
 
 class LogFile:
@@ -244,6 +231,10 @@ class LogFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.unwritten: list[str] = []
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the lines written so far."""
+        return read_log(self.path)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line and the unwritten ones, or nothing. Raises ResourceError on a full disk."""
@@ -261,3 +252,27 @@ class LogFile:
                 file.truncate(end)
                 raise ResourceError(f"no room on the disk for {self.path}", "free disk space")
         self.unwritten.clear()
+
+
+def event_writer() -> type[SummaryWriter]:
+    """Return the class that writes event files. Raises MissingError without TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        what = f"run.tensorboard needs the package tensorboard: {error}"
+        hint = "pip install 'cmtool[tensorboard]', or --set run.tensorboard=false"
+        raise MissingError(what, hint) from None
+    return SummaryWriter
+
+
+def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield a log line's numbers under names that TensorBoard takes, tables as `table/key`."""
+    for key, value in line.items():
+        if key == "eval":
+            yield f"eval/{value['metric']}", value["value"]
+        elif isinstance(value, Mapping):
+            for band, number in value.items():
+                if number is not None:
+                    yield f"{key}/{band.replace('<', 'below_').replace('>', 'above_')}", number
+        elif key not in ("step", "time") and value is not None:
+            yield key, value

@@ -7,7 +7,8 @@ depends on what is the same in all of them. Only the leading process has a saver
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,33 +16,38 @@ import torch
 from torch import Tensor
 
 from cmtool.core.precond import Preconditioned
+from cmtool.data.images import png_bytes
+from cmtool.errors import ResourceError
 from cmtool.evaluation.during_training import Verdict, evaluate
-from cmtool.formats.checkpoints import Score, is_best
+from cmtool.formats.checkpoints import Score
 from cmtool.presets.schema import Card
 from cmtool.sampling import evaluating, generate, plan
-from cmtool.training.checkpoint import take_part
+from cmtool.system.files import write_atomic
+from cmtool.training.checkpoint import Saver, take_part
 from cmtool.training.fit import Diverged, StepInfo
-from cmtool.training.log import Clock, Meter, Progress, log_line
-from cmtool.training.saver import Saver
-from cmtool.training.setup import Run
+from cmtool.training.folder import StatusWriter
+from cmtool.training.log import Clock, LogFile, Meter, Progress, event_writer, log_line, scalars
+from cmtool.training.plots import picture, write_summary
+from cmtool.training.report import write_run_report
+from cmtool.training.start import Run
 from cmtool.training.state import TrainState
-from cmtool.training.writer import RunWriter
 
 GRID_SEEDS = range(40)
+COLUMNS = 10
 
 
 @dataclass
 class News:
-    """What is known of a finished step; all but `info` is the same in every process."""
+    """What is known of a finished step; all but `info` is the same in every process.
+
+    After it, `diverged` ends the run, or a `stop_reason` other than 0, which `Stop.reason` gave.
+    """
 
     info: StepInfo
     is_last: bool
     diverged: Diverged | None
-    """The error that ends the run after this step."""
     stop_reason: int
-    """Why the run stops after this step, as `Stop.reason` says it; 0 if it does not."""
     verdict: Verdict | None = None
-    """What the evaluation at this step found."""
     is_logged: bool = False
 
     @property
@@ -54,17 +60,83 @@ class News:
         return steps > 0 and (self.is_last or self.step % steps == 0)
 
 
+class RunWriter:
+    """Writes what people read of a run. A run goes on without any of it, and says so."""
+
+    def __init__(self, run: Run, write_status: StatusWriter) -> None:
+        self.run, self.write_status = run, write_status
+        self.log_file = LogFile(run.out / "log.jsonl")
+        folder, step = str(run.out / "tensorboard"), run.state.step
+        wanted = run.preset.run.tensorboard  # it drops what earlier files say from purge_step on
+        self.events = event_writer()(folder, purge_step=step + 1) if wanted else None
+        self.failing: set[str] = set()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # a second Ctrl-C, which is no Exception, waits for nothing
+        if self.events and (kind is None or issubclass(kind, Exception)):
+            with self.expendable("tensorboard/"):
+                self.events.close()
+
+    @contextmanager
+    def expendable(self, what: str) -> Iterator[None]:
+        """Go on if something cannot be written; say so once until it can be written again."""
+        try:
+            yield
+        except (OSError, ResourceError) as error:
+            if what not in self.failing:
+                self.run.watcher.note(f"{what} cannot be written: going on without it; {error}")
+            self.failing.add(what)
+        else:
+            self.failing.discard(what)
+
+    def log(self, line: dict[str, Any], seconds_left: float) -> None:
+        """Write a line of log.jsonl, and its main figures to status.json."""
+        with self.expendable("log.jsonl"):
+            self.log_file.write(line)
+        if self.events:
+            with self.expendable("tensorboard/"):
+                for name, value in scalars(line):
+                    self.events.add_scalar(name, value, line["step"])
+                self.events.flush()
+        facts = {key: line[key] for key in ("step", "loss", "eval") if key in line}
+        with self.expendable("status.json"):
+            self.write_status(state="running", **facts, seconds_left=round(seconds_left))
+
+    def samples(self, images: Tensor, step: int) -> None:
+        """Write samples/step-NNNNNNN.png."""
+        shown = picture(images, COLUMNS)
+        path = self.run.out / "samples" / f"step-{step:07d}.png"
+        with self.expendable("the sample grid"):
+            write_atomic(path, png_bytes(shown))
+        if self.events:
+            with self.expendable("tensorboard/"):
+                self.events.add_image("samples", shown, step)
+                self.events.flush()
+
+    def report(self) -> None:
+        """Write report.html, as the run stands."""
+        with self.expendable("report.html"):
+            write_run_report(self.run.out)
+
+    def summary(self, panels: dict[str, Tensor]) -> None:
+        """Write summary.png: the curve, and images of teacher and model from the same noise."""
+        out, title = self.run.out, self.run.preset.description
+        with self.expendable("summary.png"):
+            write_summary(out / "summary.png", self.log_file.lines(), panels, title)
+
+
 @dataclass
 class Tools:
-    """What observers work with."""
+    """What observers work with; `line` is the last log line."""
 
     meter: Meter
     clock: Clock
-    ideal_seconds: float | None
     saver: Saver | None
     writer: RunWriter | None
     line: dict[str, Any]
-    """The last log line."""
 
 
 def always(run: Run, news: News) -> bool:
@@ -76,11 +148,6 @@ def measure(run: Run, tools: Tools, news: News) -> None:
     """Add the step to the sums that the next log line shows."""
     tools.meter.add(news.info)
     tools.clock.waited += news.info.waited
-
-
-def is_skipped(run: Run, news: News) -> bool:
-    """At a step that changed nothing."""
-    return news.info.skipped and run.group.leads
 
 
 def note_skipped(run: Run, tools: Tools, news: News) -> None:
@@ -118,12 +185,11 @@ def logs(run: Run, news: News) -> bool:
 
 def log(run: Run, tools: Tools, news: News) -> None:
     """Make the log line, together; the leading process writes it."""
-    meter, clock = tools.meter, tools.clock
-    tools.line = log_line(news.info, meter, clock, run.group, run.device, tools.ideal_seconds)
+    tools.line = log_line(news.info, tools.meter, tools.clock, run.group, run.device)
     tools.line |= {"eval": news.verdict._asdict()} if news.verdict else {}
     news.is_logged = True
     if tools.writer:
-        tools.writer.log(tools.line, clock.seconds_left(news.step))
+        tools.writer.log(tools.line, tools.clock.seconds_left(news.step))
 
 
 def show_progress(run: Run, tools: Tools, news: News) -> None:
@@ -153,7 +219,7 @@ def save(run: Run, tools: Tools, news: News) -> None:
     state.unlogged = tools.meter.sums(group)
     score = verdict and Score(verdict.metric, verdict.num, verdict.value)
     if not must_save(run, news) and not group.agreed(
-        lambda: is_among_best(saver, score), f"judged {news.step}"
+        lambda: bool(saver and score and saver.would_keep(score)), f"judged {news.step}"
     ):
         return
     if saver:
@@ -165,14 +231,6 @@ def save(run: Run, tools: Tools, news: News) -> None:
     elif group.mesh is not None:
         take_part(state)
     group.meet(f"saved {news.step}")
-
-
-def is_among_best(saver: Saver | None, score: Score | None) -> bool:
-    """Tell whether a checkpoint with this score would be kept for it; the leading process knows."""
-    assert saver is not None
-    assert score is not None
-    saver.finish(final=False)  # it may be about to write what best.json names
-    return is_best(saver.folder, score, saver.keep_best)
 
 
 def samples(run: Run, news: News) -> bool:
@@ -199,9 +257,8 @@ def kept_model(state: TrainState) -> Preconditioned:
 
 def fixed_images(model: Preconditioned, card: Card, device: str) -> Tensor:
     """Return images of seeds 0 to 39, classes in turn: the same noise each time."""
-    labels, classes = None, card.model.num_classes
-    if classes:
-        labels = torch.arange(len(GRID_SEEDS)) % classes
+    classes = card.model.num_classes
+    labels = torch.arange(len(GRID_SEEDS)) % classes if classes else None
     with evaluating(model):
         drawn = generate(model, card, plan(card), GRID_SEEDS, labels=labels, device=device)
         return torch.cat(list(drawn)).cpu()
@@ -217,7 +274,7 @@ def final_images(run: Run) -> dict[str, Tensor]:
 
 OBSERVERS: list[tuple[Callable[[Run, News], bool], Callable[[Run, Tools, News], None]]] = [
     (always, measure),
-    (is_skipped, note_skipped),
+    (lambda run, news: news.info.skipped and run.group.leads, note_skipped),
     (always, tend_saver),
     (evaluates, evaluate_model),
     (logs, log),

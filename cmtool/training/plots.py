@@ -13,10 +13,7 @@ from cmtool.data.images import display_scale, grid, to_uint8
 from cmtool.system.files import replacing
 
 MAX_POINTS = 400
-"""A curve has at most so many points: its neighbours are averaged."""
-
 Log = Sequence[Mapping[str, Any]]
-"""Lines of log.jsonl, by step."""
 
 
 class Curve(NamedTuple):
@@ -43,21 +40,15 @@ def picture(images: Tensor, columns: int) -> Tensor:
 def run_plots(log: Log) -> list[Plot]:
     """Return the plots of a log, without those that would be empty."""
     bands = list(dict.fromkeys(band for line in log for band in line.get("loss_by_sigma", {})))
-    by_band = [
-        curve(band, [(x["step"], x.get("loss_by_sigma", {}).get(band)) for x in log])
-        for band in bands
-    ]
-    verdicts = [line["eval"] for line in log if "eval" in line]
-    metrics = list(dict.fromkeys(verdict["metric"] for verdict in verdicts))
-    evaluations = [
-        Plot(f"{metric}, lower is better",
-             [curve(metric, [(v["step"], v["value"]) for v in verdicts if v["metric"] == metric])])
-        for metric in metrics
-    ]  # fmt: skip
+    losses = [{"step": line["step"], **line.get("loss_by_sigma", {})} for line in log]
+    evaluations: dict[str, list[tuple[float, float | None]]] = {}
+    for verdict in (line["eval"] for line in log if "eval" in line):
+        points = evaluations.setdefault(verdict["metric"], [])
+        points.append((verdict["step"], verdict["value"]))
     plots = [
         Plot("loss", [curve_of(log, "loss")], log_scale=True),
-        Plot("loss by noise level sigma", by_band, log_scale=True),
-        *evaluations,
+        Plot("loss by noise level sigma", [curve_of(losses, b) for b in bands], log_scale=True),
+        *(Plot(f"{m}, lower is better", [curve(m, found)]) for m, found in evaluations.items()),
         Plot("gradient norm", [curve_of(log, "grad_norm")], log_scale=True),
         Plot("learning rate", [curve_of(log, "lr")]),
         Plot("points of the noise grid, N", varying(curve_of(log, "n"))),
@@ -80,7 +71,7 @@ def varying(curve: Curve) -> list[Curve]:
 
 
 def curve(name: str, points: Sequence[tuple[float, float | None]]) -> Curve:
-    """Return the points that have a value as a curve of at most MAX_POINTS."""
+    """Return the points that have a value as a curve of at most MAX_POINTS, by averages."""
     known = [(step, value) for step, value in points if value is not None]
     size = -(-len(known) // MAX_POINTS) or 1
     parts = [known[i : i + size] for i in range(0, len(known), size)]
@@ -97,18 +88,14 @@ def svgs(plots: Sequence[Plot]) -> Iterator[str]:
         for plot in plots:
             figure = Figure(figsize=(4.6, 2.6))
             several = len(plot.curves) > 1
-            right = 0.8 if several else 0.97
-            figure.subplots_adjust(left=0.14, right=right, bottom=0.17, top=0.88)
+            figure.subplots_adjust(0.14, 0.17, 0.8 if several else 0.97, 0.88)
             axis = figure.subplots()
             for name, steps, values in plot.curves:
                 dots = "." if len(values) == 1 else ""
                 axis.plot(steps, values, label=name, linewidth=1.2, marker=dots)
             positive = all(value > 0 for each in plot.curves for value in each.values)
-            axis.set(
-                title=plot.title,
-                xlabel="step",
-                yscale="log" if plot.log_scale and positive else "linear",
-            )
+            scale = "log" if plot.log_scale and positive else "linear"
+            axis.set(title=plot.title, xlabel="step", yscale=scale)
             axis.grid(alpha=0.3)
             if several:
                 axis.legend(
@@ -125,9 +112,7 @@ def write_summary(path: Path, log: Log, panels: dict[str, Tensor], title: str) -
     from matplotlib.figure import Figure
 
     plot = Figure(figsize=(4.6 + 4.2 * len(panels), 3.4), layout="constrained")
-    ratios = [4.2, *[4.2] * len(panels)]
-    axes = plot.subplots(1, 1 + len(panels), width_ratios=ratios, squeeze=False)
-    loss, *rest = axes[0]
+    loss, *rest = plot.subplots(1, 1 + len(panels), squeeze=False)[0]
     known = curve_of(log, "loss")
     loss.plot(known.steps, known.values)
     loss.set(xlabel="step", ylabel="loss", title=title, yscale="log")

@@ -14,22 +14,16 @@ from cmtool.presets.build import noise_range
 from cmtool.presets.schema import Preset
 from cmtool.system import dist
 from cmtool.system.dist import ALONE, Group
-from cmtool.training.checkpoint import load_newest
-from cmtool.training.failure import explained, with_dump
+from cmtool.training.checkpoint import Saver, load_newest
 from cmtool.training.fit import Diverged, StepInfo, fit
-from cmtool.training.folder import clear_leftovers, clear_run, locked, prepare_folder
+from cmtool.training.folder import clear_leftovers, clear_run, keep_status, locked, prepare_folder
 from cmtool.training.log import Clock, Meter, Watcher, trim_log
-from cmtool.training.observers import OBSERVERS, News, Tools, final_images
-from cmtool.training.record import check_same, write_record
+from cmtool.training.observers import OBSERVERS, News, RunWriter, Tools, final_images
 from cmtool.training.report import write_run_report
-from cmtool.training.saver import Saver
-from cmtool.training.setup import Run, set_up
-from cmtool.training.start import Start, decide_start
+from cmtool.training.start import Run, Start, check_same, decide_start, set_up, write_record
 from cmtool.training.state import fit_settings
-from cmtool.training.status import keep_status
-from cmtool.training.stop import Stop, stop_signals, stopped
+from cmtool.training.stop import Stop, explained, stop_signals, stopped, with_dump
 from cmtool.training.utilisation import ideal_seconds
-from cmtool.training.writer import RunWriter
 
 
 def train(
@@ -90,12 +84,8 @@ def claimed(run: Run, start: Start) -> Iterator[None]:
 
 def lead(run: Run, start: Start, stop: Stop) -> None:
     """Train as the leading process, which writes the run's files."""
-    out, state, steps = run.out, run.state, run.preset.train.steps
-    with (
-        reported(out, run.watcher),
-        keep_status(out, start.launchers) as write_status,
-        explained(run),
-    ):
+    out, state = run.out, run.state
+    with reported(out, run.watcher), keep_status(out, start.launchers) as write, explained(run):
         clear_leftovers(out)
         if start.resume:
             load_newest(out / "checkpoints", state, run.group, run.watcher.note)
@@ -103,10 +93,10 @@ def lead(run: Run, start: Start, stop: Stop) -> None:
         else:
             clear_run(out)
         write_record(run, start.origins)
-        write_status(step=state.step, steps=steps)
-        with make_saver(run) as saver, RunWriter(run, write_status) as writer:
+        write(step=state.step, steps=run.preset.train.steps)
+        with make_saver(run) as saver, RunWriter(run, write) as writer:
             follow(run, stop, saver, writer)
-        write_status(state="done", step=state.step, seconds_left=0, exit_code=0)
+        write(state="done", step=state.step, seconds_left=0, exit_code=0)
 
 
 def assist(run: Run, start: Start, stop: Stop) -> None:
@@ -139,10 +129,8 @@ def make_saver(run: Run) -> Saver:
     """Return what writes the run's checkpoints."""
     preset = run.preset
     about = {"kind": preset.kind, "preset": preset.model_dump(mode="json"), "cmtool": __version__}
-    return Saver(
-        run.out / "checkpoints", about, keep=preset.run.keep, keep_best=preset.run.keep_best,
-        note=run.watcher.note,
-    )  # fmt: skip
+    folder, keep = run.out / "checkpoints", preset.run.keep
+    return Saver(folder, about, keep=keep, keep_best=preset.run.keep_best, note=run.watcher.note)
 
 
 def follow(run: Run, stop: Stop, saver: Saver | None, writer: RunWriter | None) -> None:
@@ -153,10 +141,10 @@ def follow(run: Run, stop: Stop, saver: Saver | None, writer: RunWriter | None) 
     preset, group = run.preset, run.group
     stop.at_once = False
     ideal = ideal_seconds(preset, run.teacher, run.device, group.world_size) if writer else None
-    clock, meter = Clock(run.state.step, preset), Meter(noise_range(preset), run.device)
+    clock, meter = Clock(run.state.step, preset, ideal), Meter(noise_range(preset), run.device)
     meter.restore(run.state.unlogged, leads=group.leads)
-    tools = Tools(meter, clock, ideal, saver, writer, line={})
-    for info, diverged in until_divergence(finished_steps(run, tools, stop)):
+    tools = Tools(meter, clock, saver, writer, line={})
+    for info, diverged in finished_steps(run, tools, stop):
         is_last = info.step == preset.train.steps
         news = News(info, is_last, diverged, 0 if is_last else group.any(stop.reason()))
         for due, observe in OBSERVERS:
@@ -174,40 +162,30 @@ def follow(run: Run, stop: Stop, saver: Saver | None, writer: RunWriter | None) 
             writer.summary(images)
 
 
-def finished_steps(run: Run, tools: Tools, stop: Stop) -> Iterator[StepInfo]:
-    """Return the steps of `fit`; a process on its own may be stopped while it waits for images."""
+def finished_steps(
+    run: Run, tools: Tools, stop: Stop
+) -> Iterator[tuple[StepInfo, Diverged | None]]:
+    """Yield the news of each step, and with the last of a run that diverges the error that ends it.
+
+    A process on its own may be stopped while it waits for images. If a signal ends the wait, or
+    images fail to come, it saves before the end.
+    """
+    state, first, saver, writer = run.state, run.state.step, tools.saver, tools.writer
     settings, alone = fit_settings(run.preset, run.group), run.group.world_size == 1
     microbatch = stop.interruptible(run.microbatch) if alone else run.microbatch
-    steps = fit(run.state, run.objective, microbatch, run.curriculum, settings)
-    return saved_first(steps, run, tools) if alone else steps
-
-
-def until_divergence(steps: Iterator[StepInfo]) -> Iterator[tuple[StepInfo, Diverged | None]]:
-    """Yield each step's news, and with the last of a run that diverges the error that ends it."""
     try:
-        for info in steps:
+        for info in fit(state, run.objective, microbatch, run.curriculum, settings):
             yield info, None
     except Diverged as error:
         yield error.info, error
-
-
-def saved_first(steps: Iterator[StepInfo], run: Run, tools: Tools) -> Iterator[StepInfo]:
-    """Yield the steps; if images fail to come, or a signal ends the wait, save before the end."""
-    state, first = run.state, run.state.step
-    saver, writer = tools.saver, tools.writer
-    assert saver is not None  # this process is the leading one
-    assert writer is not None
-    try:
-        yield from steps
-    except Diverged:
-        raise
     except UserError as error:
-        saver.close()
-        if state.step > max(first, saver.saved):
-            state.unlogged = tools.meter.sums(ALONE)
-            saver.save(state, wait=True)
-        writer.write_status(step=state.step)
-        if isinstance(error, Stopped) and state.step:
-            number = error.exit_code - 128
-            raise stopped(number, state.step, saver.seconds, run.out) from None
+        if alone and saver and writer:
+            saver.close()
+            if state.step > max(first, saver.saved):
+                state.unlogged = tools.meter.sums(ALONE)
+                saver.save(state, wait=True)
+            writer.write_status(step=state.step)
+            if isinstance(error, Stopped) and state.step:
+                number = error.exit_code - 128
+                raise stopped(number, state.step, saver.seconds, run.out) from None
         raise

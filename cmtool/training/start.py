@@ -1,34 +1,85 @@
-"""How a run starts: afresh, over an earlier run, or where one stopped."""
+"""How a run starts: what is decided, built and checked before its first step, and recorded."""
 
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+
+from cmtool import __version__
+from cmtool.core.methods import Objective
+from cmtool.core.noise import Curriculum
+from cmtool.core.samplers import check_levels
+from cmtool.data.batches import BatchFn, batches
+from cmtool.data.datasets import Dataset, load_dataset
+from cmtool.data.survey import check_images
 from cmtool.errors import InputError, UserError
+from cmtool.evaluation.during_training import Evaluation, build_evaluation
+from cmtool.formats.checkpoints import checkpoints
 from cmtool.models import Model
+from cmtool.presets.build import build_curriculum, build_objective, build_sampler
 from cmtool.presets.schema import Choice, Preset
-from cmtool.presets.toml import Resolved, flat, load_preset
+from cmtool.presets.toml import Resolved, flat, load_preset, origin_of, to_toml, with_values
+from cmtool.sampling import plan
 from cmtool.system.devices import best_precision
 from cmtool.system.dist import Group
-from cmtool.training.folder import is_resumable, refuse_busy
-from cmtool.training.status import launched_by, launcher, read_json
+from cmtool.system.files import write_atomic, write_json
+from cmtool.training.fit import learning_rate
+from cmtool.training.folder import is_resumable, launched_by, launcher, read_json, refuse_busy
+from cmtool.training.log import Watcher, event_writer
+from cmtool.training.state import TrainState, build_state, fit_settings
+
+FREE_TO_CHANGE = {
+    "description", "run", "data.path", "data.workers", "data.timeout", "train.accumulate",
+    "train.max_bad_steps", "train.checkpoint_activations", "train.compile",
+}  # fmt: skip
+"""Keys that a resumed run may change: they do not affect the result, or only its rounding.
+
+The data may move: they are recognised by their fingerprint. `train.accumulate` changes the noise
+if the batch gets another number of parts, as another number of processes does.
+"""
+LOCATION = ("name", "source")
+"""Keys in run.json that say where data and teacher lie: a resumed run may change them."""
+PROBES = 1000
+"""Steps at which two lengths of a run are compared."""
 
 
 class Start(NamedTuple):
-    """How a run starts, the same in all its processes."""
+    """How a run starts, the same in all its processes.
+
+    `preset` has its precision and the parts of its batch decided, of which `note` tells the user;
+    `launchers` are the torchruns of the processes, "" without one.
+    """
 
     out: Path
     preset: Preset
-    """With its precision and the parts of its batch decided."""
     origins: Mapping[str, str]
     resume: bool
     overwrite: bool
     launchers: Sequence[str]
-    """The torchrun of each process, "" without one."""
     note: str | None
-    """What the user should know of the parts of the batch."""
+
+
+class Run(NamedTuple):
+    """A run as each of its processes knows it."""
+
+    preset: Preset
+    out: Path
+    watcher: Watcher
+    teacher: Model | None
+    device: str
+    group: Group
+    data: Dataset
+    evaluation: Evaluation | None
+    objective: Objective
+    curriculum: Curriculum
+    state: TrainState
+    microbatch: BatchFn
 
 
 def decide_start(
@@ -49,7 +100,10 @@ def decide_start(
     if resume and overwrite:
         raise UserError("--resume and --overwrite", "give one of them")
     out, launchers = group.tell(out), group.gather(launcher())
-    preset, origins = with_precision(preset, origins, group.tell(best_precision(device)))
+    best = group.tell(best_precision(device))
+    if preset.train.precision == "auto":  # the run records the precision, and goes on in it
+        origins = {**origins, "train.precision": "auto"}
+        preset = _with_train(preset, precision=best)
     group.agreed(lambda: refuse_busy(out), "not busy")
     is_restart = group.tell(launched_by(out, launchers) and is_resumable(out))
     note = None
@@ -58,21 +112,8 @@ def decide_start(
         preset, note = group.agreed(
             lambda: split_as_before(out, preset, group.world_size, asked=asked), "split"
         )
-    return Start(
-        out, preset, origins, resume or is_restart, overwrite and not is_restart, launchers, note
-    )
-
-
-def with_precision(
-    preset: Preset, origins: Mapping[str, str], best: str
-) -> tuple[Preset, dict[str, str]]:
-    """Return the preset and its origins, the precision `auto` replaced by the device's best.
-
-    The run records this precision, so it goes on in it on any device.
-    """
-    if preset.train.precision != "auto":
-        return preset, dict(origins)
-    return _with_train(preset, precision=best), {**origins, "train.precision": "auto"}
+    overwrite = overwrite and not is_restart
+    return Start(out, preset, origins, resume or is_restart, overwrite, launchers, note)
 
 
 def split_as_before(
@@ -95,18 +136,15 @@ def split_as_before(
         accumulate = next(fitting, least)
     parts, note = accumulate * processes, None
     if parts != before:
-        note = (
-            f"the batch is split into {parts} parts now, {before} before: the images stay the"
-            " same, the noise is different from here on"
-        )
+        now = f"the batch is split into {parts} parts now, {before} before"
+        note = f"{now}: the images stay the same, the noise is different from here on"
     elif processes != stored:
         note = f"the batch is split into {parts} parts as before, {accumulate} for each process"
     return _with_train(preset, accumulate=accumulate), note
 
 
 def _with_train(preset: Preset, **values: object) -> Preset:
-    train = preset.train.model_copy(update=values)
-    return preset.model_copy(update={"train": train})
+    return preset.model_copy(update={"train": preset.train.model_copy(update=values)})
 
 
 def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
@@ -114,24 +152,172 @@ def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
 
     A student copies its teacher's weights, so it must be the same network on the same levels.
     """
-    ours = resolved.preset.model
-    theirs = teacher.preset.model
+    ours, theirs = resolved.preset.model, teacher.preset.model
     if theirs.scalings.name != "edm":
-        raise InputError(
-            f"{teacher.source} has the scalings of {theirs.scalings.name}: a student that starts"
-            " from its weights would be another function",
-            "distill a teacher with EDM's scalings",
-        )
-    options = dict(theirs.network.options)
-    options.pop("dropout", None)
-    if "dropout" in ours.network.options:
-        options["dropout"] = ours.network.options["dropout"]
+        found = f"{teacher.source} has the scalings of {theirs.scalings.name}"
+        what = f"{found}: a student that starts from its weights would be another function"
+        raise InputError(what, "distill a teacher with EDM's scalings")
+    options = {k: v for k, v in theirs.network.options.items() if k != "dropout"}
+    options |= {k: v for k, v in ours.network.options.items() if k == "dropout"}
     network = Choice(name=theirs.network.name, **options)
     model = theirs.model_copy(update={"network": network, "scalings": ours.scalings})
     preset = resolved.preset.model_copy(update={"model": model, "noise": teacher.preset.noise})
-    origins = dict(resolved.origins)
-    before = dict(flat(resolved.preset.model_dump()))
-    for key, value in flat(preset.model_dump()):
-        if before.get(key, ...) != value:
-            origins[key] = f"teacher {teacher.source}"
-    return Resolved(preset, origins)
+    before, now = (dict(flat(p.model_dump())) for p in (resolved.preset, preset))
+    taken = [key for key, value in now.items() if before.get(key, ...) != value]
+    return Resolved(preset, resolved.origins | dict.fromkeys(taken, f"teacher {teacher.source}"))
+
+
+def set_up(start: Start, watcher: Watcher, teacher: Model | None, device: str, group: Group) -> Run:
+    """Return a run, ready for its first step. Raises UserError or InputError if a part is wrong."""
+    preset = start.preset
+    data = load_images(preset, watcher)
+    check_fit(preset, data, teacher)
+    chosen = plan(preset)  # of the sample grids
+    build_sampler(chosen.sampler)
+    check_levels(chosen.sigmas, preset.noise.sigma_min)
+    evaluation = build_evaluation(preset, data, device)
+    if preset.run.tensorboard:
+        event_writer()  # raises now, not at the first line, where TensorBoard is missing
+    objective = build_objective(preset, teacher.f if teacher else None, device)
+    curriculum = build_curriculum(preset)
+    curriculum(0, preset.train.steps)
+    if data.is_checked_first and not start.resume:
+        watcher.note(f"decoding all {len(data):,} images once, to find bad ones before training")
+        check_images(data, preset.data.workers, group.rank, group.world_size)
+    state = build_state(preset, teacher, device, group)
+    microbatch = batches(
+        data, batch=preset.train.batch, shards=preset.train.accumulate * group.world_size,
+        seed=preset.train.seed, device=device, flip=preset.data.flip, workers=preset.data.workers,
+        timeout=preset.data.timeout, rank=group.rank, world_size=group.world_size,
+    )  # fmt: skip
+    return Run(
+        preset, start.out, watcher, teacher, device, group, data, evaluation, objective,
+        curriculum, state, microbatch,
+    )  # fmt: skip
+
+
+def load_images(preset: Preset, watcher: Watcher) -> Dataset:
+    """Return the preset's data set; without its labels if the model has no classes."""
+    size, channels = preset.model.image_size, preset.model.channels
+    data = load_dataset(preset.data.path, size=size, channels=channels, fit=preset.data.fit)
+    if data.labels is None or preset.model.num_classes:
+        return data
+    watcher.note(f"the {data.num_classes} classes of {data.name} are not used: the model has none")
+    return replace(data, labels=None, num_classes=0)
+
+
+def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:
+    """Raise InputError unless data, preset and teacher agree on size, channels and classes."""
+    if teacher is not None and teacher.kind != "teacher":
+        what = f"{teacher.source} is a consistency model, not a teacher"
+        raise InputError(what, "give a model trained with an edm preset")
+    who = "the model" if teacher is None else f"the teacher {teacher.source}"
+    channels, h, w = preset.model.channels, *preset.model.image_size
+    c, dh, dw = data.images.shape[1:]
+    if (c, dh, dw) != (channels, h, w):
+        has = f"{data.name} has images of {dw}x{dh} with {c} channels"
+        remedy = "bring the images to the teacher's size and channels, or give another teacher"
+        ours = f"resize the images, or --set model.image_size=[{dh},{dw}] --set model.channels={c}"
+        what = f"{has}, {who} wants {w}x{h} with {channels}"
+        raise InputError(what, ours if teacher is None else remedy)
+    if preset.model.num_classes != data.num_classes:
+        what = f"{data.name} has {data.num_classes} classes, {who} {preset.model.num_classes}"
+        remedy = "give the classes the teacher was trained with, or another teacher"
+        ours = f"--set model.num_classes={data.num_classes}"
+        raise InputError(what, ours if teacher is None else remedy)
+
+
+def run_inputs(run: Run) -> dict[str, object]:
+    """Return what run.json says of data and teacher; a resumed run compares it."""
+    data, teacher = run.data, run.teacher
+    return {
+        "data": {"name": data.name, "images": len(data), "fingerprint": data.fingerprint()},
+        "teacher": teacher and {"source": teacher.source, "sha256": teacher.sha256},
+    }
+
+
+def write_record(run: Run, origins: Mapping[str, str]) -> None:
+    """Write preset.toml and run.json. In a resumed run, unchanged values keep their origins."""
+    preset, path = run.preset, run.out / "preset.toml"
+    if path.is_file():
+        changed = changes(load_preset(str(path)), preset)
+        updates = {key: (value, origin_of(key, origins)) for key, value in changed.items()}
+        text = with_values(path.read_text(), updates)
+    else:
+        text = to_toml(preset, origins)
+    write_atomic(path, text.encode(), durable=True)
+    versions = {"cmtool": __version__, "python": platform.python_version()}
+    facts = {
+        "arguments": sys.argv[1:],
+        "versions": {**versions, "torch": torch.__version__},
+        "processes": run.group.world_size,
+        "threads": torch.get_num_threads(),
+        "precision": preset.train.precision,
+        "seed": preset.train.seed,
+        **run_inputs(run),
+    }
+    write_json(run.out / "run.json", facts, durable=True)
+
+
+def check_same(run: Run) -> None:
+    """Raise UserError unless the run's folder is of a run with the same preset, data and teacher.
+
+    Keys that are FREE_TO_CHANGE may differ. So may train.steps, if the steps that both runs have
+    are the same.
+    """
+    recorded = read_json(run.out / "run.json")
+    for name, now in run_inputs(run).items():
+        before = recorded.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            before, now = ({k: v for k, v in d.items() if k not in LOCATION} for d in (before, now))
+        if before is not None and before != now:
+            raise _other(run.out, name, "", before, now)
+    stored = load_preset(str(run.out / "preset.toml"))
+    for key in sorted(changes(stored, run.preset)):
+        section = key.partition(".")[0]
+        if key == "train.steps":
+            check_steps(run.out, stored, run.preset)
+        elif key not in FREE_TO_CHANGE and section not in FREE_TO_CHANGE:
+            before, now = (preset.model_dump()[section] for preset in (stored, run.preset))
+            raise _other(run.out, "preset", f"{section} had ", before, now)
+
+
+def _other(out: Path, what: str, where: str, before: object, now: object) -> UserError:
+    """Return the error for an input that differs; of two tables it shows what differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        differing = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+        before, now = ({k: d.get(k) for k in differing} for d in (before, now))
+    text = f"the run in {out} was started with another {what}: {where}{before}, now {now}"
+    return UserError(text, f"resume with the same {what}, or start a new run with another --out")
+
+
+def check_steps(out: Path, stored: Preset, preset: Preset) -> None:
+    """Raise UserError unless the run in `out` may have another number of steps."""
+    before, now = stored.train.steps, preset.train.steps
+    found = checkpoints(out / "checkpoints")
+    done = int(found[-1].name[5:]) if found else 0
+    if now < done:
+        raise UserError(f"train.steps = {now}: {out} is at step {done}", "give more steps")
+    if not same_so_far(stored, preset):
+        what = f"the run in {out} was started with train.steps = {before}, now {now}"
+        why = "N(k), mu(k) or the learning rate of its finished steps would have been different"
+        hint = "resume without changing it, or start a new run with another --out"
+        raise UserError(f"{what}: {why}", hint)
+
+
+def same_so_far(a: Preset, b: Preset) -> bool:
+    """Tell whether two presets, alike but for train.steps, are one run as far as both go."""
+    curriculum, common = build_curriculum(a), min(a.train.steps, b.train.steps)
+    probes = {*range(0, common, max(common // PROBES, 1)), common - 1}
+    sides = []
+    for settings in (fit_settings(a), fit_settings(b)):
+        stages = {step: curriculum(step, settings.steps) for step in probes}
+        rates = [learning_rate(settings, step, stage.progress) for step, stage in stages.items()]
+        sides.append(([stage._replace(progress=0.0) for stage in stages.values()], rates))
+    return sides[0] == sides[1]
+
+
+def changes(before: Preset, now: Preset) -> dict[str, Any]:
+    """Return the dotted keys whose values differ, with those of `now`; None where it has none."""
+    old, new = (dict(flat(preset.model_dump())) for preset in (before, now))
+    return {key: new.get(key) for key in old.keys() | new.keys() if old.get(key) != new.get(key)}

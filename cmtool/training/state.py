@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -35,48 +35,42 @@ def build_state(
     beside the student. Raises UserError for a network without blocks that can be computed again,
     and for models that are to be sharded and compiled.
     """
-    if preset.train.compile and group.mesh is not None:
-        raise UserError(
-            "train.compile with run.sharding = 'fsdp': models are whole in parts only",
-            "leave one of them out",
-        )
+    train = preset.train
+    if train.compile and group.mesh is not None:
+        what = "train.compile with run.sharding = 'fsdp': models are whole in parts only"
+        raise UserError(what, "leave one of them out")
 
     def spread(model: Preconditioned) -> None:
         kinds = NETWORKS[preset.model.network.name].blocks
-        shard(model, group, blocks_of(model, kinds))
+        shard(model, group, [part for part in model.modules() if isinstance(part, kinds)])
 
-    with seeded(keyed_generator("init", preset.train.seed)):
+    with seeded(keyed_generator("init", train.seed)):
         network = build_network(preset.model)
     student = build_denoiser(preset, network)
     if teacher is not None:
         student.network.load_state_dict(teacher.f.network.state_dict())
         spread(teacher.f)
     student = on_device(student, device if group.mesh is None else "cpu").requires_grad_(True)
-    if preset.train.checkpoint_activations:
+    if train.checkpoint_activations:
         recompute_activations(network, preset.model.network.name)
     target = None
     if preset.loss.target in ("ema", "previous"):  # an earlier student drops out no more
         target = frozen_copy(student).train(preset.loss.target == "ema")
         spread(target)
     emas = {}
-    for ema in preset.train.ema:
-        emas[ema.name] = Ema(
-            student, rate=ema.rate, halflife_images=ema.halflife_images, rampup=ema.rampup
-        )
-        spread(emas[ema.name].model)
+    for e in train.ema:
+        emas[e.name] = Ema(student, rate=e.rate, halflife_images=e.halflife_images, rampup=e.rampup)
+        spread(emas[e.name].model)
     spread(student)
     own = build_own(preset, device, group)
-    optimizer = pick(OPTIMIZERS, preset.train.optimizer, "train.optimizer")
     parameters = [*student.parameters(), *(own.parameters() if own is not None else ())]
-    scaler = GradScaler(torch.device(device).type) if preset.train.precision == "fp16" else None
-    state = TrainState(
-        student, target, emas, optimizer(parameters, lr=preset.train.lr), scaler, own
-    )
-    if preset.train.compile:
+    optimizer = pick(OPTIMIZERS, train.optimizer, "train.optimizer")(parameters, lr=train.lr)
+    scaler = GradScaler(torch.device(device).type) if train.precision == "fp16" else None
+    if train.compile:
         for model in (student, target, teacher.f if teacher else None):
             if model is not None:
                 model.network.compile()  # in place: the names of its tensors stay
-    return state
+    return TrainState(student, target, emas, optimizer, scaler, own)
 
 
 def build_own(preset: Preset, device: str, group: Group) -> nn.Module | None:
@@ -90,38 +84,20 @@ def build_own(preset: Preset, device: str, group: Group) -> nn.Module | None:
     return own
 
 
-def blocks_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.Module]:
-    """Return the modules of these kinds within a module."""
-    return [part for part in module.modules() if isinstance(part, kinds)]
-
-
 def recompute_activations(network: nn.Module, name: str) -> None:
     """Make the residual blocks of a network keep only their inputs for the backward pass."""
-    blocks = blocks_of(network, NETWORKS[name].blocks)
+    blocks = [part for part in network.modules() if isinstance(part, NETWORKS[name].blocks)]
     if not blocks:
-        raise UserError(
-            f"network {name!r} has no residual blocks", "leave train.checkpoint_activations out"
-        )
+        what = f"network {name!r} has no residual blocks"
+        raise UserError(what, "leave train.checkpoint_activations out")
     for block in blocks:
         block.recompute = True  # type: ignore[assignment]  # of a module, torch says: Tensor or Module
 
 
 def fit_settings(preset: Preset, group: Group = ALONE) -> FitSettings:
     """Return the numbers of a run."""
-    t = preset.train
-    return FitSettings(
-        steps=t.steps,
-        batch=t.batch,
-        seed=t.seed,
-        lr=t.lr,
-        warmup_steps=t.warmup_steps,
-        decay_to=t.decay_to,
-        rounds=t.accumulate,
-        max_grad_norm=t.max_grad_norm,
-        max_bad_steps=t.max_bad_steps,
-        precision=t.precision,
-        group=group,
-    )
+    same = preset.train.model_dump(include={field.name for field in fields(FitSettings)})
+    return FitSettings(**same, rounds=preset.train.accumulate, group=group)
 
 
 @dataclass
@@ -149,12 +125,8 @@ class TrainState:
 def counters(state: TrainState) -> dict[str, Any]:
     """Return what a state holds beside tensors, as JSON takes it."""
     scaler = state.scaler.state_dict() if state.scaler is not None else None
-    return {
-        "step": state.step,
-        "bad_steps": state.bad_steps,
-        "scaler": scaler,
-        "unlogged": state.unlogged,
-    }
+    facts = {"step": state.step, "bad_steps": state.bad_steps, "unlogged": state.unlogged}
+    return {**facts, "scaler": scaler}
 
 
 def set_counters(state: TrainState, facts: Mapping[str, Any]) -> None:

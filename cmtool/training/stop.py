@@ -1,4 +1,4 @@
-"""What ends a run before its last step: a signal, the end of its time, a parent that is gone."""
+"""What ends a run before its last step: a signal, the end of its time, a failure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from safetensors import SafetensorError
+
 from cmtool.data.batches import BatchFn
-from cmtool.errors import Paused, Stopped, UserError
+from cmtool.data.images import png_bytes
+from cmtool.errors import Paused, ResourceError, Stopped, UserError
+from cmtool.formats.native import write_weights
+from cmtool.system import dist
+from cmtool.system.devices import is_out_of_memory
+from cmtool.system.files import write_atomic, write_json
+from cmtool.training.fit import Diverged
+from cmtool.training.plots import picture
+from cmtool.training.start import Run
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PAUSE = 1000
@@ -53,11 +63,9 @@ class Stop:
     def check(self) -> None:
         """Raise Stopped if a signal has come."""
         if self.caught:
-            raise Stopped(
-                f"stopped by signal {self.caught[0]} before the first step",
-                "run the same command again; add --resume if its folder holds a run already",
-                self.caught[0],
-            )
+            what = f"stopped by signal {self.caught[0]} before the first step"
+            hint = "run the same command again; add --resume if its folder holds a run already"
+            raise Stopped(what, hint, self.caught[0])
 
     def interruptible(self, fetch: BatchFn) -> BatchFn:
         """Return `fetch` made so that a signal ends it at once: no step is half done then.
@@ -95,3 +103,65 @@ def stopped(reason: int, step: int, seconds: float, out: Path) -> UserError:
         return Paused(f"the time is up; saved step {step}, in {seconds:.1f} s", hint)
     what = f"stopped by signal {reason} after saving step {step}, in {seconds:.1f} s"
     return Stopped(what, hint, reason)
+
+
+@contextmanager
+def explained(run: Run) -> Iterator[None]:
+    """Where torch's error means no more memory, or a lost process, raise one that says so."""
+    with dist.contact(run.group, lambda: run.state.step):
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(error, run) from None
+
+
+def out_of_memory(error: Exception, run: Run) -> ResourceError:
+    """Return the error to show for one that means there is no more memory."""
+    t, group = run.preset.train, run.group
+    parts = range(t.accumulate + 1, t.batch + 1)
+    more = next((n for n in parts if t.batch % (n * group.world_size) == 0), None)
+    remedies = [
+        f"split the batch: --accumulate {more}" if more is not None else "lower train.batch",
+        *([] if t.checkpoint_activations else ["--set train.checkpoint_activations=true"]),
+        *(["--set run.sharding=fsdp"] if group.world_size > 1 and group.mesh is None else []),
+    ]
+    reason = str(error).splitlines()[0] if str(error) else "MemoryError"
+    step, images = run.state.step, t.batch // t.accumulate // group.world_size
+    what = f"out of memory after step {step}, with {images} images at a time: {reason[:200]}"
+    return ResourceError(what, f"{', or '.join(remedies)}; the last checkpoint is intact")
+
+
+def with_dump(error: Diverged, run: Run) -> Diverged:
+    """Return the error after writing down the batch it happened with; its hint says where."""
+    try:
+        folder = write_failure(error, run)
+    except (OSError, ResourceError, SafetensorError) as reason:
+        error.hint += f"; the batch of this step cannot be written: {reason}"
+    else:
+        error.hint += f", and the batch of this step is in {folder}"
+    return error
+
+
+def write_failure(error: Diverged, run: Run) -> Path:
+    """Write the batch of the step at which a run diverged, and return its folder.
+
+    fault.json says what was not finite and gives the key (seed, step, shard) of each microbatch's
+    randomness, batch.safetensors has x0, labels, sigma and loss, images.png shows x0. Each process
+    but the leading one has a folder within the folder.
+    """
+    info, batch = error.info, error.batch
+    folder = run.out / "failed" / f"step-{info.step:07d}"
+    if not run.group.leads:
+        folder = folder / f"rank-{run.group.rank}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"x0": batch.x0, "sigma": batch.sigma, "loss": batch.loss}
+    tensors |= {} if batch.labels is None else {"labels": batch.labels}
+    write_weights(folder / "batch.safetensors", tensors, {"step": info.step})
+    write_atomic(folder / "images.png", png_bytes(picture(batch.x0.cpu(), 16)))
+    train = run.preset.train
+    keys = [[train.seed, info.step - 1, shard] for shard in batch.shards]
+    facts = {"error": error.what, "step": info.step, "keys": keys, "precision": train.precision}
+    write_json(folder / "fault.json", {**facts, "lr": info.lr, "n": info.n, "mu": info.mu})
+    return folder

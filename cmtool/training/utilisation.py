@@ -15,13 +15,7 @@ from cmtool.core.methods import Models
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import step_generator
 from cmtool.models import Model
-from cmtool.presets.build import (
-    build_curriculum,
-    build_denoiser,
-    build_network,
-    build_objective,
-    method_row,
-)
+from cmtool.presets import build
 from cmtool.presets.schema import Card, Preset
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,19 +32,16 @@ def step_flops(preset: Preset, teacher: Model | None) -> int | None:
     """
     with suppress(Exception):  # a network that the meta device cannot run is trained all the same
         student = shape_of(preset).requires_grad_(True).train()
-        objective = build_objective(preset, shape_of(teacher.preset) if teacher else None, "meta")
+        frozen = shape_of(teacher.preset) if teacher else None
+        objective = build.build_objective(preset, frozen, "meta")
         x0 = torch.empty(1, preset.model.channels, *preset.model.image_size, device="meta")
         classes = preset.model.num_classes
         labels = torch.empty(1, dtype=torch.int64, device="meta") if classes else None
-        stage = build_curriculum(preset)(0, preset.train.steps)
+        stage = build.build_curriculum(preset)(0, preset.train.steps)
         with FlopCounterMode(display=False) as counter:
-            kept = preset.loss.target in ("ema", "previous")
-            own = method_row(preset).owns
-            models = Models(
-                student,
-                shape_of(preset) if kept else student,
-                own=own().to("meta") if own else None,
-            )
+            target = shape_of(preset) if preset.loss.target in ("ema", "previous") else student
+            own = build.method_row(preset).owns
+            models = Models(student, target, own=own().to("meta") if own else None)
             loss, _ = objective(models, x0, labels, stage, step_generator(0, 0, 0))
             loss.sum().backward()
         return counter.get_total_flops() * preset.train.batch or None
@@ -60,7 +51,7 @@ def step_flops(preset: Preset, teacher: Model | None) -> int | None:
 def shape_of(card: Card) -> Preconditioned:
     """Return a card's model on the meta device, without gradients: it has shapes and no numbers."""
     with torch.device("meta"):
-        return build_denoiser(card, build_network(card.model)).requires_grad_(False)
+        return build.build_denoiser(card, build.build_network(card.model)).requires_grad_(False)
 
 
 @lru_cache
@@ -90,27 +81,26 @@ def peak_flops(device: str, precision: str) -> float:
 def seconds_of(work: Callable[[], object], gpu: bool) -> float:
     """Return the shortest time `work` takes, after one call that does not count."""
     rounds = 10 if gpu else 1  # so that a launch does not count
-    best, until = float("inf"), None
-    while until is None or time.perf_counter() < until:
+
+    def lap() -> float:
         began = time.perf_counter()
         for _ in range(rounds):
             work()
         if gpu:
             torch.cuda.synchronize()
-        ended = time.perf_counter()
-        if until is None:
-            until = ended + MEASURED_SECONDS
-        else:
-            best = min(best, (ended - began) / rounds)
+        return (time.perf_counter() - began) / rounds
+
+    lap()
+    until, best = time.perf_counter() + MEASURED_SECONDS, lap()
+    while time.perf_counter() < until:
+        best = min(best, lap())
     return best
 
 
-def ideal_seconds(
-    preset: Preset, teacher: Model | None, device: str, processes: int
-) -> float | None:
-    """Return the seconds of a step on so many devices at their peak; None if it is not known.
+def ideal_seconds(preset: Preset, teacher: Model | None, device: str, num: int) -> float | None:
+    """Return the seconds of a step on `num` devices at their peak; None if it is not known.
 
     Over the seconds that a step takes, this is MFU (Chowdhery et al. 2022, App. B).
     """
     flops = step_flops(preset, teacher)
-    return flops and flops / (peak_flops(device, preset.train.precision) * processes)
+    return flops and flops / (peak_flops(device, preset.train.precision) * num)

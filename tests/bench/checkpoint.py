@@ -18,8 +18,7 @@ from torch import nn
 
 from cmtool.core.ema import Ema
 from cmtool.core.precond import Preconditioned, edm_scalings, log_label
-from cmtool.training.checkpoint import state_tensors
-from cmtool.training.saver import Saver
+from cmtool.training.checkpoint import Saver, state_tensors
 from cmtool.training.state import TrainState
 
 LAYERS = 40

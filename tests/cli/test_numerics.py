@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 from cmtool.data.images import read_image
 from cmtool.system.devices import best_precision
 from cmtool.system.dist import ALONE
-from cmtool.training import setup
-from cmtool.training.failure import with_dump
+from cmtool.training import start
 from cmtool.training.fit import Diverged
+from cmtool.training.stop import with_dump
 from tests.cli.conftest import TINY
 
 
 @pytest.fixture
 def broken_at(monkeypatch):
     """Make the data of some steps hold one image of NaN."""
-    real = setup.batches
+    real = start.batches
 
     def make(steps):
         def batches(*args, **kwargs):
@@ -38,7 +38,7 @@ def broken_at(monkeypatch):
 
             return microbatch
 
-        monkeypatch.setattr(setup, "batches", batches)
+        monkeypatch.setattr(start, "batches", batches)
 
     return make
 

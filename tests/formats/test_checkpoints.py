@@ -14,7 +14,7 @@ from cmtool.formats.checkpoints import (
     prune,
     verify,
 )
-from cmtool.training.saver import Saver
+from cmtool.training.checkpoint import Saver
 from tests.training.test_checkpoint import save_checkpoint, trained
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cmtool.data.images import png_bytes
-from cmtool.training import events
+from cmtool.training.log import scalars
 from cmtool.training.plots import MAX_POINTS, curve, run_plots
 from cmtool.training.report import (
     MAX_BYTES,
@@ -99,7 +99,7 @@ def test_an_empty_folder_has_a_report(tmp_path):
 
 
 def test_event_names_are_what_tensorboard_takes():
-    found = dict(events.scalars(line(3, time="12:00", eval={"metric": "m", "value": 2.0})))
+    found = dict(scalars(line(3, time="12:00", eval={"metric": "m", "value": 2.0})))
     assert found == {
         "loss": 1 / 3, "loss_by_sigma/below_1": 0.5, "eval/m": 2.0,
     }  # fmt: skip

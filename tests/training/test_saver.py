@@ -5,9 +5,8 @@ import torch
 
 from cmtool.errors import ResourceError
 from cmtool.formats.checkpoints import checkpoints, newest_checkpoint
-from cmtool.training import saver as module
-from cmtool.training.checkpoint import load_checkpoint, take_snapshot
-from cmtool.training.saver import Saver
+from cmtool.training import checkpoint as module
+from cmtool.training.checkpoint import Saver, load_checkpoint, take_snapshot
 from tests.training.test_checkpoint import save_checkpoint, trained
 from tests.training.test_fit import model, train_state
 
@@ -60,14 +59,14 @@ def test_room_is_looked_for_before_saving_and_made_by_pruning_to_keep(tmp_path, 
         save_checkpoint(tmp_path, trained(steps), {})
     state = trained(5)
     needed = int(take_snapshot(state).num_bytes * 1.05)
-    before = module.prune
+    before = module.checkpoints.prune
 
     def pruned(*arguments):
         before(*arguments)
         room[0] = needed
 
     room[0] = needed - 1
-    monkeypatch.setattr(module, "prune", pruned)
+    monkeypatch.setattr(module.checkpoints, "prune", pruned)
     saver(tmp_path, notes).save(state, wait=True)
     names = [path.name for path in checkpoints(tmp_path)]
     assert names == ["step-0000004", "step-0000005"]

@@ -104,10 +104,10 @@ def test_two_processes_are_bit_equal_to_two_rounds(method, tmp_path):
 
 BROKEN = """
 import torch
-from cmtool.training import setup
+from cmtool.training import start
 from cmtool.cli import main
 
-real = setup.batches
+real = start.batches
 
 def batches(*args, **kwargs):
     fetch = real(*args, **kwargs)
@@ -120,7 +120,7 @@ def batches(*args, **kwargs):
 
     return microbatch
 
-setup.batches = batches
+start.batches = batches
 main()
 """
 

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from cmtool.errors import InputError, Paused, ResourceError, Stopped
-from cmtool.training import status
-from cmtool.training.status import keep_status, launched_by, launcher
+from cmtool.training import folder
+from cmtool.training.folder import keep_status, launched_by, launcher
 
 
 def read(out):
@@ -41,7 +41,7 @@ def test_status_is_true_on_a_full_disk_too(tmp_path, monkeypatch):
 
     with keep_status(tmp_path) as write:
         write(step=1234567, loss=0.5)
-        monkeypatch.setattr(status, "write_json", full)
+        monkeypatch.setattr(folder, "write_json", full)
         write(step=8)
     assert read(tmp_path)["step"] == 8
 
