@@ -16,8 +16,7 @@ from cmtool.core.noise import NoiseRange
 from cmtool.core.precond import Preconditioned
 from cmtool.errors import InputError, Stopped, UserError
 from cmtool.formats import read_foreign
-from cmtool.formats.checkpoints import weights_in
-from cmtool.formats.find import Found, find
+from cmtool.formats.checkpoints import Found, find, weights_in
 from cmtool.formats.foreign import Foreign
 from cmtool.formats.native import read_about, read_table, read_weights
 from cmtool.presets.build import build_denoiser, build_network, noise_range

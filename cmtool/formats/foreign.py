@@ -72,20 +72,14 @@ def known_kind(
     """Return the kind that the user says, else the kind that the name suggests, with a note."""
     if "kind" in known:
         return cast(Literal["teacher", "consistency"], known["kind"])
-    kind = kind_by_name(path)
-    if kind is not None:
-        notes.append(f"by its name it is a {kind} model (--kind overrides it)")
-    return kind
-
-
-def kind_by_name(path: Path) -> Literal["teacher", "consistency"] | None:
-    """Return the kind by the name of a released file: edm is a teacher; cd and ct are students."""
+    kinds: dict[str, Literal["teacher", "consistency"]]
+    kinds = {"edm": "teacher", "cd": "consistency", "ct": "consistency"}  # as releases are named
     for part in (path.stem, path.parent.name, path.parent.parent.name):
-        words = set(re.split(r"[_\-.]", part.lower()))
-        if "edm" in words:
-            return "teacher"
-        if words & {"cd", "ct"}:
-            return "consistency"
+        words = re.split(r"[_\-.]", part.lower())
+        for word, kind in kinds.items():
+            if word in words:
+                notes.append(f"by its name it is a {kind} model (--kind overrides it)")
+                return kind
     return None
 
 
@@ -122,15 +116,11 @@ def squeezed(name: str) -> Rule:
 def thirds(names: tuple[str, str, str]) -> Rule:
     """Return the rule of qkv stored as three matrices (or biases), one below the other in ours."""
 
-    def write(t: Tensor) -> Sequence[Tensor]:
-        flat = t.squeeze(-1).squeeze(-1) if t.ndim == 4 else t
-        return flat.chunk(3)
-
     def read(parts: Sequence[Tensor]) -> Tensor:
         whole = torch.cat(list(parts))
         return whole[..., None, None] if whole.ndim == 2 else whole
 
-    return Rule(names, read, write)
+    return Rule(names, read, lambda t: (t[..., 0, 0] if t.ndim == 4 else t).chunk(3))
 
 
 def interleaved(name: str, heads: int, *, order: Literal["hcq", "hqc"]) -> Rule:
@@ -139,29 +129,21 @@ def interleaved(name: str, heads: int, *, order: Literal["hcq", "hqc"]) -> Rule:
     "hcq" is (heads, head channels, 3) as in EDM, "hqc" (heads, 3, head channels) as in
     guided-diffusion. Trailing dimensions may be missing in the file.
     """
+    sizes, axis = ((heads, -1, 3), 2) if order == "hcq" else ((heads, 3, -1), 1)
 
     def read(parts: Sequence[Tensor]) -> Tensor:
         t = parts[0]
-        rest = t.shape[1:]
-        if order == "hcq":
-            rows = t.reshape(heads, -1, 3, *rest).movedim(2, 0)
-        else:
-            rows = t.reshape(heads, 3, -1, *rest).movedim(1, 0)
-        out = rows.reshape(t.shape)
+        out = t.reshape(*sizes, *t.shape[1:]).movedim(axis, 0).reshape(t.shape)
         return out if out.ndim in (1, 4) else out.reshape(*out.shape[:2], 1, 1)
 
     def write(t: Tensor) -> Sequence[Tensor]:
-        rows = t.reshape(3, heads, -1, *t.shape[1:])
-        return [rows.movedim(0, 2 if order == "hcq" else 1).reshape(t.shape)]
+        return [t.reshape(3, heads, -1, *t.shape[1:]).movedim(0, axis).reshape(t.shape)]
 
     return Rule((name,), read, write)
 
 
 def translate(rules: Mapping[str, Rule], foreign: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return our tensors, float32 and contiguous. Raises Malformed unless all are there and used.
-
-    A foreign tensor that no rule uses is an error.
-    """
+    """Return our tensors, float32, contiguous. Raises Malformed unless all are there and used."""
     wanted = {name for rule in rules.values() for name in rule.names}
     missing, left = sorted(wanted - foreign.keys()), sorted(foreign.keys() - wanted)
     if missing:
@@ -240,11 +222,9 @@ def renamed(
         module, kind = name.rsplit(".", 1)
         parts = module.split(".")
         for end in range(len(parts), 0, -1):
-            prefix = ".".join(parts[:end])
-            if prefix in prefixes:
+            if (prefix := ".".join(parts[:end])) in prefixes:
                 leaf = ".".join(parts[end:])
-                inner = [prefixes[prefix], leaves.get(leaf, leaf), kind]
-                out[name] = ".".join(part for part in inner if part)
+                out[name] = ".".join(filter(None, [prefixes[prefix], leaves.get(leaf, leaf), kind]))
                 break
         else:
             out[name] = name

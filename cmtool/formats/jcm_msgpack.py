@@ -16,19 +16,8 @@ import torch
 from torch import Tensor
 
 from cmtool.core.networks.song import SongOptions
-from cmtool.formats.foreign import (
-    Foreign,
-    Malformed,
-    Rule,
-    known_kind,
-    known_or_assumed,
-    matrix,
-    same,
-    tensor_names,
-    translate,
-    transposed,
-    wrong_weights,
-)
+from cmtool.formats import foreign
+from cmtool.formats.foreign import Foreign, Malformed, Rule
 
 TREES = {"ema": "params_ema", "model": "params", "target": "target_params"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -48,22 +37,22 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     if not held:
         raise Malformed("it holds none of params_ema, params, target_params")
     if weights not in held:
-        raise wrong_weights(weights, held)
+        raise foreign.wrong_weights(weights, held)
     stored = _flatten(state[TREES[weights]])
     options, channels = architecture(stored)
     side = 16 << min(options.attention_levels, default=1)
     notes: list[str] = []
-    size = known_or_assumed(
+    size = foreign.known_or_assumed(
         known, "image_size", (side, side),
         f"the file does not give the image size: {side}x{side}, as NCSN++ places attention", notes,
     )  # fmt: skip
-    sigma_data = known_or_assumed(
+    sigma_data = foreign.known_or_assumed(
         known, "sigma_data", 0.5, "the file does not give sigma_data: 0.5, as in the paper", notes
     )
-    kind = "consistency" if "target" in held else known_kind(known, path, notes)
+    kind = "consistency" if "target" in held else foreign.known_kind(known, path, notes)
     return Foreign(
         options=options,
-        tensors=translate(rules(options, tensor_names(options, channels)), stored),
+        tensors=foreign.translate(rules(options, foreign.tensor_names(options, channels)), stored),
         channels=channels,
         num_classes=0,
         noise_label="log",
@@ -133,7 +122,7 @@ def rules(o: SongOptions, names: list[str]) -> dict[str, Rule]:
     plain = {"map_layer0": "Dense_0", "map_layer1": "Dense_1", "enc.0.entry": "Conv_0",
              f"dec.{top}.head.0": "GroupNorm_0", f"dec.{top}.head.2": "Conv_1"}  # fmt: skip
 
-    out = {"frequencies": same("GaussianFourierProjection_0/W")}
+    out = {"frequencies": foreign.same("GaussianFourierProjection_0/W")}
     for name in names:
         if name == "frequencies":
             continue
@@ -155,11 +144,11 @@ def rules(o: SongOptions, names: list[str]) -> dict[str, Rule]:
 def _leaf(module: str, kind: str, *, kernel: str = "kernel") -> Rule:
     """Return the rule of a weight or bias: kernels are HWIO or (in, out), norms have a scale."""
     if kind == "bias":
-        return same(f"{module}/bias")
+        return foreign.same(f"{module}/bias")
     if "GroupNorm" in module:
-        return same(f"{module}/scale")
+        return foreign.same(f"{module}/scale")
     if "Dense" in module:
-        return transposed(f"{module}/{kernel}")
+        return foreign.transposed(f"{module}/{kernel}")
     return Rule(
         (f"{module}/{kernel}",),
         lambda t: t[0].permute(3, 2, 0, 1),
@@ -178,7 +167,7 @@ def _attention(module: str, leaf: str, kind: str) -> Rule:
         return Rule(names, lambda t: torch.cat(list(t)), lambda t: t.chunk(len(names)))
     return Rule(
         names,
-        lambda t: torch.cat([matrix(w).T for w in t])[..., None, None],
+        lambda t: torch.cat([foreign.matrix(w).T for w in t])[..., None, None],
         lambda t: [w[..., 0, 0].T for w in t.chunk(len(names))],
     )
 

@@ -17,19 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from cmtool.core.networks.adm import AdmOptions
-from cmtool.formats.foreign import (
-    Foreign,
-    Malformed,
-    Rule,
-    heads_of,
-    interleaved,
-    known_kind,
-    known_or_assumed,
-    same,
-    tensor_names,
-    translate,
-    wrong_weights,
-)
+from cmtool.formats import foreign
+from cmtool.formats.foreign import Foreign, Malformed, Rule
 from cmtool.formats.native import check_header, first_bytes, read_weights
 from cmtool.formats.torch_pickle import StoredTensor, load_archive, load_legacy
 
@@ -42,28 +31,28 @@ NEEDED = ("time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight", "out
 def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     """Return the network of a state dict. Raises Malformed, InputError."""
     if weights not in ("ema", "model"):
-        raise wrong_weights(weights, ["model"])
+        raise foreign.wrong_weights(weights, ["model"])
     state = state_dict(path)
     options, channels, num_classes = architecture(state)
     notes: list[str] = []
     side = 32 << min(options.attention_levels, default=0)
-    size = known_or_assumed(
+    size = foreign.known_or_assumed(
         known, "image_size", (side, side) if options.attention_levels else None,
         f"the file does not give the image size: {side}x{side}, as ADM places attention", notes,
     )  # fmt: skip
-    heads = known_or_assumed(
+    heads = foreign.known_or_assumed(
         known, "head_channels", options.head_channels,
         f"the file does not give the width of heads: {options.head_channels} channels", notes,
     )  # fmt: skip
-    sigma_data = known_or_assumed(
+    sigma_data = foreign.known_or_assumed(
         known, "sigma_data", 0.5, "the file does not give sigma_data: 0.5, as in the paper", notes
     )
     options = replace(options, head_channels=heads)
-    kind = known_kind(known, path, notes)
-    rules = _rules(options, tensor_names(options, channels, num_classes), state)
+    kind = foreign.known_kind(known, path, notes)
+    rules = _rules(options, foreign.tensor_names(options, channels, num_classes), state)
     return Foreign(
         options=options,
-        tensors=translate(rules, state),
+        tensors=foreign.translate(rules, state),
         channels=channels,
         num_classes=num_classes,
         noise_label="iddpm" if options.learn_sigma else "log_1000",
@@ -83,16 +72,16 @@ def _rules(options: AdmOptions, names: list[str], state: Mapping[str, Tensor]) -
 
     guided-diffusion's attention convolves sequences: (3C, C, 1), with rows ordered by head.
     """
-    rules = {name: same(name) for name in names}
+    rules = {name: foreign.same(name) for name in names}
     for name in names:
         if name not in state or state[name].ndim != 3:
             continue
         if name.endswith("qkv.weight"):
-            heads = heads_of(options, state[name].shape[0])
+            heads = foreign.heads_of(options, state[name].shape[0])
             for part in (name, name.replace("weight", "bias")):
-                rules[part] = interleaved(part, heads, order="hqc")
+                rules[part] = foreign.interleaved(part, heads, order="hqc")
         elif name.endswith("proj_out.weight"):
-            rules[name] = same(name)._replace(read=lambda t: t[0][..., None])
+            rules[name] = foreign.same(name)._replace(read=lambda t: t[0][..., None])
     return rules
 
 
