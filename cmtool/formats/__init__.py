@@ -35,15 +35,9 @@ class Format(NamedTuple):
     """`(path, weights, known) -> Foreign`; `known` is what the user says of the model."""
 
 
-def is_zip(start: bytes) -> bool:
-    """Tell whether a file that starts so is a zip archive."""
-    return start.startswith(b"PK\x03\x04")
-
-
-def is_pickle(start: bytes) -> bool:
-    """Tell whether a file that starts so is a pickle of protocol 2 to 5."""
-    return start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-
+ZIP = b"PK\x03\x04"
+PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""How a zip archive starts, and a pickle of each protocol from 2 to 5."""
 
 FORMATS: dict[str, Format] = {
     "diffusers": Format(
@@ -55,13 +49,15 @@ FORMATS: dict[str, Format] = {
     "openai": Format(
         "ADM state dict",
         "state dicts of the ADM U-Net, as in the consistency-model release",
-        lambda path, start: is_zip(start) or openai_pt.is_legacy(start) or start[8:9] == b"{",
+        lambda path, start: (
+            start.startswith(ZIP) or openai_pt.is_legacy(start) or start[8:9] == b"{"
+        ),
         openai_pt.read,
     ),
     "edm": Format(
         "EDM pickle",
         "snapshots of EDM and ECT; not EDM2's, and no training states",
-        lambda path, start: is_pickle(start),
+        lambda path, start: start.startswith(PICKLES),
         edm_pkl.read,
     ),
     "jcm": Format(
@@ -74,10 +70,7 @@ FORMATS: dict[str, Format] = {
 
 
 def identify(path: Path) -> str:
-    """Return "native" or a key of FORMATS. Raises InputError for anything else, naming what it is.
-
-    The first format whose test holds is the one.
-    """
+    """Return "native" or the first key of FORMATS whose test holds. Raises InputError if none."""
     start = b"" if path.is_dir() else native.first_bytes(path)
     if start[8:9] == b"{" and native.KEY in native.check_header(path):
         return "native"

@@ -93,7 +93,7 @@ def _stored(inner: Record, options: Options, size: int) -> dict[str, Tensor]:
 
 def song_rules(o: SongOptions, names: list[str], resolution: int) -> dict[str, Rule]:
     """Return the rule of each name of our Song, from a SongUNet built at `resolution`."""
-    prefixes = {"map_noise": "map_noise"}
+    prefixes = {"map_noise": "map_noise", "frequencies": "map_noise.freqs"}
     top = len(o.channel_mult) - 1
     aux = "aux_residual" if o.encoder == "residual" else "aux_skip"
     for level in range(top + 1):
@@ -109,9 +109,7 @@ def song_rules(o: SongOptions, names: list[str], resolution: int) -> dict[str, R
             prefixes[f"enc.{level}.blocks.{index}"] = f"enc.{at}_block{index}"
             prefixes[f"{ours}.blocks.{index}"] = f"dec.{at}_block{index}"
     leaves = {f"attention.{ours}": theirs for ours, theirs in ATTENTION.items()}
-    theirs = foreign.renamed([n for n in names if n != "frequencies"], prefixes, leaves)
-    if "frequencies" in names:
-        theirs["frequencies"] = "map_noise.freqs"
+    theirs = foreign.renamed(names, prefixes, leaves)
     return {
         name: foreign.interleaved(other, 1, order="hcq") if ".qkv." in name else foreign.same(other)
         for name, other in theirs.items()

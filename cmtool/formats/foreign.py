@@ -219,12 +219,12 @@ def renamed(
     """Return {our name: foreign name}: the longest known prefix, then the leaf, are replaced."""
     out = {}
     for name in names:
-        module, kind = name.rsplit(".", 1)
-        parts = module.split(".")
+        parts = name.split(".")
         for end in range(len(parts), 0, -1):
             if (prefix := ".".join(parts[:end])) in prefixes:
-                leaf = ".".join(parts[end:])
-                out[name] = ".".join(filter(None, [prefixes[prefix], leaves.get(leaf, leaf), kind]))
+                leaf, kind = ".".join(parts[end:-1]), parts[end:][-1:]
+                inner = [prefixes[prefix], leaves.get(leaf, leaf), *kind]
+                out[name] = ".".join(filter(None, inner))
                 break
         else:
             out[name] = name

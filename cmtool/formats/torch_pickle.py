@@ -11,21 +11,14 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from cmtool.formats.safe_pickle import (
-    Dtype,
-    Global,
-    Machine,
-    Refused,
-    expect,
-    new_box,
-    new_dict,
-    strings,
-)
+from cmtool.formats import safe_pickle
+from cmtool.formats.safe_pickle import Dtype, Global, Machine, Refused, expect, strings
 
 MAGIC = 0x1950A86A20F9469CFC6C
 """Of torch's legacy layout."""
@@ -42,14 +35,11 @@ class Record:
 
 @dataclass(eq=False)
 class Storage:
-    """A tensor's storage, writable, of `count` elements; many tensors may be views of it.
-
-    In torch's legacy layout the content comes after what refers to it.
-    """
+    """A tensor's storage, writable, of `count` elements; many tensors may be views of it."""
 
     dtype: torch.dtype
     count: int
-    content: memoryview = field(default=memoryview(b""), repr=False)
+    content: memoryview = field(default=memoryview(b""), repr=False)  # legacy: it comes later
 
     def __len__(self) -> int:
         """Return the number of elements."""
@@ -127,9 +117,7 @@ def load_legacy(stream: BinaryIO, size: int) -> Any:
         return found
 
     machine = Machine(size, ARCHIVE_TABLE, STORAGES)
-    magic, version, system = (machine.run(stream, size) for _ in range(3))
-    if magic != MAGIC or version != 1001 or expect(system, dict).get("little_endian") is not True:
-        raise Refused("it is not in torch's legacy layout")
+    _check_layout("it", *(machine.run(stream, size) for _ in range(3)))
     described = machine.run(stream, size, persistent)
     keys = expect(machine.run(stream, size), list)
     if sorted(strings(keys)) != sorted(storages):
@@ -147,6 +135,14 @@ def load_legacy(stream: BinaryIO, size: int) -> Any:
     if stream.tell() != size:
         raise Refused(f"{size - stream.tell()} bytes follow the end of the storages")
     return described
+
+
+def _check_layout(what: str, magic: Any, version: Any, system: Any) -> None:
+    """Raise Refused unless these are the first three pickles of torch's legacy layout."""
+    if magic != MAGIC or version != 1001 or type(system) is not dict:
+        raise Refused(f"{what} is not in torch's legacy layout")
+    if system.get("little_endian") is not True:
+        raise Refused(f"{what} is big-endian")
 
 
 def _identity(key: Any, end: list[None]) -> tuple[torch.dtype, str, int]:
@@ -172,13 +168,7 @@ def _record(machine: Machine, meta: Any) -> Record:
 
 
 def _tensor(
-    machine: Machine,
-    storage: Any,
-    offset: Any,
-    size: Any,
-    stride: Any,
-    requires_grad: Any = False,
-    hooks: Any = None,
+    _: Machine, storage: Any, offset: Any, size: Any, stride: Any, grad: Any = 0, hooks: Any = None
 ) -> StoredTensor:
     """Stand in for `torch._utils._rebuild_tensor_v2`: a view that must lie inside its storage."""
     if not isinstance(storage, Storage) or hooks:
@@ -215,18 +205,10 @@ def _storage(machine: Machine, content: Any) -> Storage:
         found.append(_identity(key, [None]))
         return found[-1][1]
 
-    inner = Machine(len(content), {}, STORAGES)  # nothing may be called in it
-    inner.opcodes = machine.opcodes
+    inner = Machine(len(content), {}, STORAGES, machine.opcodes)  # nothing may be called in it
     machine.spend(len(content))
-
-    def pickle(persistent: Callable[[Any], Any] | None = None) -> Any:
-        return inner.run(stream, len(content), persistent)
-
-    magic, version, system = (pickle() for _ in range(3))
-    if magic != MAGIC or version != 1001 or type(system) is not dict:
-        raise Refused("a storage is not in torch's legacy layout")
-    if system.get("little_endian") is not True:
-        raise Refused("a storage is big-endian")
+    pickle = partial(inner.run, stream, len(content))
+    _check_layout("a storage", pickle(), pickle(), pickle())
     identity, keys = pickle(persistent), pickle()
     machine.opcodes = inner.opcodes
     if len(found) != 1 or identity != found[0][1]:
@@ -265,19 +247,16 @@ def _attribute(machine: Machine, owner: Any, name: Any) -> tuple[str, str]:
     return ("attribute", expect(name, str))
 
 
-_PERSISTENT = Global("torch_utils.persistence", "_reconstruct_persistent_obj")
-_MODULES = "torch.nn.modules.container"
-
 TABLE: dict[Global, Callable[..., Any]] = {
-    _PERSISTENT: _record,
+    Global("torch_utils.persistence", "_reconstruct_persistent_obj"): _record,
     Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
     Global("torch._utils", "_rebuild_parameter"): _parameter,
     Global("torch.storage", "_load_from_bytes"): _storage,
-    Global("collections", "OrderedDict"): new_dict,
-    Global("dnnlib.util", "EasyDict"): new_dict,
-    Global(_MODULES, "ModuleDict"): new_box,
-    Global(_MODULES, "ModuleList"): new_box,
-    Global(_MODULES, "Sequential"): new_box,
+    Global("collections", "OrderedDict"): safe_pickle.new_dict,
+    Global("dnnlib.util", "EasyDict"): safe_pickle.new_dict,
+    Global("torch.nn.modules.container", "ModuleDict"): safe_pickle.new_box,
+    Global("torch.nn.modules.container", "ModuleList"): safe_pickle.new_box,
+    Global("torch.nn.modules.container", "Sequential"): safe_pickle.new_box,
     Global("numpy.core.multiarray", "scalar"): _scalar,
     Global("numpy._core.multiarray", "scalar"): _scalar,
     Global("numpy", "dtype"): _dtype,
@@ -285,10 +264,8 @@ TABLE: dict[Global, Callable[..., Any]] = {
     Global("builtins", "set"): _set,
     Global("__builtin__", "set"): _set,
 }
-ARCHIVE_TABLE = {function: TABLE[function] for function in (
-    Global("torch._utils", "_rebuild_tensor_v2"), Global("torch._utils", "_rebuild_parameter"),
-    Global("collections", "OrderedDict"),
-)}  # fmt: skip
+IN_ARCHIVES = ("_rebuild_tensor_v2", "_rebuild_parameter", "OrderedDict")
+ARCHIVE_TABLE = {function: made for function, made in TABLE.items() if function.name in IN_ARCHIVES}
 STORAGES = {
     Global("torch", "FloatStorage"): torch.float32,
     Global("torch", "HalfStorage"): torch.float16,
