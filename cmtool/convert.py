@@ -93,12 +93,11 @@ def _write_diffusers(model: Model, folder: Path) -> None:
         f"its noise label is {label!r}": label != "log_1000",
         f"its images are {w}x{h}": h != w,
     }
+    hint = "convert it to a .safetensors file instead"
     for reason, holds in reasons.items():
         if holds:
-            raise InputError(
-                f"a ConsistencyModelPipeline cannot hold this model: {reason}",
-                "convert it to a .safetensors file instead",
-            )
+            what = f"a ConsistencyModelPipeline cannot hold this model: {reason}"
+            raise InputError(what, hint)
     assert isinstance(network, Adm)
     facts = {"num_train_timesteps": grid_size(card), "sigma_data": card.model.sigma_data}
     scheduler = {**facts, **card.noise.model_dump()}  # sigma_min, sigma_max and rho
@@ -109,7 +108,7 @@ def _write_diffusers(model: Model, folder: Path) -> None:
             folder, network.options, tensors, **sizes, image_size=h, scheduler=scheduler
         )
     except Malformed as error:
-        raise InputError(str(error), "convert it to a .safetensors file instead") from None
+        raise InputError(str(error), hint) from None
 
 
 @torch.no_grad()

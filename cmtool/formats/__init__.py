@@ -77,10 +77,8 @@ def identify(path: Path) -> str:
     for name, kind in FORMATS.items():
         if kind.is_it(path, start):
             return name
-    raise InputError(
-        f"{path} is not a model that cmtool knows",
-        f"it reads its own format, and: {', '.join(kind.title for kind in FORMATS.values())}",
-    )
+    hint = f"it reads its own format, and: {', '.join(kind.title for kind in FORMATS.values())}"
+    raise InputError(f"{path} is not a model that cmtool knows", hint)
 
 
 def read_foreign(name: str, path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
@@ -94,7 +92,5 @@ def read_foreign(name: str, path: Path, weights: str, known: Mapping[str, Any]) 
         raise
     except DAMAGE as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path} is not a usable {kind.title}: {reason}",
-            f"download or convert it again; cmtool reads {kind.reads}",
-        ) from None
+        hint = f"download or convert it again; cmtool reads {kind.reads}"
+        raise InputError(f"{path} is not a usable {kind.title}: {reason}", hint) from None

@@ -54,7 +54,8 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     channels, num_classes = _whole(given, "in_channels", None), _whole(given, "label_dim", 0)
     learn_sigma = _whole(given, "out_channels", channels) == 2 * channels
     options = read_options(given, resolution, learn_sigma)
-    stored = _stored(inner, options, size)
+    taps = tuple(options.resample_filter) if isinstance(options, SongOptions) else (1, 1)
+    stored = _without_filters(torch_pickle.as_tensors(collect(inner), size), taps)
     names = foreign.tensor_names(options, channels, num_classes)
     dropout = _fraction(given, "label_dropout", 0)
     note = f"its label_dropout {dropout} is for training: not taken over"
@@ -79,16 +80,6 @@ def _other_network(outer: Record) -> Malformed:
         f"its network is {whose} {outer.class_name[:40]} of {count:,} parameters ({kwargs}),"
         f" not one of {', '.join(sorted(PRECONDITIONERS))}"
     )
-
-
-def _stored(inner: Record, options: Options, size: int) -> dict[str, Tensor]:
-    """Return the tensors of a network in a file of so many bytes, without resampling filters."""
-    found = collect(inner)
-    if sum(map(len, found.values())) > size:
-        raise Malformed(f"its tensors claim more bytes than the file's {size:,}")
-    tensors = {name: t.tensor() for name, t in found.items()}
-    taps = tuple(options.resample_filter) if isinstance(options, SongOptions) else (1, 1)
-    return _without_filters(tensors, taps)
 
 
 def song_rules(o: SongOptions, names: list[str], resolution: int) -> dict[str, Rule]:
@@ -250,12 +241,10 @@ def _without_filters(stored: dict[str, Tensor], taps: tuple[int, ...]) -> dict[s
 
 
 def _preconditioning(outer: Record) -> dict[str, Any]:
-    """Return kind, scalings, noise label and range of a preconditioner.
-
-    The range is the one EDM samples in: what the network supports, between 0.002 and 80.
-    """
+    """Return kind, scalings, noise label and range of a preconditioner."""
     state = outer.state
     low, high = _number(state, "sigma_min", 0.0), _number(state, "sigma_max", float("inf"))
+    # the range that EDM samples in: what the network supports, between 0.002 and 80
     noise = {"sigma_min": max(low, 0.002), "sigma_max": min(high, 80.0)}
     if outer.class_name in ("EDMPrecond", "ECMPrecond"):
         kind = "teacher" if outer.class_name == "EDMPrecond" else "consistency"

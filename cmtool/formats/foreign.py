@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -45,7 +45,7 @@ class Foreign:
     grid: int | None = None
     held: tuple[str, ...] = ("ema",)
     weights: str = "ema"
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def tensor_names(options: Options, channels: int, num_classes: int = 0) -> list[str]:
@@ -57,13 +57,12 @@ def tensor_names(options: Options, channels: int, num_classes: int = 0) -> list[
 
 
 def known_or_assumed(
-    known: Mapping[str, Any], key: str, assumed: Any, note: str, notes: list[str]
-) -> Any:
-    """Return the value of `key` in the user's preset, else the assumed one, and add a note."""
-    if key in known:
-        return known[key]
-    notes.append(f"{note} (--preset overrides it)")
-    return assumed
+    known: Mapping[str, Any], assumed: Mapping[str, tuple[Any, str]], notes: list[str]
+) -> list[Any]:
+    """Return the user's value of each key of `assumed`, else the assumed one, and add its note."""
+    said = [note for key, (_, note) in assumed.items() if key not in known]
+    notes += [f"the file does not give {note} (--preset overrides it)" for note in said]
+    return [known.get(key, value) for key, (value, _) in assumed.items()]
 
 
 def known_kind(

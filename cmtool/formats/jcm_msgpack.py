@@ -42,13 +42,11 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     options, channels = architecture(stored)
     side = 16 << min(options.attention_levels, default=1)
     notes: list[str] = []
-    size = foreign.known_or_assumed(
-        known, "image_size", (side, side),
-        f"the file does not give the image size: {side}x{side}, as NCSN++ places attention", notes,
-    )  # fmt: skip
-    sigma_data = foreign.known_or_assumed(
-        known, "sigma_data", 0.5, "the file does not give sigma_data: 0.5, as in the paper", notes
-    )
+    assumed: dict[str, tuple[Any, str]] = {
+        "image_size": ((side, side), f"the image size: {side}x{side}, as NCSN++ places attention"),
+        "sigma_data": (0.5, "sigma_data: 0.5, as in the paper"),
+    }
+    size, sigma_data = foreign.known_or_assumed(known, assumed, notes)
     kind = "consistency" if "target" in held else foreign.known_kind(known, path, notes)
     return Foreign(
         options=options,
@@ -184,11 +182,9 @@ def _unpack(content: bytes) -> dict[str, Any]:
 
 
 def _map(pairs: list[tuple[Any, Any]]) -> dict[str, Any] | Tensor:
-    table: dict[str, Any] = {}
-    for key, value in pairs:
-        if not isinstance(key, str) or key in table:
-            raise Malformed("a key is not text, or comes twice")
-        table[key] = value
+    if not all(isinstance(key, str) for key, _ in pairs) or len(dict(pairs)) < len(pairs):
+        raise Malformed("a key is not text, or comes twice")
+    table = dict(pairs)
     return _joined(table) if CHUNKED in table else table
 
 

@@ -20,7 +20,7 @@ from cmtool.core.networks.adm import AdmOptions
 from cmtool.formats import foreign
 from cmtool.formats.foreign import Foreign, Malformed, Rule
 from cmtool.formats.native import check_header, first_bytes, read_weights
-from cmtool.formats.torch_pickle import StoredTensor, load_archive, load_legacy
+from cmtool.formats.torch_pickle import StoredTensor, as_tensors, load_archive, load_legacy
 
 MAX_PICKLE = 64 << 20
 MAX_MEMBERS = 20_000
@@ -36,17 +36,13 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     options, channels, num_classes = architecture(state)
     notes: list[str] = []
     side = 32 << min(options.attention_levels, default=0)
-    size = foreign.known_or_assumed(
-        known, "image_size", (side, side) if options.attention_levels else None,
-        f"the file does not give the image size: {side}x{side}, as ADM places attention", notes,
-    )  # fmt: skip
-    heads = foreign.known_or_assumed(
-        known, "head_channels", options.head_channels,
-        f"the file does not give the width of heads: {options.head_channels} channels", notes,
-    )  # fmt: skip
-    sigma_data = foreign.known_or_assumed(
-        known, "sigma_data", 0.5, "the file does not give sigma_data: 0.5, as in the paper", notes
-    )
+    size, heads = (side, side) if options.attention_levels else None, options.head_channels
+    assumed = {
+        "image_size": (size, f"the image size: {side}x{side}, as ADM places attention"),
+        "head_channels": (heads, f"the width of heads: {heads} channels"),
+        "sigma_data": (0.5, "sigma_data: 0.5, as in the paper"),
+    }
+    size, heads, sigma_data = foreign.known_or_assumed(known, assumed, notes)
     options = replace(options, head_channels=heads)
     kind = foreign.known_kind(known, path, notes)
     rules = _rules(options, foreign.tensor_names(options, channels, num_classes), state)
@@ -91,10 +87,11 @@ def state_dict(path: Path) -> dict[str, Tensor]:
     Tensors are views of the mapped file. Raises Malformed for archives that lie, and for anything
     but a flat table of tensors.
     """
-    if first_bytes(path)[8:9] == b"{":
+    start = first_bytes(path)
+    if start[8:9] == b"{":
         check_header(path)
         return read_weights(path)
-    if is_legacy(first_bytes(path)):
+    if is_legacy(start):
         with path.open("rb") as opened:
             content = load_legacy(opened, path.stat().st_size)
     else:
@@ -106,10 +103,7 @@ def state_dict(path: Path) -> dict[str, Tensor]:
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
             raise Malformed(f"its {str(name)[:60]!r} is not a tensor")
-    size = path.stat().st_size
-    if sum(map(len, content.values())) > size:
-        raise Malformed(f"its tensors claim more bytes than the file's {size:,}")
-    return {name: tensor.tensor() for name, tensor in content.items()}
+    return as_tensors(content, path.stat().st_size)
 
 
 def is_legacy(start: bytes) -> bool:

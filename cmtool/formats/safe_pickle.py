@@ -126,7 +126,10 @@ class Machine:
             if action is None:
                 raise Refused(f"opcode {opcode.name} has no place among weights")
             action(pickle, arg)
-        return pickle.result()  # a pickle without STOP has raised ValueError
+        (value,) = pickle.pop(1)  # genops has raised ValueError where there is no STOP
+        if pickle.stack or pickle.marks:
+            raise Refused("the pickle leaves things behind")
+        return value
 
     def call(self, function: Any, args: Any) -> Any:
         """Return what the stand-in of `function` makes of `args`."""
@@ -168,13 +171,6 @@ class Pickle:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
             raise Refused("the pickle's stack runs empty")
         return self.stack[-1]
-
-    def result(self) -> Any:
-        """Return the one value that is left when the pickle ends."""
-        (value,) = self.pop(1)
-        if self.stack or self.marks:
-            raise Refused("the pickle leaves things behind")
-        return value
 
 
 def _literal(pickle: Pickle, arg: Any) -> None:

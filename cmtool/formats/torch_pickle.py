@@ -9,7 +9,7 @@ import hashlib
 import io
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, BinaryIO
@@ -65,6 +65,13 @@ class StoredTensor:
             return torch.zeros(self.size, dtype=self.storage.dtype)
         flat = torch.frombuffer(self.storage.content, dtype=self.storage.dtype)
         return flat.as_strided(self.size, self.stride, self.offset)
+
+
+def as_tensors(stored: Mapping[str, StoredTensor], size: int) -> dict[str, Tensor]:
+    """Return the tensors of a file of `size` bytes. Raises Refused if they claim more bytes."""
+    if sum(map(len, stored.values())) > size:
+        raise Refused(f"its tensors claim more bytes than the file's {size:,}")
+    return {name: tensor.tensor() for name, tensor in stored.items()}
 
 
 def load(content: BinaryIO, size: int) -> Any:
@@ -242,11 +249,6 @@ def _set(machine: Machine, items: Any = ()) -> set[str]:
     return set(strings(items or []))
 
 
-def _attribute(machine: Machine, owner: Any, name: Any) -> tuple[str, str]:
-    """Stand in for `getattr`, which ECT's loss needs: a name, never an attribute."""
-    return ("attribute", expect(name, str))
-
-
 TABLE: dict[Global, Callable[..., Any]] = {
     Global("torch_utils.persistence", "_reconstruct_persistent_obj"): _record,
     Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
@@ -260,7 +262,8 @@ TABLE: dict[Global, Callable[..., Any]] = {
     Global("numpy.core.multiarray", "scalar"): _scalar,
     Global("numpy._core.multiarray", "scalar"): _scalar,
     Global("numpy", "dtype"): _dtype,
-    Global("builtins", "getattr"): _attribute,
+    # ECT's loss needs getattr: here it gives a name, never an attribute
+    Global("builtins", "getattr"): lambda _, owner, name: ("attribute", expect(name, str)),
     Global("builtins", "set"): _set,
     Global("__builtin__", "set"): _set,
 }

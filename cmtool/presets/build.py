@@ -68,7 +68,7 @@ def pick(
 
 
 def build_network(model: ModelSection) -> nn.Module:
-    """Return the raw network of a model section, with PyTorch's global generators for its start.
+    """Return the raw network of a model section; PyTorch's global generators draw its weights.
 
     Raises UserError for an unknown network or option, or an option of the wrong type.
     """
@@ -162,10 +162,9 @@ def check_method(preset: Preset, row: MethodRow, distance: Distance) -> None:
         hint = f"--set loss.target={row.targets[0]}; it takes {' or '.join(row.targets)}"
         raise UserError(f"loss.target = {loss.target!r} with loss.method = {name!r}", hint)
     if row.needs_curvature and is_norm(distance):
-        raise UserError(
-            f"loss.distance = {loss.distance.name!r} has no curvature, which {name} needs",
-            "use another, such as l2, or distill with loss.method = live_distillation",
-        )
+        what = f"loss.distance = {loss.distance.name!r} has no curvature, which {name} needs"
+        hint = "use another, such as l2, or distill with loss.method = live_distillation"
+        raise UserError(what, hint)
     if preset.train.checkpoint_activations and not row.recomputes:
         raise UserError(
             f"train.checkpoint_activations with loss.method = {name!r}: what is computed again"
