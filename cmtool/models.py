@@ -239,12 +239,10 @@ def _card(foreign: Foreign, preset: Preset | None) -> Card:
     default = type(foreign.options)()
     given = {k: v for k, v in asdict(foreign.options).items() if v != getattr(default, k)}
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
+    same = ("image_size", "channels", "num_classes", "sigma_data")
     model = ModelSection(
+        **{key: getattr(foreign, key) for key in same},
         network=Choice(name=name, **options),
-        image_size=foreign.image_size,
-        channels=foreign.channels,
-        num_classes=foreign.num_classes,
-        sigma_data=foreign.sigma_data,
         noise_label=Choice.model_validate(foreign.noise_label),
         scalings=Choice(name="consistency" if kind == "consistency" else foreign.scalings),
     )

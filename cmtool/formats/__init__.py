@@ -24,15 +24,16 @@ DAMAGE = (
 
 
 class Format(NamedTuple):
-    """The title of a format, and how it is recognised and read."""
+    """The title of a format, which of its files are read, and how it is recognised and read.
+
+    `is_it(path, its first bytes; empty for a folder)`; `read(path, weights, known)`, where `known`
+    is what the user says of the model.
+    """
 
     title: str
     reads: str
-    """Which files of the format are read; the message for any other file says it."""
     is_it: Callable[[Path, bytes], bool]
-    """`(path, its first bytes; empty for a folder) -> bool`."""
     read: Callable[[Path, str, Mapping[str, Any]], Foreign]
-    """`(path, weights, known) -> Foreign`; `known` is what the user says of the model."""
 
 
 ZIP = b"PK\x03\x04"
@@ -49,9 +50,7 @@ FORMATS: dict[str, Format] = {
     "openai": Format(
         "ADM state dict",
         "state dicts of the ADM U-Net, as in the consistency-model release",
-        lambda path, start: (
-            start.startswith(ZIP) or openai_pt.is_legacy(start) or start[8:9] == b"{"
-        ),
+        lambda path, start: start.startswith((ZIP, openai_pt.LEGACY)) or start[8:9] == b"{",
         openai_pt.read,
     ),
     "edm": Format(

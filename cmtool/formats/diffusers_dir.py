@@ -53,15 +53,11 @@ FIXED = {
 
 
 def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
-    """Return the network of a pipeline folder, which says all there is to know.
-
-    Raises ValueError (Malformed, mostly), InputError.
-    """
+    """Return the network of a pipeline folder. Raises ValueError (mostly Malformed), InputError."""
     if weights not in ("ema", "model"):
         raise foreign.wrong_weights(weights, ["model"])
-    pipeline = read_table(path / INDEX).get("_class_name")
-    config = read_table(path / CONFIG)
-    scheduler = read_table(path / SCHEDULER)
+    index, config, scheduler = (read_table(path / name) for name in (INDEX, CONFIG, SCHEDULER))
+    pipeline = str(index.get("_class_name"))
     options, channels, num_classes = _options(config)
     files = _weight_files(path)
     if not files:
@@ -80,8 +76,7 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         )
     is_consistency = pipeline == "ConsistencyModelPipeline"
     if not is_consistency:
-        shown = str(pipeline)[:60]
-        notes.append(f"its pipeline is {shown}: give --kind if it is a consistency model")
+        notes.append(f"its pipeline is {pipeline[:60]}: give --kind if it is a consistency model")
     return Foreign(
         options=options,
         tensors=tensors,

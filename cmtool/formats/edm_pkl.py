@@ -29,10 +29,7 @@ ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj_out": "proj"}
 
 
 def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
-    """Return the `ema` network of a snapshot, which says all there is to know.
-
-    Raises Malformed, Refused, InputError.
-    """
+    """Return the `ema` network of a snapshot. Raises Malformed, Refused, InputError."""
     if weights != "ema":
         raise foreign.wrong_weights(weights, ["ema"])
     size = path.stat().st_size
@@ -308,11 +305,9 @@ def _list(given: dict[str, Any], key: str, default: list[int]) -> tuple[int, ...
     return tuple(_whole({key: item}, key, None) for item in value)
 
 
-def _levels(
-    given: dict[str, Any], default: list[int], resolution: int, levels: int
-) -> tuple[int, ...]:
+def _levels(given: dict[str, Any], default: list[int], side: int, levels: int) -> tuple[int, ...]:
     at = _list(given, "attn_resolutions", default) if given.get("attn_resolutions") != [] else ()
-    return tuple(level for level in range(levels) if resolution >> level in at)
+    return tuple(level for level in range(levels) if side >> level in at)
 
 
 def _name(given: dict[str, Any], key: str, good: list[str]) -> Any:

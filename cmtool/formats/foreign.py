@@ -16,6 +16,9 @@ from cmtool.core.networks.song import Song, SongOptions
 from cmtool.errors import InputError
 
 Options = AdmOptions | SongOptions
+ForeignKind = Literal["teacher", "consistency"]
+RELEASED: dict[str, ForeignKind] = {"edm": "teacher", "cd": "consistency", "ct": "consistency"}
+"""The kinds of models by a word in the names of their released files."""
 
 
 class Malformed(ValueError):
@@ -36,7 +39,7 @@ class Foreign:
     num_classes: int
     noise_label: str | dict[str, Any]
     image_size: tuple[int, int] | None = None
-    kind: Literal["teacher", "consistency"] | None = None
+    kind: ForeignKind | None = None
     scalings: str = "edm"
     sigma_data: float = 0.5
     sigma_min: float = 0.002
@@ -65,17 +68,13 @@ def known_or_assumed(
     return [known.get(key, value) for key, (value, _) in assumed.items()]
 
 
-def known_kind(
-    known: Mapping[str, Any], path: Path, notes: list[str]
-) -> Literal["teacher", "consistency"] | None:
+def known_kind(known: Mapping[str, Any], path: Path, notes: list[str]) -> ForeignKind | None:
     """Return the kind that the user says, else the kind that the name suggests, with a note."""
     if "kind" in known:
-        return cast(Literal["teacher", "consistency"], known["kind"])
-    kinds: dict[str, Literal["teacher", "consistency"]]
-    kinds = {"edm": "teacher", "cd": "consistency", "ct": "consistency"}  # as releases are named
+        return cast(ForeignKind, known["kind"])
     for part in (path.stem, path.parent.name, path.parent.parent.name):
         words = re.split(r"[_\-.]", part.lower())
-        for word, kind in kinds.items():
+        for word, kind in RELEASED.items():
             if word in words:
                 notes.append(f"by its name it is a {kind} model (--kind overrides it)")
                 return kind
@@ -212,9 +211,7 @@ def adm_blocks(o: AdmOptions) -> Iterator[AdmBlock]:
     yield AdmBlock("out.2", "decoder", "out_conv", 0, 0)
 
 
-def renamed(
-    names: Sequence[str], prefixes: Mapping[str, str], leaves: Mapping[str, str]
-) -> dict[str, str]:
+def renamed(names: list[str], prefixes: dict[str, str], leaves: dict[str, str]) -> dict[str, str]:
     """Return {our name: foreign name}: the longest known prefix, then the leaf, are replaced."""
     out = {}
     for name in names:

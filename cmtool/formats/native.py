@@ -99,10 +99,7 @@ def read_table(path: Path, *, most: int = 1 << 20) -> dict[str, Any]:
 
 
 def first_bytes(path: Path) -> bytes:
-    """Return the first 64 bytes of a file.
-
-    Raises InputError for an HTML page, a Git LFS pointer, and an empty file.
-    """
+    """Return a file's first 64 bytes. Raises InputError for a page, an LFS pointer, or none."""
     if not path.is_file():
         raise InputError(f"no such file: {path}", "check the path")
     try:

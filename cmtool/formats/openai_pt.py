@@ -22,6 +22,8 @@ from cmtool.formats.foreign import Foreign, Malformed, Rule
 from cmtool.formats.native import check_header, first_bytes, read_weights
 from cmtool.formats.torch_pickle import StoredTensor, as_tensors, load_archive, load_legacy
 
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How a file starts that torch before 1.6 saved."""
 MAX_PICKLE = 64 << 20
 MAX_MEMBERS = 20_000
 LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -64,14 +66,10 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
 
 
 def _rules(options: AdmOptions, names: list[str], state: Mapping[str, Tensor]) -> dict[str, Rule]:
-    """Return the rule of each of our names.
-
-    guided-diffusion's attention convolves sequences: (3C, C, 1), with rows ordered by head.
-    """
+    """Return the rule of each of our names."""
     rules = {name: foreign.same(name) for name in names}
-    for name in names:
-        if name not in state or state[name].ndim != 3:
-            continue
+    # guided-diffusion's attention convolves sequences: (3C, C, 1), with rows ordered by head
+    for name in (name for name in names if name in state and state[name].ndim == 3):
         if name.endswith("qkv.weight"):
             heads = foreign.heads_of(options, state[name].shape[0])
             for part in (name, name.replace("weight", "bias")):
@@ -91,7 +89,7 @@ def state_dict(path: Path) -> dict[str, Tensor]:
     if start[8:9] == b"{":
         check_header(path)
         return read_weights(path)
-    if is_legacy(start):
+    if start.startswith(LEGACY):
         with path.open("rb") as opened:
             content = load_legacy(opened, path.stat().st_size)
     else:
@@ -104,11 +102,6 @@ def state_dict(path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
             raise Malformed(f"its {str(name)[:60]!r} is not a tensor")
     return as_tensors(content, path.stat().st_size)
-
-
-def is_legacy(start: bytes) -> bool:
-    """Tell whether a file that starts so was saved by torch before 1.6."""
-    return start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
 
 
 def _archive(path: Path) -> Any:
@@ -146,9 +139,8 @@ def _archive(path: Path) -> Any:
 
 def architecture(state: dict[str, Tensor]) -> tuple[AdmOptions, int, int]:
     """Return options, channels and number of classes, from names and shapes. Raises Malformed."""
-    for name in NEEDED:
-        if name not in state:
-            raise Malformed(f"it is not an ADM U-Net: {name} is missing")
+    for name in (name for name in NEEDED if name not in state):
+        raise Malformed(f"it is not an ADM U-Net: {name} is missing")
 
     def shape(name: str, axis: int) -> int:
         if name not in state or axis >= state[name].ndim:
@@ -162,11 +154,10 @@ def architecture(state: dict[str, Tensor]) -> tuple[AdmOptions, int, int]:
         return f"{name}.weight" in state
 
     width = shape("time_embed.0.weight", 1)
-    ups = 0
+    levels = 1
     for entry in range(entries("output_blocks")):
         children = [f"output_blocks.{entry}.{child}" for child in (1, 2)]
-        ups += any(has(f"{child}.in_layers.0") or has(f"{child}.conv") for child in children)
-    levels = ups + 1
+        levels += any(has(f"{child}.in_layers.0") or has(f"{child}.conv") for child in children)
     per_level, rest = divmod(entries("output_blocks"), levels)
     if rest or per_level < 2 or entries("input_blocks") != levels * per_level or width < 1:
         raise Malformed("it is not an ADM U-Net: its levels are uneven")

@@ -41,10 +41,6 @@ class Storage:
     count: int
     content: memoryview = field(default=memoryview(b""), repr=False)  # legacy: it comes later
 
-    def __len__(self) -> int:
-        """Return the number of elements."""
-        return self.count
-
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
@@ -75,10 +71,7 @@ def as_tensors(stored: Mapping[str, StoredTensor], size: int) -> dict[str, Tenso
 
 
 def load(content: BinaryIO, size: int) -> Any:
-    """Return what the one pickle in `content`, `size` bytes in all, describes.
-
-    Raises Refused for anything outside the table, ValueError and its kin for a damaged stream.
-    """
+    """Return what the one pickle in `content`, of `size` bytes, describes. Raises ValueError."""
     machine = Machine(size, TABLE, STORAGES)
     result = machine.run(content, size)
     if content.tell() != size:
@@ -187,7 +180,7 @@ def _tensor(
         raise Refused("a tensor has more than 8 dimensions")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     count = math.prod(size)
-    if count > len(storage) or (count and last >= len(storage)):
+    if count > storage.count or (count and last >= storage.count):
         raise Refused("a tensor is larger than its storage")
     return StoredTensor(storage, offset, size, stride)
 
@@ -200,11 +193,7 @@ def _parameter(machine: Machine, data: Any, requires_grad: Any, hooks: Any) -> S
 
 
 def _storage(machine: Machine, content: Any) -> Storage:
-    """Stand in for `torch.storage._load_from_bytes`: torch's legacy layout, one storage in it.
-
-    Five pickles (magic number, version, machine, the storage's identity, its key), the number of
-    elements in 8 bytes, and the elements.
-    """
+    """Stand in for `torch.storage._load_from_bytes`: torch's legacy layout, one storage in it."""
     stream = io.BytesIO(expect(content, bytes))
     found: list[tuple[torch.dtype, str, int]] = []
 

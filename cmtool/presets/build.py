@@ -174,10 +174,7 @@ def check_method(preset: Preset, row: MethodRow, distance: Distance) -> None:
 
 
 def build_augment(preset: Preset, row: MethodRow) -> Augment | None:
-    """Return how training images are warped, None for not at all.
-
-    Raises UserError unless the method takes warped images and its network their labels.
-    """
+    """Return how training images are warped, or None. Raises UserError where they may not be."""
     if not preset.data.augment:
         return None
     what = f"data.augment = {preset.data.augment}"

@@ -61,10 +61,7 @@ def resolve(name_or_path: str, layers: Mapping[str, Mapping[str, Any]]) -> Resol
 
 
 def packaged_value(name_or_path: str, key: str) -> Any:
-    """Return a dotted key's value in the nearest of cmtool's own presets this one is or extends.
-
-    None where there is no such preset, or none that has the key.
-    """
+    """Return a key's value in the nearest of cmtool's presets this one is or extends, or None."""
     value = None
     for path, table in _chain(name_or_path, ()):
         if path.parent == FOLDER:
