@@ -139,11 +139,8 @@ def find_model(name_or_path: str | Path, weights: str = "ema") -> tuple[Found, l
 def with_kind(
     stored: Stored, source: str | Path, said: Kind | None, otherwise: Kind | None
 ) -> tuple[Card, tuple[str, ...]]:
-    """Return the card with its kind, and a note if the kind is a guess. Raises UserError if unsaid.
-
-    `said` is the user's word, which overrides the file's; `otherwise` stands in for both.
-    """
-    chosen = said or stored.kind or otherwise
+    """Return the card with its kind, and a note if that is a guess. Raises UserError if unsaid."""
+    chosen = said or stored.kind or otherwise  # the user's word overrides the file's
     if chosen is None:
         what = f"{source} does not say if it is a teacher or a consistency model"
         raise UserError(what, "add --kind teacher or --kind consistency")
@@ -227,7 +224,8 @@ def _read_foreign(found: Found, weights: str, kind: Kind | None, preset: str | N
         key = ".".join(map(str, first["loc"])) or "noise"
         what = f"{found.path} has a bad {key}: {first['msg'].lower()}"
         raise InputError(what, "download it again") from None
-    return Stored(card, foreign.kind, foreign.tensors, foreign.weights, foreign.held, foreign.notes)
+    read = weights if weights in foreign.held else foreign.held[0]
+    return Stored(card, foreign.kind, foreign.tensors, read, foreign.held, foreign.notes)
 
 
 def _card(foreign: Foreign, preset: Preset | None) -> Card:

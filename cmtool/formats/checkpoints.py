@@ -108,10 +108,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path, read: Callable[[Path], T]) -> tuple[T | None, list[str]]:
-    """Return what `read` makes of the newest whole checkpoint, and why newer ones were passed over.
-
-    `read` raises Damaged for a checkpoint that is not whole.
-    """
+    """Return what `read` makes of the newest checkpoint that is not Damaged, and why others are."""
     complaints: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
@@ -135,10 +132,7 @@ def verify(path: Path) -> Path:
 
 
 def whole_files(path: Path) -> dict[str, str]:
-    """Return the hash that each file of a checkpoint should have, by the manifest.
-
-    Raises Damaged unless all are there and have their sizes.
-    """
+    """Return each file's hash by the manifest. Raises Damaged unless all have their sizes."""
     try:
         listed = read_table(path / MANIFEST)["files"]
         facts = {name: (fact["bytes"], fact["sha256"]) for name, fact in listed.items()}

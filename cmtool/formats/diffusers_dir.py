@@ -88,7 +88,6 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         **noise,
         grid=int(grid),
         held=("model",),
-        weights="model",
         notes=tuple(notes),
     )
 

@@ -30,7 +30,7 @@ class Foreign:
     """A model read from the file of another tool; tensors are float32 and have our names.
 
     `image_size` and `kind` are None if neither the file nor the user says them. `notes` tell the
-    user what was assumed. `held` names all weights in the file, `weights` those that were read.
+    user what was assumed. `held` names all weights in the file; one name stands for any asked for.
     """
 
     options: Options
@@ -47,16 +47,14 @@ class Foreign:
     rho: float = 7.0
     grid: int | None = None
     held: tuple[str, ...] = ("ema",)
-    weights: str = "ema"
     notes: tuple[str, ...] = ()
 
 
 def tensor_names(options: Options, channels: int, num_classes: int = 0) -> list[str]:
     """Return the names of the tensors of our network with these options."""
+    make: Any = Song if isinstance(options, SongOptions) else Adm
     with torch.device("meta"):
-        if isinstance(options, SongOptions):
-            return list(Song(options, channels, num_classes).state_dict())
-        return list(Adm(options, channels, num_classes).state_dict())
+        return list(make(options, channels, num_classes).state_dict())
 
 
 def known_or_assumed(

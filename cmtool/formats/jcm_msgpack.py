@@ -59,7 +59,6 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         kind=kind,
         grid=18 if kind == "consistency" else None,
         held=tuple(held),
-        weights=weights,
         notes=tuple(notes),
     )
 

@@ -60,7 +60,6 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         kind="teacher" if options.learn_sigma else kind,
         grid=40 if kind == "consistency" else None,
         held=("model",),
-        weights="model",
         notes=tuple(notes),
     )
 

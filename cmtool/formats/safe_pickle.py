@@ -113,10 +113,7 @@ class Machine:
     def run(
         self, content: BinaryIO, size: int, persistent: Callable[[Any], Any] | None = None
     ) -> Any:
-        """Return the value of the pickle at the content's position, which moves past it.
-
-        `size` is the whole length of the content; `persistent` resolves persistent identities.
-        """
+        """Return what the pickle at the position of `content`, `size` bytes in all, describes."""
         pickle = Pickle(self, persistent)
         for opcode, arg, _ in pickletools.genops(cast(BinaryIO, Bounded(content, size))):
             self.opcodes += 1

@@ -26,6 +26,7 @@ from cmtool.core.types import Denoiser, Distance
 from cmtool.errors import UserError, nearest
 from cmtool.presets.schema import Card, Choice, ModelSection, Preset
 
+Registry = Mapping[str, Callable[..., Any]]
 T = TypeVar("T")
 
 
@@ -37,10 +38,7 @@ def _row(registry: Mapping[str, T], name: str, key: str) -> T:
 
 
 def pick(
-    registry: Mapping[str, Callable[..., Any]],
-    choice: Choice,
-    key: str,
-    given: Mapping[str, Any] | Collection[str] = (),
+    registry: Registry, choice: Choice, key: str, given: Mapping[str, Any] | Collection[str] = ()
 ) -> Callable[..., Any]:
     """Return the component a preset names, with its options bound, and what it takes of `given`.
 
@@ -106,13 +104,10 @@ def build_denoiser(card: Card, network: nn.Module) -> Preconditioned:
         good = "two noise levels" if card.kind == "flow map" else "one noise level"
         what = f"kind = {card.kind!r} with the network {card.model.network.name!r}"
         raise UserError(what, f"choose a network that takes {good}")
-    return Preconditioned(
-        network,
-        pick(SCALINGS, card.model.scalings, "model.scalings"),
-        pick(NOISE_LABELS, card.model.noise_label, "model.noise_label"),
-        sigma_data=card.model.sigma_data,
-        sigma_min=card.noise.sigma_min,
-    )
+    scalings = pick(SCALINGS, card.model.scalings, "model.scalings")
+    label = pick(NOISE_LABELS, card.model.noise_label, "model.noise_label")
+    sigma_data, sigma_min = card.model.sigma_data, card.noise.sigma_min
+    return Preconditioned(network, scalings, label, sigma_data=sigma_data, sigma_min=sigma_min)
 
 
 def method_row(preset: Preset) -> MethodRow:
