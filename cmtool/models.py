@@ -19,28 +19,14 @@ from cmtool.formats import read_foreign
 from cmtool.formats.checkpoints import Found, find, weights_in
 from cmtool.formats.foreign import Foreign
 from cmtool.formats.native import read_about, read_table, read_weights
-from cmtool.presets.build import build_denoiser, build_network, noise_range
-from cmtool.presets.schema import (
-    Card,
-    Choice,
-    Kind,
-    ModelSection,
-    NoiseSection,
-    Preset,
-    SampleSection,
-)
+from cmtool.presets.build import SAMPLING, build_denoiser, build_network, noise_range
+from cmtool.presets.schema import Card, Choice, Kind, ModelSection, NoiseSection, Preset
 from cmtool.presets.toml import load_preset
 from cmtool.presets.upgrade import of_kind, upgraded
 from cmtool.system.devices import on_device
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("digits-edm", "digits-cd")
-SAMPLING: dict[Kind, SampleSection] = {
-    "teacher": SampleSection(sampler=Choice(name="heun"), steps=18),
-    "consistency": SampleSection(sampler=Choice(name="multistep"), steps=1),
-    "flow map": SampleSection(sampler=Choice(name="multistep"), steps=1),
-}
-"""How to sample a model whose file does not say it."""
 
 
 @dataclass(frozen=True)

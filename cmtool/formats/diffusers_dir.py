@@ -126,9 +126,8 @@ def write(
         "unet": ["diffusers", "UNet2DModel"],
     }
     steps = {"_class_name": "CMStochasticIterativeScheduler", "clip_denoised": True, "s_noise": 1.0}
-    (folder / "unet").mkdir()
-    (folder / "scheduler").mkdir()
     for name, content in {INDEX: index, CONFIG: config, SCHEDULER: steps | scheduler}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     theirs = foreign.translate_back(rules(options, list(tensors)), tensors)
     save_file(theirs, folder / "unet" / WEIGHTS[0], metadata={"format": "pt"})

@@ -118,12 +118,9 @@ def adm_rules(o: AdmOptions, names: list[str], resolution: int) -> dict[str, Rul
         level = stage.level + (shift if stage.role == "resample" else 0)
         at = f"{side}.{resolution >> level}x{resolution >> level}"
         widths[stage.prefix] = o.model_channels * o.channel_mult[stage.level]
-        prefixes[stage.prefix] = {
-            "stem": f"{at}_conv",
-            "resample": f"{at}_{resample}",
-            "out_norm": "out_norm",
-            "out_conv": "out_conv",
-        }.get(stage.role, f"{at}_{block}{stage.number}")
+        ends = {"stem": f"{at}_conv", "resample": f"{at}_{resample}"}
+        ends |= {role: role for role in ("out_norm", "out_conv")}
+        prefixes[stage.prefix] = ends.get(stage.role, f"{at}_{block}{stage.number}")
     leaves = {
         **ATTENTION,
         "in_layers.0": "norm0",
@@ -253,21 +250,17 @@ def _preconditioning(outer: Record) -> dict[str, Any]:
     if "M" in state:
         label["steps"] = _whole(state, "M", None, 100_000)
     if family == "iddpm":
-        _check_levels(_table(outer, "_buffers").get("u"), torch.tensor(iddpm_sigmas(**label)))
+        stored, levels = _table(outer, "_buffers").get("u"), torch.tensor(iddpm_sigmas(**label))
+        if not isinstance(stored, StoredTensor) or tuple(stored.size) != (len(levels),):
+            raise Malformed("its table of noise levels is missing, or has another length")
+        if not torch.allclose(stored.tensor().float(), levels, rtol=5e-3, atol=1e-6):
+            raise Malformed("its table of noise levels is not the one of its constants")
     return {
         "kind": "teacher",
         "scalings": family,
         "noise_label": {"name": family, **label},
         **noise,
     }
-
-
-def _check_levels(stored: Any, levels: Tensor) -> None:
-    """Raise Malformed unless iDDPM's stored levels are those of its constants (in float32)."""
-    if not isinstance(stored, StoredTensor) or tuple(stored.size) != (len(levels),):
-        raise Malformed("its table of noise levels is missing, or has another length")
-    if not torch.allclose(stored.tensor().float(), levels, rtol=5e-3, atol=1e-6):
-        raise Malformed("its table of noise levels is not the one of its constants")
 
 
 def _arguments(record: Record) -> dict[str, Any]:

@@ -226,9 +226,7 @@ def _persistent(pickle: Pickle, arg: None) -> None:
 
 def shown(value: Any) -> str:
     """Return how to call a value in a message: a name, or its type."""
-    if isinstance(value, Global):
-        return f"{value.module}.{value.name}"
-    return type(value).__name__
+    return f"{value.module}.{value.name}" if isinstance(value, Global) else type(value).__name__
 
 
 def expect(value: Any, kind: type) -> Any:

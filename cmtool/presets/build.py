@@ -24,10 +24,16 @@ from cmtool.core.samplers import SAMPLERS
 from cmtool.core.solvers import SOLVERS
 from cmtool.core.types import Denoiser, Distance
 from cmtool.errors import UserError, nearest
-from cmtool.presets.schema import Card, Choice, ModelSection, Preset
+from cmtool.presets.schema import Card, Choice, Kind, ModelSection, Preset, SampleSection
 
 Registry = Mapping[str, Callable[..., Any]]
 T = TypeVar("T")
+SAMPLING: dict[Kind, SampleSection] = {
+    "teacher": SampleSection(sampler=Choice(name="heun"), steps=18),
+    "consistency": SampleSection(sampler=Choice(name="multistep"), steps=1),
+    "flow map": SampleSection(sampler=Choice(name="multistep"), steps=1),
+}
+"""How to sample a model of each kind, where its card does not say it."""
 
 
 def _row(registry: Mapping[str, T], name: str, key: str) -> T:
@@ -133,10 +139,8 @@ def build_objective(preset: Preset, teacher: Denoiser | None, device: str = "cpu
     augment = build_augment(preset, row)
     if row.needs_teacher and teacher is None:
         raise UserError("this preset distills a teacher", "run it with cmtool distill")
-    choices = {
-        "distance": distance, "weight": weight, "noise_range": levels,
-        "solver": pick(SOLVERS, loss.solver, "loss.solver"),
-    }  # fmt: skip
+    solver = pick(SOLVERS, loss.solver, "loss.solver")
+    choices = {"distance": distance, "weight": weight, "noise_range": levels, "solver": solver}
     losses = {name: each.loss for name, each in METHODS.items()}
     method = pick(losses, loss.method, "loss.method", choices)
     if "distance" in inspect.signature(row.loss).parameters:

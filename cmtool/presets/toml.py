@@ -37,10 +37,7 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Preset:
-    """Return the preset `name_or_path` with dotted `overrides` such as {"loss.distance": "l1"}.
-
-    Raises UserError for an unknown name, key or type, naming the nearest good one.
-    """
+    """Return a preset with dotted `overrides` such as {"loss.distance": "l1"}. Raises UserError."""
     return resolve(name_or_path, {"override": overrides or {}}).preset
 
 
