@@ -44,7 +44,7 @@ def convert(model: Model, out: Path, *, overwrite: bool = False) -> str:
         temporary.rename(out)
     except (OSError, safetensors.SafetensorError) as error:
         if is_full(error):
-            raise ResourceError(f"no room on the disk for {out}", "free some") from None
+            raise ResourceError(f"no room on the disk for {out}", "free disk space") from None
         if isinstance(error, safetensors.SafetensorError):
             raise InputError(f"cannot write {out}: {error}", "give another place") from None
         raise
@@ -86,41 +86,29 @@ def _write_native(model: Model, path: Path) -> None:
 
 def _write_diffusers(model: Model, folder: Path) -> None:
     card, network = model.preset, model.f.network
-    h, w = card.model.image_size
+    (h, w), label = card.model.image_size, card.model.noise_label.name
     reasons = {
         f"it is a {model.kind}": model.kind != "consistency",
         f"its network is {card.model.network.name!r}": not isinstance(network, Adm),
-        f"its noise label is {card.model.noise_label.name!r}": (
-            card.model.noise_label.name != "log_1000"
-        ),
+        f"its noise label is {label!r}": label != "log_1000",
         f"its images are {w}x{h}": h != w,
     }
+    hint = "convert it to a .safetensors file instead"
     for reason, holds in reasons.items():
         if holds:
-            raise InputError(
-                f"a ConsistencyModelPipeline cannot hold this model: {reason}",
-                "convert it to a .safetensors file instead",
-            )
+            what = f"a ConsistencyModelPipeline cannot hold this model: {reason}"
+            raise InputError(what, hint)
     assert isinstance(network, Adm)
-    scheduler = {
-        "num_train_timesteps": grid_size(card),
-        "sigma_min": card.noise.sigma_min,
-        "sigma_max": card.noise.sigma_max,
-        "sigma_data": card.model.sigma_data,
-        "rho": card.noise.rho,
-    }
+    facts = {"num_train_timesteps": grid_size(card), "sigma_data": card.model.sigma_data}
+    scheduler = {**facts, **card.noise.model_dump()}  # sigma_min, sigma_max and rho
+    sizes = {"channels": card.model.channels, "num_classes": card.model.num_classes}
+    tensors = dict(network.state_dict())
     try:
         diffusers_dir.write(
-            folder,
-            network.options,
-            dict(network.state_dict()),
-            channels=card.model.channels,
-            num_classes=card.model.num_classes,
-            image_size=h,
-            scheduler=scheduler,
+            folder, network.options, tensors, **sizes, image_size=h, scheduler=scheduler
         )
     except Malformed as error:
-        raise InputError(str(error), "convert it to a .safetensors file instead") from None
+        raise InputError(str(error), hint) from None
 
 
 @torch.no_grad()

@@ -16,32 +16,17 @@ from cmtool.core.noise import NoiseRange
 from cmtool.core.precond import Preconditioned
 from cmtool.errors import InputError, Stopped, UserError
 from cmtool.formats import read_foreign
-from cmtool.formats.checkpoints import weights_in
-from cmtool.formats.find import Found, find
+from cmtool.formats.checkpoints import Found, find, weights_in
 from cmtool.formats.foreign import Foreign
 from cmtool.formats.native import read_about, read_table, read_weights
-from cmtool.presets.build import build_denoiser, build_network, noise_range
-from cmtool.presets.schema import (
-    Card,
-    Choice,
-    Kind,
-    ModelSection,
-    NoiseSection,
-    Preset,
-    SampleSection,
-)
+from cmtool.presets.build import SAMPLING, build_denoiser, build_network, noise_range
+from cmtool.presets.schema import Card, Choice, Kind, ModelSection, NoiseSection, Preset
 from cmtool.presets.toml import load_preset
 from cmtool.presets.upgrade import of_kind, upgraded
 from cmtool.system.devices import on_device
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("digits-edm", "digits-cd")
-SAMPLING: dict[Kind, SampleSection] = {
-    "teacher": SampleSection(sampler=Choice(name="heun"), steps=18),
-    "consistency": SampleSection(sampler=Choice(name="multistep"), steps=1),
-    "flow map": SampleSection(sampler=Choice(name="multistep"), steps=1),
-}
-"""How to sample a model whose file does not say it."""
 
 
 @dataclass(frozen=True)
@@ -101,21 +86,18 @@ def load_model(
     UserError when the kind remains unknown.
     """
     found, passed_over = find_model(name_or_path, weights)
-    if found.format == "native":
-        if preset is not None:
-            raise UserError(
-                f"--preset {preset} for {name_or_path}", "the file has one: leave it out"
-            )
-        stored = _read_native(found.path)
-    else:
+    if found.format != "native":
         stored = _read_foreign(found, weights, kind, preset)
+    elif preset is not None:
+        raise UserError(f"--preset {preset} for {name_or_path}", "the file has one: leave it out")
+    else:
+        stored = _read_native(found.path)
     card, guessed = with_kind(stored, name_or_path, kind, otherwise)
     f = _denoiser(found.path, card, stored.tensors)
-    f = on_device(f, device).eval().requires_grad_(False)
     levels_file = None if found.path.parent == ASSETS else found.levels_file
     card = _with_searched_levels(card, levels_file, found)
     return Model(
-        f=f,
+        f=on_device(f, device).eval().requires_grad_(False),
         preset=card,
         kind=card.kind,
         source=str(name_or_path),
@@ -135,31 +117,21 @@ def find_model(name_or_path: str | Path, weights: str = "ema") -> tuple[Found, l
     if str(name_or_path) in BUNDLED and not path.exists():
         return Found(ASSETS / f"{name_or_path}.safetensors"), []
     if not path.exists():
-        raise InputError(
-            f"no model {str(name_or_path)!r}",
-            f"give a run folder, a weight file, or one of {', '.join(BUNDLED)}",
-        )
+        hint = f"give a run folder, a weight file, or one of {', '.join(BUNDLED)}"
+        raise InputError(f"no model {str(name_or_path)!r}", hint)
     return find(path, weights)
 
 
 def with_kind(
     stored: Stored, source: str | Path, said: Kind | None, otherwise: Kind | None
 ) -> tuple[Card, tuple[str, ...]]:
-    """Return the card with its kind, and a note if the kind is a guess.
-
-    `said` is the user's word, which overrides the file's; `otherwise` stands in for both. Raises
-    UserError if nobody says.
-    """
-    chosen = said or stored.kind or otherwise
+    """Return the card with its kind, and a note if that is a guess. Raises UserError if unsaid."""
+    chosen = said or stored.kind or otherwise  # the user's word overrides the file's
     if chosen is None:
-        raise UserError(
-            f"{source} does not say if it is a teacher or a consistency model",
-            "add --kind teacher or --kind consistency",
-        )
-    notes: tuple[str, ...] = ()
-    if not said and not stored.kind:
-        notes = (f"the file does not say its kind: read as a {chosen} model (--kind overrides it)",)
-    return as_kind(stored.card, chosen), notes
+        what = f"{source} does not say if it is a teacher or a consistency model"
+        raise UserError(what, "add --kind teacher or --kind consistency")
+    note = f"the file does not say its kind: read as a {chosen} model (--kind overrides it)"
+    return as_kind(stored.card, chosen), () if said or stored.kind else (note,)
 
 
 def as_kind(card: Card, kind: Kind) -> Card:
@@ -209,9 +181,8 @@ def _read_native(file: Path) -> Stored:
         if kind not in SAMPLING or not re.fullmatch(r"[\w-]{1,60}", weights):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, UserError):
-        raise InputError(
-            f"{file} does not hold a denoiser", "give a model made by cmtool train or distill"
-        ) from None
+        hint = "give a model made by cmtool train or distill"
+        raise InputError(f"{file} does not hold a denoiser", hint) from None
     tensors = read_weights(file)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -223,29 +194,24 @@ def _read_native(file: Path) -> Stored:
 def _read_foreign(found: Found, weights: str, kind: Kind | None, preset: str | None) -> Stored:
     """Return what a foreign file holds; `kind` and `preset` are the user's."""
     wanted = load_preset(preset) if preset is not None else None
-    known = _known(wanted) | ({} if kind is None else {"kind": kind})
+    known: dict[str, Any] = {}
+    if wanted is not None:
+        options = wanted.model.network.options
+        known = {key: options[key] for key in ("head_channels",) if key in options}
+        known |= {"image_size": wanted.model.image_size, "sigma_data": wanted.model.sigma_data}
+        known["kind"] = wanted.kind
+    if kind is not None:
+        known["kind"] = kind
     foreign = read_foreign(found.format, found.path, weights, known)
     try:
         card = _card(foreign, wanted)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "noise"
-        raise InputError(
-            f"{found.path} has a bad {key}: {first['msg'].lower()}", "download it again"
-        ) from None
-    return Stored(card, foreign.kind, foreign.tensors, foreign.weights, foreign.held, foreign.notes)
-
-
-def _known(preset: Preset | None) -> dict[str, Any]:
-    """Return what a preset says of a model whose file says less."""
-    if preset is None:
-        return {}
-    model = preset.model
-    known = {
-        "image_size": model.image_size, "kind": preset.kind, "sigma_data": model.sigma_data,
-    }  # fmt: skip
-    options = model.network.options
-    return known | {k: v for k, v in options.items() if k == "head_channels"}
+        what = f"{found.path} has a bad {key}: {first['msg'].lower()}"
+        raise InputError(what, "download it again") from None
+    read = weights if weights in foreign.held else foreign.held[0]
+    return Stored(card, foreign.kind, foreign.tensors, read, foreign.held, foreign.notes)
 
 
 def _card(foreign: Foreign, preset: Preset | None) -> Card:
@@ -257,12 +223,10 @@ def _card(foreign: Foreign, preset: Preset | None) -> Card:
     default = type(foreign.options)()
     given = {k: v for k, v in asdict(foreign.options).items() if v != getattr(default, k)}
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
+    same = ("image_size", "channels", "num_classes", "sigma_data")
     model = ModelSection(
+        **{key: getattr(foreign, key) for key in same},
         network=Choice(name=name, **options),
-        image_size=foreign.image_size,
-        channels=foreign.channels,
-        num_classes=foreign.num_classes,
-        sigma_data=foreign.sigma_data,
         noise_label=Choice.model_validate(foreign.noise_label),
         scalings=Choice(name="consistency" if kind == "consistency" else foreign.scalings),
     )
@@ -290,14 +254,12 @@ def check_same_network(found: ModelSection, named: ModelSection) -> None:
             "network": section.network.name, "channels": section.channels,
             "num_classes": section.num_classes, **defaults, **section.network.options,
         })  # fmt: skip
-    ours, theirs = sides
-    for key in sorted(ours.keys() | theirs.keys()):
-        a, b = (side.get(key) for side in sides)
-        a, b = (tuple(v) if isinstance(v, list) else v for v in (a, b))
-        if key != "dropout" and a != b:
-            raise InputError(
-                f"the file has {key} {a}, the preset {b}", "give a preset of the file's network"
-            )
+    for key in sorted({key for side in sides for key in side} - {"dropout"}):
+        values = (side.get(key) for side in sides)
+        a, b = (tuple(v) if isinstance(v, list) else v for v in values)
+        if a != b:
+            what = f"the file has {key} {a}, the preset {b}"
+            raise InputError(what, "give a preset of the file's network")
 
 
 def _with_searched_levels(card: Card, file: Path | None, found: Found) -> Card:

@@ -305,7 +305,7 @@ def pick_plan(
 
 def newest_run(kind: Kind | None = None) -> str | None:
     """Return the newest finished run folder under runs/ that holds a model of `kind`."""
-    from cmtool.formats.find import kind_of_run
+    from cmtool.formats.checkpoints import kind_of_run
     from cmtool.formats.native import read_table
 
     found = [(status.stat().st_mtime, status) for status in Path("runs").glob("*/status.json")]

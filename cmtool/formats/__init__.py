@@ -24,26 +24,21 @@ DAMAGE = (
 
 
 class Format(NamedTuple):
-    """The title of a format, and how it is recognised and read."""
+    """The title of a format, which of its files are read, and how it is recognised and read.
+
+    `is_it(path, its first bytes; empty for a folder)`; `read(path, weights, known)`, where `known`
+    is what the user says of the model.
+    """
 
     title: str
     reads: str
-    """Which files of the format are read; the message for any other file says it."""
     is_it: Callable[[Path, bytes], bool]
-    """`(path, its first bytes; empty for a folder) -> bool`."""
     read: Callable[[Path, str, Mapping[str, Any]], Foreign]
-    """`(path, weights, known) -> Foreign`; `known` is what the user says of the model."""
 
 
-def is_zip(start: bytes) -> bool:
-    """Tell whether a file that starts so is a zip archive."""
-    return start.startswith(b"PK\x03\x04")
-
-
-def is_pickle(start: bytes) -> bool:
-    """Tell whether a file that starts so is a pickle of protocol 2 to 5."""
-    return start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-
+ZIP = b"PK\x03\x04"
+PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""How a zip archive starts, and a pickle of each protocol from 2 to 5."""
 
 FORMATS: dict[str, Format] = {
     "diffusers": Format(
@@ -55,13 +50,13 @@ FORMATS: dict[str, Format] = {
     "openai": Format(
         "ADM state dict",
         "state dicts of the ADM U-Net, as in the consistency-model release",
-        lambda path, start: is_zip(start) or openai_pt.is_legacy(start) or start[8:9] == b"{",
+        lambda path, start: start.startswith((ZIP, openai_pt.LEGACY)) or start[8:9] == b"{",
         openai_pt.read,
     ),
     "edm": Format(
         "EDM pickle",
         "snapshots of EDM and ECT; not EDM2's, and no training states",
-        lambda path, start: is_pickle(start),
+        lambda path, start: start.startswith(PICKLES),
         edm_pkl.read,
     ),
     "jcm": Format(
@@ -74,20 +69,15 @@ FORMATS: dict[str, Format] = {
 
 
 def identify(path: Path) -> str:
-    """Return "native" or a key of FORMATS. Raises InputError for anything else, naming what it is.
-
-    The first format whose test holds is the one.
-    """
+    """Return "native" or the first key of FORMATS whose test holds. Raises InputError if none."""
     start = b"" if path.is_dir() else native.first_bytes(path)
     if start[8:9] == b"{" and native.KEY in native.check_header(path):
         return "native"
     for name, kind in FORMATS.items():
         if kind.is_it(path, start):
             return name
-    raise InputError(
-        f"{path} is not a model that cmtool knows",
-        f"it reads its own format, and: {', '.join(kind.title for kind in FORMATS.values())}",
-    )
+    hint = f"it reads its own format, and: {', '.join(kind.title for kind in FORMATS.values())}"
+    raise InputError(f"{path} is not a model that cmtool knows", hint)
 
 
 def read_foreign(name: str, path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
@@ -101,7 +91,5 @@ def read_foreign(name: str, path: Path, weights: str, known: Mapping[str, Any]) 
         raise
     except DAMAGE as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path} is not a usable {kind.title}: {reason}",
-            f"download or convert it again; cmtool reads {kind.reads}",
-        ) from None
+        hint = f"download or convert it again; cmtool reads {kind.reads}"
+        raise InputError(f"{path} is not a usable {kind.title}: {reason}", hint) from None

@@ -1,6 +1,7 @@
-"""The checkpoints of a run: which are there, which of them are whole, and which are kept.
+"""From a path to weights: a file, or the checkpoints of a run, which are whole, and which are kept.
 
-A folder without a complete manifest is not a checkpoint.
+Weights are identified and hashed at most once. A folder without a complete manifest is not a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from cmtool.errors import InputError
-from cmtool.formats.native import read_table
+from cmtool.formats import diffusers_dir, identify
+from cmtool.formats.native import read_about, read_table
 from cmtool.system.files import file_sha256, write_json
 
 MANIFEST = "manifest.json"
@@ -28,19 +32,83 @@ class Damaged(InputError):
     """A checkpoint that is not whole."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """Weights on the disk: one file, or the folder of a diffusers pipeline."""
+
+    path: Path
+
+    @cached_property
+    def format(self) -> str:
+        """Return "native" or a key of FORMATS. Raises InputError for anything else."""
+        return identify(self.path)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Return the hash of what is read of the model."""
+        return file_sha256(self.path) if self.path.is_file() else diffusers_dir.sha256(self.path)
+
+    @property
+    def levels_file(self) -> Path:
+        """Return the file of the noise levels that `cmtool search` finds for these weights."""
+        if self.path.is_dir():
+            return self.path / "levels.json"
+        return self.path.with_name(f"{self.path.name}.levels.json")
+
+
+def find(path: Path, weights: str = "ema") -> tuple[Found, list[str]]:
+    """Return the weights that a path stands for, and why newer ones of its run are passed over.
+
+    The path is a run, a checkpoint, a file or a pipeline. Raises InputError where it has no model.
+    """
+    if path.is_file() or (path / diffusers_dir.INDEX).is_file():
+        return Found(path), []
+    if not (path / "checkpoints").is_dir():
+        return _in_checkpoint(path, weights), []
+    found, complaints = newest(path / "checkpoints", lambda folder: _in_checkpoint(folder, weights))
+    if found is None:
+        raise _no_checkpoint(path)
+    return found, complaints
+
+
+def kind_of_run(run: Path) -> str | None:
+    """Return the kind of model that a run made, None if it has no checkpoint. Hashes nothing."""
+    found, _ = newest(run / "checkpoints", lambda folder: _sized(folder, "ema"))
+    return found and read_about(found[0].path).get("kind")
+
+
+def _in_checkpoint(folder: Path, weights: str) -> Found:
+    """Return the weights of a checkpoint. Raises Damaged if their hash is not the manifest's."""
+    found, hashes = _sized(folder, weights)
+    if found.sha256 != hashes.get(found.path.name, found.sha256):
+        raise _damaged(found.path)
+    return found
+
+
+def _sized(folder: Path, weights: str) -> tuple[Found, dict[str, str]]:
+    """Return a checkpoint's weights, and the hashes of its files. Raises Damaged, InputError."""
+    if not (folder / "model.safetensors").is_file():
+        raise _no_checkpoint(folder)
+    hashes = whole_files(folder)
+    return Found(weight_file(folder, weights)), hashes
+
+
+def _no_checkpoint(path: Path) -> Damaged:
+    return Damaged(f"no checkpoint in {path}", "give a run folder or a checkpoint folder")
+
+
+def _damaged(file: Path) -> Damaged:
+    return Damaged(f"{file} is damaged", "give an earlier checkpoint")
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Return the folders step-N under `folder`, by N."""
-    found = [
-        p for p in folder.glob("step-*") if p.is_dir() and re.fullmatch("[0-9]{1,18}", p.name[5:])
-    ]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    found = [p for p in folder.glob("step-*") if re.fullmatch("[0-9]{1,18}", p.name[5:])]
+    return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name[5:]))
 
 
 def newest(folder: Path, read: Callable[[Path], T]) -> tuple[T | None, list[str]]:
-    """Return what `read` makes of the newest whole checkpoint, and why newer ones were passed over.
-
-    `read` raises Damaged for a checkpoint that is not whole.
-    """
+    """Return what `read` makes of the newest checkpoint that is not Damaged, and why others are."""
     complaints: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
@@ -59,15 +127,12 @@ def verify(path: Path) -> Path:
     """Return the checkpoint. Raises Damaged unless every file has its size and hash."""
     for name, sha256 in whole_files(path).items():
         if file_sha256(path / name) != sha256:
-            raise Damaged(f"{path / name} is damaged", "give an earlier checkpoint")
+            raise _damaged(path / name)
     return path
 
 
 def whole_files(path: Path) -> dict[str, str]:
-    """Return the hash that each file of a checkpoint should have, by the manifest.
-
-    Raises Damaged unless all are there and have their sizes.
-    """
+    """Return each file's hash by the manifest. Raises Damaged unless all have their sizes."""
     try:
         listed = read_table(path / MANIFEST)["files"]
         facts = {name: (fact["bytes"], fact["sha256"]) for name, fact in listed.items()}
@@ -77,7 +142,7 @@ def whole_files(path: Path) -> dict[str, str]:
     for name, (size, _) in facts.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
-            raise Damaged(f"{file} is damaged", "give an earlier checkpoint")
+            raise _damaged(file)
     return {name: sha256 for name, (_, sha256) in facts.items()}
 
 
@@ -155,9 +220,7 @@ def prune(folder: Path, keep: int, newest: int | None = None) -> None:
     Those after step `newest` are not counted and not removed: they are damaged ones, which a
     resumed run has passed over.
     """
-    found = checkpoints(folder)
-    if newest is not None:
-        found = [path for path in found if int(path.name[5:]) <= newest]
+    found = [p for p in checkpoints(folder) if newest is None or int(p.name[5:]) <= newest]
     spared = best(folder)
     for old in found[:-keep]:
         if old.name not in spared:

@@ -15,20 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cmtool.core.networks.adm import AdmOptions
-from cmtool.formats.foreign import (
-    Foreign,
-    Malformed,
-    Rule,
-    adm_blocks,
-    renamed,
-    same,
-    squeezed,
-    tensor_names,
-    thirds,
-    translate,
-    translate_back,
-    wrong_weights,
-)
+from cmtool.formats import foreign
+from cmtool.formats.foreign import Foreign, Malformed, Rule
 from cmtool.formats.native import read_table
 from cmtool.formats.openai_pt import state_dict
 from cmtool.system.files import file_sha256
@@ -48,6 +36,7 @@ LEAVES = {
     "proj_out": "to_out.0",
     "op": "conv",
 }
+NOISE = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
 FIXED = {
     "act_fn": ("silu", "swish"),
     "add_attention": (True,),
@@ -64,25 +53,21 @@ FIXED = {
 
 
 def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
-    """Return the network of a pipeline folder, which says all there is to know.
-
-    Raises ValueError (Malformed, mostly), InputError.
-    """
+    """Return the network of a pipeline folder. Raises ValueError (mostly Malformed), InputError."""
     if weights not in ("ema", "model"):
-        raise wrong_weights(weights, ["model"])
-    pipeline = read_table(path / INDEX).get("_class_name")
-    config = read_table(path / CONFIG)
-    scheduler = read_table(path / SCHEDULER)
+        raise foreign.wrong_weights(weights, ["model"])
+    index, config, scheduler = (read_table(path / name) for name in (INDEX, CONFIG, SCHEDULER))
+    pipeline = str(index.get("_class_name"))
     options, channels, num_classes = _options(config)
     files = _weight_files(path)
     if not files:
         raise Malformed(f"it holds none of {', '.join(WEIGHTS)} under unet/")
-    stored = state_dict(files[0])
-    names = tensor_names(options, channels, num_classes)
-    tensors = translate(rules(options, names), stored)
+    names = foreign.tensor_names(options, channels, num_classes)
+    tensors = foreign.translate(rules(options, names), state_dict(files[0]))
     grid = _positive(scheduler, "num_train_timesteps", 40)
     if grid < 2 or grid != int(grid):
         raise Malformed("its num_train_timesteps is not a whole number of 2 or more")
+    noise: dict[str, Any] = {k: _positive(scheduler, k, value) for k, value in NOISE.items()}
     notes = []
     if not options.middle_norm:
         notes.append(
@@ -91,9 +76,7 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         )
     is_consistency = pipeline == "ConsistencyModelPipeline"
     if not is_consistency:
-        notes.append(
-            f"its pipeline is {str(pipeline)[:60]}: give --kind if it is a consistency model"
-        )
+        notes.append(f"its pipeline is {pipeline[:60]}: give --kind if it is a consistency model")
     return Foreign(
         options=options,
         tensors=tensors,
@@ -102,13 +85,9 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         noise_label="log_1000",
         image_size=_image_size(config),
         kind="consistency" if is_consistency else None,
-        sigma_data=_positive(scheduler, "sigma_data", 0.5),
-        sigma_min=_positive(scheduler, "sigma_min", 0.002),
-        sigma_max=_positive(scheduler, "sigma_max", 80.0),
-        rho=_positive(scheduler, "rho", 7.0),
+        **noise,
         grid=int(grid),
         held=("model",),
-        weights="model",
         notes=tuple(notes),
     )
 
@@ -147,25 +126,19 @@ def write(
         "unet": ["diffusers", "UNet2DModel"],
     }
     steps = {"_class_name": "CMStochasticIterativeScheduler", "clip_denoised": True, "s_noise": 1.0}
-    (folder / "unet").mkdir()
-    (folder / "scheduler").mkdir()
-    for name, content in [
-        (INDEX, index),
-        (CONFIG, config),
-        (SCHEDULER, {**steps, **scheduler}),
-    ]:
+    for name, content in {INDEX: index, CONFIG: config, SCHEDULER: steps | scheduler}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    foreign = translate_back(rules(options, list(tensors)), tensors)
-    save_file(foreign, folder / "unet" / WEIGHTS[0], metadata={"format": "pt"})
+    theirs = foreign.translate_back(rules(options, list(tensors)), tensors)
+    save_file(theirs, folder / "unet" / WEIGHTS[0], metadata={"format": "pt"})
     (folder / "unet" / WEIGHTS[0]).chmod((folder / INDEX).stat().st_mode)
 
 
 def sha256(path: Path) -> str:
     """Return the hash of the names and hashes of a pipeline's files, those that are read."""
-    names = (INDEX, CONFIG, SCHEDULER)
-    files = [path / name for name in names if (path / name).is_file()] + _weight_files(path)[:1]
+    files = [file for name in (INDEX, CONFIG, SCHEDULER) if (file := path / name).is_file()]
     whole = hashlib.sha256()
-    for file in files:
+    for file in files + _weight_files(path)[:1]:
         whole.update(f"{file.relative_to(path)} {file_sha256(file)}\n".encode())
     return whole.hexdigest()
 
@@ -182,28 +155,25 @@ def rules(o: AdmOptions, names: list[str]) -> dict[str, Rule]:
         "time_embed.2": "time_embedding.linear_2",
         "label_emb": "class_embedding",
     }
-    for stage in adm_blocks(o):
-        down, up = f"down_blocks.{stage.level}", f"up_blocks.{top - stage.level}"
-        prefixes[stage.prefix] = {
-            ("encoder", "stem"): "conv_in",
-            ("encoder", "block"): f"{down}.resnets.{stage.number}",
-            ("encoder", "attention"): f"{down}.attentions.{stage.number}",
-            ("encoder", "resample"): f"{down}.downsamplers.0",
-            ("middle", "block"): f"mid_block.resnets.{stage.number}",
-            ("middle", "attention"): "mid_block.attentions.0",
-            ("decoder", "block"): f"{up}.resnets.{stage.number}",
-            ("decoder", "attention"): f"{up}.attentions.{stage.number}",
-            ("decoder", "resample"): f"{up}.upsamplers.0",
-            ("decoder", "out_norm"): "conv_norm_out",
-            ("decoder", "out_conv"): "conv_out",
-        }[stage.side, stage.role]
+    ends = {"stem": "conv_in", "out_norm": "conv_norm_out", "out_conv": "conv_out"}
+    for stage in foreign.adm_blocks(o):
+        place, resample = {
+            "encoder": (f"down_blocks.{stage.level}", "downsamplers.0"),
+            "middle": ("mid_block", ""),
+            "decoder": (f"up_blocks.{top - stage.level}", "upsamplers.0"),
+        }[stage.side]
+        inner = {"block": f"resnets.{stage.number}", "attention": f"attentions.{stage.number}"}
+        leaf = inner.get(stage.role, resample)
+        prefixes[stage.prefix] = ends.get(stage.role, f"{place}.{leaf}")
     out = {}
-    for name, other in renamed(names, prefixes, LEAVES).items():
+    for name, other in foreign.renamed(names, prefixes, LEAVES).items():
         if ".qkv." in name:
             q, k, v = (other.replace(".qkv.", f".to_{letter}.") for letter in "qkv")
-            out[name] = thirds((q, k, v))
+            out[name] = foreign.thirds((q, k, v))
         else:
-            out[name] = squeezed(other) if name.endswith("proj_out.weight") else same(other)
+            out[name] = (
+                foreign.squeezed(other) if name.endswith("proj_out.weight") else foreign.same(other)
+            )
     return out
 
 
@@ -212,13 +182,12 @@ def _options(config: dict[str, Any]) -> tuple[AdmOptions, int, int]:
     for key, good in FIXED.items():
         if config.get(key, good[0]) not in good:
             raise Malformed(f"its {key} = {str(config[key])[:60]!r}; an ADM U-Net has {good[0]!r}")
+    keys = ("down_block_types", "up_block_types", "in_channels", "num_class_embeds")
+    found: list[Any] = [config.get(key) for key in keys]
+    types, mirror, channels, classes = found
     widths: Any = config.get("block_out_channels") or [0]
-    types: Any = config.get("down_block_types")
-    channels: Any = config.get("in_channels")
-    groups: Any = config.get("norm_num_groups", 32)
-    heads: Any = config.get("attention_head_dim", 8)
-    blocks: Any = config.get("layers_per_block", 2)
-    classes: Any = config.get("num_class_embeds")
+    sizes = {"norm_num_groups": 32, "attention_head_dim": 8, "layers_per_block": 2}
+    groups, heads, blocks = (config.get(key, default) for key, default in sizes.items())
     if not isinstance(widths, list):
         raise Malformed("its block_out_channels is not a list")
     numbers = [*widths, channels, groups, heads, blocks, 1 if classes is None else classes]
@@ -228,14 +197,13 @@ def _options(config: dict[str, Any]) -> tuple[AdmOptions, int, int]:
         raise Malformed("its down_block_types and block_out_channels differ in number")
     if any(w % widths[0] for w in widths) or config.get("out_channels") != channels:
         raise Malformed("its widths or channels are not an ADM U-Net's")
-    attention = [isinstance(t, str) and t.startswith("Attn") for t in types]
-    convolves = [
-        t == "DownBlock2D" or (t == "AttnDownBlock2D" and config.get("downsample_type") == "conv")
-        for t in types[:-1]
-    ]
-    mirror = config.get("up_block_types")
     if not isinstance(mirror, list) or any(not isinstance(t, str) for t in [*types, *mirror]):
         raise Malformed("its block types are not names")
+    attention = [t.startswith("Attn") for t in types]
+    convolving = {"DownBlock2D"}
+    if config.get("downsample_type") == "conv":
+        convolving.add("AttnDownBlock2D")
+    convolves = [t in convolving for t in types[:-1]]
     if [t.startswith("Attn") for t in mirror] != attention[::-1] or len(set(convolves)) > 1:
         raise Malformed("its blocks on the way up do not mirror those on the way down")
     scale_shift = config.get("resnet_time_scale_shift", "default") == "scale_shift"
@@ -270,10 +238,10 @@ def _config(o: AdmOptions, channels: int, num_classes: int, image_size: int) -> 
     for name, differs in odd.items():
         if differs:
             raise Malformed(f"diffusers has no network with {name} = {getattr(o, name)}")
-    plain = "ResnetDownsampleBlock2D" if o.resblock_updown else "DownBlock2D"
-    plain_up = "ResnetUpsampleBlock2D" if o.resblock_updown else "UpBlock2D"
+    down, up, resample = ("DownBlock2D", "UpBlock2D", "conv")
+    if o.resblock_updown:
+        down, up, resample = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D", "resnet")
     attended = [level in o.attention_levels for level in range(len(widths))]
-    resample = "resnet" if o.resblock_updown else "conv"
     return {
         "_class_name": "UNet2DModel",
         **{key: good[0] for key, good in FIXED.items()},
@@ -282,8 +250,8 @@ def _config(o: AdmOptions, channels: int, num_classes: int, image_size: int) -> 
         "out_channels": channels,
         "layers_per_block": o.num_res_blocks,
         "block_out_channels": widths,
-        "down_block_types": ["AttnDownBlock2D" if a else plain for a in attended],
-        "up_block_types": ["AttnUpBlock2D" if a else plain_up for a in attended[::-1]],
+        "down_block_types": ["AttnDownBlock2D" if a else down for a in attended],
+        "up_block_types": ["AttnUpBlock2D" if a else up for a in attended[::-1]],
         "downsample_type": resample,
         "upsample_type": resample,
         "dropout": o.dropout,

@@ -17,22 +17,8 @@ from torch import Tensor
 from cmtool.core.networks.adm import AdmOptions
 from cmtool.core.networks.song import SongOptions
 from cmtool.core.precond import iddpm_sigmas
-from cmtool.formats import torch_pickle
-from cmtool.formats.foreign import (
-    Foreign,
-    Malformed,
-    Options,
-    Rule,
-    adm_blocks,
-    heads_of,
-    interleaved,
-    renamed,
-    same,
-    tensor_names,
-    translate,
-    transposed,
-    wrong_weights,
-)
+from cmtool.formats import foreign, torch_pickle
+from cmtool.formats.foreign import Foreign, Malformed, Options, Rule
 from cmtool.formats.safe_pickle import Box
 from cmtool.formats.torch_pickle import Record, StoredTensor
 
@@ -43,12 +29,9 @@ ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj_out": "proj"}
 
 
 def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
-    """Return the `ema` network of a snapshot, which says all there is to know.
-
-    Raises Malformed, Refused, InputError.
-    """
+    """Return the `ema` network of a snapshot. Raises Malformed, Refused, InputError."""
     if weights != "ema":
-        raise wrong_weights(weights, ["ema"])
+        raise foreign.wrong_weights(weights, ["ema"])
     size = path.stat().st_size
     with path.open("rb") as opened:
         content = torch_pickle.load(opened, size)
@@ -57,29 +40,30 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         raise Malformed("it holds no network under 'ema'")
     if outer.class_name not in PRECONDITIONERS:
         raise _other_network(outer)
-    inner = _modules(outer).get("model")
+    inner = _table(outer, "_modules").get("model")
     if not isinstance(inner, Record):
         raise Malformed("its preconditioner holds no network 'model'")
-    if inner.class_name not in READ_OPTIONS:
-        known_networks = " or ".join(READ_OPTIONS)
-        raise Malformed(f"its network is a {inner.class_name[:40]}, not {known_networks}")
+    if inner.class_name not in NETWORKS:
+        raise Malformed(f"its network is a {inner.class_name[:40]}, not {' or '.join(NETWORKS)}")
+    read_options, rules = NETWORKS[inner.class_name]
     given = _arguments(inner)
     resolution = _whole(given, "img_resolution", None, 4096)
     channels, num_classes = _whole(given, "in_channels", None), _whole(given, "label_dim", 0)
     learn_sigma = _whole(given, "out_channels", channels) == 2 * channels
-    options = READ_OPTIONS[inner.class_name](given, resolution, learn_sigma)
-    stored = _stored(inner, options, size)
-    names = tensor_names(options, channels, num_classes)
-    label_dropout = _fraction(given, "label_dropout", 0)
-    note = f"its label_dropout {label_dropout} is for training: not taken over"
+    options = read_options(given, resolution, learn_sigma)
+    taps = tuple(options.resample_filter) if isinstance(options, SongOptions) else (1, 1)
+    stored = _without_filters(torch_pickle.as_tensors(collect(inner), size), taps)
+    names = foreign.tensor_names(options, channels, num_classes)
+    dropout = _fraction(given, "label_dropout", 0)
+    note = f"its label_dropout {dropout} is for training: not taken over"
     return Foreign(
         options=options,
-        tensors=translate(rules(options, names, resolution), stored),
+        tensors=foreign.translate(rules(options, names, resolution), stored),
         channels=channels,
         num_classes=num_classes,
         image_size=(resolution, resolution),
         **_preconditioning(outer),
-        notes=(note,) if label_dropout else (),
+        notes=(note,) if dropout else (),
     )
 
 
@@ -95,26 +79,9 @@ def _other_network(outer: Record) -> Malformed:
     )
 
 
-def _stored(inner: Record, options: Options, size: int) -> dict[str, Tensor]:
-    """Return the tensors of a network in a file of so many bytes, without resampling filters."""
-    found = collect(inner)
-    if sum(map(len, found.values())) > size:
-        raise Malformed(f"its tensors claim more bytes than the file's {size:,}")
-    tensors = {name: t.tensor() for name, t in found.items()}
-    taps = tuple(options.resample_filter) if isinstance(options, SongOptions) else (1, 1)
-    return _without_filters(tensors, taps)
-
-
-def rules(options: Options, names: list[str], resolution: int) -> dict[str, Rule]:
-    """Return the rule of each of our names, for a network built at `resolution`."""
-    if isinstance(options, SongOptions):
-        return song_rules(options, names, resolution)
-    return adm_rules(options, names, resolution)
-
-
 def song_rules(o: SongOptions, names: list[str], resolution: int) -> dict[str, Rule]:
-    """Return the rules from SongUNet to Song."""
-    prefixes = {"map_noise": "map_noise"}
+    """Return the rule of each name of our Song, from a SongUNet built at `resolution`."""
+    prefixes = {"map_noise": "map_noise", "frequencies": "map_noise.freqs"}
     top = len(o.channel_mult) - 1
     aux = "aux_residual" if o.encoder == "residual" else "aux_skip"
     for level in range(top + 1):
@@ -122,8 +89,7 @@ def song_rules(o: SongOptions, names: list[str], resolution: int) -> dict[str, R
         prefixes[f"enc.{level}.entry"] = f"enc.{at}_down" if level else f"enc.{at}_conv"
         prefixes[f"enc.{level}.aux"] = f"enc.{at}_{aux}"
         ours = f"dec.{top - level}"
-        bottom = level == top
-        prefixes[f"{ours}.entry.0"] = f"dec.{at}_in0" if bottom else f"dec.{at}_up"
+        prefixes[f"{ours}.entry.0"] = f"dec.{at}_in0" if level == top else f"dec.{at}_up"
         prefixes[f"{ours}.entry.1"] = f"dec.{at}_in1"
         prefixes[f"{ours}.head.0"] = f"dec.{at}_aux_norm"
         prefixes[f"{ours}.head.2"] = f"dec.{at}_aux_conv"
@@ -131,39 +97,30 @@ def song_rules(o: SongOptions, names: list[str], resolution: int) -> dict[str, R
             prefixes[f"enc.{level}.blocks.{index}"] = f"enc.{at}_block{index}"
             prefixes[f"{ours}.blocks.{index}"] = f"dec.{at}_block{index}"
     leaves = {f"attention.{ours}": theirs for ours, theirs in ATTENTION.items()}
-    theirs = renamed([n for n in names if n != "frequencies"], prefixes, leaves)
-    out = {
-        name: interleaved(other, 1, order="hcq") if ".qkv." in name else same(other)
+    theirs = foreign.renamed(names, prefixes, leaves)
+    return {
+        name: foreign.interleaved(other, 1, order="hcq") if ".qkv." in name else foreign.same(other)
         for name, other in theirs.items()
     }
-    if "frequencies" in names:
-        out["frequencies"] = same("map_noise.freqs")
-    return out
 
 
 def adm_rules(o: AdmOptions, names: list[str], resolution: int) -> dict[str, Rule]:
-    """Return the rules from DhariwalUNet to Adm (exact; they are one network)."""
+    """Return the rule of each name of our Adm, from a DhariwalUNet: they are one network."""
     prefixes = {"time_embed.0": "map_layer0", "time_embed.2": "map_layer1"}
     prefixes |= {"label_emb": "map_label", "augment_emb": "map_augment"}
     widths = {}
-    for stage in adm_blocks(o):
-        shift = {"encoder": 1, "decoder": -1, "middle": 0}[stage.side]
+    for stage in foreign.adm_blocks(o):
+        side, block, resample, shift = {
+            "encoder": ("enc", "block", "down", 1),
+            "middle": ("dec", "in", "", 0),
+            "decoder": ("dec", "block", "up", -1),
+        }[stage.side]
         level = stage.level + (shift if stage.role == "resample" else 0)
-        at = f"{resolution >> level}x{resolution >> level}"
+        at = f"{side}.{resolution >> level}x{resolution >> level}"
         widths[stage.prefix] = o.model_channels * o.channel_mult[stage.level]
-        prefixes[stage.prefix] = {
-            ("encoder", "stem"): f"enc.{at}_conv",
-            ("encoder", "block"): f"enc.{at}_block{stage.number}",
-            ("encoder", "attention"): f"enc.{at}_block{stage.number}",
-            ("encoder", "resample"): f"enc.{at}_down",
-            ("middle", "block"): f"dec.{at}_in{stage.number}",
-            ("middle", "attention"): f"dec.{at}_in0",
-            ("decoder", "block"): f"dec.{at}_block{stage.number}",
-            ("decoder", "attention"): f"dec.{at}_block{stage.number}",
-            ("decoder", "resample"): f"dec.{at}_up",
-            ("decoder", "out_norm"): "out_norm",
-            ("decoder", "out_conv"): "out_conv",
-        }[stage.side, stage.role]
+        ends = {"stem": f"{at}_conv", "resample": f"{at}_{resample}"}
+        ends |= {role: role for role in ("out_norm", "out_conv")}
+        prefixes[stage.prefix] = ends.get(stage.role, f"{at}_{block}{stage.number}")
     leaves = {
         **ATTENTION,
         "in_layers.0": "norm0",
@@ -174,12 +131,14 @@ def adm_rules(o: AdmOptions, names: list[str], resolution: int) -> dict[str, Rul
         "skip_connection": "skip",
     }
     out = {}
-    for name, other in renamed(names, prefixes, leaves).items():
+    for name, other in foreign.renamed(names, prefixes, leaves).items():
         if ".qkv." in name:
-            heads = heads_of(o, 3 * widths[name.split(".qkv.")[0]])
-            out[name] = interleaved(other, heads, order="hcq")
+            heads = foreign.heads_of(o, 3 * widths[name.split(".qkv.")[0]])
+            out[name] = foreign.interleaved(other, heads, order="hcq")
         else:
-            out[name] = transposed(other) if name == "label_emb.weight" else same(other)
+            out[name] = (
+                foreign.transposed(other) if name == "label_emb.weight" else foreign.same(other)
+            )
     return out
 
 
@@ -249,16 +208,12 @@ def collect(
                 found[f"{prefix}{name}"] = value
                 if len(found) > MAX_TENSORS:
                     raise Malformed(f"it has more than {MAX_TENSORS:,} tensors")
-        for name, child in _modules(module).items():
+        for name, child in _table(module, "_modules").items():
             if child is not None:
                 visit(child, f"{prefix}{name}.", depth + 1)
 
     visit(record, "", 0)
     return found
-
-
-def _modules(module: Record | Box) -> dict[str, Any]:
-    return _table(module, "_modules")
 
 
 def _table(module: Record | Box, key: str) -> dict[str, Any]:
@@ -272,48 +227,40 @@ def _without_filters(stored: dict[str, Tensor], taps: tuple[int, ...]) -> dict[s
     """Return the tensors but the resampling filters, which must be the ones the options name."""
     line = torch.tensor(taps, dtype=torch.float32) / sum(taps)
     wanted = torch.outer(line, line)[None, None]
-    kept = {}
-    for name, tensor in stored.items():
-        if not name.endswith(".resample_filter"):
-            kept[name] = tensor
-        elif tensor.shape != wanted.shape or not torch.allclose(tensor.float(), wanted):
+    filters = {n: tensor for n, tensor in stored.items() if n.endswith(".resample_filter")}
+    for name, tensor in filters.items():
+        if tensor.shape != wanted.shape or not torch.allclose(tensor.float(), wanted):
             raise Malformed(f"its {name} is not made of resample_filter {list(taps)}")
-    return kept
+    return {name: tensor for name, tensor in stored.items() if name not in filters}
 
 
 def _preconditioning(outer: Record) -> dict[str, Any]:
-    """Return kind, scalings, noise label and range of a preconditioner.
-
-    The range is the one EDM samples in: what the network supports, between 0.002 and 80.
-    """
+    """Return kind, scalings, noise label and range of a preconditioner."""
     state = outer.state
     low, high = _number(state, "sigma_min", 0.0), _number(state, "sigma_max", float("inf"))
+    # the range that EDM samples in: what the network supports, between 0.002 and 80
     noise = {"sigma_min": max(low, 0.002), "sigma_max": min(high, 80.0)}
     if outer.class_name in ("EDMPrecond", "ECMPrecond"):
         kind = "teacher" if outer.class_name == "EDMPrecond" else "consistency"
         sigma_data = _number(state, "sigma_data", 0.5)
         return {"kind": kind, "noise_label": "log", "sigma_data": sigma_data, **noise}
-    family = {"VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}[outer.class_name]
+    family = outer.class_name.removesuffix("Precond").lower()  # vp, ve or iddpm
     names = {"vp": ["beta_d", "beta_min"], "ve": [], "iddpm": ["C_1", "C_2"]}[family]
-    label: dict[str, Any] = {"name": family}
-    for name in names:
-        if name in state:
-            label[name.lower()] = _number(state, name, 0.0)
+    label: dict[str, Any] = {n.lower(): _number(state, n, 0.0) for n in names if n in state}
     if "M" in state:
         label["steps"] = _whole(state, "M", None, 100_000)
     if family == "iddpm":
-        _check_levels(_table(outer, "_buffers").get("u"), label)
-    return {"kind": "teacher", "scalings": family, "noise_label": label, **noise}
-
-
-def _check_levels(stored: Any, label: dict[str, Any]) -> None:
-    """Raise Malformed unless iDDPM's stored levels are those of its constants (in float32)."""
-    options = {key: value for key, value in label.items() if key != "name"}
-    levels = torch.tensor(iddpm_sigmas(**options))
-    if not isinstance(stored, StoredTensor) or tuple(stored.size) != (len(levels),):
-        raise Malformed("its table of noise levels is missing, or has another length")
-    if not torch.allclose(stored.tensor().float(), levels, rtol=5e-3, atol=1e-6):
-        raise Malformed("its table of noise levels is not the one of its constants")
+        stored, levels = _table(outer, "_buffers").get("u"), torch.tensor(iddpm_sigmas(**label))
+        if not isinstance(stored, StoredTensor) or tuple(stored.size) != (len(levels),):
+            raise Malformed("its table of noise levels is missing, or has another length")
+        if not torch.allclose(stored.tensor().float(), levels, rtol=5e-3, atol=1e-6):
+            raise Malformed("its table of noise levels is not the one of its constants")
+    return {
+        "kind": "teacher",
+        "scalings": family,
+        "noise_label": {"name": family, **label},
+        **noise,
+    }
 
 
 def _arguments(record: Record) -> dict[str, Any]:
@@ -351,11 +298,9 @@ def _list(given: dict[str, Any], key: str, default: list[int]) -> tuple[int, ...
     return tuple(_whole({key: item}, key, None) for item in value)
 
 
-def _levels(
-    given: dict[str, Any], default: list[int], resolution: int, levels: int
-) -> tuple[int, ...]:
+def _levels(given: dict[str, Any], default: list[int], side: int, levels: int) -> tuple[int, ...]:
     at = _list(given, "attn_resolutions", default) if given.get("attn_resolutions") != [] else ()
-    return tuple(level for level in range(levels) if resolution >> level in at)
+    return tuple(level for level in range(levels) if side >> level in at)
 
 
 def _name(given: dict[str, Any], key: str, good: list[str]) -> Any:
@@ -369,7 +314,7 @@ def _short(value: Any) -> str:
     return repr(value)[:40] if isinstance(value, int | float | str | bool) else type(value).__name__
 
 
-READ_OPTIONS: dict[str, Callable[[dict[str, Any], int, bool], Options]] = {
-    "SongUNet": song_options,
-    "DhariwalUNet": adm_options,
+NETWORKS: dict[str, tuple[Callable[..., Options], Callable[..., dict[str, Rule]]]] = {
+    "SongUNet": (song_options, song_rules),
+    "DhariwalUNet": (adm_options, adm_rules),
 }

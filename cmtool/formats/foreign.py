@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -16,6 +16,9 @@ from cmtool.core.networks.song import Song, SongOptions
 from cmtool.errors import InputError
 
 Options = AdmOptions | SongOptions
+ForeignKind = Literal["teacher", "consistency"]
+RELEASED: dict[str, ForeignKind] = {"edm": "teacher", "cd": "consistency", "ct": "consistency"}
+"""The kinds of models by a word in the names of their released files."""
 
 
 class Malformed(ValueError):
@@ -27,7 +30,7 @@ class Foreign:
     """A model read from the file of another tool; tensors are float32 and have our names.
 
     `image_size` and `kind` are None if neither the file nor the user says them. `notes` tell the
-    user what was assumed. `held` names all weights in the file, `weights` those that were read.
+    user what was assumed. `held` names all weights in the file; one name stands for any asked for.
     """
 
     options: Options
@@ -36,7 +39,7 @@ class Foreign:
     num_classes: int
     noise_label: str | dict[str, Any]
     image_size: tuple[int, int] | None = None
-    kind: Literal["teacher", "consistency"] | None = None
+    kind: ForeignKind | None = None
     scalings: str = "edm"
     sigma_data: float = 0.5
     sigma_min: float = 0.002
@@ -44,48 +47,35 @@ class Foreign:
     rho: float = 7.0
     grid: int | None = None
     held: tuple[str, ...] = ("ema",)
-    weights: str = "ema"
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def tensor_names(options: Options, channels: int, num_classes: int = 0) -> list[str]:
     """Return the names of the tensors of our network with these options."""
+    make: Any = Song if isinstance(options, SongOptions) else Adm
     with torch.device("meta"):
-        if isinstance(options, SongOptions):
-            return list(Song(options, channels, num_classes).state_dict())
-        return list(Adm(options, channels, num_classes).state_dict())
+        return list(make(options, channels, num_classes).state_dict())
 
 
 def known_or_assumed(
-    known: Mapping[str, Any], key: str, assumed: Any, note: str, notes: list[str]
-) -> Any:
-    """Return the value of `key` in the user's preset, else the assumed one, and add a note."""
-    if key in known:
-        return known[key]
-    notes.append(f"{note} (--preset overrides it)")
-    return assumed
+    known: Mapping[str, Any], assumed: Mapping[str, tuple[Any, str]], notes: list[str]
+) -> list[Any]:
+    """Return the user's value of each key of `assumed`, else the assumed one, and add its note."""
+    said = [note for key, (_, note) in assumed.items() if key not in known]
+    notes += [f"the file does not give {note} (--preset overrides it)" for note in said]
+    return [known.get(key, value) for key, (value, _) in assumed.items()]
 
 
-def known_kind(
-    known: Mapping[str, Any], path: Path, notes: list[str]
-) -> Literal["teacher", "consistency"] | None:
+def known_kind(known: Mapping[str, Any], path: Path, notes: list[str]) -> ForeignKind | None:
     """Return the kind that the user says, else the kind that the name suggests, with a note."""
     if "kind" in known:
-        return cast(Literal["teacher", "consistency"], known["kind"])
-    kind = kind_by_name(path)
-    if kind is not None:
-        notes.append(f"by its name it is a {kind} model (--kind overrides it)")
-    return kind
-
-
-def kind_by_name(path: Path) -> Literal["teacher", "consistency"] | None:
-    """Return the kind by the name of a released file: edm is a teacher; cd and ct are students."""
+        return cast(ForeignKind, known["kind"])
     for part in (path.stem, path.parent.name, path.parent.parent.name):
-        words = set(re.split(r"[_\-.]", part.lower()))
-        if "edm" in words:
-            return "teacher"
-        if words & {"cd", "ct"}:
-            return "consistency"
+        words = re.split(r"[_\-.]", part.lower())
+        for word, kind in RELEASED.items():
+            if word in words:
+                notes.append(f"by its name it is a {kind} model (--kind overrides it)")
+                return kind
     return None
 
 
@@ -122,15 +112,11 @@ def squeezed(name: str) -> Rule:
 def thirds(names: tuple[str, str, str]) -> Rule:
     """Return the rule of qkv stored as three matrices (or biases), one below the other in ours."""
 
-    def write(t: Tensor) -> Sequence[Tensor]:
-        flat = t.squeeze(-1).squeeze(-1) if t.ndim == 4 else t
-        return flat.chunk(3)
-
     def read(parts: Sequence[Tensor]) -> Tensor:
         whole = torch.cat(list(parts))
         return whole[..., None, None] if whole.ndim == 2 else whole
 
-    return Rule(names, read, write)
+    return Rule(names, read, lambda t: (t[..., 0, 0] if t.ndim == 4 else t).chunk(3))
 
 
 def interleaved(name: str, heads: int, *, order: Literal["hcq", "hqc"]) -> Rule:
@@ -139,29 +125,21 @@ def interleaved(name: str, heads: int, *, order: Literal["hcq", "hqc"]) -> Rule:
     "hcq" is (heads, head channels, 3) as in EDM, "hqc" (heads, 3, head channels) as in
     guided-diffusion. Trailing dimensions may be missing in the file.
     """
+    sizes, axis = ((heads, -1, 3), 2) if order == "hcq" else ((heads, 3, -1), 1)
 
     def read(parts: Sequence[Tensor]) -> Tensor:
         t = parts[0]
-        rest = t.shape[1:]
-        if order == "hcq":
-            rows = t.reshape(heads, -1, 3, *rest).movedim(2, 0)
-        else:
-            rows = t.reshape(heads, 3, -1, *rest).movedim(1, 0)
-        out = rows.reshape(t.shape)
+        out = t.reshape(*sizes, *t.shape[1:]).movedim(axis, 0).reshape(t.shape)
         return out if out.ndim in (1, 4) else out.reshape(*out.shape[:2], 1, 1)
 
     def write(t: Tensor) -> Sequence[Tensor]:
-        rows = t.reshape(3, heads, -1, *t.shape[1:])
-        return [rows.movedim(0, 2 if order == "hcq" else 1).reshape(t.shape)]
+        return [t.reshape(3, heads, -1, *t.shape[1:]).movedim(0, axis).reshape(t.shape)]
 
     return Rule((name,), read, write)
 
 
 def translate(rules: Mapping[str, Rule], foreign: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return our tensors, float32 and contiguous. Raises Malformed unless all are there and used.
-
-    A foreign tensor that no rule uses is an error.
-    """
+    """Return our tensors, float32, contiguous. Raises Malformed unless all are there and used."""
     wanted = {name for rule in rules.values() for name in rule.names}
     missing, left = sorted(wanted - foreign.keys()), sorted(foreign.keys() - wanted)
     if missing:
@@ -231,20 +209,16 @@ def adm_blocks(o: AdmOptions) -> Iterator[AdmBlock]:
     yield AdmBlock("out.2", "decoder", "out_conv", 0, 0)
 
 
-def renamed(
-    names: Sequence[str], prefixes: Mapping[str, str], leaves: Mapping[str, str]
-) -> dict[str, str]:
+def renamed(names: list[str], prefixes: dict[str, str], leaves: dict[str, str]) -> dict[str, str]:
     """Return {our name: foreign name}: the longest known prefix, then the leaf, are replaced."""
     out = {}
     for name in names:
-        module, kind = name.rsplit(".", 1)
-        parts = module.split(".")
+        parts = name.split(".")
         for end in range(len(parts), 0, -1):
-            prefix = ".".join(parts[:end])
-            if prefix in prefixes:
-                leaf = ".".join(parts[end:])
-                inner = [prefixes[prefix], leaves.get(leaf, leaf), kind]
-                out[name] = ".".join(part for part in inner if part)
+            if (prefix := ".".join(parts[:end])) in prefixes:
+                leaf, kind = ".".join(parts[end:-1]), parts[end:][-1:]
+                inner = [prefixes[prefix], leaves.get(leaf, leaf), *kind]
+                out[name] = ".".join(filter(None, inner))
                 break
         else:
             out[name] = name

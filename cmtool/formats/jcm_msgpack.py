@@ -16,19 +16,8 @@ import torch
 from torch import Tensor
 
 from cmtool.core.networks.song import SongOptions
-from cmtool.formats.foreign import (
-    Foreign,
-    Malformed,
-    Rule,
-    known_kind,
-    known_or_assumed,
-    matrix,
-    same,
-    tensor_names,
-    translate,
-    transposed,
-    wrong_weights,
-)
+from cmtool.formats import foreign
+from cmtool.formats.foreign import Foreign, Malformed, Rule
 
 TREES = {"ema": "params_ema", "model": "params", "target": "target_params"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -48,22 +37,20 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     if not held:
         raise Malformed("it holds none of params_ema, params, target_params")
     if weights not in held:
-        raise wrong_weights(weights, held)
+        raise foreign.wrong_weights(weights, held)
     stored = _flatten(state[TREES[weights]])
     options, channels = architecture(stored)
     side = 16 << min(options.attention_levels, default=1)
     notes: list[str] = []
-    size = known_or_assumed(
-        known, "image_size", (side, side),
-        f"the file does not give the image size: {side}x{side}, as NCSN++ places attention", notes,
-    )  # fmt: skip
-    sigma_data = known_or_assumed(
-        known, "sigma_data", 0.5, "the file does not give sigma_data: 0.5, as in the paper", notes
-    )
-    kind = "consistency" if "target" in held else known_kind(known, path, notes)
+    assumed: dict[str, tuple[Any, str]] = {
+        "image_size": ((side, side), f"the image size: {side}x{side}, as NCSN++ places attention"),
+        "sigma_data": (0.5, "sigma_data: 0.5, as in the paper"),
+    }
+    size, sigma_data = foreign.known_or_assumed(known, assumed, notes)
+    kind = "consistency" if "target" in held else foreign.known_kind(known, path, notes)
     return Foreign(
         options=options,
-        tensors=translate(rules(options, tensor_names(options, channels)), stored),
+        tensors=foreign.translate(rules(options, foreign.tensor_names(options, channels)), stored),
         channels=channels,
         num_classes=0,
         noise_label="log",
@@ -72,7 +59,6 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         kind=kind,
         grid=18 if kind == "consistency" else None,
         held=tuple(held),
-        weights=weights,
         notes=tuple(notes),
     )
 
@@ -125,60 +111,44 @@ def rules(o: SongOptions, names: list[str]) -> dict[str, Rule]:
     for j in range(top + 1):
         order += [f"dec.{j}.entry.{i}" for i in range(1 if j else 2)]
         order += [f"dec.{j}.blocks.{i}" for i in range(o.num_blocks + 1)]
-    block_number = {ours: number for number, ours in enumerate(order)}
     attentions = [ours for ours in order if f"{ours}.attention.qkv.weight" in names]
-    attention_number = {ours: number for number, ours in enumerate(attentions)}
-    leaves = {"norm0": "GroupNorm_0", "conv0": "Conv_0", "affine": "Dense_0",
+    modules = {"frequencies": "GaussianFourierProjection_0.W", "enc.0.entry": "Conv_0",
+               "map_layer0": "Dense_0", "map_layer1": "Dense_1",
+               f"dec.{top}.head.0": "GroupNorm_0", f"dec.{top}.head.2": "Conv_1"}  # fmt: skip
+    modules |= {ours: f"{BLOCK}_{number}" for number, ours in enumerate(order)}
+    modules |= {f"{ours}.attention": f"AttnBlockpp_{i}" for i, ours in enumerate(attentions)}
+    modules |= {f"enc.{level + 1}.aux": f"Downsample_{level}.Conv2d_0" for level in range(top)}
+    leaves = {"norm0": "GroupNorm_0", "conv0": "Conv_0", "affine": "Dense_0", "norm": "GroupNorm_0",
               "norm1": "GroupNorm_1", "conv1": "Conv_1", "skip": "Conv_2"}  # fmt: skip
-    plain = {"map_layer0": "Dense_0", "map_layer1": "Dense_1", "enc.0.entry": "Conv_0",
-             f"dec.{top}.head.0": "GroupNorm_0", f"dec.{top}.head.2": "Conv_1"}  # fmt: skip
-
-    out = {"frequencies": same("GaussianFourierProjection_0/W")}
-    for name in names:
-        if name == "frequencies":
-            continue
-        module, kind = name.rsplit(".", 1)
-        parent, _, leaf = module.rpartition(".")
-        if parent.endswith(".attention"):
-            at = f"AttnBlockpp_{attention_number[parent.removesuffix('.attention')]}"
-            out[name] = _attention(at, leaf, kind)
-        elif module.endswith(".aux"):
-            down = f"Downsample_{int(module.split('.')[1]) - 1}/Conv2d_0"
-            out[name] = _leaf(down, kind, kernel="weight")
-        elif parent in block_number and leaf in leaves:
-            out[name] = _leaf(f"{BLOCK}_{block_number[parent]}/{leaves[leaf]}", kind)
-        else:
-            out[name] = _leaf(plain[module], kind)
-    return out
+    theirs = foreign.renamed(names, modules, leaves)
+    return {name: _rule(path.replace(".", "/")) for name, path in theirs.items()}
 
 
-def _leaf(module: str, kind: str, *, kernel: str = "kernel") -> Rule:
-    """Return the rule of a weight or bias: kernels are HWIO or (in, out), norms have a scale."""
-    if kind == "bias":
-        return same(f"{module}/bias")
+def _rule(path: str) -> Rule:
+    """Return the rule of a tensor: kernels are HWIO or (in, out), norms have a scale."""
+    module, kind = path.rsplit("/", 1)
+    at, _, leaf = module.rpartition("/")
+    if leaf in ("qkv", "proj_out"):
+        return _attention(at, leaf, kind)
+    if kind != "weight":
+        return foreign.same(path)
     if "GroupNorm" in module:
-        return same(f"{module}/scale")
+        return foreign.same(f"{module}/scale")
     if "Dense" in module:
-        return transposed(f"{module}/{kernel}")
-    return Rule(
-        (f"{module}/{kernel}",),
-        lambda t: t[0].permute(3, 2, 0, 1),
-        lambda t: [t.permute(2, 3, 1, 0)],
-    )
+        return foreign.transposed(f"{module}/kernel")
+    names = (path if "Conv2d" in module else f"{module}/kernel",)
+    return Rule(names, lambda t: t[0].permute(3, 2, 0, 1), lambda t: [t.permute(2, 3, 1, 0)])
 
 
 def _attention(module: str, leaf: str, kind: str) -> Rule:
     """Return the rule of an attention: NIN_0 to NIN_2 are q, k and v, NIN_3 the projection."""
-    if leaf == "norm":
-        return _leaf(f"{module}/GroupNorm_0", kind)
     letter = "W" if kind == "weight" else "b"
-    nins = range(3) if leaf == "qkv" else [3]
-    names = tuple(f"{module}/NIN_{i}/{letter}" for i in nins)
+    names = tuple(f"{module}/NIN_{i}/{letter}" for i in (range(3) if leaf == "qkv" else [3]))
     if kind == "bias":
         return Rule(names, lambda t: torch.cat(list(t)), lambda t: t.chunk(len(names)))
     return Rule(
         names,
-        lambda t: torch.cat([matrix(w).T for w in t])[..., None, None],
+        lambda t: torch.cat([foreign.matrix(w).T for w in t])[..., None, None],
         lambda t: [w[..., 0, 0].T for w in t.chunk(len(names))],
     )
 
@@ -211,11 +181,9 @@ def _unpack(content: bytes) -> dict[str, Any]:
 
 
 def _map(pairs: list[tuple[Any, Any]]) -> dict[str, Any] | Tensor:
-    table: dict[str, Any] = {}
-    for key, value in pairs:
-        if not isinstance(key, str) or key in table:
-            raise Malformed("a key is not text, or comes twice")
-        table[key] = value
+    if not all(isinstance(key, str) for key, _ in pairs) or len(dict(pairs)) < len(pairs):
+        raise Malformed("a key is not text, or comes twice")
+    table = dict(pairs)
     return _joined(table) if CHUNKED in table else table
 
 
@@ -223,12 +191,11 @@ def _array(code: int, payload: bytes) -> Any:
     """Return the array of flax's extension 1; any other is kept out."""
     if code != 1:
         return None  # a scalar or a complex number, which no network has
-    parts = msgpack.unpackb(payload, raw=False, max_array_len=64, max_map_len=0)
-    if not isinstance(parts, list) or len(parts) != 3:
-        raise Malformed("an array is not shape, type and bytes")
-    shape, dtype, raw = parts
-    if not isinstance(dtype, str) or not isinstance(raw, bytes) or not isinstance(shape, list):
-        raise Malformed("an array is not shape, type and bytes")
+    match msgpack.unpackb(payload, raw=False, max_array_len=64, max_map_len=0):
+        case [list(shape), str(dtype), bytes(raw)]:
+            pass
+        case _:
+            raise Malformed("an array is not shape, type and bytes")
     if dtype not in DTYPES:
         return None  # step counters and random states
     if len(shape) > MAX_DEPTH or any(type(n) is not int or n < 0 for n in shape):

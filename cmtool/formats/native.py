@@ -19,6 +19,7 @@ from cmtool.errors import InputError
 KEY = "cmtool"
 MAX_HEADER = 4 << 20
 MAX_TENSORS = 20_000
+AGAIN = "download or make the file again"
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -36,9 +37,7 @@ def read_weights(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     try:
         return load_file(path, device=device)
     except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path} cannot be read: {error}", "download or make the file again"
-        ) from None
+        raise InputError(f"{path} cannot be read: {error}", AGAIN) from None
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -48,9 +47,8 @@ def read_about(path: Path) -> dict[str, Any]:
     except (LookupError, TypeError, ValueError, RecursionError):
         about = None
     if not isinstance(about, dict):
-        raise InputError(
-            f"{path} does not say which model it holds", "give a file written by cmtool"
-        )
+        what = f"{path} does not say which model it holds"
+        raise InputError(what, "give a file written by cmtool")
     return about
 
 
@@ -60,7 +58,6 @@ def check_header(path: Path) -> dict[str, Any]:
     The library takes the last of two; it checks everything else when it opens the file.
     """
     first_bytes(path)
-    hint = "download or make the file again"
     try:
         with path.open("rb") as opened:
             content = opened.read(int.from_bytes(opened.read(8), "little"))
@@ -69,9 +66,9 @@ def check_header(path: Path) -> dict[str, Any]:
             pass
     except (safetensors.SafetensorError, OSError, MemoryError, ValueError, RecursionError) as error:
         reason = "it nests too deep" if isinstance(error, RecursionError) else str(error)
-        raise InputError(f"{path} cannot be read: {reason or 'it is too large'}", hint) from None
+        raise InputError(f"{path} cannot be read: {reason or 'it is too large'}", AGAIN) from None
     if len(header) > MAX_TENSORS:
-        raise InputError(f"{path} describes {len(header):,} tensors", hint)
+        raise InputError(f"{path} describes {len(header):,} tensors", AGAIN)
     metadata = header.get("__metadata__")
     return metadata if isinstance(metadata, dict) else {}
 
@@ -102,21 +99,17 @@ def read_table(path: Path, *, most: int = 1 << 20) -> dict[str, Any]:
 
 
 def first_bytes(path: Path) -> bytes:
-    """Return the first 64 bytes of a file.
-
-    Raises InputError for an HTML page, a Git LFS pointer, and an empty file.
-    """
+    """Return a file's first 64 bytes. Raises InputError for a page, an LFS pointer, or none."""
     if not path.is_file():
         raise InputError(f"no such file: {path}", "check the path")
     try:
         with path.open("rb") as opened:
             start = opened.read(64)
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror}", "check its permissions"
-        ) from None
+        what = f"{path} cannot be read: {error.strerror}"
+        raise InputError(what, "check its permissions") from None
     if not start:
-        raise InputError(f"{path} is empty", "download or make the file again")
+        raise InputError(f"{path} is empty", AGAIN)
     if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
         raise InputError(f"{path} is an HTML page, not a checkpoint", "download the file itself")
     if start.startswith(b"version https://git-lfs"):

@@ -17,22 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from cmtool.core.networks.adm import AdmOptions
-from cmtool.formats.foreign import (
-    Foreign,
-    Malformed,
-    Rule,
-    heads_of,
-    interleaved,
-    known_kind,
-    known_or_assumed,
-    same,
-    tensor_names,
-    translate,
-    wrong_weights,
-)
+from cmtool.formats import foreign
+from cmtool.formats.foreign import Foreign, Malformed, Rule
 from cmtool.formats.native import check_header, first_bytes, read_weights
-from cmtool.formats.torch_pickle import StoredTensor, load_archive, load_legacy
+from cmtool.formats.torch_pickle import StoredTensor, as_tensors, load_archive, load_legacy
 
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How a file starts that torch before 1.6 saved."""
 MAX_PICKLE = 64 << 20
 MAX_MEMBERS = 20_000
 LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -42,28 +33,24 @@ NEEDED = ("time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight", "out
 def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     """Return the network of a state dict. Raises Malformed, InputError."""
     if weights not in ("ema", "model"):
-        raise wrong_weights(weights, ["model"])
+        raise foreign.wrong_weights(weights, ["model"])
     state = state_dict(path)
     options, channels, num_classes = architecture(state)
     notes: list[str] = []
     side = 32 << min(options.attention_levels, default=0)
-    size = known_or_assumed(
-        known, "image_size", (side, side) if options.attention_levels else None,
-        f"the file does not give the image size: {side}x{side}, as ADM places attention", notes,
-    )  # fmt: skip
-    heads = known_or_assumed(
-        known, "head_channels", options.head_channels,
-        f"the file does not give the width of heads: {options.head_channels} channels", notes,
-    )  # fmt: skip
-    sigma_data = known_or_assumed(
-        known, "sigma_data", 0.5, "the file does not give sigma_data: 0.5, as in the paper", notes
-    )
+    size, heads = (side, side) if options.attention_levels else None, options.head_channels
+    assumed = {
+        "image_size": (size, f"the image size: {side}x{side}, as ADM places attention"),
+        "head_channels": (heads, f"the width of heads: {heads} channels"),
+        "sigma_data": (0.5, "sigma_data: 0.5, as in the paper"),
+    }
+    size, heads, sigma_data = foreign.known_or_assumed(known, assumed, notes)
     options = replace(options, head_channels=heads)
-    kind = known_kind(known, path, notes)
-    rules = _rules(options, tensor_names(options, channels, num_classes), state)
+    kind = foreign.known_kind(known, path, notes)
+    rules = _rules(options, foreign.tensor_names(options, channels, num_classes), state)
     return Foreign(
         options=options,
-        tensors=translate(rules, state),
+        tensors=foreign.translate(rules, state),
         channels=channels,
         num_classes=num_classes,
         noise_label="iddpm" if options.learn_sigma else "log_1000",
@@ -73,26 +60,21 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         kind="teacher" if options.learn_sigma else kind,
         grid=40 if kind == "consistency" else None,
         held=("model",),
-        weights="model",
         notes=tuple(notes),
     )
 
 
 def _rules(options: AdmOptions, names: list[str], state: Mapping[str, Tensor]) -> dict[str, Rule]:
-    """Return the rule of each of our names.
-
-    guided-diffusion's attention convolves sequences: (3C, C, 1), with rows ordered by head.
-    """
-    rules = {name: same(name) for name in names}
-    for name in names:
-        if name not in state or state[name].ndim != 3:
-            continue
+    """Return the rule of each of our names."""
+    rules = {name: foreign.same(name) for name in names}
+    # guided-diffusion's attention convolves sequences: (3C, C, 1), with rows ordered by head
+    for name in (name for name in names if name in state and state[name].ndim == 3):
         if name.endswith("qkv.weight"):
-            heads = heads_of(options, state[name].shape[0])
+            heads = foreign.heads_of(options, state[name].shape[0])
             for part in (name, name.replace("weight", "bias")):
-                rules[part] = interleaved(part, heads, order="hqc")
+                rules[part] = foreign.interleaved(part, heads, order="hqc")
         elif name.endswith("proj_out.weight"):
-            rules[name] = same(name)._replace(read=lambda t: t[0][..., None])
+            rules[name] = foreign.same(name)._replace(read=lambda t: t[0][..., None])
     return rules
 
 
@@ -102,10 +84,11 @@ def state_dict(path: Path) -> dict[str, Tensor]:
     Tensors are views of the mapped file. Raises Malformed for archives that lie, and for anything
     but a flat table of tensors.
     """
-    if first_bytes(path)[8:9] == b"{":
+    start = first_bytes(path)
+    if start[8:9] == b"{":
         check_header(path)
         return read_weights(path)
-    if is_legacy(first_bytes(path)):
+    if start.startswith(LEGACY):
         with path.open("rb") as opened:
             content = load_legacy(opened, path.stat().st_size)
     else:
@@ -117,15 +100,7 @@ def state_dict(path: Path) -> dict[str, Tensor]:
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
             raise Malformed(f"its {str(name)[:60]!r} is not a tensor")
-    size = path.stat().st_size
-    if sum(map(len, content.values())) > size:
-        raise Malformed(f"its tensors claim more bytes than the file's {size:,}")
-    return {name: tensor.tensor() for name, tensor in content.items()}
-
-
-def is_legacy(start: bytes) -> bool:
-    """Tell whether a file that starts so was saved by torch before 1.6."""
-    return start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
+    return as_tensors(content, path.stat().st_size)
 
 
 def _archive(path: Path) -> Any:
@@ -163,9 +138,8 @@ def _archive(path: Path) -> Any:
 
 def architecture(state: dict[str, Tensor]) -> tuple[AdmOptions, int, int]:
     """Return options, channels and number of classes, from names and shapes. Raises Malformed."""
-    for name in NEEDED:
-        if name not in state:
-            raise Malformed(f"it is not an ADM U-Net: {name} is missing")
+    for name in (name for name in NEEDED if name not in state):
+        raise Malformed(f"it is not an ADM U-Net: {name} is missing")
 
     def shape(name: str, axis: int) -> int:
         if name not in state or axis >= state[name].ndim:
@@ -179,11 +153,10 @@ def architecture(state: dict[str, Tensor]) -> tuple[AdmOptions, int, int]:
         return f"{name}.weight" in state
 
     width = shape("time_embed.0.weight", 1)
-    ups = 0
+    levels = 1
     for entry in range(entries("output_blocks")):
         children = [f"output_blocks.{entry}.{child}" for child in (1, 2)]
-        ups += any(has(f"{child}.in_layers.0") or has(f"{child}.conv") for child in children)
-    levels = ups + 1
+        levels += any(has(f"{child}.in_layers.0") or has(f"{child}.conv") for child in children)
     per_level, rest = divmod(entries("output_blocks"), levels)
     if rest or per_level < 2 or entries("input_blocks") != levels * per_level or width < 1:
         raise Malformed("it is not an ADM U-Net: its levels are uneven")

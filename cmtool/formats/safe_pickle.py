@@ -56,12 +56,12 @@ class Array:
     state: tuple[Any, ...] = ()
 
 
+@dataclass(eq=False)
 class Bounded:
     """A stream of so many bytes, in which no length can ask for more than there is."""
 
-    def __init__(self, content: BinaryIO, size: int) -> None:
-        self.content = content
-        self.size = size
+    content: BinaryIO
+    size: int
 
     def read(self, count: int) -> bytes:
         """Return exactly `count` bytes; fewer than asked for only one by one, at the end."""
@@ -81,24 +81,19 @@ class Bounded:
         return self.content.tell()
 
 
+@dataclass(eq=False)
 class Machine:
     """Plays pickles; `budget` bounds the bytes that all storages together may have.
 
     `table` are the names that may be called, with their stand-ins; `names` those that may only be
-    referred to.
+    referred to. `sources` are the texts met, with their hashes.
     """
 
-    def __init__(
-        self,
-        budget: int,
-        table: Mapping[Global, Callable[..., Any]],
-        names: Collection[Global] = (),
-    ) -> None:
-        self.budget = budget
-        self.table = table
-        self.names = names
-        self.opcodes = 0
-        self.sources: dict[int, tuple[str, str]] = {}
+    budget: int
+    table: Mapping[Global, Callable[..., Any]]
+    names: Collection[Global] = ()
+    opcodes: int = 0
+    sources: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def known(self, module: Any, name: Any) -> Global:
         """Return the name, if it is one of the table's. Nothing is imported."""
@@ -118,23 +113,20 @@ class Machine:
     def run(
         self, content: BinaryIO, size: int, persistent: Callable[[Any], Any] | None = None
     ) -> Any:
-        """Return the value of the pickle at the content's position, which moves past it.
-
-        `size` is the whole length of the content; `persistent` resolves persistent identities.
-        """
+        """Return what the pickle at the position of `content`, `size` bytes in all, describes."""
         pickle = Pickle(self, persistent)
         for opcode, arg, _ in pickletools.genops(cast(BinaryIO, Bounded(content, size))):
             self.opcodes += 1
             if self.opcodes > MAX_OPCODES:
                 raise Refused(f"more than {MAX_OPCODES:,} opcodes: too many for weights")
             action = OPCODES.get(opcode.name)
-            if action is not None:
-                action(pickle, arg)
-            elif opcode.name == "STOP":
-                return pickle.result()
-            else:
+            if action is None:
                 raise Refused(f"opcode {opcode.name} has no place among weights")
-        raise Refused("the pickle does not end")
+            action(pickle, arg)
+        (value,) = pickle.pop(1)  # genops has raised ValueError where there is no STOP
+        if pickle.stack or pickle.marks:
+            raise Refused("the pickle leaves things behind")
+        return value
 
     def call(self, function: Any, args: Any) -> Any:
         """Return what the stand-in of `function` makes of `args`."""
@@ -177,13 +169,6 @@ class Pickle:
             raise Refused("the pickle's stack runs empty")
         return self.stack[-1]
 
-    def result(self) -> Any:
-        """Return the one value that is left when the pickle ends."""
-        (value,) = self.pop(1)
-        if self.stack or self.marks:
-            raise Refused("the pickle leaves things behind")
-        return value
-
 
 def _literal(pickle: Pickle, arg: Any) -> None:
     if isinstance(arg, int) and abs(arg) >= 2**80:  # torch's magic number has 80 bits
@@ -203,36 +188,28 @@ def _put(pickle: Pickle, index: int) -> None:
     pickle.memo[index] = pickle.top()
 
 
-def _drop(pickle: Pickle, arg: None) -> None:
-    if pickle.marks and pickle.marks[-1] == len(pickle.stack):
-        pickle.marks.pop()
-    else:
-        pickle.pop(1)
-
-
 def _extend(items: list[Any], target: Any) -> None:
     expect(target, list).extend(items)
 
 
-def _add(items: list[Any], target: Any) -> None:
-    expect(target, set).update(strings(items))
-
-
-def _new_object(pickle: Pickle, cls: Any, args: Any) -> None:
-    machine = pickle.machine
-    container = isinstance(cls, Global) and machine.table.get(cls) in (new_box, new_dict)
+def _new_object(pickle: Pickle, arg: None) -> None:
+    cls, args = pickle.pop(2)
+    container = isinstance(cls, Global) and pickle.machine.table.get(cls) in (new_box, new_dict)
     if not container or args != ():
         raise Refused("the pickle makes an object of another class than containers")
-    pickle.push(machine.call(cls, args))
+    pickle.push(pickle.machine.call(cls, args))
+
+
+def _add_items(pickle: Pickle, arg: None) -> None:
+    items = pickle.pop_mark()
+    expect(pickle.top(), set).update(strings(items))
 
 
 def _build(pickle: Pickle, arg: None) -> None:
     (state,) = pickle.pop(1)
     target = pickle.top()
-    if isinstance(target, Box) and not target.state:
-        target.state = expect(state, dict)
-    elif isinstance(target, Array) and not target.state:
-        target.state = expect(state, tuple)
+    if isinstance(target, Box | Array) and not target.state:
+        target.state = expect(state, dict if isinstance(target, Box) else tuple)
     elif isinstance(target, Dtype) and type(state) is tuple and state[1:2] in (("<",), ("|",)):
         return  # the byte order, which is ours
     elif type(target) is dict and type(state) is dict and list(state) == ["_metadata"]:
@@ -249,9 +226,7 @@ def _persistent(pickle: Pickle, arg: None) -> None:
 
 def shown(value: Any) -> str:
     """Return how to call a value in a message: a name, or its type."""
-    if isinstance(value, Global):
-        return f"{value.module}.{value.name}"
-    return type(value).__name__
+    return f"{value.module}.{value.name}" if isinstance(value, Global) else type(value).__name__
 
 
 def expect(value: Any, kind: type) -> Any:
@@ -292,26 +267,16 @@ def new_dict(machine: Machine, items: Any = ()) -> dict[Any, Any]:
     return {}
 
 
-def _array(machine: Machine, *args: Any) -> Array:
-    """Stand in for numpy's `_reconstruct`: an array that its state will fill."""
-    return Array()
-
-
-def _dtype(machine: Machine, code: Any, align: Any = 0, copy: Any = 1) -> Dtype:
-    return Dtype(expect(code, str))
-
-
 NUMPY_TABLE: dict[Global, Callable[..., Any]] = {
-    Global("numpy.core.multiarray", "_reconstruct"): _array,
-    Global("numpy._core.multiarray", "_reconstruct"): _array,
-    Global("numpy", "ndarray"): _array,
-    Global("numpy", "dtype"): _dtype,
+    Global("numpy.core.multiarray", "_reconstruct"): lambda *_: Array(),  # its state will fill it
+    Global("numpy._core.multiarray", "_reconstruct"): lambda *_: Array(),
+    Global("numpy", "ndarray"): lambda *_: Array(),
+    Global("numpy", "dtype"): lambda _, code, align=0, copy=1: Dtype(expect(code, str)),
 }
 """The names in a pickle of numpy arrays, under numpy 1 and 2."""
 
 OPCODES: dict[str, Callable[[Pickle, Any], object]] = {
-    "PROTO": lambda p, arg: None,
-    "FRAME": lambda p, arg: None,
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda p, arg: None),
     **dict.fromkeys(LITERALS, _literal),
     "NONE": lambda p, arg: p.push(None),
     "NEWTRUE": lambda p, arg: p.push(True),
@@ -327,22 +292,20 @@ OPCODES: dict[str, Callable[[Pickle, Any], object]] = {
     "LIST": lambda p, arg: p.push(p.pop_mark()),
     "DICT": lambda p, arg: p.push(_update(p.pop_mark(), {})),
     "MARK": lambda p, arg: p.marks.append(len(p.stack)),
-    "POP": _drop,
+    "POP": lambda p, arg: p.marks.pop() if p.marks[-1:] == [len(p.stack)] else p.pop(1),
     "POP_MARK": lambda p, arg: p.pop_mark(),
-    "BINGET": _get,
-    "LONG_BINGET": _get,
-    "BINPUT": _put,
-    "LONG_BINPUT": _put,
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), _get),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _put),
     "MEMOIZE": lambda p, arg: _put(p, len(p.memo)),
     "SETITEM": lambda p, arg: _update(p.pop(2), p.top()),
     "SETITEMS": lambda p, arg: _update(p.pop_mark(), p.top()),
     "APPEND": lambda p, arg: _extend(p.pop(1), p.top()),
     "APPENDS": lambda p, arg: _extend(p.pop_mark(), p.top()),
-    "ADDITEMS": lambda p, arg: _add(p.pop_mark(), p.top()),
+    "ADDITEMS": _add_items,
     "GLOBAL": lambda p, arg: p.push(p.machine.known(*arg.split(" ", 1))),
     "STACK_GLOBAL": lambda p, arg: p.push(p.machine.known(*p.pop(2))),
     "REDUCE": lambda p, arg: p.push(p.machine.call(*p.pop(2))),
-    "NEWOBJ": lambda p, arg: _new_object(p, *p.pop(2)),
+    "NEWOBJ": _new_object,
     "BUILD": _build,
     "BINPERSID": _persistent,
 }

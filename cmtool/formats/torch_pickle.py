@@ -9,23 +9,16 @@ import hashlib
 import io
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from cmtool.formats.safe_pickle import (
-    Dtype,
-    Global,
-    Machine,
-    Refused,
-    expect,
-    new_box,
-    new_dict,
-    strings,
-)
+from cmtool.formats import safe_pickle
+from cmtool.formats.safe_pickle import Dtype, Global, Machine, Refused, expect, strings
 
 MAGIC = 0x1950A86A20F9469CFC6C
 """Of torch's legacy layout."""
@@ -42,18 +35,11 @@ class Record:
 
 @dataclass(eq=False)
 class Storage:
-    """A tensor's storage, writable, of `count` elements; many tensors may be views of it.
-
-    In torch's legacy layout the content comes after what refers to it.
-    """
+    """A tensor's storage, writable, of `count` elements; many tensors may be views of it."""
 
     dtype: torch.dtype
     count: int
-    content: memoryview = field(default=memoryview(b""), repr=False)
-
-    def __len__(self) -> int:
-        """Return the number of elements."""
-        return self.count
+    content: memoryview = field(default=memoryview(b""), repr=False)  # legacy: it comes later
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +63,15 @@ class StoredTensor:
         return flat.as_strided(self.size, self.stride, self.offset)
 
 
-def load(content: BinaryIO, size: int) -> Any:
-    """Return what the one pickle in `content`, `size` bytes in all, describes.
+def as_tensors(stored: Mapping[str, StoredTensor], size: int) -> dict[str, Tensor]:
+    """Return the tensors of a file of `size` bytes. Raises Refused if they claim more bytes."""
+    if sum(map(len, stored.values())) > size:
+        raise Refused(f"its tensors claim more bytes than the file's {size:,}")
+    return {name: tensor.tensor() for name, tensor in stored.items()}
 
-    Raises Refused for anything outside the table, ValueError and its kin for a damaged stream.
-    """
+
+def load(content: BinaryIO, size: int) -> Any:
+    """Return what the one pickle in `content`, of `size` bytes, describes. Raises ValueError."""
     machine = Machine(size, TABLE, STORAGES)
     result = machine.run(content, size)
     if content.tell() != size:
@@ -127,9 +117,7 @@ def load_legacy(stream: BinaryIO, size: int) -> Any:
         return found
 
     machine = Machine(size, ARCHIVE_TABLE, STORAGES)
-    magic, version, system = (machine.run(stream, size) for _ in range(3))
-    if magic != MAGIC or version != 1001 or expect(system, dict).get("little_endian") is not True:
-        raise Refused("it is not in torch's legacy layout")
+    _check_layout("it", *(machine.run(stream, size) for _ in range(3)))
     described = machine.run(stream, size, persistent)
     keys = expect(machine.run(stream, size), list)
     if sorted(strings(keys)) != sorted(storages):
@@ -147,6 +135,14 @@ def load_legacy(stream: BinaryIO, size: int) -> Any:
     if stream.tell() != size:
         raise Refused(f"{size - stream.tell()} bytes follow the end of the storages")
     return described
+
+
+def _check_layout(what: str, magic: Any, version: Any, system: Any) -> None:
+    """Raise Refused unless these are the first three pickles of torch's legacy layout."""
+    if magic != MAGIC or version != 1001 or type(system) is not dict:
+        raise Refused(f"{what} is not in torch's legacy layout")
+    if system.get("little_endian") is not True:
+        raise Refused(f"{what} is big-endian")
 
 
 def _identity(key: Any, end: list[None]) -> tuple[torch.dtype, str, int]:
@@ -172,13 +168,7 @@ def _record(machine: Machine, meta: Any) -> Record:
 
 
 def _tensor(
-    machine: Machine,
-    storage: Any,
-    offset: Any,
-    size: Any,
-    stride: Any,
-    requires_grad: Any = False,
-    hooks: Any = None,
+    _: Machine, storage: Any, offset: Any, size: Any, stride: Any, grad: Any = 0, hooks: Any = None
 ) -> StoredTensor:
     """Stand in for `torch._utils._rebuild_tensor_v2`: a view that must lie inside its storage."""
     if not isinstance(storage, Storage) or hooks:
@@ -190,7 +180,7 @@ def _tensor(
         raise Refused("a tensor has more than 8 dimensions")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     count = math.prod(size)
-    if count > len(storage) or (count and last >= len(storage)):
+    if count > storage.count or (count and last >= storage.count):
         raise Refused("a tensor is larger than its storage")
     return StoredTensor(storage, offset, size, stride)
 
@@ -203,11 +193,7 @@ def _parameter(machine: Machine, data: Any, requires_grad: Any, hooks: Any) -> S
 
 
 def _storage(machine: Machine, content: Any) -> Storage:
-    """Stand in for `torch.storage._load_from_bytes`: torch's legacy layout, one storage in it.
-
-    Five pickles (magic number, version, machine, the storage's identity, its key), the number of
-    elements in 8 bytes, and the elements.
-    """
+    """Stand in for `torch.storage._load_from_bytes`: torch's legacy layout, one storage in it."""
     stream = io.BytesIO(expect(content, bytes))
     found: list[tuple[torch.dtype, str, int]] = []
 
@@ -215,18 +201,10 @@ def _storage(machine: Machine, content: Any) -> Storage:
         found.append(_identity(key, [None]))
         return found[-1][1]
 
-    inner = Machine(len(content), {}, STORAGES)  # nothing may be called in it
-    inner.opcodes = machine.opcodes
+    inner = Machine(len(content), {}, STORAGES, machine.opcodes)  # nothing may be called in it
     machine.spend(len(content))
-
-    def pickle(persistent: Callable[[Any], Any] | None = None) -> Any:
-        return inner.run(stream, len(content), persistent)
-
-    magic, version, system = (pickle() for _ in range(3))
-    if magic != MAGIC or version != 1001 or type(system) is not dict:
-        raise Refused("a storage is not in torch's legacy layout")
-    if system.get("little_endian") is not True:
-        raise Refused("a storage is big-endian")
+    pickle = partial(inner.run, stream, len(content))
+    _check_layout("a storage", pickle(), pickle(), pickle())
     identity, keys = pickle(persistent), pickle()
     machine.opcodes = inner.opcodes
     if len(found) != 1 or identity != found[0][1]:
@@ -260,35 +238,26 @@ def _set(machine: Machine, items: Any = ()) -> set[str]:
     return set(strings(items or []))
 
 
-def _attribute(machine: Machine, owner: Any, name: Any) -> tuple[str, str]:
-    """Stand in for `getattr`, which ECT's loss needs: a name, never an attribute."""
-    return ("attribute", expect(name, str))
-
-
-_PERSISTENT = Global("torch_utils.persistence", "_reconstruct_persistent_obj")
-_MODULES = "torch.nn.modules.container"
-
 TABLE: dict[Global, Callable[..., Any]] = {
-    _PERSISTENT: _record,
+    Global("torch_utils.persistence", "_reconstruct_persistent_obj"): _record,
     Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
     Global("torch._utils", "_rebuild_parameter"): _parameter,
     Global("torch.storage", "_load_from_bytes"): _storage,
-    Global("collections", "OrderedDict"): new_dict,
-    Global("dnnlib.util", "EasyDict"): new_dict,
-    Global(_MODULES, "ModuleDict"): new_box,
-    Global(_MODULES, "ModuleList"): new_box,
-    Global(_MODULES, "Sequential"): new_box,
+    Global("collections", "OrderedDict"): safe_pickle.new_dict,
+    Global("dnnlib.util", "EasyDict"): safe_pickle.new_dict,
+    Global("torch.nn.modules.container", "ModuleDict"): safe_pickle.new_box,
+    Global("torch.nn.modules.container", "ModuleList"): safe_pickle.new_box,
+    Global("torch.nn.modules.container", "Sequential"): safe_pickle.new_box,
     Global("numpy.core.multiarray", "scalar"): _scalar,
     Global("numpy._core.multiarray", "scalar"): _scalar,
     Global("numpy", "dtype"): _dtype,
-    Global("builtins", "getattr"): _attribute,
+    # ECT's loss needs getattr: here it gives a name, never an attribute
+    Global("builtins", "getattr"): lambda _, owner, name: ("attribute", expect(name, str)),
     Global("builtins", "set"): _set,
     Global("__builtin__", "set"): _set,
 }
-ARCHIVE_TABLE = {function: TABLE[function] for function in (
-    Global("torch._utils", "_rebuild_tensor_v2"), Global("torch._utils", "_rebuild_parameter"),
-    Global("collections", "OrderedDict"),
-)}  # fmt: skip
+IN_ARCHIVES = ("_rebuild_tensor_v2", "_rebuild_parameter", "OrderedDict")
+ARCHIVE_TABLE = {function: made for function, made in TABLE.items() if function.name in IN_ARCHIVES}
 STORAGES = {
     Global("torch", "FloatStorage"): torch.float32,
     Global("torch", "HalfStorage"): torch.float16,

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -19,24 +19,32 @@ from cmtool.core.methods import METHODS, MethodRow, Objective, make_objective
 from cmtool.core.networks import NETWORKS
 from cmtool.core.networks.layers import MAX_BLOCKS
 from cmtool.core.noise import CURRICULA, LEVELS, Curriculum, NoiseRange
-from cmtool.core.precond import (
-    NOISE_LABELS,
-    SCALINGS,
-    Preconditioned,
-    is_two_time,
-)
+from cmtool.core.precond import NOISE_LABELS, SCALINGS, Preconditioned, is_two_time
 from cmtool.core.samplers import SAMPLERS
 from cmtool.core.solvers import SOLVERS
 from cmtool.core.types import Denoiser, Distance
 from cmtool.errors import UserError, nearest
-from cmtool.presets.schema import Card, Choice, ModelSection, Preset
+from cmtool.presets.schema import Card, Choice, Kind, ModelSection, Preset, SampleSection
+
+Registry = Mapping[str, Callable[..., Any]]
+T = TypeVar("T")
+SAMPLING: dict[Kind, SampleSection] = {
+    "teacher": SampleSection(sampler=Choice(name="heun"), steps=18),
+    "consistency": SampleSection(sampler=Choice(name="multistep"), steps=1),
+    "flow map": SampleSection(sampler=Choice(name="multistep"), steps=1),
+}
+"""How to sample a model of each kind, where its card does not say it."""
+
+
+def _row(registry: Mapping[str, T], name: str, key: str) -> T:
+    """Return the entry of a registry. Raises UserError for an unknown name, with the good ones."""
+    if name not in registry:
+        raise UserError(f"{key} = {name!r}", nearest(name, registry))
+    return registry[name]
 
 
 def pick(
-    registry: Mapping[str, Callable[..., Any]],
-    choice: Choice,
-    key: str,
-    given: Mapping[str, Any] | Collection[str] = (),
+    registry: Registry, choice: Choice, key: str, given: Mapping[str, Any] | Collection[str] = ()
 ) -> Callable[..., Any]:
     """Return the component a preset names, with its options bound, and what it takes of `given`.
 
@@ -44,9 +52,7 @@ def pick(
     values are bound too. Raises UserError for an unknown name or option, naming the good ones, and
     for an option of the wrong type.
     """
-    if choice.name not in registry:
-        raise UserError(f"{key} = {choice.name!r}", nearest(choice.name, registry))
-    component = registry[choice.name]
+    component = _row(registry, choice.name, key)
     known = inspect.signature(component, eval_str=True).parameters.values()
     types = {p.name: p.annotation for p in known if p.kind is inspect.Parameter.KEYWORD_ONLY}
     options = {}
@@ -66,20 +72,17 @@ def pick(
 
 
 def build_network(model: ModelSection) -> nn.Module:
-    """Return the raw network of a model section, with PyTorch's global generators for its start.
+    """Return the raw network of a model section; PyTorch's global generators draw its weights.
 
     Raises UserError for an unknown network or option, or an option of the wrong type.
     """
     choice = model.network
-    if choice.name not in NETWORKS:
-        raise UserError(f"model.network = {choice.name!r}", nearest(choice.name, NETWORKS))
-    kind = NETWORKS[choice.name]
+    kind = _row(NETWORKS, choice.name, "model.network")
     known = [field.name for field in fields(kind.options)]
     for option, value in choice.options.items():
         if option not in known:
-            raise UserError(
-                f"network {choice.name!r} has no option {option!r}", nearest(option, known)
-            )
+            what = f"network {choice.name!r} has no option {option!r}"
+            raise UserError(what, nearest(option, known))
         if isinstance(value, list) and len(value) > MAX_BLOCKS:
             raise UserError(f"model.network.{option} has {len(value):,} entries", "shorten it")
     try:
@@ -87,15 +90,13 @@ def build_network(model: ModelSection) -> nn.Module:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"model.network.{key} = {first['input']!r}: {first['msg'].lower()}", "mend its type"
-        ) from None
+        what = f"model.network.{key} = {first['input']!r}: {first['msg'].lower()}"
+        raise UserError(what, "mend its type") from None
     try:
         return kind.build(options, model.channels, model.num_classes)
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise UserError(
-            f"network {choice.name!r} cannot be built: {error}", "mend model.network"
-        ) from None
+        what = f"network {choice.name!r} cannot be built: {error}"
+        raise UserError(what, "mend model.network") from None
 
 
 def noise_range(preset: Card) -> NoiseRange:
@@ -106,26 +107,18 @@ def noise_range(preset: Card) -> NoiseRange:
 def build_denoiser(card: Card, network: nn.Module) -> Preconditioned:
     """Return the Denoiser of a card. Raises UserError for a network that is not of its kind."""
     if is_two_time(network) != (card.kind == "flow map"):
-        good = "takes two noise levels" if card.kind == "flow map" else "takes one noise level"
-        raise UserError(
-            f"kind = {card.kind!r} with the network {card.model.network.name!r}",
-            f"choose a network that {good}",
-        )
-    return Preconditioned(
-        network,
-        pick(SCALINGS, card.model.scalings, "model.scalings"),
-        pick(NOISE_LABELS, card.model.noise_label, "model.noise_label"),
-        sigma_data=card.model.sigma_data,
-        sigma_min=card.noise.sigma_min,
-    )
+        good = "two noise levels" if card.kind == "flow map" else "one noise level"
+        what = f"kind = {card.kind!r} with the network {card.model.network.name!r}"
+        raise UserError(what, f"choose a network that takes {good}")
+    scalings = pick(SCALINGS, card.model.scalings, "model.scalings")
+    label = pick(NOISE_LABELS, card.model.noise_label, "model.noise_label")
+    sigma_data, sigma_min = card.model.sigma_data, card.noise.sigma_min
+    return Preconditioned(network, scalings, label, sigma_data=sigma_data, sigma_min=sigma_min)
 
 
 def method_row(preset: Preset) -> MethodRow:
     """Return the row of the preset's method. Raises UserError for an unknown one."""
-    name = preset.loss.method.name
-    if name not in METHODS:
-        raise UserError(f"loss.method = {name!r}", nearest(name, METHODS))
-    return METHODS[name]
+    return _row(METHODS, preset.loss.method.name, "loss.method")
 
 
 def needs_teacher(preset: Preset) -> bool:
@@ -146,43 +139,31 @@ def build_objective(preset: Preset, teacher: Denoiser | None, device: str = "cpu
     augment = build_augment(preset, row)
     if row.needs_teacher and teacher is None:
         raise UserError("this preset distills a teacher", "run it with cmtool distill")
-    choices = {
-        "distance": distance, "weight": weight, "noise_range": levels,
-        "solver": pick(SOLVERS, loss.solver, "loss.solver"),
-    }  # fmt: skip
+    solver = pick(SOLVERS, loss.solver, "loss.solver")
+    choices = {"distance": distance, "weight": weight, "noise_range": levels, "solver": solver}
     losses = {name: each.loss for name, each in METHODS.items()}
     method = pick(losses, loss.method, "loss.method", choices)
     if "distance" in inspect.signature(row.loss).parameters:
         blank = torch.zeros(1, preset.model.channels, *preset.model.image_size, device=device)
         distance(blank, blank)  # what it lacks, such as a weight file, it says now
-    return make_objective(
-        method,
-        pick(LEVELS, loss.levels, "loss.levels"),
-        levels,
-        teacher=teacher if row.needs_teacher else None,
-        augment=augment,
-    )
+    picker = pick(LEVELS, loss.levels, "loss.levels")
+    teacher = teacher if row.needs_teacher else None
+    return make_objective(method, picker, levels, teacher=teacher, augment=augment)
 
 
 def check_method(preset: Preset, row: MethodRow, distance: Distance) -> None:
     """Raise UserError for choices of a preset that the row of its method does not allow."""
     loss, name = preset.loss, preset.loss.method.name
     if preset.kind != row.makes:
-        raise UserError(
-            f"kind = {preset.kind!r} with loss.method = {name!r}, which makes a {row.makes} model",
-            f"--set kind={row.makes!r}",
-        )
+        what = f"kind = {preset.kind!r} with loss.method = {name!r}"
+        raise UserError(f"{what}, which makes a {row.makes} model", f"--set kind={row.makes!r}")
     if loss.target not in row.targets:
-        good = " or ".join(row.targets)
-        raise UserError(
-            f"loss.target = {loss.target!r} with loss.method = {name!r}",
-            f"--set loss.target={row.targets[0]}; it takes {good}",
-        )
+        hint = f"--set loss.target={row.targets[0]}; it takes {' or '.join(row.targets)}"
+        raise UserError(f"loss.target = {loss.target!r} with loss.method = {name!r}", hint)
     if row.needs_curvature and is_norm(distance):
-        raise UserError(
-            f"loss.distance = {loss.distance.name!r} has no curvature, which {name} needs",
-            "use another, such as l2, or distill with loss.method = live_distillation",
-        )
+        what = f"loss.distance = {loss.distance.name!r} has no curvature, which {name} needs"
+        hint = "use another, such as l2, or distill with loss.method = live_distillation"
+        raise UserError(what, hint)
     if preset.train.checkpoint_activations and not row.recomputes:
         raise UserError(
             f"train.checkpoint_activations with loss.method = {name!r}: what is computed again"
@@ -192,10 +173,7 @@ def check_method(preset: Preset, row: MethodRow, distance: Distance) -> None:
 
 
 def build_augment(preset: Preset, row: MethodRow) -> Augment | None:
-    """Return how training images are warped, None for not at all.
-
-    Raises UserError unless the method takes warped images and its network their labels.
-    """
+    """Return how training images are warped, or None. Raises UserError where they may not be."""
     if not preset.data.augment:
         return None
     what = f"data.augment = {preset.data.augment}"
@@ -203,10 +181,8 @@ def build_augment(preset: Preset, row: MethodRow) -> Augment | None:
         raise UserError(f"{what} for a model that is not an EDM teacher", "--set data.augment=0")
     known = preset.model.network.options.get("augment_dim", 0)
     if known != LABELS:
-        raise UserError(
-            f"{what} with model.network.augment_dim = {known}",
-            f"the network must be told: --set model.network.augment_dim={LABELS}",
-        )
+        hint = f"the network must be told: --set model.network.augment_dim={LABELS}"
+        raise UserError(f"{what} with model.network.augment_dim = {known}", hint)
     if preset.data.flip:
         raise UserError(f"{what} with data.flip", "it mirrors by itself: --set data.flip=false")
     return partial(augmented, p=preset.data.augment)

@@ -6,6 +6,7 @@ Every value keeps its origin.
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -36,10 +37,7 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Preset:
-    """Return the preset `name_or_path` with dotted `overrides` such as {"loss.distance": "l1"}.
-
-    Raises UserError for an unknown name, key or type, naming the nearest good one.
-    """
+    """Return a preset with dotted `overrides` such as {"loss.distance": "l1"}. Raises UserError."""
     return resolve(name_or_path, {"override": overrides or {}}).preset
 
 
@@ -50,18 +48,17 @@ def resolve(name_or_path: str, layers: Mapping[str, Mapping[str, Any]]) -> Resol
     for path, table in _chain(name_or_path, ()):
         _merge(tree, table, path.name, origins, "")
     for origin, overrides in layers.items():
-        for key, value in overrides.items():
-            _merge(tree, _nested(key, value), origin, origins, "")
+        for dotted, value in overrides.items():
+            for key in reversed(dotted.split(".")):
+                value = {key: value}
+            _merge(tree, value, origin, origins, "")
     preset = _validated(upgraded(tree), name_or_path)
     found = {key: origin_of(key, origins) for key, _ in flat(preset.model_dump())}
     return Resolved(preset, found)
 
 
 def packaged_value(name_or_path: str, key: str) -> Any:
-    """Return a dotted key's value in the nearest of cmtool's own presets this one is or extends.
-
-    None where there is no such preset, or none that has the key.
-    """
+    """Return a key's value in the nearest of cmtool's presets this one is or extends, or None."""
     value = None
     for path, table in _chain(name_or_path, ()):
         if path.parent == FOLDER:
@@ -118,14 +115,6 @@ def _find(name_or_path: str) -> Path:
     return FOLDER / f"{name_or_path}.toml"
 
 
-def _nested(dotted: str, value: Any) -> dict[str, Any]:
-    """Return {"a": {"b": value}} for "a.b"."""
-    for key in reversed(dotted.split(".")):
-        value = {key: value}
-    assert isinstance(value, dict)
-    return value
-
-
 def _merge(
     tree: dict[str, Any], table: Mapping[str, Any], origin: str, origins: dict[str, str], at: str
 ) -> None:
@@ -134,21 +123,19 @@ def _merge(
     A component of another name brings its own options only.
     """
     for key, value in table.items():
-        dotted = f"{at}{key}"
-        old = tree.get(key)
-        if isinstance(value, Mapping):
-            if isinstance(old, str):
-                old = {"name": old}
-            keep = isinstance(old, dict) and value.get("name", old.get("name")) == old.get("name")
-            keep = keep and (bool(value) or not at)  # a section without keys says nothing
-            tree[key] = dict(old) if keep and isinstance(old, dict) else {}
-            _merge(tree[key], value, origin, origins, f"{dotted}.")
-        else:
-            tree[key] = value
+        dotted, old = f"{at}{key}", tree.get(key)
         if not isinstance(value, Mapping) or (at and not value):
             for stale in [k for k in origins if k.startswith(f"{dotted}.")]:
                 del origins[stale]
             origins[dotted] = origin
+        if not isinstance(value, Mapping):
+            tree[key] = value
+            continue
+        below = {"name": old} if isinstance(old, str) else old if isinstance(old, dict) else {}
+        keep = value.get("name", below.get("name")) == below.get("name")
+        keep = keep and (bool(value) or not at)  # a section without keys says nothing
+        tree[key] = dict(below) if keep else {}
+        _merge(tree[key], value, origin, origins, f"{dotted}.")
 
 
 def origin_of(key: str, origins: Mapping[str, str]) -> str:
@@ -168,25 +155,20 @@ def _validated(tree: dict[str, Any], shown: str) -> Preset:
         first = error.errors()[0]
         path = [str(part) for part in first["loc"] if part not in ("function-before", "tuple")]
         key = ".".join(path)
+        what = f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        hint = f"set it with --set {key}=VALUE, or in the file"
         if first["type"] == "extra_forbidden":
-            raise UserError(
-                f"unknown key {key!r} in preset {shown}", nearest(path[-1], _fields(path[:-1]))
-            ) from None
+            what = f"unknown key {key!r} in preset {shown}"
+            hint = nearest(path[-1], _fields(path[:-1]))
         if first["type"] == "missing":
-            raise UserError(f"preset {shown} lacks {key!r}", "set it, or extend a preset") from None
-        message = first["msg"][0].lower() + first["msg"][1:]
-        raise UserError(
-            f"{key} = {first['input']!r}: {message}",
-            f"set it with --set {key}=VALUE, or in the file",
-        ) from None
+            what, hint = f"preset {shown} lacks {key!r}", "set it, or extend a preset"
+        raise UserError(what, hint) from None
 
 
 def _fields(path: list[str]) -> list[str]:
     """Return the names of the keys a preset may have under `path`."""
     model: type[BaseModel] = Preset
-    for part in path:
-        if part.isdigit():
-            continue
+    for part in itertools.filterfalse(str.isdigit, path):
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *get_args(annotation)]
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
@@ -208,45 +190,31 @@ def with_values(text: str, values: Mapping[str, tuple[Any, str]]) -> str:
         table: Any = document
         for name in names:
             table = table[name]
-        item = tomlkit.item(_plain(value))
-        item.comment(origin)
-        table[key] = item
+        table[key] = _item(value, origin)
     return tomlkit.dumps(document)
 
 
 def _fill(table: Any, tree: Mapping[str, Any], origins: Mapping[str, str], prefix: str) -> None:
     """Fill a TOML table: values first, then tables; a component without options is its name."""
-    short = {k: v["name"] if _is_bare(v) else v for k, v in tree.items()}
+    short = {
+        k: v["name"] if isinstance(v, Mapping) and set(v) == {"name"} else v
+        for k, v in tree.items()
+    }
     for key, value in sorted(short.items(), key=lambda entry: isinstance(entry[1], Mapping)):
         dotted = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            section = tomlkit.table()
-            _fill(section, value, origins, f"{dotted}.")
-            table[key] = section
-            continue
-        item = tomlkit.item(_plain(value))
-        if origins:
-            item.comment(origin_of(dotted, origins))
-        table[key] = item
+            table[key] = tomlkit.table()
+            _fill(table[key], value, origins, f"{dotted}.")
+        else:
+            table[key] = _item(value, origin_of(dotted, origins) if origins else None)
 
 
-def _is_bare(value: Any) -> bool:
-    """Tell whether a value is a component without options."""
-    return isinstance(value, Mapping) and set(value) == {"name"}
-
-
-def _plain(value: Any) -> Any:
-    """Return the value with tuples as lists, and tables inside lists as inline tables."""
-    if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        array = tomlkit.array()
-        for entry in value:
-            if isinstance(entry, Mapping):
-                inline = tomlkit.inline_table()
-                inline.update(_plain(entry))
-                array.append(inline)
-            else:
-                array.append(_plain(entry))
-        return array
-    return value
+def _item(value: Any, origin: str | None) -> Any:
+    """Return a TOML value with its origin as a comment; tables in a list are inline tables."""
+    many = isinstance(value, list | tuple)
+    item: Any = tomlkit.array() if many else tomlkit.item(value)
+    for entry in value if many else ():
+        item.append(tomlkit.inline_table() | entry if isinstance(entry, dict) else entry)
+    if origin is not None:
+        item.comment(origin)
+    return item
