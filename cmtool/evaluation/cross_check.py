@@ -19,8 +19,7 @@ from torch import Tensor
 from cmtool.errors import MissingError, UserError
 from cmtool.evaluation.features import CLEAN_FID_MODES, Extractor
 from cmtool.evaluation.gaussian import Gaussian, frechet_distance
-from cmtool.evaluation.protocols import PROTOCOLS
-from cmtool.evaluation.weights import INCEPTION
+from cmtool.evaluation.protocols import INCEPTION, PROTOCOLS
 
 
 def check_usage(metric: str, protocol: str, runs: int) -> None:

@@ -6,6 +6,7 @@ it. An Extractor holds all of that.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -35,8 +36,8 @@ AGREEMENT = 1e-3
 class Extractor(NamedTuple):
     """A feature network: from images (B, 3, H, W) uint8 to features (B, width) float32.
 
-    `logits` returns class logits of features; it is None for a network without classes. `file`
-    holds the weights, if they are not bundled.
+    `logits` makes class logits of features, if there are classes. `file` holds the weights, if
+    they are not bundled.
     """
 
     name: str
@@ -77,18 +78,10 @@ class DigitsFeatures(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 24, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(24, 48, 3, padding=1, stride=2),
-            nn.SiLU(),
-            nn.Conv2d(48, 64, 3, padding=1),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Dropout(0.3),
-            nn.Linear(64 * 16, self.WIDTH),
-            nn.SiLU(),
-        )
+        convs = (nn.Conv2d(a, b, 3, s, 1) for a, b, s in ((3, 24, 1), (24, 48, 2), (48, 64, 1)))
+        layers: list[nn.Module] = [layer for conv in convs for layer in (conv, nn.SiLU())]
+        layers += nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, self.WIDTH), nn.SiLU()
+        self.layers = nn.Sequential(*layers)
         self.classes = nn.Linear(self.WIDTH, 10)
         self.colours = nn.Linear(self.WIDTH, 6)
 
@@ -131,19 +124,17 @@ def inception_extractor(
     """
     script, stored = _read_inception(path)
     notes: tuple[str, ...] = ()
-    if "output.weight" not in stored:
-        raise MissingError(f"{path} is no Inception network", "delete it")
     try:
+        weight = stored["output.weight"].float()
         network: Any = folded(stored)
         if script is not None and not _agree(network, script):
             raise RuntimeError
     except (KeyError, RuntimeError):
-        if not hasattr(script, "layers"):
+        if "output.weight" not in stored or not hasattr(script, "layers"):
             raise MissingError(f"{path} is no Inception network", "delete it") from None
         network = script.layers
         notes = ("the folded network does not give what the file's own code gives: using that",)
-    network = on_device(network, device).eval()
-    weight = stored["output.weight"].float().to(device)
+    network, weight = on_device(network, device).eval(), weight.to(device)
     resized = {"tf": tf_resized, "clean": clean_resized}[resize]
 
     def features(images: Tensor) -> Tensor:
@@ -177,22 +168,16 @@ def vgg16_extractor(path: Path, sha256: str, *, device: str = "cpu") -> Extracto
         return torch.as_tensor(network(images.float(), return_features=True)).flatten(1).float()
 
     network = network.to(device)
-    return Extractor(
-        "vgg16", sha256, VGG_WIDTH, features, None, 8 if device == "cpu" else 64, device, "inside",
-        file=path,
-    )  # fmt: skip
+    chunk = 8 if device == "cpu" else 64
+    return Extractor("vgg16", sha256, VGG_WIDTH, features, None, chunk, device, "inside", file=path)
 
 
 def _read_inception(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """Return the script in a file, None if it is a state dict; and its tensors."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:
-        is_script = False
-    if is_script:
-        script = _loaded_script(path)
-        return script, {name: t.detach() for name, t in script.state_dict().items()}
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            script = _loaded_script(path)
+            return script, {name: t.detach() for name, t in script.state_dict().items()}
     try:
         return None, dict(torch.load(path, weights_only=True, map_location="cpu"))
     except Exception:  # a page, a half download: torch's reader fails in many ways
@@ -210,8 +195,7 @@ def _loaded_script(path: Path) -> Any:
 
 def _agree(network: nn.Module, script: Any) -> bool:
     """Tell whether the folded network gives the features of the file's own code."""
-    ramp = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).reshape(2, 3, 32, 32)
-    images = ramp * 37 % 256
+    images = torch.arange(2 * 3 * 32 * 32.0).reshape(2, 3, 32, 32) * 37 % 256
     with torch.no_grad():
         theirs = script(images.clone(), return_features=True).flatten(1).float()
         ours = network((tf_resized(images) - 128) / 128)

@@ -10,16 +10,11 @@ from torch import Tensor
 
 from cmtool.errors import InputError
 
-UNITS = 2.0**24
-"""Units of the sums in 1."""
-DIGIT = 2**19
-"""The base of their digits."""
-MAX_ROWS = 2**14
-"""Rows whose products of digits float64 sums exactly."""
-NEGATIVE = 1e-3
-"""How far below 0 rounding to float32 may put an eigenvalue, relative to the largest."""
-SKEW = 1e-4
-"""How much a covariance and its mirror image may differ, relative to its largest value."""
+UNITS = 2.0**24  # units of the sums in 1
+DIGIT = 2**19  # the base of their digits
+MAX_ROWS = 2**14  # rows whose products of digits float64 sums exactly
+NEGATIVE = 1e-3  # how far below 0 rounding may put an eigenvalue, relative to the largest
+SKEW = 1e-4  # how far a covariance may be from symmetric, relative to its largest value
 
 
 class Gaussian(NamedTuple):
@@ -49,9 +44,8 @@ class GaussianSums:
         for rows in features.detach().double().split(MAX_ROWS):
             units = (rows * UNITS).round()
             if not bool((units.abs() < DIGIT**2).all()):  # NaN is not, either
-                raise InputError(
-                    "the features are not finite, or above 16,384", "look for NaN in the images"
-                )
+                what = "the features are not finite, or above 16,384"
+                raise InputError(what, "look for NaN in the images")
             high = (units / DIGIT).round()
             low = units - high * DIGIT
             parts = (high.sum(0), low.sum(0), high.T @ high, high.T @ low, low.T @ low)
@@ -108,10 +102,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     values = torch.linalg.eigvalsh(root.T @ b.covariance @ root)
     _check_positive(values, 1e-6 * float(a.covariance.norm() * b.covariance.norm()))
     cross = values.clamp(min=0).sqrt().sum()
-    distance = (
-        (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
-    )
-    return max(float(distance), 0.0)
+    shift = (a.mean - b.mean).square().sum()
+    return max(float(shift + a.covariance.trace() + b.covariance.trace() - 2 * cross), 0.0)
 
 
 def root_of(covariance: Tensor) -> Tensor:

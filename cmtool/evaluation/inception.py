@@ -7,8 +7,9 @@ is the same map and takes less time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,34 +36,16 @@ Chain = tuple[Layer | tuple["Chain", ...], ...]
 """Layers in a row. A tuple among them holds branches, whose outputs are concatenated."""
 
 
-def mean_pool(x: Tensor) -> Tensor:
-    """Return the 3x3 means, of the pixels inside the image."""
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-
-
-def max_pool(x: Tensor) -> Tensor:
-    """Return the 3x3 maxima."""
-    return F.max_pool2d(x, 3, 1, 1)
-
-
-def max_pool_halving(x: Tensor) -> Tensor:
-    """Return the maxima of every second 3x3."""
-    return F.max_pool2d(x, 3, 2)
+mean_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+max_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+max_pool_halving = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 def _row(name: str, *convs: tuple[int, tuple[int, int]], last: int = 1) -> tuple[Conv, ...]:
-    """Return convolutions in a row, numbered as in the ports; the last one has stride `last`.
-
-    A convolution of a stride above 1 has no padding.
-    """
-    end = len(convs) - 1
-    return tuple(
-        Conv(
-            f"{name}conv_{i}" if i else f"{name}conv", channels, kernel,
-            last if i == end else 1, last == 1 or i < end,
-        )
-        for i, (channels, kernel) in enumerate(convs)
-    )  # fmt: skip
+    """Return numbered convolutions; the last has stride `last`, and no padding if it is above 1."""
+    names = [f"{name}conv"] + [f"{name}conv_{i}" for i in range(1, len(convs))]
+    *first, end = (Conv(key, *conv) for key, conv in zip(names, convs, strict=True))
+    return (*first, replace(end, stride=last, padded=last == 1))
 
 
 def _block_a(pooled: int) -> Chain:
@@ -190,29 +173,22 @@ def folded(stored: Mapping[str, Tensor]) -> Inception:
     """
     with torch.device("meta"):
         network = Inception()
-    network.load_state_dict(dict(_folded_weights(network, stored)), assign=True)
-    return network.eval().requires_grad_(False)
-
-
-def _folded_weights(
-    network: Inception, stored: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield each convolution's weights: W / s and beta - mean / s for s = sqrt(var + eps)."""
+    weights: dict[str, Tensor] = {}
     for key in network.convs:
         theirs = f"layers.{key.replace('-', '.')}"
-        weight, beta, mean, var = (
-            stored[f"{theirs}.{leaf}"].double() for leaf in ("weight", "beta", "mean", "var")
-        )
-        scale = (var + EPS).rsqrt()
-        yield f"convs.{key}.weight", (weight * scale[:, None, None, None]).float()
-        yield f"convs.{key}.bias", (beta - mean * scale).float()
+        leaves = ("weight", "beta", "mean", "var")
+        weight, beta, mean, var = (stored[f"{theirs}.{leaf}"].double() for leaf in leaves)
+        scale = (var + EPS).rsqrt()  # W / s and beta - mean / s, for s = sqrt(var + eps)
+        weights[f"convs.{key}.weight"] = (weight * scale[:, None, None, None]).float()
+        weights[f"convs.{key}.bias"] = (beta - mean * scale).float()
+    network.load_state_dict(weights, assign=True)
+    return network.eval().requires_grad_(False)
 
 
 def tf_resized(images: Tensor) -> Tensor:
     """Return images (B, C, H, W) at 299x299 as TensorFlow 1 resizes: pixel i is at i H / 299.
 
-    It is the port's own way, so that the last bits are its too: a sampling grid shifted by the
-    difference of half a pixel, and bilinear weights.
+    The last bits are the port's too: a sampling grid that is shifted by half a pixel's difference.
     """
     height, width = images.shape[2:]
     theta = torch.eye(2, 3, device=images.device)
@@ -231,7 +207,5 @@ def clean_resized(images: Tensor) -> Tensor:
     """
     if images.shape[2:] == (SIDE, SIDE):
         return images
-    resized = F.interpolate(
-        images.double(), (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False
-    )
+    resized = F.interpolate(images.double(), (SIDE, SIDE), mode="bicubic", antialias=True)
     return resized.clamp(0, 255).float()

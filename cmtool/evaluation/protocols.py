@@ -1,11 +1,18 @@
-"""Protocols: a feature network and a resize rule under one name."""
+"""Protocols: a feature network and a resize rule under one name, and their published weights.
+
+No file is ever downloaded: an error says what is missing, where it comes from, under which terms.
+"""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from cmtool.errors import UserError, nearest
+import torch
+
+from cmtool.errors import InputError, MissingError, UserError, nearest
 from cmtool.evaluation.features import (
     Extractor,
     Resize,
@@ -14,8 +21,10 @@ from cmtool.evaluation.features import (
     load_digits_features,
     vgg16_extractor,
 )
-from cmtool.evaluation.weights import INCEPTION, VGG16, find_file
 from cmtool.system.files import file_sha256
+
+NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
+TERMS = "NVIDIA's terms for research"
 
 
 class Protocol(NamedTuple):
@@ -42,6 +51,27 @@ PROTOCOLS = {
 """`adm`, `edm` and `legacy-tf` make the same features; their references differ."""
 
 
+class WeightFile(NamedTuple):
+    """A published file; `sha256` is None if nobody has published one."""
+
+    name: str
+    what: str
+    megabytes: int
+    sha256: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the file comes from."""
+        return f"{NVIDIA}/{self.name}"
+
+
+INCEPTION = WeightFile(
+    "inception-2015-12-05.pt", "Inception v3 of 2015, the feature network of FID", 96,
+    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+)  # fmt: skip
+VGG16 = WeightFile("vgg16.pt", "VGG-16, the feature network of improved precision and recall", 553)
+
+
 def build_extractor(
     protocol: str,
     *,
@@ -62,15 +92,52 @@ def build_extractor(
     network, resize, *_ = PROTOCOLS[protocol]
     if network != "inception" and precision != "fp32":
         raise UserError(f"--feature-precision {precision} of --protocol {protocol}", "leave it out")
-    if network == "digits" and (file is not None or trust):
+    if network == "digits":
+        if file is None and not trust:
+            return digits_extractor(*load_digits_features(), device)
         raise UserError(
             "--feature-weights or --trust with --protocol digits, whose features are bundled",
             "leave them out, or choose another --protocol",
         )
-    if network == "digits":
-        return digits_extractor(*load_digits_features(), device)
     path = find_file(VGG16 if network == "vgg16" else INCEPTION, file, trust)
     sha256 = file_sha256(path)
     if resize is None:
         return vgg16_extractor(path, sha256, device=device)
     return inception_extractor(path, sha256, resize=resize, precision=precision, device=device)
+
+
+def find_file(wanted: WeightFile, given: Path | None = None, trust: bool = False) -> Path:
+    """Return a weight file: `given`, else in $CMTOOL_CACHE/weights, torch's cache or /tmp.
+
+    A file of another sha256 than the published one is used only with `trust`, and never from /tmp.
+    Raises MissingError, which says how to get the file.
+    """
+    if given is not None and not given.is_file():
+        raise InputError(f"no such file: {given}", "check --feature-weights")
+    shared = Path(tempfile.gettempdir()) / wanted.name
+    cache = Path(os.environ.get("CMTOOL_CACHE") or Path.home() / ".cache" / "cmtool")
+    own = [cache / "weights" / wanted.name, Path(torch.hub.get_dir(), "checkpoints", wanted.name)]
+    for path in [given] if given is not None else [*own, shared]:
+        if not path.is_file():
+            continue
+        if wanted.sha256 is None:
+            if trust:
+                return path
+            raise MissingError(
+                f"{path} cannot be checked: no sha256 of {wanted.name} is published",
+                "add --trust, if you know where the file comes from",
+            )
+        if (found := file_sha256(path)) == wanted.sha256 or (trust and path != shared):
+            return path
+        raise MissingError(
+            f"{path} is not the published {wanted.name}: its sha256 is {found[:12]}...,"
+            f" not {wanted.sha256[:12]}...",
+            f"delete it, and fetch {wanted.url} again"
+            + "; or add --trust to use it as it is" * (path != shared),
+        )
+    known = "" if wanted.sha256 is None else f", sha256 {wanted.sha256[:12]}..."
+    raise MissingError(
+        f"{wanted.name} is not there: {wanted.what}",
+        f"put it at {own[0]}, or give --feature-weights FILE; it comes from {wanted.url}"
+        f" ({wanted.megabytes} MB{known}; {TERMS})",
+    )
