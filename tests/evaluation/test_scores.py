@@ -2,7 +2,7 @@ import pytest
 
 from cmtool.data.datasets import load_dataset
 from cmtool.errors import MissingError
-from cmtool.evaluation.scores import build_score
+from cmtool.evaluation.during_training import build_score
 from cmtool.evaluation.protocols import INCEPTION
 from cmtool.system.files import file_sha256
 from tests.published import write_detector
