@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cmtool import __version__
 from cmtool.core.precond import Preconditioned
-from cmtool.data.datasets import DATASETS, Dataset
+from cmtool.data.datasets import DATASETS
 from cmtool.data.images import to_uint8
 from cmtool.errors import UserError, nearest
 from cmtool.evaluation import cross_check
@@ -28,7 +28,9 @@ from cmtool.evaluation.metrics import GAUSSIAN, METRICS, Features, Metric, Needs
 from cmtool.evaluation.protocols import PROTOCOLS, build_extractor
 from cmtool.evaluation.references import Statistics
 from cmtool.evaluation.sets import (
+    Given,
     OnProgress,
+    Opened,
     Setup,
     collect,
     extract,
@@ -42,9 +44,6 @@ from cmtool.presets.schema import Card
 from cmtool.sampling import Plan, generate
 from cmtool.system.dist import ALONE, Group
 
-Opened = Dataset | Statistics
-Given = Tensor | str | Path | Sequence[str | Path]
-"""Images (N, C, H, W), uint8 or in [-1, 1]; a name or path; or paths of image files."""
 PUBLISHED_NUM = 50_000
 """Images that published numbers are of; a number of fewer is a proxy."""
 

@@ -59,12 +59,9 @@ def read_statistics(name: str | Path) -> Statistics | None:
         try:
             about = dict(json.loads(str(arrays["about"])))
         except (ValueError, TypeError, RecursionError):
-            raise InputError(
-                f"{path}: its `about` is no JSON object", "make the file again"
-            ) from None
-    rows = None
-    if "feats" in arrays:
-        rows = _finite(path, "feats", arrays["feats"], 2).float()
+            what = f"{path}: its `about` is no JSON object"
+            raise InputError(what, "make the file again") from None
+    rows = _finite(path, "feats", arrays["feats"], 2).float() if "feats" in arrays else None
     if not {"mu", "sigma"} & arrays.keys():
         return Statistics(os.fspath(name), None, rows, "arr_0" in arrays, about)
     for key in ("mu", "sigma"):
@@ -73,16 +70,15 @@ def read_statistics(name: str | Path) -> Statistics | None:
     mean = _finite(path, "mu", arrays["mu"], 1)
     covariance = _finite(path, "sigma", arrays["sigma"], 2)
     if rows is not None and rows.shape[1] != len(mean):
-        raise InputError(
-            f"{path}: mu has {len(mean)} features, feats {rows.shape[1]}", "make the file again"
-        )
+        what = f"{path}: mu has {len(mean)} features, feats {rows.shape[1]}"
+        raise InputError(what, "make the file again")
     if covariance.shape != (len(mean), len(mean)):
-        raise InputError(
-            f"{path}: mu has {len(mean)} features, sigma is {tuple(covariance.shape)}",
-            "fetch it again, or make it: cmtool eval reference",
-        )
-    num = _count(path, arrays["num"]) if "num" in arrays else 0 if rows is None else len(rows)
-    gaussian = Gaussian(mean, covariance, num)
+        what = f"{path}: mu has {len(mean)} features, sigma is {tuple(covariance.shape)}"
+        raise InputError(what, "fetch it again, or make it: cmtool eval reference")
+    num = arrays.get("num", np.array(0 if rows is None else len(rows)))
+    if num.ndim != 0 or num.dtype.kind not in "iu" or num < 0:
+        raise InputError(f"{path}: num is {str(num)[:40]}", "it must be the number of images")
+    gaussian = Gaussian(mean, covariance, int(num))
     return Statistics(os.fspath(name), gaussian, rows, "arr_0" in arrays, about)
 
 
@@ -94,12 +90,9 @@ def write_statistics(
     `rows`, if given, are kept as `feats`, for KID and precision and recall; `about` says how the
     statistics were made. Raises ResourceError.
     """
-    arrays: dict[str, Any] = {
-        "mu": gaussian.mean.numpy(),
-        "sigma": gaussian.covariance.numpy(),
-        "num": np.array(gaussian.num),
-        "about": np.array(json.dumps(dict(about))),
-    }
+    mean, covariance, num = gaussian
+    arrays: dict[str, Any] = {"mu": mean.numpy(), "sigma": covariance.numpy(), "num": np.array(num)}
+    arrays["about"] = np.array(json.dumps(dict(about)))
     if rows is not None:
         arrays["feats"] = rows.float().numpy()
     with replacing(path) as temporary, temporary.open("wb") as opened:
@@ -113,10 +106,8 @@ def _npz_arrays(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             found: dict[str, Any] = {"arr_0": None} if "arr_0.npy" in archive.namelist() else {}
             for name in wanted & {n.removesuffix(".npy") for n in archive.namelist()}:
-                packed, size = (
-                    getattr(archive.getinfo(f"{name}.npy"), key)
-                    for key in ("compress_size", "file_size")
-                )
+                info = archive.getinfo(f"{name}.npy")
+                packed, size = info.compress_size, info.file_size
                 if size > MAX_RATIO * max(packed, 1 << 16):
                     raise ValueError(f"{name} unpacks from {packed:,} to {size:,} bytes")
                 with archive.open(f"{name}.npy") as member:
@@ -138,9 +129,8 @@ def _pickled_arrays(path: Path) -> dict[str, Any]:
         table = expect(table.get("fid", table), dict)
         return {name: _array(table[name]) for name in ("mu", "sigma") if name in table}
     except Refused as error:
-        raise InputError(
-            f"{path} is no pickle of statistics: {error}", "it was not run: give an npz"
-        ) from None
+        what = f"{path} is no pickle of statistics: {error}"
+        raise InputError(what, "it was not run: give an npz") from None
     except (ValueError, IndexError, KeyError, EOFError, struct.error, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}", "fetch or make it again") from None
 
@@ -156,26 +146,13 @@ def _array(stored: Any) -> np.ndarray[Any, Any]:
     raise Refused("mu or sigma is no array of floats")
 
 
-def _count(path: Path, array: Any) -> int:
-    """Return the number of images. Raises InputError for anything else."""
-    if array.ndim != 0 or array.dtype.kind not in "iu" or array < 0:
-        raise InputError(f"{path}: num is {str(array)[:40]}", "it must be the number of images")
-    return int(array)
-
-
 def _finite(path: Path, name: str, array: Any, ndim: int) -> Tensor:
-    """Return an array as float64. Raises InputError for one of another form, or not finite.
-
-    Values that float32 cannot hold count as infinite.
-    """
+    """Return an array as float64. Raises InputError for one of another form, or not finite."""
     if array.dtype.kind != "f" or array.ndim != ndim or not 0 < array.shape[-1] <= MAX_WIDTH:
-        raise InputError(
-            f"{path}: {name} is {array.dtype} {array.shape}", "it must hold statistics of features"
-        )
+        what = f"{path}: {name} is {array.dtype} {array.shape}"
+        raise InputError(what, "it must hold statistics of features")
     tensor = torch.from_numpy(np.array(array, np.float64, order="C"))
-    if not bool(torch.isfinite(tensor.float()).all()):
-        raise InputError(
-            f"{path}: {name} has values that are not finite",
-            "it was made of broken images: make it again",
-        )
+    if not bool(torch.isfinite(tensor.float()).all()):  # what float32 cannot hold is not, either
+        what = f"{path}: {name} has values that are not finite"
+        raise InputError(what, "it was made of broken images: make it again")
     return tensor

@@ -18,14 +18,17 @@ from cmtool.data.datasets import Dataset, listed_images, load_dataset
 from cmtool.data.images import SUFFIXES, to_uint8
 from cmtool.errors import InputError, UserError
 from cmtool.evaluation.features import CLEAN_FID_MODES, Extractor
-from cmtool.evaluation.gaussian import Gaussian, GaussianSums
+from cmtool.evaluation.gaussian import GaussianSums
 from cmtool.evaluation.metrics import Features, Needs
 from cmtool.evaluation.references import Statistics, read_statistics, write_statistics
 from cmtool.system.dist import ALONE, Group
 from cmtool.system.files import file_sha256
 
+Opened = Dataset | Statistics
 OnProgress = Callable[[str, int, int], None]
 """Called with what is measured, the images done so far, and of how many (0: not known)."""
+Given = Tensor | str | Path | Sequence[str | Path]
+"""Images (N, C, H, W), uint8 or in [-1, 1]; a name or path; or paths of image files."""
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -45,12 +48,8 @@ class Setup(NamedTuple):
     """Name of this pass, where a side is measured several times: processes meet by it."""
 
 
-def open_set(given: str | Path | Sequence[str | Path] | Tensor) -> Dataset | Statistics:
-    """Return the images, or the statistics, that a name or path stands for.
-
-    Given may also be the paths of image files, or images (N, C, H, W), uint8 or in [-1, 1]. Raises
-    InputError for what cannot be read.
-    """
+def open_set(given: Given) -> Opened:
+    """Return the images, or the statistics. Raises InputError for what cannot be read."""
     if isinstance(given, Tensor):
         if given.ndim != 4:
             raise InputError(f"images of shape {tuple(given.shape)}", "give (N, C, H, W)")
@@ -65,12 +64,7 @@ def open_set(given: str | Path | Sequence[str | Path] | Tensor) -> Dataset | Sta
 
 
 def collect(
-    opened: Dataset | Statistics,
-    needs: Needs,
-    setup: Setup,
-    *,
-    num: int | None = None,
-    side: str = "images",
+    opened: Opened, needs: Needs, setup: Setup, *, num: int | None = None, side: str = "images"
 ) -> Features:
     """Return the features of a set, or of `num` of its images, the same random ones always.
 
@@ -122,18 +116,13 @@ def extract(
     return Features(gaussian, rows, num, f"{marks % 2**64:016x}")
 
 
-def own_parts(parts: Sequence[Any], group: Group) -> Sequence[Any]:
-    """Return every n-th part: those of this process."""
-    return parts[group.rank :: group.world_size]
-
-
 def _image_batches(data: Dataset, num: int | None, setup: Setup) -> Iterator[Tensor]:
     """Yield this process's images of a data set, or of `num` of it."""
     index = torch.arange(len(data))
     if num is not None and num < len(data):
         index = torch.randperm(len(data), generator=keyed_generator("subset"))[:num]
     data.images[index[:1]]  # every process takes the size of all from this image
-    parts = own_parts(index.split(setup.batch), setup.group)
+    parts = index.split(setup.batch)[setup.group.rank :: setup.group.world_size]
     return decoded_ahead(data.images, parts, setup.workers)
 
 
@@ -156,10 +145,7 @@ def _hash(image: Tensor) -> int:
 
 
 def _sorted(rows: Tensor) -> Tensor:
-    """Return features (N, D) sorted by a hash of each.
-
-    What a metric draws from them by place is then the same for any order of the images.
-    """
+    """Return features (N, D) sorted by a hash of each: what is drawn by place is then the same."""
     keys = [hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest() for row in rows]
     return rows[torch.tensor(sorted(range(len(rows)), key=keys.__getitem__))]
 
@@ -171,12 +157,13 @@ def _from_statistics(
     _check_comparable(stored, setup)
     name, gaussian, rows = stored.name, stored.gaussian, stored.rows
     if needs.gaussian and gaussian is None and rows is not None:
-        gaussian = _gaussian(rows)
+        sums = GaussianSums(rows.shape[1])
+        sums.add(rows)
+        gaussian = sums.gaussian()
     missing = Needs(needs.gaussian and gaussian is None, needs.rows and rows is None)
     if num is not None and missing != needs:
-        raise UserError(
-            f"{num} images of {name}, which holds statistics of all", "leave the number out"
-        )
+        what = f"{num} images of {name}, which holds statistics of all"
+        raise UserError(what, "leave the number out")
     if any(missing):
         if not stored.has_images:
             raise InputError(
@@ -194,29 +181,21 @@ def _from_statistics(
     return Features(gaussian, None if rows is None else _sorted(rows), num_images, "", about)
 
 
-def _gaussian(rows: Tensor) -> Gaussian:
-    sums = GaussianSums(rows.shape[1])
-    sums.add(rows)
-    return sums.gaussian()
-
-
 def _provenance(stored: Statistics) -> dict[str, Any]:
     """Return which file the statistics are from, and how cmtool made it, if it did."""
     facts: dict[str, Any] = {"name": stored.name, "sha256": file_sha256(Path(stored.name))}
     if stored.about:
-        facts["made_from"] = stored.about.get("data")
-        facts["protocol"] = stored.about.get("protocol")
-        if isinstance(stored.about.get("features"), dict):
-            facts["precision"] = stored.about["features"].get("precision")
+        facts |= {"made_from": stored.about.get("data"), "protocol": stored.about.get("protocol")}
+    if isinstance(stored.about.get("features"), dict):
+        facts["precision"] = stored.about["features"].get("precision")
     return facts
 
 
 def _check_comparable(stored: Statistics, setup: Setup) -> None:
     """Raise InputError for statistics of other features than the protocol's."""
     name, protocol, extractor = stored.name, setup.protocol, setup.extractor
-    widths = [len(stored.gaussian.mean)] if stored.gaussian is not None else []
-    widths += [stored.rows.shape[1]] if stored.rows is not None else []
-    for width in widths:
+    tensors = stored.gaussian and stored.gaussian.mean, stored.rows
+    for width in (tensor.shape[-1] for tensor in tensors if tensor is not None):
         if width != extractor.width:
             raise InputError(
                 f"{name} has {width} features an image, --protocol {protocol} has"
@@ -230,27 +209,21 @@ def _check_comparable(stored: Statistics, setup: Setup) -> None:
         for key in ("name", "resize", "sha256"):
             wanted = getattr(extractor, key)
             if said.get(key) != wanted:
-                raise InputError(
-                    f"{name} was made with {key} {said.get(key)!r}, --protocol {protocol}"
-                    f" is {wanted!r}",
-                    f"{remedy}, or make it again",
-                )
+                what = f"{name} was made with {key} {said.get(key)!r}"
+                hint = f"{remedy}, or make it again"
+                raise InputError(f"{what}, --protocol {protocol} is {wanted!r}", hint)
         return  # its own word counts, not its name
     for resize, mode in CLEAN_FID_MODES.items():
         if f"_{mode}_" in Path(name).name and extractor.resize != resize:
-            raise InputError(
-                f"{name} is of clean-fid's mode {mode}, --protocol {protocol} resizes by another"
-                " rule",
-                f"--protocol {'clean' if resize == 'clean' else 'legacy-tf'}",
-            )
+            what = f"{name} is of clean-fid's mode {mode}"
+            hint = f"--protocol {'clean' if resize == 'clean' else 'legacy-tf'}"
+            raise InputError(f"{what}, --protocol {protocol} resizes by another rule", hint)
 
 
 def extractor_facts(extractor: Extractor) -> dict[str, Any]:
     """Return what the JSON object says of the features."""
-    return {
-        "name": extractor.name, "sha256": extractor.sha256, "width": extractor.width,
-        "resize": extractor.resize, "precision": extractor.precision,
-    }  # fmt: skip
+    keys = ("name", "sha256", "width", "resize", "precision")
+    return {key: getattr(extractor, key) for key in keys}
 
 
 def save_features(path: Path, found: Features, setup: Setup) -> None:
