@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -21,14 +21,11 @@ from cmtool.sampling import evaluating, plan
 from cmtool.system.dist import ALONE, Group
 
 BATCH = 256
+Score = Callable[..., float]
+"""From (batches of images (B, C, H, W) uint8, group, turn) to a number: the lower, the better.
 
-
-class Score(Protocol):
-    """From batches of images (B, C, H, W) uint8 to a number: the lower, the better."""
-
-    def __call__(self, batches: Iterable[Tensor], group: Group = ALONE, turn: int = 0) -> float:
-        """Return the number. Each process gives its own images; no two calls have one `turn`."""
-        ...
+Each process gives its own images; no two calls have one `turn`.
+"""
 
 
 class Verdict(NamedTuple):

@@ -1,8 +1,4 @@
-"""Feature networks: from images to the features that metrics compare.
-
-A number depends on the network, on the very file of its weights, and on how images are resized for
-it. An Extractor holds all of that.
-"""
+"""Feature networks: from images to the features that metrics compare."""
 
 from __future__ import annotations
 
@@ -27,17 +23,15 @@ from cmtool.system.files import file_sha256
 
 Resize = Literal["tf", "clean"]
 CLEAN_FID_MODES: dict[str, str] = {"clean": "clean", "tf": "legacy_tensorflow"}
-"""What clean-fid calls the two rules."""
 VGG_WIDTH = 4096
-AGREEMENT = 1e-3
-"""How far the folded network's features may be from the file's own, relative to their norm."""
+AGREEMENT = 1e-3  # how far folded features may be from the file's own, relative to their norm
 
 
 class Extractor(NamedTuple):
     """A feature network: from images (B, 3, H, W) uint8 to features (B, width) float32.
 
-    `logits` makes class logits of features, if there are classes. `file` holds the weights, if
-    they are not bundled.
+    A number depends on the network, the very file of its weights, and how images are resized.
+    `logits` makes class logits of features, if there are any; `file` is None for bundled weights.
     """
 
     name: str
@@ -51,6 +45,12 @@ class Extractor(NamedTuple):
     precision: str = "fp32"
     notes: tuple[str, ...] = ()
     file: Path | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the JSON object says of the features."""
+        keys = ("name", "sha256", "width", "resize", "precision")
+        return {key: getattr(self, key) for key in keys}
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -89,10 +89,9 @@ class DigitsFeatures(nn.Module):
         """Return features (B, 64) of images (B, 3, 8, 8) in [-1, 1]. Raises InputError."""
         if images.shape[1:] != (3, 8, 8):
             c, h, w = images.shape[1:]
-            raise InputError(
-                f"fd-digits needs RGB images of 8x8, not {w}x{h} with {c} channels",
-                "it compares with the bundled digits only: give --reference, or --protocol edm",
-            )
+            what = f"fd-digits needs RGB images of 8x8, not {w}x{h} with {c} channels"
+            hint = "it compares with the bundled digits only: give --reference, or --protocol edm"
+            raise InputError(what, hint)
         features: Tensor = self.layers(images)
         return features
 
@@ -117,10 +116,9 @@ def inception_extractor(
     """Return the 2,048 features of the Inception network in a file, after a resize rule.
 
     `tf` is the rule of NVIDIA's file and TensorFlow's graph, `clean` the rule of clean-fid. The
-    file is NVIDIA's TorchScript, or the state dict that OpenAI published. The network runs with
-    its norms folded in, if this gives the features of the file's own code, else by that code.
-    Logits have no bias, as in the published scores. Raises MissingError for a file that is damaged
-    or holds another network.
+    file is NVIDIA's TorchScript, or OpenAI's state dict. The norms are folded in, if this gives
+    the features of the file's own code, else that code is run. Logits have no bias, as in the
+    published scores. Raises MissingError for a file that is damaged or holds another network.
     """
     script, stored = _read_inception(path)
     notes: tuple[str, ...] = ()

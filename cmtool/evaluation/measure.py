@@ -1,8 +1,4 @@
-"""From images, or a model, to the numbers of a metric and all that they depend on.
-
-Three steps: `open_set` finds images or statistics, `collect` or `extract` takes their features, a
-row of METRICS compares them. Evaluation while training and the search for levels do the same.
-"""
+"""From images, or a model, to a metric: open_set, then collect or extract, then METRICS."""
 
 from __future__ import annotations
 
@@ -34,7 +30,6 @@ from cmtool.evaluation.sets import (
     Setup,
     collect,
     extract,
-    extractor_facts,
     no_progress,
     open_set,
     save_features,
@@ -44,8 +39,7 @@ from cmtool.presets.schema import Card
 from cmtool.sampling import Plan, generate
 from cmtool.system.dist import ALONE, Group
 
-PUBLISHED_NUM = 50_000
-"""Images that published numbers are of; a number of fewer is a proxy."""
+PUBLISHED_NUM = 50_000  # images that published numbers are of; a number of fewer is a proxy
 
 
 class ModelImages(NamedTuple):
@@ -55,6 +49,9 @@ class ModelImages(NamedTuple):
     plan: Plan
     num: int
     first_seed: int = 0
+
+
+Source = Opened | ModelImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +121,7 @@ def measure(request: Request) -> Result:
     if request.metric not in METRICS:
         raise UserError(f"metric {request.metric!r}", nearest(request.metric, METRICS))
     row = METRICS[request.metric]
-    compared = open_set(request.reference) if row.has_reference else None
+    compared = open_set(request.reference) if any(row.reference) else None
     setup = build_setup(request, compared)
     given = request.images() if callable(request.images) else request.images
     images = given if isinstance(given, ModelImages) else open_set(given)
@@ -182,9 +179,8 @@ def build_setup(request: Request, reference: Opened | None) -> Setup:
         protocol, file=request.feature_weights, trust=request.trust,
         precision=request.feature_precision, device=request.device,
     )  # fmt: skip
-    return Setup(
-        protocol, extractor, request.batch, request.workers, request.group, request.progress
-    )
+    batch, workers = request.batch, request.workers
+    return Setup(protocol, extractor, batch, workers, request.group, request.progress)
 
 
 def drawn_batches(
@@ -218,19 +214,15 @@ def _reference(compared: Opened | None, needs: Needs, setup: Setup, request: Req
     return collect(compared, needs, setup, num=request.reference_num, side="reference")
 
 
-def _images(
-    images: Opened | ModelImages, needs: Needs, setup: Setup, num: int | None, turn: int
-) -> Features:
+def _images(images: Source, needs: Needs, setup: Setup, num: int | None, turn: int) -> Features:
     """Return the features of the images, and in `about` what the JSON object says of them."""
     if not isinstance(images, ModelImages):
         found = collect(images, needs, setup, num=num)
         return found._replace(about={"images": found.about})
     model, chosen, first = images.model, images.plan, images.first_seed + turn * images.num
     seeds = range(first, first + images.num)
-    size, device, group = setup.batch, setup.extractor.device, setup.group
-    drawn = drawn_batches(
-        model.f, model.preset, chosen, seeds, batch=size, device=device, group=group
-    )
+    draw = partial(drawn_batches, batch=setup.batch, device=setup.extractor.device)
+    drawn = draw(model.f, model.preset, chosen, seeds, group=setup.group)
     found = extract(drawn, needs, setup, "drawn", images.num)
     about = {
         "model": {
@@ -248,11 +240,7 @@ def _images(
 
 
 def _cross_check(
-    images: Opened | ModelImages,
-    compared: Opened | None,
-    setup: Setup,
-    request: Request,
-    value: float,
+    images: Source, compared: Opened | None, setup: Setup, request: Request, value: float
 ) -> dict[str, Any]:
     """Return what clean-fid finds for the same images. Statistics in a file stay as they are."""
     extractor = cross_check.clean_fid_extractor(setup.extractor)
@@ -279,7 +267,7 @@ def _describe(
         "proxy": num < PUBLISHED_NUM if num else None,
         **_joined(made),
         "reference": dict(reference.about) or None,
-        "features": extractor_facts(extractor),
+        "features": extractor.facts,
         "settings": row.settings,
         "cmtool": __version__,
         "torch": torch.__version__,
@@ -310,7 +298,6 @@ def _numbers(row: Metric, found: list[Values]) -> dict[str, Any]:
 
 
 def _plain(numbers: dict[str, Any]) -> Any:
-    """Return the only number, or all by name."""
     return numbers if len(numbers) > 1 else next(iter(numbers.values()))
 
 
@@ -331,10 +318,9 @@ def _notes(row: Metric, content: dict[str, Any], setup: Setup, num: int, few: in
     notes = [f"note: {note}" for note in extractor.notes]
     notes.append(f"{shown} ({num} images)" if num else shown)
     if content.get("rank_deficient"):
-        notes.append(
-            f"note: {few} images are no more than the {extractor.width} features: the covariance is"
-            " singular, and the distance is mostly that of few images"
-        )
+        few_images = f"note: {few} images are no more than the {extractor.width} features"
+        why = "the covariance is singular, and the distance is mostly that of few images"
+        notes.append(f"{few_images}: {why}")
     if content["proxy"] and setup.protocol != "digits":
         notes.append("note: published numbers are of 50,000 images; of fewer they are a proxy")
     split = row.settings.get("is", row.settings).get("split", num)

@@ -1,8 +1,4 @@
-"""Metrics: functions of the features of two sets, and METRICS, the one list of them.
-
-From a row of METRICS come the command `cmtool eval NAME`, evaluation while training, and the
-search for noise levels.
-"""
+"""Metrics of two sets, and METRICS: its rows make commands, scores in training and of searches."""
 
 from __future__ import annotations
 
@@ -29,9 +25,8 @@ PRECISION_RECALL = {"k": 3}
 class Features(NamedTuple):
     """What is kept of the features of a set: their Gaussian, or each of them.
 
-    `rows` (N, D) are in an order that only they decide. `num` is 0 where a file does not say how
-    many images it was made of. `fingerprint` is a hash of the images in any order, and `about` is
-    what the JSON object says of the set.
+    `rows` (N, D) are in an order that only they decide. `num` is 0 where a file does not say it.
+    `fingerprint` is a hash of the images in any order, `about` what the JSON object says of them.
     """
 
     gaussian: Gaussian | None = None
@@ -180,7 +175,6 @@ def _check_finite(features: Tensor) -> None:
 
 
 Values = dict[str, Estimate]
-"""The numbers of a metric by name."""
 
 
 @dataclass(frozen=True)
@@ -200,11 +194,6 @@ class Metric:
     settings: Mapping[str, Any] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     lowest_is_best: bool = False
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether the metric compares with a reference."""
-        return any(self.reference)
 
 
 def fid(images: Features, reference: Features, extractor: Extractor) -> Values:

@@ -1,7 +1,4 @@
-"""The search for the noise levels that a consistency model samples best at (Song et al., sec. 3).
-
-Levels are added one at a time, each by ternary search, as if the score had a single valley.
-"""
+"""The search for the noise levels that a model samples best at (Song et al. 2023, sec. 3)."""
 
 from __future__ import annotations
 

@@ -74,7 +74,12 @@ def collect(
     """
     if isinstance(opened, Statistics):
         return _from_statistics(opened, needs, setup, num, side)
-    found = extract(_image_batches(opened, num, setup), needs, setup, side)
+    index = torch.arange(len(opened))
+    if num is not None and num < len(opened):
+        index = torch.randperm(len(opened), generator=keyed_generator("subset"))[:num]
+    opened.images[index[:1]]  # every process takes the size of all from this image
+    parts = index.split(setup.batch)[setup.group.rank :: setup.group.world_size]
+    found = extract(decoded_ahead(opened.images, parts, setup.workers), needs, setup, side)
     about = {"name": opened.name, "images": found.num, "fingerprint": found.fingerprint}
     return found._replace(about=about)
 
@@ -114,16 +119,6 @@ def extract(
         sums.add_others(group.sum)
     gaussian = sums.gaussian() if needs.gaussian else None
     return Features(gaussian, rows, num, f"{marks % 2**64:016x}")
-
-
-def _image_batches(data: Dataset, num: int | None, setup: Setup) -> Iterator[Tensor]:
-    """Yield this process's images of a data set, or of `num` of it."""
-    index = torch.arange(len(data))
-    if num is not None and num < len(data):
-        index = torch.randperm(len(data), generator=keyed_generator("subset"))[:num]
-    data.images[index[:1]]  # every process takes the size of all from this image
-    parts = index.split(setup.batch)[setup.group.rank :: setup.group.world_size]
-    return decoded_ahead(data.images, parts, setup.workers)
 
 
 def _regrouped(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
@@ -175,20 +170,15 @@ def _from_statistics(
         gaussian, rows = gaussian or found.gaussian, found.rows if rows is None else rows
     single = len(rows) if rows is not None else 0
     num_images = gaussian.num if needs.gaussian and gaussian is not None else single
-    about = {**_provenance(stored), "images": num_images or None}
+    about: dict[str, Any] = {"name": name, "sha256": file_sha256(Path(name))}
+    if stored.about:
+        about |= {"made_from": stored.about.get("data"), "protocol": stored.about.get("protocol")}
+    if isinstance(stored.about.get("features"), dict):
+        about["precision"] = stored.about["features"].get("precision")
+    about["images"] = num_images or None
     if needs.rows and single != num_images:
         about["single_images"] = single
     return Features(gaussian, None if rows is None else _sorted(rows), num_images, "", about)
-
-
-def _provenance(stored: Statistics) -> dict[str, Any]:
-    """Return which file the statistics are from, and how cmtool made it, if it did."""
-    facts: dict[str, Any] = {"name": stored.name, "sha256": file_sha256(Path(stored.name))}
-    if stored.about:
-        facts |= {"made_from": stored.about.get("data"), "protocol": stored.about.get("protocol")}
-    if isinstance(stored.about.get("features"), dict):
-        facts["precision"] = stored.about["features"].get("precision")
-    return facts
 
 
 def _check_comparable(stored: Statistics, setup: Setup) -> None:
@@ -220,17 +210,11 @@ def _check_comparable(stored: Statistics, setup: Setup) -> None:
             raise InputError(f"{what}, --protocol {protocol} resizes by another rule", hint)
 
 
-def extractor_facts(extractor: Extractor) -> dict[str, Any]:
-    """Return what the JSON object says of the features."""
-    keys = ("name", "sha256", "width", "resize", "precision")
-    return {key: getattr(extractor, key) for key in keys}
-
-
 def save_features(path: Path, found: Features, setup: Setup) -> None:
     """Write the Gaussian of a set, and its single features if they were kept, as a reference."""
     assert found.gaussian is not None
     about = {
         "data": dict(found.about), "protocol": setup.protocol,
-        "features": extractor_facts(setup.extractor), "cmtool": __version__,
+        "features": setup.extractor.facts, "cmtool": __version__,
     }  # fmt: skip
     write_statistics(path, found.gaussian, found.rows, about)
