@@ -245,16 +245,16 @@ def given_images(images: list[str] | None, checkpoint: str | None) -> list[str] 
 
 def ticker() -> Callable[[str, int, int], None]:
     """Return a function that says, every ten seconds, how far the leading process is."""
-    start = last = time.monotonic()
+    start = last = said = time.monotonic()
     current = ""
 
     def progress(what: str, done: int, total: int) -> None:
-        nonlocal start, last, current
-        now = time.monotonic()
+        nonlocal start, last, said, current
         if what != current:
-            current, start = what, now if current else start
-        if now - last >= EVERY:
-            last, of = now, f" of {total:,}" if total else ""
+            current, start = what, last  # its first images took the time since the last call
+        now = last = time.monotonic()
+        if now - said >= EVERY:
+            said, of = now, f" of {total:,}" if total else ""
             say(f"{what}: {done:,}{of} images, {done / (now - start):,.0f} a second, this process")
 
     return progress

@@ -24,9 +24,8 @@ def consistency(
 ) -> list[Deviation]:
     """Return the deviations of a consistency model from its teacher's paths, by noise level.
 
-    The paths start from the seeds' noise; between two levels the teacher takes `substeps` Heun
-    steps. Raises UserError for models of different images or classes, InputError for values that
-    are not finite.
+    Between two levels the teacher takes `substeps` Heun steps. Raises UserError for models of
+    different images or classes, InputError for values that are not finite.
     """
     ours, theirs = model.preset.model, teacher.preset.model
     for what in ("image_size", "channels", "num_classes"):

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from cmtool.errors import MissingError, UserError
-from cmtool.evaluation.features import CLEAN_FID_MODES, Extractor
+from cmtool.evaluation.features import CLEAN_FID_MODES, INCEPTION, PROTOCOLS, Extractor
 from cmtool.evaluation.gaussian import Gaussian, frechet_distance
-from cmtool.evaluation.protocols import INCEPTION, PROTOCOLS
 
 
 def check_usage(metric: str, protocol: str, runs: int) -> None:
@@ -34,10 +33,9 @@ def check_usage(metric: str, protocol: str, runs: int) -> None:
 
 
 def clean_fid_extractor(ours: Extractor) -> Extractor:
-    """Return the features that clean-fid computes with the weight file of `ours`.
+    """Return clean-fid's own features and resize, with the weight file of `ours`.
 
-    The network is clean-fid's, and so is the resize rule. Raises MissingError for a file that
-    clean-fid cannot read: it knows NVIDIA's TorchScript only.
+    Raises MissingError for a file that it cannot read: it knows NVIDIA's TorchScript only.
     """
     assert ours.file is not None
     with _quiet(), tempfile.TemporaryDirectory() as folder:

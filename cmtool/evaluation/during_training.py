@@ -11,9 +11,9 @@ from torch import Tensor
 from cmtool.core.precond import Preconditioned
 from cmtool.data.datasets import Dataset
 from cmtool.errors import UserError
+from cmtool.evaluation.features import PROTOCOLS, build_extractor
 from cmtool.evaluation.measure import drawn_batches
 from cmtool.evaluation.metrics import METRICS, Features
-from cmtool.evaluation.protocols import PROTOCOLS, build_extractor
 from cmtool.evaluation.sets import Setup, collect, extract
 from cmtool.presets.build import pick
 from cmtool.presets.schema import Preset
@@ -22,10 +22,7 @@ from cmtool.system.dist import ALONE, Group
 
 BATCH = 256
 Score = Callable[..., float]
-"""From (batches of images (B, C, H, W) uint8, group, turn) to a number: the lower, the better.
-
-Each process gives its own images; no two calls have one `turn`.
-"""
+"""From (batches of a process's images, uint8, group, a new turn) to a number: less is better."""
 
 
 class Verdict(NamedTuple):

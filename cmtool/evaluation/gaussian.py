@@ -29,8 +29,8 @@ class GaussianSums:
     """Sums of features and of their products: exact, so that nothing depends on their order.
 
     Features are taken as multiples of 2^-24 below 2^14, in two digits of 19 bits; sums of products
-    of digits are whole numbers that fit int64. Neither batches, nor the number of processes, nor
-    the order of images change a bit, and memory does not grow with the number of images.
+    of digits fit int64. Neither batches, processes nor the order of images change a bit, and
+    memory does not grow with the number of images.
     """
 
     def __init__(self, width: int) -> None:
@@ -61,10 +61,8 @@ class GaussianSums:
     def gaussian(self) -> Gaussian:
         """Return mean and covariance (over N - 1). Raises InputError for fewer than 2 images."""
         if self.num < 2:
-            raise InputError(
-                f"{self.num} image{'s' * (self.num != 1)} to evaluate",
-                "give 2 or more; statistics of fewer than 1,000 mean little",
-            )
+            hint = "give 2 or more; statistics of fewer than 1,000 mean little"
+            raise InputError(f"{self.num} image{'s' * (self.num != 1)} to evaluate", hint)
         high, low, high_high, high_low, low_low = self.sums
         n = self.num
         # both digits less a whole number near their mean, still without rounding
@@ -88,10 +86,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     Raises InputError for different dimensions, values that are not finite, and no covariances.
     """
     if a.mean.shape != b.mean.shape:
-        raise InputError(
-            f"statistics of {a.mean.numel()} and of {b.mean.numel()} features",
-            "both sides must come from the same feature network",
-        )
+        what = f"statistics of {a.mean.numel()} and of {b.mean.numel()} features"
+        raise InputError(what, "both sides must come from the same feature network")
     for side in (a, b):
         if not (torch.isfinite(side.mean).all() and torch.isfinite(side.covariance).all()):
             raise InputError("the feature statistics are not finite", "look for NaN in the images")
@@ -123,6 +119,5 @@ def root_of(covariance: Tensor) -> Tensor:
 def _check_positive(values: Tensor, rounding: float = 0.0) -> None:
     """Raise InputError for ascending eigenvalues that those of covariances cannot be."""
     if float(values[0]) < -NEGATIVE * max(float(values[-1]), 0.0) - rounding:
-        raise InputError(
-            "a covariance has negative eigenvalues", "its statistics are damaged: make them again"
-        )
+        hint = "its statistics are damaged: make them again"
+        raise InputError("a covariance has negative eigenvalues", hint)

@@ -1,8 +1,7 @@
 """Inception v3 as TensorFlow released it in 2015: the feature network of FID.
 
-Layers and names are those of NVIDIA's and OpenAI's PyTorch ports, read for facts. Each convolution
-is followed by a batch norm without scale; here the norms are folded into the convolutions, which
-is the same map and takes less time.
+Layers and names are those of NVIDIA's and OpenAI's PyTorch ports, read for facts. The batch norms
+after the convolutions are folded into them, which is the same map and takes less time.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ EPS = 1e-3
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution: its name, output channels, kernel (height, width), stride, and padding."""
+    """A convolution; its kernel is (height, width)."""
 
     name: str
     channels: int
@@ -57,14 +56,6 @@ def _block_a(pooled: int) -> Chain:
     ),)  # fmt: skip
 
 
-def _block_b() -> Chain:
-    return ((
-        _row("", (384, (3, 3)), last=2),
-        _row("tower.", (64, (1, 1)), (96, (3, 3)), (96, (3, 3)), last=2),
-        (max_pool_halving,),
-    ),)  # fmt: skip
-
-
 def _block_c(c: int) -> Chain:
     wide, tall = (1, 7), (7, 1)
     return ((
@@ -72,14 +63,6 @@ def _block_c(c: int) -> Chain:
         _row("tower.", (c, (1, 1)), (c, wide), (192, tall)),
         _row("tower_1.", (c, (1, 1)), (c, tall), (c, wide), (c, tall), (192, wide)),
         (mean_pool, *_row("tower_2.", (192, (1, 1)))),
-    ),)  # fmt: skip
-
-
-def _block_d() -> Chain:
-    return ((
-        _row("tower.", (192, (1, 1)), (320, (3, 3)), last=2),
-        _row("tower_1.", (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)), last=2),
-        (max_pool_halving,),
     ),)  # fmt: skip
 
 
@@ -95,6 +78,16 @@ def _block_e(pool: Callable[[Tensor], Tensor]) -> Chain:
     ),)  # fmt: skip
 
 
+BLOCK_B: Chain = ((
+    _row("", (384, (3, 3)), last=2),
+    _row("tower.", (64, (1, 1)), (96, (3, 3)), (96, (3, 3)), last=2),
+    (max_pool_halving,),
+),)  # fmt: skip
+BLOCK_D: Chain = ((
+    _row("tower.", (192, (1, 1)), (320, (3, 3)), last=2),
+    _row("tower_1.", (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)), last=2),
+    (max_pool_halving,),
+),)  # fmt: skip
 STEM: Chain = (
     Conv("conv", 32, (3, 3), 2, padded=False),
     Conv("conv_1", 32, (3, 3), padded=False),
@@ -108,12 +101,12 @@ BLOCKS: dict[str, Chain] = {
     "mixed": _block_a(32),
     "mixed_1": _block_a(64),
     "mixed_2": _block_a(64),
-    "mixed_3": _block_b(),
+    "mixed_3": BLOCK_B,
     "mixed_4": _block_c(128),
     "mixed_5": _block_c(160),
     "mixed_6": _block_c(160),
     "mixed_7": _block_c(192),
-    "mixed_8": _block_d(),
+    "mixed_8": BLOCK_D,
     "mixed_9": _block_e(mean_pool),
     "mixed_10": _block_e(max_pool),
 }
@@ -133,12 +126,10 @@ class Inception(nn.Module):
         """Make the convolutions of a chain; return the channels that come out."""
         for layer in chain:
             if isinstance(layer, Conv):
-                height, width = layer.kernel
-                padding = (height // 2, width // 2) if layer.padded else 0
-                self.convs[_key(prefix, layer)] = nn.Conv2d(
-                    channels, layer.channels, layer.kernel, layer.stride, padding
-                )
-                channels = layer.channels
+                width, kernel, stride = layer.channels, layer.kernel, layer.stride
+                padding = (kernel[0] // 2, kernel[1] // 2) if layer.padded else 0
+                conv = nn.Conv2d(channels, width, kernel, stride, padding)
+                self.convs[_key(prefix, layer)], channels = conv, width
             elif isinstance(layer, tuple):
                 channels = sum(self._build(prefix, branch, channels) for branch in layer)
         return channels

@@ -20,17 +20,16 @@ from cmtool.data.datasets import DATASETS
 from cmtool.data.images import to_uint8
 from cmtool.errors import UserError, nearest
 from cmtool.evaluation import cross_check
+from cmtool.evaluation.features import PROTOCOLS, build_extractor
 from cmtool.evaluation.metrics import GAUSSIAN, METRICS, Features, Metric, Needs, Values
-from cmtool.evaluation.protocols import PROTOCOLS, build_extractor
-from cmtool.evaluation.references import Statistics
 from cmtool.evaluation.sets import (
     Given,
     OnProgress,
     Opened,
     Setup,
+    Statistics,
     collect,
     extract,
-    no_progress,
     open_set,
     save_features,
 )
@@ -77,7 +76,7 @@ class Request:
     workers: int = 0
     device: str = "cpu"
     group: Group = ALONE
-    progress: OnProgress = no_progress
+    progress: OnProgress | None = None
 
 
 class Result(NamedTuple):
@@ -145,10 +144,7 @@ def measure(request: Request) -> Result:
 
 
 def save_reference(path: Path, request: Request, *, keep_features: bool) -> int:
-    """Write statistics of the images as a reference, and return how many images there are.
-
-    `keep_features` keeps the single features too. Raises UserError, InputError or MissingError.
-    """
+    """Write statistics of images, or the single features too; return the number of images."""
     assert not callable(request.images)
     images = open_set(request.images)
     setup = build_setup(request, images)
@@ -159,10 +155,7 @@ def save_reference(path: Path, request: Request, *, keep_features: bool) -> int:
 
 
 def build_setup(request: Request, reference: Opened | None) -> Setup:
-    """Return how images become features: if the user names no protocol, as the reference says.
-
-    Raises UserError for a protocol that does not fit.
-    """
+    """Return how images become features: as the user says, else as is usual for the reference."""
     if isinstance(reference, Statistics):
         usual = str(reference.about.get("protocol", "edm"))
     else:

@@ -56,10 +56,9 @@ def search_indices(
 
 @dataclass(frozen=True)
 class Search:
-    """A search: the score to make least over the images of `num` seeds, and where it is kept.
+    """A search on a grid of `points` levels, for the least score of the images of `num` seeds.
 
-    `points` is the size of the grid of levels. `file` holds all scores, so that the same search
-    goes on where it was stopped.
+    `file` keeps all scores, so that the same search goes on where it was stopped.
     """
 
     model: Model
