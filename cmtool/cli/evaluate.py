@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
-from cmtool.cli._measurement import Threshold, given_images, joined, refuse_options, ticker
 from cmtool.cli._options import (
     AsJson,
     Batch,
@@ -30,12 +34,15 @@ from cmtool.cli._options import (
     pick_plan,
     pick_precision,
 )
-from cmtool.cli._output import check_free, emit, emit_json, make_folder, say
-from cmtool.cli.consistency import consistency
-from cmtool.errors import UserError
+from cmtool.cli._output import check_free, emit, emit_json, make_folder, processes, say
+from cmtool.errors import InputError, ThresholdError, UserError
 
-DRAWN = 2048
-"""Images drawn from a model if the user gives no number."""
+if TYPE_CHECKING:
+    from cmtool.system.dist import Group
+
+DRAWN = 2048  # images drawn from a model if the user gives no number
+TIMEOUT = 1800.0  # seconds without an answer after which another process counts as lost
+EVERY = 10.0  # seconds between two lines of progress
 OF_MODELS = {
     "runs": 1, "steps": None, "sigmas": None, "sampler": None, "preset": None, "kind": None,
     "weights": "ema", "first_seed": 0, "precision": "fp32",
@@ -44,10 +51,7 @@ OF_MODELS = {
 
 
 class MetricCommands(TyperGroup):
-    """`eval`: its own commands, and one for each row of METRICS, whose file needs torch.
-
-    So the rows are read only when `cmtool eval` runs, and `cmtool --help` stays quick.
-    """
+    """Its own commands, and one for each row of METRICS, which is read late: it needs torch."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the commands."""
@@ -77,6 +81,7 @@ Images = Annotated[
     list[str] | None,
     typer.Argument(help="A folder, zip, npz, image files, a data set's name, or - for paths."),
 ]
+NUM = ("--num-images", "--num")
 Reference = Annotated[
     str | None,
     typer.Option(help="What to compare with: data, or statistics (npz, pkl). Default: digits."),
@@ -118,10 +123,7 @@ ReferenceNum = Annotated[
 Num = Annotated[
     int | None,
     typer.Option(
-        "--num-images",
-        "--num",
-        min=2,
-        help=f"Images to use. Default: all that are given; {DRAWN} of a model.",
+        *NUM, min=2, help=f"Images to use. Default: all that are given; {DRAWN} of a model."
     ),
 ]
 CrossCheck = Annotated[
@@ -167,8 +169,8 @@ def metric_command(
     """Measure by the metric that the command is named after."""
     from cmtool.evaluation.measure import ModelImages, Request, measure
 
-    metric, threshold = str(ctx.command.name), Threshold(fail_above, fail_below)
-    check_usage(metric, threshold, reference is not None or reference_num is not None)
+    metric, has_reference = str(ctx.command.name), (reference, reference_num) != (None, None)
+    check_usage(metric, has_reference, fail_above, fail_below)
     where = pick_device(device)
 
     def draw() -> ModelImages:
@@ -180,7 +182,7 @@ def metric_command(
     with joined(where) as group:
         given = group.agreed(lambda: given_images(images, checkpoint), "names of images")
         if given is not None:
-            refuse_options(ctx.params, OF_MODELS, "it is for --checkpoint")
+            refuse_options(ctx.params)
         request = Request(
             images=draw if given is None else given, metric=metric, protocol=protocol, num=num,
             reference="digits" if reference is None else reference, reference_num=reference_num,
@@ -192,19 +194,84 @@ def metric_command(
     for note in notes:
         say(note)
     emit_json(content, compact=as_json)
-    threshold.check(content)
+    check_value(content, fail_above, fail_below)
 
 
-def check_usage(metric: str, threshold: Threshold, has_reference: bool) -> None:
-    """Raise UserError for options that do not fit the metric."""
+def check_usage(metric: str, has_reference: bool, above: float | None, below: float | None) -> None:
+    """Raise UserError for options that do not fit the metric, or bounds that no value can pass."""
     from cmtool.evaluation.metrics import METRICS
 
     row = METRICS[metric]
-    if len(row.values) > 1 and threshold != (None, None):
+    bounds = [bound for bound in (above, below) if bound is not None]
+    if len(row.values) > 1 and bounds:
         raise UserError(f"a threshold for {metric}, which is several numbers", "use fid or kid")
-    if has_reference and not row.has_reference:
+    if has_reference and not any(row.reference):
         raise UserError(f"eval {metric} compares with no reference", "leave --reference out")
-    threshold.check_usage()
+    if any(map(math.isnan, bounds)):
+        raise UserError("a threshold of nan, which nothing is above or below", "give a number")
+
+
+def check_value(content: dict[str, Any], above: float | None, below: float | None) -> None:
+    """Raise ThresholdError for a value beyond a bound: --fail-above or --fail-below."""
+    name, value = content["metric"], content["value"]
+    hint = "train longer, or use more --steps"
+    if above is not None and value > above:
+        raise ThresholdError(f"{name} {value:.4f} is above {above:g}", hint)
+    if below is not None and value < below:
+        raise ThresholdError(f"{name} {value:.4f} is below {below:g}", hint)
+
+
+def refuse_options(given: dict[str, Any]) -> None:
+    """Raise UserError for an option of models that is not at its default, for images."""
+    for name, default in OF_MODELS.items():
+        if given[name] != default:
+            option = f"--{name.replace('_', '-')} {given[name]}"
+            raise UserError(f"{option} of images that are there", "it is for --checkpoint")
+
+
+def given_images(images: list[str] | None, checkpoint: str | None) -> list[str] | None:
+    """Return the names of images on the command line or stdin; None if a model is measured."""
+    if images and checkpoint is not None:
+        raise UserError("both images and --checkpoint", "give one of them")
+    piped = images is None and checkpoint is None and not sys.stdin.isatty()
+    if images == ["-"] or piped:
+        lines = os.fsdecode(sys.stdin.buffer.read()).split("\n")
+        listed = [path for line in lines if (path := line.removesuffix("\r"))]
+        if images and not listed:
+            raise InputError("no paths on stdin", "pipe them in, one a line")
+        return listed or None
+    return images or None
+
+
+def ticker() -> Callable[[str, int, int], None]:
+    """Return a function that says, every ten seconds, how far the leading process is."""
+    start = last = said = time.monotonic()
+    current = ""
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal start, last, said, current
+        if what != current:
+            current, start = what, last  # its first images took the time since the last call
+        now = last = time.monotonic()
+        if now - said >= EVERY:
+            said, of = now, f" of {total:,}" if total else ""
+            say(f"{what}: {done:,}{of} images, {done / (now - start):,.0f} a second, this process")
+
+    return progress
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Group]:
+    """Yield the group of torchrun's processes, and leave it after the block."""
+    from cmtool.system import dist
+
+    group = dist.join(*processes(), device, TIMEOUT)
+    try:
+        yield group
+    except RuntimeError as error:
+        raise dist.lost_contact(error, group, 0) or error from None
+    finally:
+        dist.leave()
 
 
 @app.command("reference")
@@ -213,8 +280,7 @@ def reference_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The npz to write.")],
     protocol: ProtocolOption = None,
     num: Annotated[
-        int | None,
-        typer.Option("--num-images", "--num", min=2, help="Images to use. Default: all."),
+        int | None, typer.Option(*NUM, min=2, help="Images to use. Default: all.")
     ] = None,
     keep_features: Annotated[
         bool, typer.Option("--keep-features", help="Keep the single features too, for kid and pr.")
@@ -256,4 +322,65 @@ def reference_command(
     emit(os.fspath(out))
 
 
-app.command("consistency")(consistency)
+@app.command()
+def consistency(
+    checkpoint: Checkpoint = None,
+    teacher: Annotated[
+        str, typer.Option(help="The teacher of the model: its paths are followed.")
+    ] = "digits-edm",
+    num: Annotated[int, typer.Option(*NUM, min=1, help="Paths to follow.")] = 64,
+    first_seed: FirstSeed = 0,
+    levels: Annotated[
+        int, typer.Option(min=2, help="Noise levels to report, evenly spaced in rho's scale.")
+    ] = 12,
+    substeps: Annotated[
+        int, typer.Option(min=1, help="Heun steps of the teacher between two levels.")
+    ] = 8,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the errors by noise level: a .png or .svg.")
+    ] = None,
+    weights: Weights = "ema",
+    preset: ModelPreset = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the plot.")] = False,
+) -> None:
+    """Print how far a consistency model is from the end of its teacher's paths, by noise level.
+
+    `cmtool eval consistency -c digits-cd --teacher digits-edm --plot consistency.png`
+
+    Each level has three distances: of the model's answer from the end of the path; of the model's
+    answer from its answer at the next lower level; and, for comparison, of the teacher's denoised
+    image from the end. They are root mean squares over pixels in [-1, 1]. JSON goes to stdout, a
+    table to stderr.
+    """
+    if processes()[1] > 1:
+        raise UserError("eval consistency runs in one process", "start it without torchrun")
+    if plot is not None:
+        if plot.suffix.lower() not in (".png", ".svg"):
+            raise UserError(f"--plot {plot}", "end it with .png or .svg")
+        check_free(plot, overwrite)
+        make_folder(plot.parent)
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from cmtool.evaluation.consistency import consistency as deviations
+    from cmtool.evaluation.consistency import describe_consistency
+    from cmtool.training.plots import write_curves
+
+    where = pick_device(device)
+    model = pick_model(checkpoint, weights, where, "consistency", preset=preset)
+    guide = pick_model(teacher, "ema", where, "teacher", preset=preset)
+    seeds = range(first_seed, first_seed + num)
+    found = deviations(model, guide, seeds, levels, substeps, where)
+    table = Table("sigma", "f to end", "f to next f", "teacher to end", box=None)
+    for sigma, *distances in found:
+        table.add_row(f"{sigma:.4g}", *(f"{distance:.4f}" for distance in distances))
+    Console(stderr=True).print(table)
+    if plot is not None:
+        names = ("f to the end of the path", "f to f at the next level", "teacher's D to the end")
+        curves = {n: [(each[0], each[i]) for each in found] for i, n in enumerate(names, 1)}
+        write_curves(plot, curves, "noise level sigma", "root mean square")
+        say(f"plot: {plot}")
+    emit_json(describe_consistency(found, model, guide, seeds, substeps), compact=as_json)

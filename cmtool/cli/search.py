@@ -56,7 +56,7 @@ def search(
     Levels are added one at a time, each by ternary search on the metric (Song et al. 2023). Every
     evaluation is kept: the same command goes on where it was stopped. Prints the levels.
     """
-    from cmtool.evaluation.scores import score_names
+    from cmtool.evaluation.during_training import score_names
     from cmtool.evaluation.search import Search
     from cmtool.sampling import grid_size
 

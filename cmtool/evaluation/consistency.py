@@ -24,17 +24,15 @@ def consistency(
 ) -> list[Deviation]:
     """Return the deviations of a consistency model from its teacher's paths, by noise level.
 
-    The paths start from the seeds' noise; between two levels the teacher takes `substeps` Heun
-    steps. Raises UserError for models of different images or classes, InputError for values that
-    are not finite.
+    Between two levels the teacher takes `substeps` Heun steps. Raises UserError for models of
+    different images or classes, InputError for values that are not finite.
     """
     ours, theirs = model.preset.model, teacher.preset.model
     for what in ("image_size", "channels", "num_classes"):
         a, b = getattr(ours, what), getattr(theirs, what)
         if a != b:
-            raise UserError(
-                f"the model has {what} {a}, the teacher {b}", "give the teacher it was made from"
-            )
+            said = f"the model has {what} {a}, the teacher {b}"
+            raise UserError(said, "give the teacher it was made from")
     low, high = model.noise_range, teacher.noise_range
     known = low._replace(sigma_max=min(low.sigma_max, high.sigma_max))
     grid = sampling_levels(levels * substeps + 1, known)
@@ -45,10 +43,8 @@ def consistency(
     points = list(itertools.islice(walk, 0, None, substeps))
     found = deviations(steady(model.f, ours.image_size, device), guide, points, labels)
     if not all(map(math.isfinite, itertools.chain(*found))):
-        raise InputError(
-            "the model or the teacher makes values that are not finite",
-            "it diverged: take an earlier checkpoint",
-        )
+        what = "the model or the teacher makes values that are not finite"
+        raise InputError(what, "it diverged: take an earlier checkpoint")
     return found
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,8 @@ import torch
 from torch import Tensor
 
 from cmtool.errors import MissingError, UserError
-from cmtool.evaluation.features import CLEAN_FID_MODES, Extractor
+from cmtool.evaluation.features import CLEAN_FID_MODES, INCEPTION, PROTOCOLS, Extractor
 from cmtool.evaluation.gaussian import Gaussian, frechet_distance
-from cmtool.evaluation.protocols import PROTOCOLS
-from cmtool.evaluation.weights import INCEPTION
 
 
 def check_usage(metric: str, protocol: str, runs: int) -> None:
@@ -28,20 +25,17 @@ def check_usage(metric: str, protocol: str, runs: int) -> None:
     if metric != "fid":
         raise UserError(f"--cross-check of {metric}", "it is for fid")
     if PROTOCOLS[protocol].network != "inception":
+        what = f"--cross-check: clean-fid does not have the features of --protocol {protocol}"
         good = [name for name, row in PROTOCOLS.items() if row.network == "inception"]
-        raise UserError(
-            f"--cross-check: clean-fid does not have the features of --protocol {protocol}",
-            f"choose --protocol {', '.join(good)}",
-        )
+        raise UserError(what, f"choose --protocol {', '.join(good)}")
     if runs > 1:
         raise UserError(f"--cross-check of {runs} runs", "leave --runs out")
 
 
 def clean_fid_extractor(ours: Extractor) -> Extractor:
-    """Return the features that clean-fid computes with the weight file of `ours`.
+    """Return clean-fid's own features and resize, with the weight file of `ours`.
 
-    The network is clean-fid's, and so is the resize rule. Raises MissingError for a file that
-    clean-fid cannot read: it knows NVIDIA's TorchScript only.
+    Raises MissingError for a file that it cannot read: it knows NVIDIA's TorchScript only.
     """
     assert ours.file is not None
     with _quiet(), tempfile.TemporaryDirectory() as folder:
@@ -54,9 +48,8 @@ def clean_fid_extractor(ours: Extractor) -> Extractor:
         try:
             network = InceptionV3W(folder, download=False, resize_inside=inside).to(ours.device)
         except RuntimeError:
-            raise MissingError(
-                f"clean-fid cannot read {ours.file}", f"give NVIDIA's file: {INCEPTION.url}"
-            ) from None
+            hint = f"give NVIDIA's file: {INCEPTION.url}"
+            raise MissingError(f"clean-fid cannot read {ours.file}", hint) from None
     resize = build_resizer(mode)
 
     def features(images: Tensor) -> Tensor:
@@ -82,18 +75,14 @@ def compare(ours: Extractor, value: float, made: Gaussian, reference: Gaussian) 
             found, distance = float(theirs(*sides)), "clean-fid's"
     except (TypeError, ValueError, ImportError, AttributeError, np.linalg.LinAlgError):
         found, distance = frechet_distance(made, reference), "cmtool's"
-    return {
-        "tool": f"clean-fid {version('clean-fid')}",
-        "mode": CLEAN_FID_MODES[ours.resize],
-        "value": found,
-        "distance": distance,
-        "difference": found - value,
-    }
+    tool, mode = f"clean-fid {version('clean-fid')}", CLEAN_FID_MODES[ours.resize]
+    about = {"tool": tool, "mode": mode, "value": found}
+    return {**about, "distance": distance, "difference": found - value}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Drop the warnings of clean-fid, and what it prints: stdout is for results."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

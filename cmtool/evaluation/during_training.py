@@ -1,20 +1,28 @@
-"""Evaluation during training: from the images that a run's kept weights draw to one number."""
+"""Scores: one number of a model's images, for evaluation in training and the search for levels."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import NamedTuple
+
+from torch import Tensor
 
 from cmtool.core.precond import Preconditioned
 from cmtool.data.datasets import Dataset
+from cmtool.errors import UserError
+from cmtool.evaluation.features import PROTOCOLS, build_extractor
 from cmtool.evaluation.measure import drawn_batches
-from cmtool.evaluation.scores import Score, build_score, score_names
+from cmtool.evaluation.metrics import METRICS, Features
+from cmtool.evaluation.sets import Setup, collect, extract
 from cmtool.presets.build import pick
 from cmtool.presets.schema import Preset
 from cmtool.sampling import evaluating, plan
-from cmtool.system.dist import Group
+from cmtool.system.dist import ALONE, Group
 
 BATCH = 256
+Score = Callable[..., float]
+"""From (batches of a process's images, uint8, group, a new turn) to a number: less is better."""
 
 
 class Verdict(NamedTuple):
@@ -34,6 +42,47 @@ class Evaluation(NamedTuple):
     num: int
 
 
+def score_names() -> dict[str, tuple[str, str]]:
+    """Return metric and protocol by the name of a score: metrics whose least value is the best."""
+    names: dict[str, tuple[str, str]] = {}
+    for metric, row in METRICS.items():
+        if row.lowest_is_best:
+            names |= {metric: (metric, "edm")} | {n: (metric, p) for p, n in row.names.items()}
+    return names
+
+
+def build_score(name: str, data: Dataset, device: str) -> Score:
+    """Return the score `name` of images against a data set, whose features are taken once.
+
+    Raises UserError for data that the score is not for, MissingError for missing weights.
+    """
+    metric, protocol = score_names()[name]
+    row, shape = METRICS[metric], tuple(data.images.shape[1:])
+    if PROTOCOLS[protocol].shape not in (None, shape):
+        channels, height, width = shape
+        raise UserError(
+            f"{name} measures RGB images of 8x8; {data.name} has {width}x{height} with"
+            f" {channels} channels",
+            "choose the metric fid, or measure the finished model with cmtool eval",
+        )
+    setup = Setup(protocol, build_extractor(protocol, device=device))
+
+    @cache
+    def reference() -> Features:
+        return collect(data, row.reference, setup, side="reference")
+
+    def score(batches: Iterable[Tensor], group: Group = ALONE, turn: int = 0) -> float:
+        own = setup._replace(group=group, turn=str(turn))
+        made = extract(batches, row.images, own, "drawn")
+
+        def compute() -> float:
+            return row.compute(made, reference(), setup.extractor)[row.values[0]].value
+
+        return group.agreed(compute, f"score {turn}")
+
+    return score
+
+
 def build_evaluation(preset: Preset, data: Dataset, device: str) -> Evaluation | None:
     """Return how a run is evaluated; None if it is not.
 
@@ -48,20 +97,14 @@ def build_evaluation(preset: Preset, data: Dataset, device: str) -> Evaluation |
 
 
 def evaluate(
-    evaluation: Evaluation,
-    f: Preconditioned,
-    preset: Preset,
-    step: int,
-    group: Group,
-    device: str,
+    evaluation: Evaluation, f: Preconditioned, preset: Preset, step: int, group: Group, device: str
 ) -> Verdict:
     """Return the verdict over the images of seeds 0 to num - 1, sampled as the preset says.
 
     Every process calls this, and draws its share; the value is the one of `cmtool eval`.
     """
-    drawn = drawn_batches(
-        f, preset, plan(preset), range(evaluation.num), batch=BATCH, device=device, group=group
-    )
+    name, score, num = evaluation
+    seeds, chosen = range(num), plan(preset)
+    drawn = drawn_batches(f, preset, chosen, seeds, batch=BATCH, device=device, group=group)
     with evaluating(f):
-        value = evaluation.score(drawn, group, step)
-    return Verdict(evaluation.name, value, evaluation.num, step)
+        return Verdict(name, score(drawn, group, step), num, step)

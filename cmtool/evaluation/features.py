@@ -1,11 +1,13 @@
-"""Feature networks: from images to the features that metrics compare.
+"""Feature networks, their weights, and protocols: a network and a resize rule under one name.
 
-A number depends on the network, on the very file of its weights, and on how images are resized for
-it. An Extractor holds all of that.
+No file is ever downloaded: an error says what is missing, where it comes from, under which terms.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from cmtool.core.tensors import chunks_of
 from cmtool.data.images import from_uint8
-from cmtool.errors import InputError, MissingError
+from cmtool.errors import InputError, MissingError, UserError, nearest
 from cmtool.evaluation.inception import WIDTH, clean_resized, folded, tf_resized
 from cmtool.formats.native import read_weights
 from cmtool.models import ASSETS
@@ -26,17 +28,17 @@ from cmtool.system.files import file_sha256
 
 Resize = Literal["tf", "clean"]
 CLEAN_FID_MODES: dict[str, str] = {"clean": "clean", "tf": "legacy_tensorflow"}
-"""What clean-fid calls the two rules."""
 VGG_WIDTH = 4096
-AGREEMENT = 1e-3
-"""How far the folded network's features may be from the file's own, relative to their norm."""
+AGREEMENT = 1e-3  # how far folded features may be from the file's own, relative to their norm
+NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
+TERMS = "NVIDIA's terms for research"
 
 
 class Extractor(NamedTuple):
     """A feature network: from images (B, 3, H, W) uint8 to features (B, width) float32.
 
-    `logits` returns class logits of features; it is None for a network without classes. `file`
-    holds the weights, if they are not bundled.
+    A number depends on the network, the very file of its weights, and how images are resized.
+    `logits` makes class logits of features, if there are any; `file` is None for bundled weights.
     """
 
     name: str
@@ -51,12 +53,18 @@ class Extractor(NamedTuple):
     notes: tuple[str, ...] = ()
     file: Path | None = None
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the JSON object says of the features."""
+        keys = ("name", "sha256", "width", "resize", "precision")
+        return {key: getattr(self, key) for key in keys}
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return features (B, width) of images (B, 3 or 1, H, W) uint8, on the device.
 
-        The network always sees `chunk` images at a time, so that the features of an image do not
-        depend on the others. Raises InputError for images that are neither RGB nor grey.
+        The network always sees `chunk` images, so that the features of an image do not depend on
+        the others. Raises InputError for images that are neither RGB nor grey.
         """
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
@@ -70,25 +78,17 @@ class DigitsFeatures(nn.Module):
     """The classifier whose last hidden layer is the feature space of `fd-digits`.
 
     It learned the class and the colours of paper and ink together, so that the features see both
-    shape and colour. `forward` returns features; `heads` returns logits and colours.
+    shape and colour. From features, `classes` makes logits, `colours` 6 values in [-1, 1].
     """
 
     WIDTH = 64
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 24, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(24, 48, 3, padding=1, stride=2),
-            nn.SiLU(),
-            nn.Conv2d(48, 64, 3, padding=1),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Dropout(0.3),
-            nn.Linear(64 * 16, self.WIDTH),
-            nn.SiLU(),
-        )
+        convs = (nn.Conv2d(a, b, 3, s, 1) for a, b, s in ((3, 24, 1), (24, 48, 2), (48, 64, 1)))
+        layers: list[nn.Module] = [layer for conv in convs for layer in (conv, nn.SiLU())]
+        layers += nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, self.WIDTH), nn.SiLU()
+        self.layers = nn.Sequential(*layers)
         self.classes = nn.Linear(self.WIDTH, 10)
         self.colours = nn.Linear(self.WIDTH, 6)
 
@@ -96,17 +96,11 @@ class DigitsFeatures(nn.Module):
         """Return features (B, 64) of images (B, 3, 8, 8) in [-1, 1]. Raises InputError."""
         if images.shape[1:] != (3, 8, 8):
             c, h, w = images.shape[1:]
-            raise InputError(
-                f"fd-digits needs RGB images of 8x8, not {w}x{h} with {c} channels",
-                "it compares with the bundled digits only: give --reference, or --protocol edm",
-            )
+            what = f"fd-digits needs RGB images of 8x8, not {w}x{h} with {c} channels"
+            hint = "it compares with the bundled digits only: give --reference, or --protocol edm"
+            raise InputError(what, hint)
         features: Tensor = self.layers(images)
         return features
-
-    def heads(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return class logits (B, 10) and paper and ink colours (B, 6) in [-1, 1]."""
-        features = self(images)
-        return self.classes(features), self.colours(features)
 
 
 def digits_extractor(network: DigitsFeatures, sha256: str, device: str = "cpu") -> Extractor:
@@ -124,26 +118,23 @@ def inception_extractor(
     """Return the 2,048 features of the Inception network in a file, after a resize rule.
 
     `tf` is the rule of NVIDIA's file and TensorFlow's graph, `clean` the rule of clean-fid. The
-    file is NVIDIA's TorchScript, or the state dict that OpenAI published. The network runs with
-    its norms folded in, if this gives the features of the file's own code, else by that code.
-    Logits have no bias, as in the published scores. Raises MissingError for a file that is damaged
-    or holds another network.
+    file is NVIDIA's TorchScript, or OpenAI's state dict. The norms are folded in, if this gives
+    the features of the file's own code, else that code is run. Logits have no bias, as in the
+    published scores. Raises MissingError for a file that is damaged or holds another network.
     """
     script, stored = _read_inception(path)
     notes: tuple[str, ...] = ()
-    if "output.weight" not in stored:
-        raise MissingError(f"{path} is no Inception network", "delete it")
     try:
+        weight = stored["output.weight"].float()
         network: Any = folded(stored)
         if script is not None and not _agree(network, script):
             raise RuntimeError
     except (KeyError, RuntimeError):
-        if not hasattr(script, "layers"):
+        if "output.weight" not in stored or not hasattr(script, "layers"):
             raise MissingError(f"{path} is no Inception network", "delete it") from None
         network = script.layers
         notes = ("the folded network does not give what the file's own code gives: using that",)
-    network = on_device(network, device).eval()
-    weight = stored["output.weight"].float().to(device)
+    network, weight = on_device(network, device).eval(), weight.to(device)
     resized = {"tf": tf_resized, "clean": clean_resized}[resize]
 
     def features(images: Tensor) -> Tensor:
@@ -177,22 +168,16 @@ def vgg16_extractor(path: Path, sha256: str, *, device: str = "cpu") -> Extracto
         return torch.as_tensor(network(images.float(), return_features=True)).flatten(1).float()
 
     network = network.to(device)
-    return Extractor(
-        "vgg16", sha256, VGG_WIDTH, features, None, 8 if device == "cpu" else 64, device, "inside",
-        file=path,
-    )  # fmt: skip
+    chunk = 8 if device == "cpu" else 64
+    return Extractor("vgg16", sha256, VGG_WIDTH, features, None, chunk, device, "inside", file=path)
 
 
 def _read_inception(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """Return the script in a file, None if it is a state dict; and its tensors."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:
-        is_script = False
-    if is_script:
-        script = _loaded_script(path)
-        return script, {name: t.detach() for name, t in script.state_dict().items()}
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            script = _loaded_script(path)
+            return script, {name: t.detach() for name, t in script.state_dict().items()}
     try:
         return None, dict(torch.load(path, weights_only=True, map_location="cpu"))
     except Exception:  # a page, a half download: torch's reader fails in many ways
@@ -210,8 +195,7 @@ def _loaded_script(path: Path) -> Any:
 
 def _agree(network: nn.Module, script: Any) -> bool:
     """Tell whether the folded network gives the features of the file's own code."""
-    ramp = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).reshape(2, 3, 32, 32)
-    images = ramp * 37 % 256
+    images = torch.arange(2 * 3 * 32 * 32.0).reshape(2, 3, 32, 32) * 37 % 256
     with torch.no_grad():
         theirs = script(images.clone(), return_features=True).flatten(1).float()
         ours = network((tf_resized(images) - 128) / 128)
@@ -224,3 +208,112 @@ def load_digits_features() -> tuple[DigitsFeatures, str]:
     network = DigitsFeatures().eval().requires_grad_(False)
     network.load_state_dict({name: t.float() for name, t in read_weights(file).items()})
     return network, file_sha256(file)
+
+
+class Protocol(NamedTuple):
+    """How images become features: the network, and its resize rule.
+
+    `metric` is the only metric that takes them, `shape` (C, H, W) the only shape of the images.
+    """
+
+    network: Literal["digits", "inception", "vgg16"]
+    resize: Resize | None = None
+    metric: str | None = None
+    shape: tuple[int, int, int] | None = None
+
+
+PROTOCOLS = {
+    "adm": Protocol("inception", "tf"),  # OpenAI's evaluator, as the paper reports
+    "clean": Protocol("inception", "clean"),  # clean-fid: bicubic, antialiased
+    "digits": Protocol("digits", shape=(3, 8, 8)),  # the classifier of the bundled digits, 8x8
+    "edm": Protocol("inception", "tf"),  # EDM's fid.py
+    "legacy-tf": Protocol("inception", "tf"),  # clean-fid's legacy_tensorflow, as the JAX release
+    "vgg16": Protocol("vgg16", metric="pr"),  # improved precision and recall, as ECT and StyleGAN
+}
+"""`adm`, `edm` and `legacy-tf` make the same features; their references differ."""
+
+
+class WeightFile(NamedTuple):
+    """A published file; `sha256` is None if nobody has published one."""
+
+    name: str
+    what: str
+    megabytes: int
+    sha256: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the file comes from."""
+        return f"{NVIDIA}/{self.name}"
+
+
+INCEPTION = WeightFile(
+    "inception-2015-12-05.pt", "Inception v3 of 2015, the feature network of FID", 96,
+    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+)  # fmt: skip
+VGG16 = WeightFile("vgg16.pt", "VGG-16, the feature network of improved precision and recall", 553)
+
+
+def build_extractor(
+    protocol: str,
+    *,
+    file: Path | None = None,
+    trust: bool = False,
+    precision: str = "fp32",
+    device: str = "cpu",
+) -> Extractor:
+    """Return the feature network of a protocol.
+
+    `file` holds its weights, if they are not in one of the usual places; `trust` takes a file of
+    unknown sha256. Raises UserError, and MissingError for the file.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"--protocol {protocol!r}", nearest(protocol, PROTOCOLS))
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"--feature-precision {precision!r}", nearest(precision, ["fp32", "bf16"]))
+    network, resize = PROTOCOLS[protocol][:2]
+    if network != "inception" and precision != "fp32":
+        raise UserError(f"--feature-precision {precision} of --protocol {protocol}", "leave it out")
+    if network == "digits":
+        if file is None and not trust:
+            return digits_extractor(*load_digits_features(), device)
+        what = "--feature-weights or --trust with --protocol digits, whose features are bundled"
+        raise UserError(what, "leave them out, or choose another --protocol")
+    path = find_file(VGG16 if network == "vgg16" else INCEPTION, file, trust)
+    sha256 = file_sha256(path)
+    if resize is None:
+        return vgg16_extractor(path, sha256, device=device)
+    return inception_extractor(path, sha256, resize=resize, precision=precision, device=device)
+
+
+def find_file(wanted: WeightFile, given: Path | None = None, trust: bool = False) -> Path:
+    """Return a weight file: `given`, else in $CMTOOL_CACHE/weights, torch's cache or /tmp.
+
+    A file of another sha256 than the published one is used only with `trust`, and never from /tmp.
+    Raises MissingError, which says how to get the file.
+    """
+    if given is not None and not given.is_file():
+        raise InputError(f"no such file: {given}", "check --feature-weights")
+    shared = Path(tempfile.gettempdir()) / wanted.name
+    cache = Path(os.environ.get("CMTOOL_CACHE") or Path.home() / ".cache" / "cmtool")
+    own = [cache / "weights" / wanted.name, Path(torch.hub.get_dir(), "checkpoints", wanted.name)]
+    for path in [given] if given is not None else [*own, shared]:
+        if not path.is_file():
+            continue
+        if wanted.sha256 is None:
+            if trust:
+                return path
+            what = f"{path} cannot be checked: no sha256 of {wanted.name} is published"
+            raise MissingError(what, "add --trust, if you know where the file comes from")
+        if (found := file_sha256(path)) == wanted.sha256 or (trust and path != shared):
+            return path
+        what = f"{path} is not the published {wanted.name}: its sha256 is {found[:12]}..."
+        hint = f"delete it, and fetch {wanted.url} again"
+        hint += "" if path == shared else "; or add --trust to use it as it is"
+        raise MissingError(f"{what}, not {wanted.sha256[:12]}...", hint)
+    known = "" if wanted.sha256 is None else f", sha256 {wanted.sha256[:12]}..."
+    raise MissingError(
+        f"{wanted.name} is not there: {wanted.what}",
+        f"put it at {own[0]}, or give --feature-weights FILE; it comes from {wanted.url}"
+        f" ({wanted.megabytes} MB{known}; {TERMS})",
+    )

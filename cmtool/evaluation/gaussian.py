@@ -10,16 +10,11 @@ from torch import Tensor
 
 from cmtool.errors import InputError
 
-UNITS = 2.0**24
-"""Units of the sums in 1."""
-DIGIT = 2**19
-"""The base of their digits."""
-MAX_ROWS = 2**14
-"""Rows whose products of digits float64 sums exactly."""
-NEGATIVE = 1e-3
-"""How far below 0 rounding to float32 may put an eigenvalue, relative to the largest."""
-SKEW = 1e-4
-"""How much a covariance and its mirror image may differ, relative to its largest value."""
+UNITS = 2.0**24  # units of the sums in 1
+DIGIT = 2**19  # the base of their digits
+MAX_ROWS = 2**14  # rows whose products of digits float64 sums exactly
+NEGATIVE = 1e-3  # how far below 0 rounding may put an eigenvalue, relative to the largest
+SKEW = 1e-4  # how far a covariance may be from symmetric, relative to its largest value
 
 
 class Gaussian(NamedTuple):
@@ -34,8 +29,8 @@ class GaussianSums:
     """Sums of features and of their products: exact, so that nothing depends on their order.
 
     Features are taken as multiples of 2^-24 below 2^14, in two digits of 19 bits; sums of products
-    of digits are whole numbers that fit int64. Neither batches, nor the number of processes, nor
-    the order of images change a bit, and memory does not grow with the number of images.
+    of digits fit int64. Neither batches, processes nor the order of images change a bit, and
+    memory does not grow with the number of images.
     """
 
     def __init__(self, width: int) -> None:
@@ -49,9 +44,8 @@ class GaussianSums:
         for rows in features.detach().double().split(MAX_ROWS):
             units = (rows * UNITS).round()
             if not bool((units.abs() < DIGIT**2).all()):  # NaN is not, either
-                raise InputError(
-                    "the features are not finite, or above 16,384", "look for NaN in the images"
-                )
+                what = "the features are not finite, or above 16,384"
+                raise InputError(what, "look for NaN in the images")
             high = (units / DIGIT).round()
             low = units - high * DIGIT
             parts = (high.sum(0), low.sum(0), high.T @ high, high.T @ low, low.T @ low)
@@ -67,10 +61,8 @@ class GaussianSums:
     def gaussian(self) -> Gaussian:
         """Return mean and covariance (over N - 1). Raises InputError for fewer than 2 images."""
         if self.num < 2:
-            raise InputError(
-                f"{self.num} image{'s' * (self.num != 1)} to evaluate",
-                "give 2 or more; statistics of fewer than 1,000 mean little",
-            )
+            hint = "give 2 or more; statistics of fewer than 1,000 mean little"
+            raise InputError(f"{self.num} image{'s' * (self.num != 1)} to evaluate", hint)
         high, low, high_high, high_low, low_low = self.sums
         n = self.num
         # both digits less a whole number near their mean, still without rounding
@@ -94,10 +86,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     Raises InputError for different dimensions, values that are not finite, and no covariances.
     """
     if a.mean.shape != b.mean.shape:
-        raise InputError(
-            f"statistics of {a.mean.numel()} and of {b.mean.numel()} features",
-            "both sides must come from the same feature network",
-        )
+        what = f"statistics of {a.mean.numel()} and of {b.mean.numel()} features"
+        raise InputError(what, "both sides must come from the same feature network")
     for side in (a, b):
         if not (torch.isfinite(side.mean).all() and torch.isfinite(side.covariance).all()):
             raise InputError("the feature statistics are not finite", "look for NaN in the images")
@@ -108,10 +98,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     values = torch.linalg.eigvalsh(root.T @ b.covariance @ root)
     _check_positive(values, 1e-6 * float(a.covariance.norm() * b.covariance.norm()))
     cross = values.clamp(min=0).sqrt().sum()
-    distance = (
-        (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
-    )
-    return max(float(distance), 0.0)
+    shift = (a.mean - b.mean).square().sum()
+    return max(float(shift + a.covariance.trace() + b.covariance.trace() - 2 * cross), 0.0)
 
 
 def root_of(covariance: Tensor) -> Tensor:
@@ -131,6 +119,5 @@ def root_of(covariance: Tensor) -> Tensor:
 def _check_positive(values: Tensor, rounding: float = 0.0) -> None:
     """Raise InputError for ascending eigenvalues that those of covariances cannot be."""
     if float(values[0]) < -NEGATIVE * max(float(values[-1]), 0.0) - rounding:
-        raise InputError(
-            "a covariance has negative eigenvalues", "its statistics are damaged: make them again"
-        )
+        hint = "its statistics are damaged: make them again"
+        raise InputError("a covariance has negative eigenvalues", hint)

@@ -1,14 +1,14 @@
 """Inception v3 as TensorFlow released it in 2015: the feature network of FID.
 
-Layers and names are those of NVIDIA's and OpenAI's PyTorch ports, read for facts. Each convolution
-is followed by a batch norm without scale; here the norms are folded into the convolutions, which
-is the same map and takes less time.
+Layers and names are those of NVIDIA's and OpenAI's PyTorch ports, read for facts. The batch norms
+after the convolutions are folded into them, which is the same map and takes less time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ EPS = 1e-3
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution: its name, output channels, kernel (height, width), stride, and padding."""
+    """A convolution; its kernel is (height, width)."""
 
     name: str
     channels: int
@@ -35,34 +35,16 @@ Chain = tuple[Layer | tuple["Chain", ...], ...]
 """Layers in a row. A tuple among them holds branches, whose outputs are concatenated."""
 
 
-def mean_pool(x: Tensor) -> Tensor:
-    """Return the 3x3 means, of the pixels inside the image."""
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-
-
-def max_pool(x: Tensor) -> Tensor:
-    """Return the 3x3 maxima."""
-    return F.max_pool2d(x, 3, 1, 1)
-
-
-def max_pool_halving(x: Tensor) -> Tensor:
-    """Return the maxima of every second 3x3."""
-    return F.max_pool2d(x, 3, 2)
+mean_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+max_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+max_pool_halving = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 def _row(name: str, *convs: tuple[int, tuple[int, int]], last: int = 1) -> tuple[Conv, ...]:
-    """Return convolutions in a row, numbered as in the ports; the last one has stride `last`.
-
-    A convolution of a stride above 1 has no padding.
-    """
-    end = len(convs) - 1
-    return tuple(
-        Conv(
-            f"{name}conv_{i}" if i else f"{name}conv", channels, kernel,
-            last if i == end else 1, last == 1 or i < end,
-        )
-        for i, (channels, kernel) in enumerate(convs)
-    )  # fmt: skip
+    """Return numbered convolutions; the last has stride `last`, and no padding if it is above 1."""
+    names = [f"{name}conv"] + [f"{name}conv_{i}" for i in range(1, len(convs))]
+    *first, end = (Conv(key, *conv) for key, conv in zip(names, convs, strict=True))
+    return (*first, replace(end, stride=last, padded=last == 1))
 
 
 def _block_a(pooled: int) -> Chain:
@@ -74,14 +56,6 @@ def _block_a(pooled: int) -> Chain:
     ),)  # fmt: skip
 
 
-def _block_b() -> Chain:
-    return ((
-        _row("", (384, (3, 3)), last=2),
-        _row("tower.", (64, (1, 1)), (96, (3, 3)), (96, (3, 3)), last=2),
-        (max_pool_halving,),
-    ),)  # fmt: skip
-
-
 def _block_c(c: int) -> Chain:
     wide, tall = (1, 7), (7, 1)
     return ((
@@ -89,14 +63,6 @@ def _block_c(c: int) -> Chain:
         _row("tower.", (c, (1, 1)), (c, wide), (192, tall)),
         _row("tower_1.", (c, (1, 1)), (c, tall), (c, wide), (c, tall), (192, wide)),
         (mean_pool, *_row("tower_2.", (192, (1, 1)))),
-    ),)  # fmt: skip
-
-
-def _block_d() -> Chain:
-    return ((
-        _row("tower.", (192, (1, 1)), (320, (3, 3)), last=2),
-        _row("tower_1.", (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)), last=2),
-        (max_pool_halving,),
     ),)  # fmt: skip
 
 
@@ -112,6 +78,16 @@ def _block_e(pool: Callable[[Tensor], Tensor]) -> Chain:
     ),)  # fmt: skip
 
 
+BLOCK_B: Chain = ((
+    _row("", (384, (3, 3)), last=2),
+    _row("tower.", (64, (1, 1)), (96, (3, 3)), (96, (3, 3)), last=2),
+    (max_pool_halving,),
+),)  # fmt: skip
+BLOCK_D: Chain = ((
+    _row("tower.", (192, (1, 1)), (320, (3, 3)), last=2),
+    _row("tower_1.", (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)), last=2),
+    (max_pool_halving,),
+),)  # fmt: skip
 STEM: Chain = (
     Conv("conv", 32, (3, 3), 2, padded=False),
     Conv("conv_1", 32, (3, 3), padded=False),
@@ -125,12 +101,12 @@ BLOCKS: dict[str, Chain] = {
     "mixed": _block_a(32),
     "mixed_1": _block_a(64),
     "mixed_2": _block_a(64),
-    "mixed_3": _block_b(),
+    "mixed_3": BLOCK_B,
     "mixed_4": _block_c(128),
     "mixed_5": _block_c(160),
     "mixed_6": _block_c(160),
     "mixed_7": _block_c(192),
-    "mixed_8": _block_d(),
+    "mixed_8": BLOCK_D,
     "mixed_9": _block_e(mean_pool),
     "mixed_10": _block_e(max_pool),
 }
@@ -150,12 +126,10 @@ class Inception(nn.Module):
         """Make the convolutions of a chain; return the channels that come out."""
         for layer in chain:
             if isinstance(layer, Conv):
-                height, width = layer.kernel
-                padding = (height // 2, width // 2) if layer.padded else 0
-                self.convs[_key(prefix, layer)] = nn.Conv2d(
-                    channels, layer.channels, layer.kernel, layer.stride, padding
-                )
-                channels = layer.channels
+                width, kernel, stride = layer.channels, layer.kernel, layer.stride
+                padding = (kernel[0] // 2, kernel[1] // 2) if layer.padded else 0
+                conv = nn.Conv2d(channels, width, kernel, stride, padding)
+                self.convs[_key(prefix, layer)], channels = conv, width
             elif isinstance(layer, tuple):
                 channels = sum(self._build(prefix, branch, channels) for branch in layer)
         return channels
@@ -190,29 +164,22 @@ def folded(stored: Mapping[str, Tensor]) -> Inception:
     """
     with torch.device("meta"):
         network = Inception()
-    network.load_state_dict(dict(_folded_weights(network, stored)), assign=True)
-    return network.eval().requires_grad_(False)
-
-
-def _folded_weights(
-    network: Inception, stored: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield each convolution's weights: W / s and beta - mean / s for s = sqrt(var + eps)."""
+    weights: dict[str, Tensor] = {}
     for key in network.convs:
         theirs = f"layers.{key.replace('-', '.')}"
-        weight, beta, mean, var = (
-            stored[f"{theirs}.{leaf}"].double() for leaf in ("weight", "beta", "mean", "var")
-        )
-        scale = (var + EPS).rsqrt()
-        yield f"convs.{key}.weight", (weight * scale[:, None, None, None]).float()
-        yield f"convs.{key}.bias", (beta - mean * scale).float()
+        leaves = ("weight", "beta", "mean", "var")
+        weight, beta, mean, var = (stored[f"{theirs}.{leaf}"].double() for leaf in leaves)
+        scale = (var + EPS).rsqrt()  # W / s and beta - mean / s, for s = sqrt(var + eps)
+        weights[f"convs.{key}.weight"] = (weight * scale[:, None, None, None]).float()
+        weights[f"convs.{key}.bias"] = (beta - mean * scale).float()
+    network.load_state_dict(weights, assign=True)
+    return network.eval().requires_grad_(False)
 
 
 def tf_resized(images: Tensor) -> Tensor:
     """Return images (B, C, H, W) at 299x299 as TensorFlow 1 resizes: pixel i is at i H / 299.
 
-    It is the port's own way, so that the last bits are its too: a sampling grid shifted by the
-    difference of half a pixel, and bilinear weights.
+    The last bits are the port's too: a sampling grid that is shifted by half a pixel's difference.
     """
     height, width = images.shape[2:]
     theta = torch.eye(2, 3, device=images.device)
@@ -231,7 +198,5 @@ def clean_resized(images: Tensor) -> Tensor:
     """
     if images.shape[2:] == (SIDE, SIDE):
         return images
-    resized = F.interpolate(
-        images.double(), (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False
-    )
+    resized = F.interpolate(images.double(), (SIDE, SIDE), mode="bicubic", antialias=True)
     return resized.clamp(0, 255).float()

@@ -1,35 +1,35 @@
-"""From images, or a model, to the numbers of a metric and all that they depend on.
-
-Three steps: `open_set` finds images or statistics, `collect` or `extract` takes their features, a
-row of METRICS compares them. Evaluation while training and the search for levels do the same.
-"""
+"""From images, or a model, to a metric: open_set, then collect or extract, then METRICS."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from cmtool import __version__
 from cmtool.core.precond import Preconditioned
-from cmtool.data.datasets import DATASETS, Dataset
+from cmtool.data.datasets import DATASETS
 from cmtool.data.images import to_uint8
 from cmtool.errors import UserError, nearest
 from cmtool.evaluation import cross_check
-from cmtool.evaluation.metrics import GAUSSIAN, METRICS, Features, Needs, Values
-from cmtool.evaluation.protocols import PROTOCOLS, build_extractor
-from cmtool.evaluation.references import Statistics
-from cmtool.evaluation.results import Result, describe
+from cmtool.evaluation.features import PROTOCOLS, build_extractor
+from cmtool.evaluation.metrics import GAUSSIAN, METRICS, Features, Metric, Needs, Values
 from cmtool.evaluation.sets import (
+    Given,
     OnProgress,
+    Opened,
     Setup,
+    Statistics,
     collect,
     extract,
-    no_progress,
     open_set,
     save_features,
 )
@@ -38,21 +38,19 @@ from cmtool.presets.schema import Card
 from cmtool.sampling import Plan, generate
 from cmtool.system.dist import ALONE, Group
 
-Given = Tensor | str | Path | Sequence[str | Path]
-"""Images (N, C, H, W), uint8 or in [-1, 1]; a name or path; or paths of image files."""
+PUBLISHED_NUM = 50_000  # images that published numbers are of; a number of fewer is a proxy
 
 
-@dataclass(frozen=True)
-class ModelImages:
-    """The images that a model draws from `num` seeds, the first of them `first_seed`.
-
-    A second run takes the next `num` seeds.
-    """
+class ModelImages(NamedTuple):
+    """The images that a model draws from `num` seeds; another run takes the next `num` seeds."""
 
     model: Model
     plan: Plan
     num: int
     first_seed: int = 0
+
+
+Source = Opened | ModelImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +76,14 @@ class Request:
     workers: int = 0
     device: str = "cpu"
     group: Group = ALONE
-    progress: OnProgress = no_progress
+    progress: OnProgress | None = None
+
+
+class Result(NamedTuple):
+    """A measurement: its JSON object, and what to tell the user about it, by line."""
+
+    content: dict[str, Any]
+    notes: list[str]
 
 
 def evaluate(
@@ -115,8 +120,8 @@ def measure(request: Request) -> Result:
     if request.metric not in METRICS:
         raise UserError(f"metric {request.metric!r}", nearest(request.metric, METRICS))
     row = METRICS[request.metric]
-    compared = open_set(request.reference) if row.has_reference else None
-    setup = build_setup(request, request.protocol or usual_protocol(compared))
+    compared = open_set(request.reference) if any(row.reference) else None
+    setup = build_setup(request, compared)
     given = request.images() if callable(request.images) else request.images
     images = given if isinstance(given, ModelImages) else open_set(given)
     if request.cross_check and isinstance(images, Statistics):
@@ -129,56 +134,46 @@ def measure(request: Request) -> Result:
         made.append(_images(images, row.images, setup, request.num, turn))
         compute = partial(row.compute, made[-1], reference, setup.extractor)
         found.append(request.group.agreed(compute, f"measured {turn}"))
-    result = describe(request.metric, setup, made, reference, found)
+    result = _describe(request.metric, setup, made, reference, found)
     if request.cross_check:
         checked = _cross_check(images, compared, setup, request, result.content["value"])
         result.content["cross_check"] = checked
-        result.notes.append(
-            f"{checked['tool']}: {checked['value']:.4f} (features of mode {checked['mode']},"
-            f" {checked['distance']} distance)"
-        )
+        used = f"features of mode {checked['mode']}, {checked['distance']} distance"
+        result.notes.append(f"{checked['tool']}: {checked['value']:.4f} ({used})")
     return result
 
 
 def save_reference(path: Path, request: Request, *, keep_features: bool) -> int:
-    """Write statistics of the images as a reference, and return how many images there are.
-
-    `keep_features` keeps the single features too. Raises UserError, InputError or MissingError.
-    """
+    """Write statistics of images, or the single features too; return the number of images."""
     assert not callable(request.images)
     images = open_set(request.images)
-    setup = build_setup(request, request.protocol or usual_protocol(images))
+    setup = build_setup(request, images)
     found = collect(images, Needs(True, keep_features), setup, num=request.num)
     if request.group.leads:
         save_features(path, found, setup)
     return found.num
 
 
-def build_setup(request: Request, protocol: str) -> Setup:
-    """Return how images become features. Raises UserError for a protocol that does not fit."""
+def build_setup(request: Request, reference: Opened | None) -> Setup:
+    """Return how images become features: as the user says, else as is usual for the reference."""
+    if isinstance(reference, Statistics):
+        usual = str(reference.about.get("protocol", "edm"))
+    else:
+        is_bundled = reference is not None and reference.name.partition(":")[0] in DATASETS
+        usual = "digits" if is_bundled else "edm"
+    protocol = request.protocol or usual
     row = PROTOCOLS.get(protocol)
     if row is not None and row.metric not in (None, request.metric):
-        raise UserError(
-            f"{request.metric} of --protocol {protocol}",
-            f"it is for {row.metric}; take --protocol edm",
-        )
+        hint = f"it is for {row.metric}; take --protocol edm"
+        raise UserError(f"{request.metric} of --protocol {protocol}", hint)
     if row is not None and request.cross_check:
         cross_check.check_usage(request.metric, protocol, request.runs)
     extractor = build_extractor(
         protocol, file=request.feature_weights, trust=request.trust,
         precision=request.feature_precision, device=request.device,
     )  # fmt: skip
-    return Setup(
-        protocol, extractor, request.batch, request.workers, request.group, request.progress
-    )
-
-
-def usual_protocol(reference: Dataset | Statistics | None) -> str:
-    """Return the protocol if the user names none: by the reference, which may say it itself."""
-    if isinstance(reference, Statistics):
-        return str(reference.about.get("protocol", "edm"))
-    is_bundled = reference is not None and reference.name.partition(":")[0] in DATASETS
-    return "digits" if is_bundled else "edm"
+    batch, workers = request.batch, request.workers
+    return Setup(protocol, extractor, batch, workers, request.group, request.progress)
 
 
 def drawn_batches(
@@ -206,31 +201,21 @@ def drawn_batches(
             yield to_uint8(images[:wanted])
 
 
-def _reference(
-    compared: Dataset | Statistics | None, needs: Needs, setup: Setup, request: Request
-) -> Features:
+def _reference(compared: Opened | None, needs: Needs, setup: Setup, request: Request) -> Features:
     if compared is None:
         return Features()
     return collect(compared, needs, setup, num=request.reference_num, side="reference")
 
 
-def _images(
-    images: Dataset | Statistics | ModelImages,
-    needs: Needs,
-    setup: Setup,
-    num: int | None,
-    turn: int,
-) -> Features:
+def _images(images: Source, needs: Needs, setup: Setup, num: int | None, turn: int) -> Features:
     """Return the features of the images, and in `about` what the JSON object says of them."""
     if not isinstance(images, ModelImages):
         found = collect(images, needs, setup, num=num)
         return found._replace(about={"images": found.about})
     model, chosen, first = images.model, images.plan, images.first_seed + turn * images.num
     seeds = range(first, first + images.num)
-    drawn = drawn_batches(
-        model.f, model.preset, chosen, seeds, batch=setup.batch, device=setup.extractor.device,
-        group=setup.group,
-    )  # fmt: skip
+    draw = partial(drawn_batches, batch=setup.batch, device=setup.extractor.device)
+    drawn = draw(model.f, model.preset, chosen, seeds, group=setup.group)
     found = extract(drawn, needs, setup, "drawn", images.num)
     about = {
         "model": {
@@ -248,11 +233,7 @@ def _images(
 
 
 def _cross_check(
-    images: Dataset | Statistics | ModelImages,
-    compared: Dataset | Statistics | None,
-    setup: Setup,
-    request: Request,
-    value: float,
+    images: Source, compared: Opened | None, setup: Setup, request: Request, value: float
 ) -> dict[str, Any]:
     """Return what clean-fid finds for the same images. Statistics in a file stay as they are."""
     extractor = cross_check.clean_fid_extractor(setup.extractor)
@@ -263,3 +244,83 @@ def _cross_check(
     assert reference is not None
     compute = partial(cross_check.compare, setup.extractor, value, made, reference)
     return request.group.agreed(compute, "cross-checked")
+
+
+def _describe(
+    metric: str, setup: Setup, made: list[Features], reference: Features, found: list[Values]
+) -> Result:
+    """Return the result of one run or several, of which `made` and `found` have an item each."""
+    row, extractor, num = METRICS[metric], setup.extractor, made[-1].num
+    few = min((count for count in (num, reference.num) if count), default=extractor.width + 1)
+    content = {
+        "metric": row.names.get(setup.protocol, metric),
+        **_numbers(row, found),
+        "protocol": setup.protocol,
+        "num_images": num or None,
+        "proxy": num < PUBLISHED_NUM if num else None,
+        **_joined(made),
+        "reference": dict(reference.about) or None,
+        "features": extractor.facts,
+        "settings": row.settings,
+        "cmtool": __version__,
+        "torch": torch.__version__,
+        **({"rank_deficient": few <= extractor.width} if "fid" in row.values else {}),
+    }
+    return Result(content, _notes(row, content, setup, num, few))
+
+
+def _numbers(row: Metric, found: list[Values]) -> dict[str, Any]:
+    """Return the value; of one run with its standard error, of several with their spread."""
+    runs = [{name: each[name].value for name in row.values} for each in found]
+    if len(runs) == 1:
+        errors = {name: found[0][name].error for name in row.values}
+        shown = {name: None if math.isnan(error) else error for name, error in errors.items()}
+        known = not all(map(math.isnan, errors.values()))
+        return {"value": _plain(runs[0])} | ({"standard_error": _plain(shown)} if known else {})
+    columns = {name: [run[name] for run in runs] for name in row.values}
+    mean = _plain({name: statistics.fmean(column) for name, column in columns.items()})
+    spread = _plain({name: statistics.stdev(column) for name, column in columns.items()})
+    least = row.lowest_is_best
+    return {
+        "value": min(columns[row.values[0]]) if least else mean,
+        "value_is": f"{'minimum' if least else 'mean'} of {len(runs)} runs",
+        **({"mean": mean} if len(columns) == 1 else {}),
+        "spread": spread,
+        "runs": [_plain(run) for run in runs],
+    }
+
+
+def _plain(numbers: dict[str, Any]) -> Any:
+    return numbers if len(numbers) > 1 else next(iter(numbers.values()))
+
+
+def _joined(made: list[Features]) -> Mapping[str, Any]:
+    """Return what to say of the images; the runs of a model differ in seeds and images."""
+    if len(made) == 1:
+        return made[0].about
+    first, last = (made[i].about["seeds"].split("-") for i in (0, -1))
+    marks = ",".join(each.fingerprint for each in made)
+    return {**made[0].about, "seeds": f"{first[0]}-{last[1]}", "fingerprint": marks}
+
+
+def _notes(row: Metric, content: dict[str, Any], setup: Setup, num: int, few: int) -> list[str]:
+    """Return the value as a line, and what makes it less than a published number."""
+    value, extractor = content["value"], setup.extractor
+    numbers = value if isinstance(value, dict) else {content["metric"]: value}
+    shown = ", ".join(f"{name} {number:.4f}" for name, number in numbers.items())
+    notes = [f"note: {note}" for note in extractor.notes]
+    notes.append(f"{shown} ({num} images)" if num else shown)
+    if content.get("rank_deficient"):
+        few_images = f"note: {few} images are no more than the {extractor.width} features"
+        why = "the covariance is singular, and the distance is mostly that of few images"
+        notes.append(f"{few_images}: {why}")
+    if content["proxy"] and setup.protocol != "digits":
+        notes.append("note: published numbers are of 50,000 images; of fewer they are a proxy")
+    split = row.settings.get("is", row.settings).get("split", num)
+    if num > split and num % split:
+        notes.append(f"note: the last split of the score has {num % split} images, not {split:,}")
+    ours = extractor.precision
+    theirs = (content["reference"] or {}).get("precision", ours)
+    if theirs != ours:
+        notes.append(f"note: the reference was made in {theirs}, these features in {ours}")
+    return notes

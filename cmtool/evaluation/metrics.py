@@ -1,8 +1,4 @@
-"""Metrics: functions of the features of two sets, and METRICS, the one list of them.
-
-From a row of METRICS come the command `cmtool eval NAME`, evaluation while training, and the
-search for noise levels.
-"""
+"""Metrics of two sets, and METRICS: its rows make commands, scores in training and of searches."""
 
 from __future__ import annotations
 
@@ -29,9 +25,8 @@ PRECISION_RECALL = {"k": 3}
 class Features(NamedTuple):
     """What is kept of the features of a set: their Gaussian, or each of them.
 
-    `rows` (N, D) are in an order that only they decide. `num` is 0 where a file does not say how
-    many images it was made of. `fingerprint` is a hash of the images in any order, and `about` is
-    what the JSON object says of the set.
+    `rows` (N, D) are in an order that only they decide. `num` is 0 where a file does not say it.
+    `fingerprint` is a hash of the images in any order, `about` what the JSON object says of them.
     """
 
     gaussian: Gaussian | None = None
@@ -74,10 +69,7 @@ def kernel_distance(
         within = _cubic(x, x) + _cubic(y, y)
         own = (within.sum() - within.trace()) / (m * (m - 1))
         values.append(float(own - 2 * _cubic(x, y).mean()))
-    spread = torch.tensor(values, dtype=torch.float64)
-    differ = subsets > 1 and m < max(len(a), len(b))
-    error = float(spread.std()) / math.sqrt(subsets) if differ else math.nan
-    return Estimate(float(spread.mean()), error)
+    return _mean(values, has_error=m < max(len(a), len(b)))
 
 
 def _cubic(x: Tensor, y: Tensor) -> Tensor:
@@ -96,8 +88,14 @@ def inception_score(logits: Tensor, *, split: int = 5000) -> Estimate:
         p = part.softmax(1)
         entropies = torch.special.entr(p).sum(1)  # 0 of what is 0
         scores.append(float((torch.special.entr(p.mean(0)).sum() - entropies.mean()).exp()))
-    spread = torch.tensor(scores, dtype=torch.float64)
-    error = float(spread.std()) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
+    return _mean(scores)
+
+
+def _mean(values: list[float], has_error: bool = True) -> Estimate:
+    """Return the mean and its standard error, NaN for one value."""
+    spread = torch.tensor(values, dtype=torch.float64)
+    has_error &= len(values) > 1
+    error = float(spread.std()) / math.sqrt(len(values)) if has_error else math.nan
     return Estimate(float(spread.mean()), error)
 
 
@@ -149,10 +147,7 @@ def _covered(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> floa
 
 
 def _squared(a: Tensor, b: Tensor) -> Tensor:
-    """Return squared distances (N, M), by one product; 0 where they are lost in its rounding.
-
-    So it is 0 between equal rows.
-    """
+    """Return squared distances (N, M); 0 where rounding is all there is, as between equal rows."""
     a, b = a.double(), b.double()
     norms = a.square().sum(1)[:, None] + b.square().sum(1)
     squared = norms - 2 * a @ b.T
@@ -162,14 +157,12 @@ def _squared(a: Tensor, b: Tensor) -> Tensor:
 def _check_features(a: Tensor, b: Tensor, least: int = 2) -> None:
     """Raise InputError for sets that are too small, of different features, or not finite."""
     if a.shape[1] != b.shape[1]:
-        raise InputError(
-            f"{a.shape[1]} and {b.shape[1]} features an image", "use one feature network"
-        )
+        what = f"{a.shape[1]} and {b.shape[1]} features an image"
+        raise InputError(what, "use one feature network")
     few = min(len(a), len(b))
     if few < least:
-        raise InputError(
-            f"{few} image{'s' * (few != 1)} to evaluate", f"give {least} or more on each side"
-        )
+        what = f"{few} image{'s' * (few != 1)} to evaluate"
+        raise InputError(what, f"give {least} or more on each side")
     _check_finite(a)
     _check_finite(b)
 
@@ -177,13 +170,11 @@ def _check_features(a: Tensor, b: Tensor, least: int = 2) -> None:
 def _check_finite(features: Tensor) -> None:
     """Raise InputError for NaN, or infinity."""
     if not bool(torch.isfinite(features).all()):
-        raise InputError(
-            "the features are not finite", "look for a damaged weight file, or statistics"
-        )
+        hint = "look for a damaged weight file, or statistics"
+        raise InputError("the features are not finite", hint)
 
 
 Values = dict[str, Estimate]
-"""The numbers of a metric by name."""
 
 
 @dataclass(frozen=True)
@@ -204,11 +195,6 @@ class Metric:
     names: Mapping[str, str] = field(default_factory=dict)
     lowest_is_best: bool = False
 
-    @property
-    def has_reference(self) -> bool:
-        """Whether the metric compares with a reference."""
-        return any(self.reference)
-
 
 def fid(images: Features, reference: Features, extractor: Extractor) -> Values:
     """Return the Frechet distance of two Gaussians."""
@@ -219,7 +205,7 @@ def fid(images: Features, reference: Features, extractor: Extractor) -> Values:
 
 def kid(images: Features, reference: Features, extractor: Extractor) -> Values:
     """Return the kernel distance of single features."""
-    made, real = _on_device(images, extractor), _on_device(reference, extractor)
+    real, made = _rows(reference, images, extractor)
     return {"kid": kernel_distance(real, made, **KID)}
 
 
@@ -235,22 +221,22 @@ def inception(images: Features, reference: Features, extractor: Extractor) -> Va
 
 def precision_and_recall(images: Features, reference: Features, extractor: Extractor) -> Values:
     """Return precision and recall of single features."""
-    made, real = _on_device(images, extractor), _on_device(reference, extractor)
+    real, made = _rows(reference, images, extractor)
     found = precision_recall(real, made, **PRECISION_RECALL)
     return {name: Estimate(value, math.nan) for name, value in found._asdict().items()}
 
 
 def all_metrics(images: Features, reference: Features, extractor: Extractor) -> Values:
     """Return the numbers of the four metrics."""
-    found: Values = {}
-    for compute in (fid, kid, inception, precision_and_recall):
-        found |= compute(images, reference, extractor)
-    return found
+    computes = (fid, kid, inception, precision_and_recall)
+    return {k: v for each in computes for k, v in each(images, reference, extractor).items()}
 
 
-def _on_device(side: Features, extractor: Extractor) -> Tensor:
-    assert side.rows is not None
-    return side.rows.to(extractor.device)
+def _rows(real: Features, made: Features, extractor: Extractor) -> tuple[Tensor, Tensor]:
+    """Return the single features of both, on the device."""
+    assert real.rows is not None
+    assert made.rows is not None
+    return real.rows.to(extractor.device), made.rows.to(extractor.device)
 
 
 NOTHING, GAUSSIAN, ROWS, BOTH = Needs(), Needs(gaussian=True), Needs(rows=True), Needs(True, True)

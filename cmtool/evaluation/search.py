@@ -1,20 +1,18 @@
-"""The search for the noise levels that a consistency model samples best at (Song et al., sec. 3).
-
-Levels are added one at a time, each by ternary search, as if the score had a single valley.
-"""
+"""The search for the noise levels that a model samples best at (Song et al. 2023, sec. 3)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from cmtool.data.datasets import load_dataset
 from cmtool.errors import UserError
+from cmtool.evaluation.during_training import build_score
 from cmtool.evaluation.measure import drawn_batches
-from cmtool.evaluation.scores import Score, build_score
 from cmtool.models import Model
 from cmtool.sampling import indexed_levels, plan
 from cmtool.system.files import write_json
@@ -28,45 +26,39 @@ def ternary_search(value: Callable[[int], float], low: int, high: int) -> int:
     """
     if high - low < 2:
         raise UserError(f"no level between {low} and {high}", "ask for fewer steps")
-    known: dict[int, float] = {}
-
-    def known_value(i: int) -> float:
-        if i not in known:
-            known[i] = value(i)
-        return known[i]
-
+    known = cache(value)
+    tried = set()
     while high - low > 3:
         third = (high - low) / 3
         left, right = int(low + third), int(high - third)
-        low, high = (low, right) if known_value(left) < known_value(right) else (left, high)
-    for i in range(low + 1, high):
-        known_value(i)
-    return min(sorted(known), key=known_value)
+        tried |= {left, right}
+        low, high = (low, right) if known(left) < known(right) else (left, high)
+    return min(sorted(tried | set(range(low + 1, high))), key=known)
 
 
 def search_indices(
-    score: Callable[[tuple[int, ...]], float],
-    steps: int,
-    points: int,
-    chosen: tuple[int, ...] = (0,),
+    score: Callable[[tuple[int, ...]], float], steps: int, points: int
 ) -> tuple[int, ...]:
-    """Return `steps` ascending indices of a grid of `points` levels that begin with `chosen`.
+    """Return `steps` ascending indices of a grid of `points` levels, the first of them 0.
 
     Each index in turn is searched between the one before and the end, for the least score, while
     those before it stay (Song et al. 2023, sec. 3; the released ternary_search.py).
     """
-    if len(chosen) == steps:
-        return chosen
-    best = ternary_search(lambda i: score((*chosen, i)), chosen[-1], points - 1)
-    return search_indices(score, steps, points, (*chosen, best))
+    chosen: tuple[int, ...] = (0,)
+
+    def with_next(i: int) -> float:
+        return score((*chosen, i))
+
+    while len(chosen) < steps:
+        chosen = (*chosen, ternary_search(with_next, chosen[-1], points - 1))
+    return chosen
 
 
 @dataclass(frozen=True)
 class Search:
-    """A search: the score to make least over the images of `num` seeds, and where it is kept.
+    """A search on a grid of `points` levels, for the least score of the images of `num` seeds.
 
-    `points` is the size of the grid of levels. `file` holds all scores, so that the same search
-    goes on where it was stopped.
+    `file` keeps all scores, so that the same search goes on where it was stopped.
     """
 
     model: Model
@@ -86,17 +78,20 @@ class Search:
         """
         kept = self._kept()
         scores: dict[str, float] = kept["evaluations"]
-        score = build_score(self.metric, load_dataset(self.reference), self.device)
+        preset, device = self.model.preset, self.device
+        score = build_score(self.metric, load_dataset(self.reference), device)
+        seeds = range(self.first_seed, self.first_seed + self.num)
+        draw = partial(drawn_batches, self.model.f, preset, batch=self.batch, device=device)
 
         def levels_at(indices: tuple[int, ...]) -> list[float]:
-            return indexed_levels(self.model.preset, (*indices, self.points - 1), self.points)
+            return indexed_levels(preset, (*indices, self.points - 1), self.points)
 
         def score_at(indices: tuple[int, ...]) -> float:
             sigmas = levels_at(indices)
             key = _key(sigmas)
             known = " (known)" if key in scores else ""
             if not known:
-                scores[key] = self._measure(score, sigmas)
+                scores[key] = score(draw(plan(preset, sigmas=sigmas), seeds))
                 write_json(self.file, kept)
             tell(f"sigma {key}: {self.metric} {float(scores[key]):.4f}{known}")
             return float(scores[key])
@@ -105,15 +100,6 @@ class Search:
         kept["levels"][str(steps)] = best
         write_json(self.file, kept)
         return best, float(scores[_key(best)])
-
-    def _measure(self, score: Score, sigmas: list[float]) -> float:
-        model, seeds = self.model, range(self.first_seed, self.first_seed + self.num)
-        chosen = plan(model.preset, sigmas=sigmas)
-        return score(
-            drawn_batches(
-                model.f, model.preset, chosen, seeds, batch=self.batch, device=self.device
-            )
-        )
 
     def _kept(self) -> dict[str, Any]:
         """Return what the file has of an earlier search, scores only of the same one."""

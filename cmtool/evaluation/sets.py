@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import lzma
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,16 +26,34 @@ from cmtool.errors import InputError, UserError
 from cmtool.evaluation.features import CLEAN_FID_MODES, Extractor
 from cmtool.evaluation.gaussian import Gaussian, GaussianSums
 from cmtool.evaluation.metrics import Features, Needs
-from cmtool.evaluation.references import Statistics, read_statistics, write_statistics
+from cmtool.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
 from cmtool.system.dist import ALONE, Group
-from cmtool.system.files import file_sha256
+from cmtool.system.files import file_sha256, replacing
 
+MAX_WIDTH = 16_384  # the most features an image may have: their covariance takes 2 GiB
+MAX_RATIO = 200  # the most that statistics may be compressed: floats hardly are
+
+
+class Statistics(NamedTuple):
+    """What a file of statistics holds.
+
+    `gaussian` is its mu and sigma, if it has them; `num` in it is 0 if the file does not say it.
+    `rows` are the features (N, D) themselves, if it has them. `has_images` says whether it holds
+    images too. `about` says how cmtool made the file; it is empty for files of other tools.
+    """
+
+    name: str
+    gaussian: Gaussian | None
+    rows: Tensor | None
+    has_images: bool
+    about: dict[str, Any]
+
+
+Opened = Dataset | Statistics
 OnProgress = Callable[[str, int, int], None]
 """Called with what is measured, the images done so far, and of how many (0: not known)."""
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """Show nothing."""
+Given = Tensor | str | Path | Sequence[str | Path]
+"""Images (N, C, H, W), uint8 or in [-1, 1]; a name or path; or paths of image files."""
 
 
 class Setup(NamedTuple):
@@ -40,17 +64,13 @@ class Setup(NamedTuple):
     batch: int = 256
     workers: int = 0
     group: Group = ALONE
-    progress: OnProgress = no_progress
+    progress: OnProgress | None = None
     turn: str = "0"
     """Name of this pass, where a side is measured several times: processes meet by it."""
 
 
-def open_set(given: str | Path | Sequence[str | Path] | Tensor) -> Dataset | Statistics:
-    """Return the images, or the statistics, that a name or path stands for.
-
-    Given may also be the paths of image files, or images (N, C, H, W), uint8 or in [-1, 1]. Raises
-    InputError for what cannot be read.
-    """
+def open_set(given: Given) -> Opened:
+    """Return the images, or the statistics. Raises InputError for what cannot be read."""
     if isinstance(given, Tensor):
         if given.ndim != 4:
             raise InputError(f"images of shape {tuple(given.shape)}", "give (N, C, H, W)")
@@ -65,12 +85,7 @@ def open_set(given: str | Path | Sequence[str | Path] | Tensor) -> Dataset | Sta
 
 
 def collect(
-    opened: Dataset | Statistics,
-    needs: Needs,
-    setup: Setup,
-    *,
-    num: int | None = None,
-    side: str = "images",
+    opened: Opened, needs: Needs, setup: Setup, *, num: int | None = None, side: str = "images"
 ) -> Features:
     """Return the features of a set, or of `num` of its images, the same random ones always.
 
@@ -80,7 +95,12 @@ def collect(
     """
     if isinstance(opened, Statistics):
         return _from_statistics(opened, needs, setup, num, side)
-    found = extract(_image_batches(opened, num, setup), needs, setup, side)
+    index = torch.arange(len(opened))
+    if num is not None and num < len(opened):
+        index = torch.randperm(len(opened), generator=keyed_generator("subset"))[:num]
+    opened.images[index[:1]]  # every process takes the size of all from this image
+    parts = index.split(setup.batch)[setup.group.rank :: setup.group.world_size]
+    found = extract(decoded_ahead(opened.images, parts, setup.workers), needs, setup, side)
     about = {"name": opened.name, "images": found.num, "fingerprint": found.fingerprint}
     return found._replace(about=about)
 
@@ -106,7 +126,8 @@ def extract(
                 kept.append(features.cpu())
             marks += sum(map(_hash, images.cpu()))
             num += len(images)
-            setup.progress(side, num, total)
+            if setup.progress is not None:
+                setup.progress(side, num, total)
 
     group.together(take_all, f"features of {side} {setup.turn}")
     counts = group.gather((num, marks))
@@ -120,21 +141,6 @@ def extract(
         sums.add_others(group.sum)
     gaussian = sums.gaussian() if needs.gaussian else None
     return Features(gaussian, rows, num, f"{marks % 2**64:016x}")
-
-
-def own_parts(parts: Sequence[Any], group: Group) -> Sequence[Any]:
-    """Return every n-th part: those of this process."""
-    return parts[group.rank :: group.world_size]
-
-
-def _image_batches(data: Dataset, num: int | None, setup: Setup) -> Iterator[Tensor]:
-    """Yield this process's images of a data set, or of `num` of it."""
-    index = torch.arange(len(data))
-    if num is not None and num < len(data):
-        index = torch.randperm(len(data), generator=keyed_generator("subset"))[:num]
-    data.images[index[:1]]  # every process takes the size of all from this image
-    parts = own_parts(index.split(setup.batch), setup.group)
-    return decoded_ahead(data.images, parts, setup.workers)
 
 
 def _regrouped(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
@@ -156,10 +162,7 @@ def _hash(image: Tensor) -> int:
 
 
 def _sorted(rows: Tensor) -> Tensor:
-    """Return features (N, D) sorted by a hash of each.
-
-    What a metric draws from them by place is then the same for any order of the images.
-    """
+    """Return features (N, D) sorted by a hash of each: what is drawn by place is then the same."""
     keys = [hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest() for row in rows]
     return rows[torch.tensor(sorted(range(len(rows)), key=keys.__getitem__))]
 
@@ -171,12 +174,13 @@ def _from_statistics(
     _check_comparable(stored, setup)
     name, gaussian, rows = stored.name, stored.gaussian, stored.rows
     if needs.gaussian and gaussian is None and rows is not None:
-        gaussian = _gaussian(rows)
+        sums = GaussianSums(rows.shape[1])
+        sums.add(rows)
+        gaussian = sums.gaussian()
     missing = Needs(needs.gaussian and gaussian is None, needs.rows and rows is None)
     if num is not None and missing != needs:
-        raise UserError(
-            f"{num} images of {name}, which holds statistics of all", "leave the number out"
-        )
+        what = f"{num} images of {name}, which holds statistics of all"
+        raise UserError(what, "leave the number out")
     if any(missing):
         if not stored.has_images:
             raise InputError(
@@ -188,35 +192,22 @@ def _from_statistics(
         gaussian, rows = gaussian or found.gaussian, found.rows if rows is None else rows
     single = len(rows) if rows is not None else 0
     num_images = gaussian.num if needs.gaussian and gaussian is not None else single
-    about = {**_provenance(stored), "images": num_images or None}
+    about: dict[str, Any] = {"name": name, "sha256": file_sha256(Path(name))}
+    if stored.about:
+        about |= {"made_from": stored.about.get("data"), "protocol": stored.about.get("protocol")}
+    if isinstance(stored.about.get("features"), dict):
+        about["precision"] = stored.about["features"].get("precision")
+    about["images"] = num_images or None
     if needs.rows and single != num_images:
         about["single_images"] = single
     return Features(gaussian, None if rows is None else _sorted(rows), num_images, "", about)
 
 
-def _gaussian(rows: Tensor) -> Gaussian:
-    sums = GaussianSums(rows.shape[1])
-    sums.add(rows)
-    return sums.gaussian()
-
-
-def _provenance(stored: Statistics) -> dict[str, Any]:
-    """Return which file the statistics are from, and how cmtool made it, if it did."""
-    facts: dict[str, Any] = {"name": stored.name, "sha256": file_sha256(Path(stored.name))}
-    if stored.about:
-        facts["made_from"] = stored.about.get("data")
-        facts["protocol"] = stored.about.get("protocol")
-        if isinstance(stored.about.get("features"), dict):
-            facts["precision"] = stored.about["features"].get("precision")
-    return facts
-
-
 def _check_comparable(stored: Statistics, setup: Setup) -> None:
     """Raise InputError for statistics of other features than the protocol's."""
     name, protocol, extractor = stored.name, setup.protocol, setup.extractor
-    widths = [len(stored.gaussian.mean)] if stored.gaussian is not None else []
-    widths += [stored.rows.shape[1]] if stored.rows is not None else []
-    for width in widths:
+    tensors = stored.gaussian and stored.gaussian.mean, stored.rows
+    for width in (tensor.shape[-1] for tensor in tensors if tensor is not None):
         if width != extractor.width:
             raise InputError(
                 f"{name} has {width} features an image, --protocol {protocol} has"
@@ -230,27 +221,15 @@ def _check_comparable(stored: Statistics, setup: Setup) -> None:
         for key in ("name", "resize", "sha256"):
             wanted = getattr(extractor, key)
             if said.get(key) != wanted:
-                raise InputError(
-                    f"{name} was made with {key} {said.get(key)!r}, --protocol {protocol}"
-                    f" is {wanted!r}",
-                    f"{remedy}, or make it again",
-                )
+                what = f"{name} was made with {key} {said.get(key)!r}"
+                hint = f"{remedy}, or make it again"
+                raise InputError(f"{what}, --protocol {protocol} is {wanted!r}", hint)
         return  # its own word counts, not its name
     for resize, mode in CLEAN_FID_MODES.items():
         if f"_{mode}_" in Path(name).name and extractor.resize != resize:
-            raise InputError(
-                f"{name} is of clean-fid's mode {mode}, --protocol {protocol} resizes by another"
-                " rule",
-                f"--protocol {'clean' if resize == 'clean' else 'legacy-tf'}",
-            )
-
-
-def extractor_facts(extractor: Extractor) -> dict[str, Any]:
-    """Return what the JSON object says of the features."""
-    return {
-        "name": extractor.name, "sha256": extractor.sha256, "width": extractor.width,
-        "resize": extractor.resize, "precision": extractor.precision,
-    }  # fmt: skip
+            what = f"{name} is of clean-fid's mode {mode}"
+            hint = f"--protocol {'clean' if resize == 'clean' else 'legacy-tf'}"
+            raise InputError(f"{what}, --protocol {protocol} resizes by another rule", hint)
 
 
 def save_features(path: Path, found: Features, setup: Setup) -> None:
@@ -258,6 +237,118 @@ def save_features(path: Path, found: Features, setup: Setup) -> None:
     assert found.gaussian is not None
     about = {
         "data": dict(found.about), "protocol": setup.protocol,
-        "features": extractor_facts(setup.extractor), "cmtool": __version__,
+        "features": setup.extractor.facts, "cmtool": __version__,
     }  # fmt: skip
     write_statistics(path, found.gaussian, found.rows, about)
+
+
+def read_statistics(name: str | Path) -> Statistics | None:
+    """Return the statistics in an npz or pickle; None for a file that holds none.
+
+    It reads `mu` and `sigma` (EDM, clean-fid and ADM), `feats` (clean-fid, for KID), and pickles
+    of EDM2, which are not executed. Raises InputError for a file that is damaged or not finite.
+    """
+    path = Path(name)
+    if not path.is_file() or path.suffix not in (".npz", ".pkl"):
+        return None
+    arrays = _npz_arrays(path) if path.suffix == ".npz" else _pickled_arrays(path)
+    if not arrays.keys() & {"mu", "sigma", "feats"}:
+        return None
+    about: dict[str, Any] = {}
+    if "about" in arrays:
+        try:
+            about = dict(json.loads(str(arrays["about"])))
+        except (ValueError, TypeError, RecursionError):
+            what = f"{path}: its `about` is no JSON object"
+            raise InputError(what, "make the file again") from None
+    rows = _finite(path, "feats", arrays["feats"], 2).float() if "feats" in arrays else None
+    if not {"mu", "sigma"} & arrays.keys():
+        return Statistics(os.fspath(name), None, rows, "arr_0" in arrays, about)
+    for key in ("mu", "sigma"):
+        if key not in arrays:
+            raise InputError(f"{path} has no {key}", "make it again: cmtool eval reference")
+    mean = _finite(path, "mu", arrays["mu"], 1)
+    covariance = _finite(path, "sigma", arrays["sigma"], 2)
+    if rows is not None and rows.shape[1] != len(mean):
+        what = f"{path}: mu has {len(mean)} features, feats {rows.shape[1]}"
+        raise InputError(what, "make the file again")
+    if covariance.shape != (len(mean), len(mean)):
+        what = f"{path}: mu has {len(mean)} features, sigma is {tuple(covariance.shape)}"
+        raise InputError(what, "fetch it again, or make it: cmtool eval reference")
+    num = arrays.get("num", np.array(0 if rows is None else len(rows)))
+    if num.ndim != 0 or num.dtype.kind not in "iu" or num < 0:
+        raise InputError(f"{path}: num is {str(num)[:40]}", "it must be the number of images")
+    gaussian = Gaussian(mean, covariance, int(num))
+    return Statistics(os.fspath(name), gaussian, rows, "arr_0" in arrays, about)
+
+
+def write_statistics(
+    path: Path, gaussian: Gaussian, rows: Tensor | None, about: Mapping[str, Any]
+) -> None:
+    """Write an npz that EDM's and clean-fid's tools read too; rows are their `feats`, for KID."""
+    mean, covariance, num = gaussian
+    arrays: dict[str, Any] = {"mu": mean.numpy(), "sigma": covariance.numpy(), "num": np.array(num)}
+    arrays["about"] = np.array(json.dumps(dict(about)))
+    if rows is not None:
+        arrays["feats"] = rows.float().numpy()
+    with replacing(path) as temporary, temporary.open("wb") as opened:
+        np.savez(opened, **arrays)
+
+
+def _npz_arrays(path: Path) -> dict[str, Any]:
+    """Return the arrays of statistics, and `arr_0` as None if it is there."""
+    wanted = {"mu", "sigma", "feats", "num", "about"}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found: dict[str, Any] = {"arr_0": None} if "arr_0.npy" in archive.namelist() else {}
+            for name in wanted & {n.removesuffix(".npy") for n in archive.namelist()}:
+                info = archive.getinfo(f"{name}.npy")
+                packed, size = info.compress_size, info.file_size
+                if size > MAX_RATIO * max(packed, 1 << 16):
+                    raise ValueError(f"{name} unpacks from {packed:,} to {size:,} bytes")
+                with archive.open(f"{name}.npy") as member:
+                    found[name] = np.lib.format.read_array(member, allow_pickle=False)
+            return found
+    except (
+        ValueError, OSError, EOFError, KeyError, RuntimeError, MemoryError, NotImplementedError,
+        struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
+        raise InputError(f"{path} cannot be read: {error}", "fetch or make it again") from None
+
+
+def _pickled_arrays(path: Path) -> dict[str, Any]:
+    """Return mu and sigma of a pickle, at its top or under `fid`. Nothing in it is executed."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as opened:
+            table = expect(Machine(size, NUMPY_TABLE).run(opened, size), dict)
+        table = expect(table.get("fid", table), dict)
+        return {name: _array(table[name]) for name in ("mu", "sigma") if name in table}
+    except Refused as error:
+        what = f"{path} is no pickle of statistics: {error}"
+        raise InputError(what, "it was not run: give an npz") from None
+    except (ValueError, IndexError, KeyError, EOFError, struct.error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}", "fetch or make it again") from None
+
+
+def _array(stored: Any) -> np.ndarray[Any, Any]:
+    """Return the float array that a pickle describes."""
+    match stored.state if isinstance(stored, Array) else None:
+        case (_, tuple(shape), Dtype("f4" | "f8" as code), bool(fortran), bytes(raw)):
+            whole = all(type(side) is int and side >= 0 for side in shape)
+            if whole and len(raw) == int(np.prod(shape, dtype=object)) * int(code[1]):
+                flat = np.frombuffer(raw, f"<{code}")
+                return flat.reshape(shape, order="F" if fortran else "C")
+    raise Refused("mu or sigma is no array of floats")
+
+
+def _finite(path: Path, name: str, array: Any, ndim: int) -> Tensor:
+    """Return an array as float64. Raises InputError for one of another form, or not finite."""
+    if array.dtype.kind != "f" or array.ndim != ndim or not 0 < array.shape[-1] <= MAX_WIDTH:
+        what = f"{path}: {name} is {array.dtype} {array.shape}"
+        raise InputError(what, "it must hold statistics of features")
+    tensor = torch.from_numpy(np.array(array, np.float64, order="C"))
+    if not bool(torch.isfinite(tensor.float()).all()):  # what float32 cannot hold is not, either
+        what = f"{path}: {name} has values that are not finite"
+        raise InputError(what, "it was made of broken images: make it again")
+    return tensor

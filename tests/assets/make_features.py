@@ -40,7 +40,8 @@ def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def loss(network: DigitsFeatures, images: Tensor, labels: Tensor) -> Tensor:
     """Return cross-entropy plus the squared error of the colours."""
-    logits, guess = network.heads(images)
+    features = network(images)
+    logits, guess = network.classes(features), network.colours(features)
     return F.cross_entropy(logits, labels) + 2 * F.mse_loss(guess, colours(images))
 
 
@@ -66,7 +67,8 @@ def main(out: Path) -> None:
     network.eval()
     with torch.no_grad():
         x = from_uint8(held_out.images[torch.arange(len(held_out))])
-        logits, guess = network.heads(x)
+        features = network(x)
+        logits, guess = network.classes(features), network.colours(features)
         accuracy = (logits.argmax(1) == held_out.labels).float().mean()
         error = F.mse_loss(guess, colours(x)).sqrt()
     print(f"held-out accuracy {accuracy:.4f}, colour error {error:.4f}", file=sys.stderr)

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from cmtool.cli.evaluate import ticker
 from cmtool.data.images import png_bytes, read_image
 from tests.published import write_detector
 
@@ -398,3 +399,12 @@ def test_consistency_is_a_table_a_plot_and_an_object(cmtool, tmp_path):
     assert cmtool("eval", "consistency", "--plot", "c.png", *small).code == 2
     assert cmtool("eval", "consistency", "-c", "digits-edm", *small).code == 3
     assert cmtool("eval", "consistency", "--plot", "c.txt", *small).code == 2
+
+
+def test_a_pass_that_begins_after_a_long_one_has_a_rate_at_once(monkeypatch, capsys):
+    clock = iter([0.0, 1.0, 30.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    progress = ticker()
+    progress("reference", 5, 0)
+    progress("drawn", 58, 0)
+    assert capsys.readouterr().err == "drawn: 58 images, 2 a second, this process\n"

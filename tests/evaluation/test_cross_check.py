@@ -75,7 +75,7 @@ def fails(*_):
 
 
 def inception_like(resize):
-    from cmtool.evaluation.protocols import build_extractor
+    from cmtool.evaluation.features import build_extractor
 
     return build_extractor("digits")._replace(resize=resize)
 

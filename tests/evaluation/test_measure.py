@@ -16,10 +16,10 @@ from packaging import version
 from cmtool.data.archives import write_npz
 from cmtool.data.images import png_bytes, to_uint8
 from cmtool.errors import UserError
+from cmtool.evaluation.features import build_extractor
 from cmtool.evaluation.gaussian import GaussianSums, frechet_distance
 from cmtool.evaluation.measure import drawn_batches, evaluate
 from cmtool.evaluation.metrics import BOTH, fid, kid
-from cmtool.evaluation.protocols import build_extractor
 from cmtool.evaluation.sets import Setup, collect, open_set
 from cmtool.system.dist import Group
 

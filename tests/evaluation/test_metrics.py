@@ -5,6 +5,7 @@ import torch
 from packaging import version
 
 from cmtool.errors import InputError
+from cmtool.evaluation.features import PROTOCOLS, build_extractor
 from cmtool.evaluation.gaussian import frechet_distance
 from cmtool.evaluation.metrics import (
     METRICS,
@@ -13,7 +14,6 @@ from cmtool.evaluation.metrics import (
     kernel_distance,
     precision_recall,
 )
-from cmtool.evaluation.protocols import PROTOCOLS, build_extractor
 from tests.evaluation.test_gaussian import features, of
 
 

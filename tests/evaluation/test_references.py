@@ -10,7 +10,7 @@ import torch
 
 from cmtool.errors import InputError
 from cmtool.evaluation.gaussian import Gaussian
-from cmtool.evaluation.references import read_statistics, write_statistics
+from cmtool.evaluation.sets import read_statistics, write_statistics
 
 MU, SIGMA = np.arange(3.0), np.diag([1.0, 2.0, 3.0])
 GAUSSIAN = Gaussian(torch.from_numpy(MU), torch.from_numpy(SIGMA), 7)

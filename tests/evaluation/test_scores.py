@@ -2,8 +2,8 @@ import pytest
 
 from cmtool.data.datasets import load_dataset
 from cmtool.errors import MissingError
-from cmtool.evaluation.scores import build_score
-from cmtool.evaluation.weights import INCEPTION
+from cmtool.evaluation.during_training import build_score
+from cmtool.evaluation.features import INCEPTION
 from cmtool.system.files import file_sha256
 from tests.published import write_detector
 
@@ -28,5 +28,5 @@ def test_fid_needs_its_weights_before_training_and_is_zero_on_the_training_image
     path.parent.mkdir()
     write_detector(path)
     known = INCEPTION._replace(sha256=file_sha256(path))
-    monkeypatch.setattr("cmtool.evaluation.protocols.INCEPTION", known)
+    monkeypatch.setattr("cmtool.evaluation.features.INCEPTION", known)
     assert build_score("fid", few, "cpu")([few.images]) == pytest.approx(0, abs=1e-3)

@@ -4,10 +4,9 @@ import torch
 from cmtool.data.datasets import Dataset
 from cmtool.data.images import from_uint8, png_bytes
 from cmtool.errors import InputError
+from cmtool.evaluation.features import build_extractor
 from cmtool.evaluation.metrics import BOTH, GAUSSIAN
-from cmtool.evaluation.protocols import build_extractor
-from cmtool.evaluation.references import Statistics
-from cmtool.evaluation.sets import Setup, collect, open_set, save_features
+from cmtool.evaluation.sets import Setup, Statistics, collect, open_set, save_features
 
 
 @pytest.fixture(scope="module")

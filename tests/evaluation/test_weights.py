@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cmtool.errors import InputError, MissingError
-from cmtool.evaluation.weights import INCEPTION, VGG16, find_file
+from cmtool.evaluation.features import INCEPTION, VGG16, find_file
 
 CONTENT = b"weights"
 FILE = INCEPTION._replace(sha256=hashlib.sha256(CONTENT).hexdigest())
