@@ -8,11 +8,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from cmtool.errors import InputError, ResourceError, UserError, is_full
+
+if TYPE_CHECKING:
+    from cmtool.system.dist import Group
 
 MAX_LINE = 700
 
@@ -25,6 +28,20 @@ def leads() -> bool:
 def processes() -> tuple[int, int]:
     """Return this process's rank and the number of torchrun's processes; 0 and 1 alone."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined(device: str, timeout: float) -> Iterator[Group]:
+    """Yield the group of torchrun's processes, and leave it after the block."""
+    from cmtool.system import dist
+
+    group = dist.join(*processes(), device, timeout)
+    try:
+        yield group
+    except RuntimeError as error:
+        raise dist.lost_contact(error, group, 0) or error from None
+    finally:
+        dist.leave()
 
 
 def say(text: str, any_rank: bool = False) -> None:

@@ -6,8 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,11 +33,11 @@ from cmtool.cli._options import (
     pick_plan,
     pick_precision,
 )
-from cmtool.cli._output import check_free, emit, emit_json, make_folder, processes, say
+from cmtool.cli._output import check_free, emit, emit_json, joined, make_folder, processes, say
 from cmtool.errors import InputError, ThresholdError, UserError
 
 if TYPE_CHECKING:
-    from cmtool.system.dist import Group
+    pass
 
 DRAWN = 2048  # images drawn from a model if the user gives no number
 TIMEOUT = 1800.0  # seconds without an answer after which another process counts as lost
@@ -179,7 +178,7 @@ def metric_command(
         chosen = chosen._replace(precision=pick_precision(precision, where))
         return ModelImages(model, chosen, num or DRAWN, first_seed)
 
-    with joined(where) as group:
+    with joined(where, TIMEOUT) as group:
         given = group.agreed(lambda: given_images(images, checkpoint), "names of images")
         if given is not None:
             refuse_options(ctx.params)
@@ -260,20 +259,6 @@ def ticker() -> Callable[[str, int, int], None]:
     return progress
 
 
-@contextmanager
-def joined(device: str) -> Iterator[Group]:
-    """Yield the group of torchrun's processes, and leave it after the block."""
-    from cmtool.system import dist
-
-    group = dist.join(*processes(), device, TIMEOUT)
-    try:
-        yield group
-    except RuntimeError as error:
-        raise dist.lost_contact(error, group, 0) or error from None
-    finally:
-        dist.leave()
-
-
 @app.command("reference")
 def reference_command(
     data: Annotated[str, typer.Argument(help="A folder, zip, npz, tarball, or a data set's name.")],
@@ -311,7 +296,7 @@ def reference_command(
     from cmtool.evaluation.measure import Request, save_reference
 
     where = pick_device(device)
-    with joined(where) as group:
+    with joined(where, TIMEOUT) as group:
         request = Request(
             images=data, protocol=protocol, num=num, feature_weights=feature_weights, trust=trust,
             feature_precision=feature_precision, batch=batch, workers=workers, device=where,
@@ -320,6 +305,14 @@ def reference_command(
         count = save_reference(out, request, keep_features=keep_features)
     say(f"{count:,} images")
     emit(os.fspath(out))
+
+
+def check_plot(plot: Path, overwrite: bool) -> None:
+    """Raise UserError for a file that no plot can be written to."""
+    if plot.suffix.lower() not in (".png", ".svg"):
+        raise UserError(f"--plot {plot}", "end it with .png or .svg")
+    check_free(plot, overwrite)
+    make_folder(plot.parent)
 
 
 @app.command()
@@ -357,10 +350,7 @@ def consistency(
     if processes()[1] > 1:
         raise UserError("eval consistency runs in one process", "start it without torchrun")
     if plot is not None:
-        if plot.suffix.lower() not in (".png", ".svg"):
-            raise UserError(f"--plot {plot}", "end it with .png or .svg")
-        check_free(plot, overwrite)
-        make_folder(plot.parent)
+        check_plot(plot, overwrite)
 
     from rich.console import Console
     from rich.table import Table

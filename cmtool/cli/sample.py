@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from cmtool.cli import _options as shared
-from cmtool.cli._measurement import joined
-from cmtool.cli._output import emit, emit_json, prepare_output, say, write_bytes
+from cmtool.cli._output import emit, emit_json, joined, prepare_output, say, write_bytes
 from cmtool.errors import ResourceError, UserError, nearest
 
 if TYPE_CHECKING:
