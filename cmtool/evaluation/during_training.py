@@ -60,12 +60,11 @@ def build_score(name: str, data: Dataset, device: str) -> Score:
     row, shape = METRICS[metric], tuple(data.images.shape[1:])
     if PROTOCOLS[protocol].shape not in (None, shape):
         channels, height, width = shape
-        raise UserError(
-            f"{name} measures RGB images of 8x8; {data.name} has {width}x{height} with"
-            f" {channels} channels",
-            "choose the metric fid, or measure the finished model with cmtool eval",
-        )
-    setup = Setup(protocol, build_extractor(protocol, device=device))
+        has = f"{data.name} has {width}x{height} with {channels} channels"
+        hint = "choose the metric fid, or measure the finished model with cmtool eval"
+        raise UserError(f"{name} measures RGB images of 8x8; {has}", hint)
+    extractor = build_extractor(protocol, device=device)
+    setup = Setup(protocol, extractor)
 
     @cache
     def reference() -> Features:
@@ -74,11 +73,8 @@ def build_score(name: str, data: Dataset, device: str) -> Score:
     def score(batches: Iterable[Tensor], group: Group = ALONE, turn: int = 0) -> float:
         own = setup._replace(group=group, turn=str(turn))
         made = extract(batches, row.images, own, "drawn")
-
-        def compute() -> float:
-            return row.compute(made, reference(), setup.extractor)[row.values[0]].value
-
-        return group.agreed(compute, f"score {turn}")
+        found = group.agreed(lambda: row.compute(made, reference(), extractor), f"score {turn}")
+        return found[row.values[0]].value
 
     return score
 

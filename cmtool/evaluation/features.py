@@ -312,8 +312,6 @@ def find_file(wanted: WeightFile, given: Path | None = None, trust: bool = False
         hint += "" if path == shared else "; or add --trust to use it as it is"
         raise MissingError(f"{what}, not {wanted.sha256[:12]}...", hint)
     known = "" if wanted.sha256 is None else f", sha256 {wanted.sha256[:12]}..."
-    raise MissingError(
-        f"{wanted.name} is not there: {wanted.what}",
-        f"put it at {own[0]}, or give --feature-weights FILE; it comes from {wanted.url}"
-        f" ({wanted.megabytes} MB{known}; {TERMS})",
-    )
+    hint = f"put it at {own[0]}, or give --feature-weights FILE; it comes from {wanted.url}"
+    hint += f" ({wanted.megabytes} MB{known}; {TERMS})"
+    raise MissingError(f"{wanted.name} is not there: {wanted.what}", hint)

@@ -117,10 +117,8 @@ def precision_recall(
     that are not finite.
     """
     _check_features(real, made, least=k + 1)
-    return PrecisionRecall(
-        _covered(made, real, _radii(real, k, chunk), chunk),
-        _covered(real, made, _radii(made, k, chunk), chunk),
-    )
+    reals, mades = _radii(real, k, chunk), _radii(made, k, chunk)
+    return PrecisionRecall(_covered(made, real, reals, chunk), _covered(real, made, mades, chunk))
 
 
 def _radii(features: Tensor, k: int, chunk: int) -> Tensor:

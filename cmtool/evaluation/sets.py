@@ -65,8 +65,7 @@ class Setup(NamedTuple):
     workers: int = 0
     group: Group = ALONE
     progress: OnProgress | None = None
-    turn: str = "0"
-    """Name of this pass, where a side is measured several times: processes meet by it."""
+    turn: str = "0"  # name of this pass over a side: processes meet by it
 
 
 def open_set(given: Given) -> Opened:
@@ -183,10 +182,11 @@ def _from_statistics(
         raise UserError(what, "leave the number out")
     if any(missing):
         if not stored.has_images:
-            raise InputError(
-                f"{name} holds mu and sigma only: KID, precision and recall compare single images",
-                "give the images, or statistics of cmtool eval reference --keep-features",
+            what = (
+                f"{name} holds mu and sigma only: KID, precision and recall compare single images"
             )
+            hint = "give the images, or statistics of cmtool eval reference --keep-features"
+            raise InputError(what, hint)
         images = load_dataset(name, in_memory=False)
         found = collect(images, missing, setup, num=num, side=side)
         gaussian, rows = gaussian or found.gaussian, found.rows if rows is None else rows
@@ -209,11 +209,9 @@ def _check_comparable(stored: Statistics, setup: Setup) -> None:
     tensors = stored.gaussian and stored.gaussian.mean, stored.rows
     for width in (tensor.shape[-1] for tensor in tensors if tensor is not None):
         if width != extractor.width:
-            raise InputError(
-                f"{name} has {width} features an image, --protocol {protocol} has"
-                f" {extractor.width}",
-                "give statistics of this protocol, or another --protocol",
-            )
+            what = f"{name} has {width} features an image, --protocol {protocol} has"
+            hint = "give statistics of this protocol, or another --protocol"
+            raise InputError(f"{what} {extractor.width}", hint)
     said = stored.about.get("features")
     if isinstance(said, dict):
         made = stored.about.get("protocol")
