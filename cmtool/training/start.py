@@ -153,7 +153,7 @@ def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
     A student copies its teacher's weights, so it must be the same network on the same levels.
     """
     ours, theirs = resolved.preset.model, teacher.preset.model
-    if theirs.scalings.name != "edm":
+    if teacher.kind == "teacher" and theirs.scalings.name != "edm":
         found = f"{teacher.source} has the scalings of {theirs.scalings.name}"
         what = f"{found}: a student that starts from its weights would be another function"
         raise InputError(what, "distill a teacher with EDM's scalings")
