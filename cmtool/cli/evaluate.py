@@ -355,15 +355,13 @@ def consistency(
     from rich.console import Console
     from rich.table import Table
 
-    from cmtool.evaluation.consistency import consistency as deviations
-    from cmtool.evaluation.consistency import describe_consistency
+    from cmtool.evaluation import consistency as measured
     from cmtool.training.plots import write_curves
 
-    where = pick_device(device)
+    where, seeds = pick_device(device), range(first_seed, first_seed + num)
     model = pick_model(checkpoint, weights, where, "consistency", preset=preset)
     guide = pick_model(teacher, "ema", where, "teacher", preset=preset)
-    seeds = range(first_seed, first_seed + num)
-    found = deviations(model, guide, seeds, levels, substeps, where)
+    found = measured.consistency(model, guide, seeds, levels, substeps, where)
     table = Table("sigma", "f to end", "f to next f", "teacher to end", box=None)
     for sigma, *distances in found:
         table.add_row(f"{sigma:.4g}", *(f"{distance:.4f}" for distance in distances))
@@ -373,4 +371,5 @@ def consistency(
         curves = {n: [(each[0], each[i]) for each in found] for i, n in enumerate(names, 1)}
         write_curves(plot, curves, "noise level sigma", "root mean square")
         say(f"plot: {plot}")
-    emit_json(describe_consistency(found, model, guide, seeds, substeps), compact=as_json)
+    content = measured.describe_consistency(found, model, guide, seeds, substeps)
+    emit_json(content, compact=as_json)
