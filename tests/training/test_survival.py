@@ -313,8 +313,14 @@ def test_fault_05_06_a_damaged_checkpoint_is_passed_over_and_named(copied, place
         file.unlink()
     else:
         file.write_bytes(change(file.read_bytes()))
-    explicit = Command("checkpoint", "info", str(newest(copied)), folder=place)
-    explicit.failed(3, "step-0000004")
+    weights = name.partition(".")[0] if name.startswith(("model", "ema")) else "ema"
+    explicit = Command(
+        "checkpoint", "info", str(newest(copied)), "--weights", weights, folder=place
+    )
+    if name == "optimizer.safetensors" and "flipped" in damage:  # no file of the model is damaged
+        explicit.done()
+    else:
+        explicit.failed(3, "step-0000004")
     err = resume(place).done()
     bad = "is not a whole checkpoint: no manifest" if "manifest" in name else f"{name} is damaged"
     assert "not used: run/checkpoints/step-0000004" in err
