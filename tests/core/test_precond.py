@@ -81,7 +81,7 @@ def test_scalings_are_those_of_table_1(name):
     """Inputs of EDM, VP and iDDPM have unit variance; a perfect network gives x0 exactly."""
     sigma = torch.tensor([0.1, 1.0, 30.0], dtype=torch.float64)
     c_skip, c_out, c_in = SCALINGS[name](sigma, 0.5, 0.0)
-    variance = {"edm": 0.25, "vp": 1.0, "iddpm": 1.0}
+    variance = {"edm": 0.25, "consistency": 0.25, "vp": 1.0, "iddpm": 1.0}
     if name in variance:
         torch.testing.assert_close(c_in**2 * (sigma**2 + variance[name]), torch.ones_like(sigma))
     else:  # VE's network scales its input itself
