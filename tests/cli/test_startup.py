@@ -8,6 +8,7 @@ from cmtool.cli._options import importing_torch
 
 
 def test_the_collector_works_on_where_torch_is_imported_already():
+    gc.unfreeze()
     with importing_torch():
         assert gc.isenabled()
     assert gc.get_freeze_count() == 0
