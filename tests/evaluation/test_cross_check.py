@@ -9,6 +9,7 @@ from cmtool.errors import MissingError, UserError
 from cmtool.evaluation import cross_check
 from cmtool.evaluation.features import inception_extractor
 from cmtool.evaluation.measure import evaluate
+from tests.published import detector
 
 
 @pytest.mark.slow
@@ -16,8 +17,8 @@ from cmtool.evaluation.measure import evaluate
 def test_both_numbers_agree(monkeypatch, weights, folders, protocol, mode):
     monkeypatch.setattr("cleanfid.fid.frechet_distance", fails)  # its own takes minutes
     content = evaluate(
-        folders / "a", reference=folders / "b", protocol=protocol, feature_weights=weights,
-        trust=True, cross_check=True,
+        folders / "a", reference=folders / "b", num=8, reference_num=7, protocol=protocol,
+        feature_weights=weights, trust=True, cross_check=True,
     )  # fmt: skip
     checked = content["cross_check"]
     assert checked["tool"].startswith("clean-fid 0.")
@@ -44,9 +45,9 @@ def test_the_features_are_clean_fids(weights, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_file_that_clean_fid_does_not_read_is_named(weights, tmp_path):
+def test_a_file_that_clean_fid_does_not_read_is_named(tmp_path):
     path = tmp_path / "inception-2015-12-05.pt"
-    torch.save(torch.jit.load(weights).state_dict(), path)
+    torch.save(detector().state_dict(), path)
     with pytest.raises(MissingError, match="clean-fid cannot read"):
         cross_check.clean_fid_extractor(inception_extractor(path, ""))
 
