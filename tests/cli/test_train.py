@@ -355,11 +355,11 @@ def test_a_student_of_a_teacher_that_saw_warped_images_keeps_its_network_and_see
     assert "data.augment = 0.5 for a model that is not an EDM teacher" in refused.err
 
 
-def test_help_and_readme_name_every_distance():
+def test_help_and_page_name_every_distance():
     (option,) = DistanceOption.__metadata__
     assert option.help.split(": ")[1].rstrip(".").split(", ") == sorted(DISTANCES)
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert all(f"`{name}`" in readme for name in DISTANCES)
+    page = (Path(__file__).parents[2] / "cmtool/docs/presets.md").read_text()
+    assert all(f"`{name}`" in page for name in DISTANCES)
 
 
 MINE = 'extends = "digits-ct"\n[train]\nbatch = 16\n'
