@@ -341,7 +341,7 @@ def test_fault_05_a_damaged_checkpoint_named_by_the_user_is_refused(copied, plac
         ["checkpoint", "convert", newest(copied), "y.safetensors"],
         ["distill", "--teacher", newest(copied), "--out", "student"],
     ):
-        Command(*arguments, folder=place).failed(3, "ema.safetensors is damaged", "use the chec")
+        Command(*arguments, folder=place).failed(3, "ema.safetensors is damaged", "give an earlier")
     assert contents(place) == before
 
 
@@ -554,7 +554,7 @@ def test_fault_23_a_data_worker_that_dies_or_hangs(place, methods, images, numbe
     assert steps(run) == []
     for pid in workers if number == signal.SIGSTOP else workers[:1]:
         os.kill(pid, number)
-    command.failed(5, what, "hint: lower data.workers", patience=60)
+    command.failed(5, what, "hint: use fewer workers", patience=60)
     assert (status(run)["state"], status(run)["exit_code"]) == ("failed", 5)
     assert steps(run) == [status(run)["step"]]  # the last finished step
     assert status(run)["step"] >= 4
