@@ -408,7 +408,8 @@ def test_names_that_climb_out_are_only_names(tmp_path):
 STREAM = """
 import json, os, resource, sys
 from pathlib import Path
-from cmtool.core.data import batches, load_dataset
+from cmtool.data.batches import batches
+from cmtool.data.datasets import load_dataset
 
 def resident(pid="self"):
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()

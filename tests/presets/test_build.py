@@ -31,7 +31,7 @@ from pathlib import Path
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-from cmtool.build import load_model
+from cmtool.models import load_model
 load_model("digits-cd")
 before = resident()
 model = load_model(sys.argv[1])
