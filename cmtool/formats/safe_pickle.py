@@ -114,12 +114,12 @@ class Machine:
         self, content: BinaryIO, size: int, persistent: Callable[[Any], Any] | None = None
     ) -> Any:
         """Return what the pickle at the position of `content`, `size` bytes in all, describes."""
-        pickle = Pickle(self, persistent)
-        for opcode, arg, _ in pickletools.genops(cast(BinaryIO, Bounded(content, size))):
-            self.opcodes += 1
+        pickle, action_of = Pickle(self, persistent), OPCODES.get
+        opcodes = pickletools.genops(cast(BinaryIO, Bounded(content, size)))
+        for self.opcodes, (opcode, arg, _) in enumerate(opcodes, self.opcodes + 1):
             if self.opcodes > MAX_OPCODES:
                 raise Refused(f"more than {MAX_OPCODES:,} opcodes: too many for weights")
-            action = OPCODES.get(opcode.name)
+            action = action_of(opcode.name)
             if action is None:
                 raise Refused(f"opcode {opcode.name} has no place among weights")
             action(pickle, arg)
