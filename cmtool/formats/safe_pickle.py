@@ -116,8 +116,9 @@ class Machine:
         """Return what the pickle at the position of `content`, `size` bytes in all, describes."""
         pickle, action_of = Pickle(self, persistent), OPCODES.get
         opcodes = pickletools.genops(cast(BinaryIO, Bounded(content, size)))
-        for self.opcodes, (opcode, arg, _) in enumerate(opcodes, self.opcodes + 1):
-            if self.opcodes > MAX_OPCODES:
+        for count, (opcode, arg, _) in enumerate(opcodes, self.opcodes + 1):
+            self.opcodes = count
+            if count > MAX_OPCODES:
                 raise Refused(f"more than {MAX_OPCODES:,} opcodes: too many for weights")
             action = action_of(opcode.name)
             if action is None:
