@@ -116,9 +116,9 @@ class Machine:
         """Return what the pickle at the position of `content`, `size` bytes in all, describes."""
         pickle, action_of = Pickle(self, persistent), OPCODES.get
         opcodes = pickletools.genops(cast(BinaryIO, Bounded(content, size)))
-        for count, (opcode, arg, _) in enumerate(opcodes, self.opcodes + 1):
-            self.opcodes = count
-            if count > MAX_OPCODES:
+        for opcode, arg, _ in opcodes:
+            self.opcodes += 1  # of all pickles together: an action may play one inside of this
+            if self.opcodes > MAX_OPCODES:
                 raise Refused(f"more than {MAX_OPCODES:,} opcodes: too many for weights")
             action = action_of(opcode.name)
             if action is None:

@@ -67,11 +67,14 @@ def made_ahead(
             timer = threading.Timer(timeout, give_up)
             timer.daemon = True
             try:
-                if crew:
-                    timer.start()
-                    _handle_children(on_an_end)
-                    on_an_end()
-                item = next(given)
+                try:
+                    if crew:
+                        timer.start()
+                        _handle_children(on_an_end)
+                        on_an_end()
+                    item = next(given)
+                finally:  # torch's handler would raise anywhere in the main thread; ours only here
+                    _handle_children(before)
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError):  # torch raises these when a worker is gone
@@ -84,7 +87,6 @@ def made_ahead(
                 raise ResourceError(what, hint) from None
             finally:
                 timer.cancel()
-                _handle_children(before)  # torch's handler would raise anywhere in the main thread
             yield item
     finally:
         dismiss()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cmtool.errors import ResourceError
+from cmtool.system import workers
 from cmtool.system.workers import made_ahead
 
 
@@ -27,11 +28,11 @@ def busy(seconds):
         sum(range(1000))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_items_come_in_order_and_leave_no_worker(workers):
-    given = list(made_ahead(Numbers(), iter([3, 1, 2]), workers))
+@pytest.mark.parametrize("count", [0, 2])
+def test_items_come_in_order_and_leave_no_worker(count):
+    given = list(made_ahead(Numbers(), iter([3, 1, 2]), count))
     assert [index for index, _ in given] == [3, 1, 2]
-    assert (os.getpid() in {pid for _, pid in given}) == (workers == 0)
+    assert (os.getpid() in {pid for _, pid in given}) == (count == 0)
     assert multiprocessing.active_children() == []
 
 
@@ -65,6 +66,23 @@ def test_a_second_worker_that_ends_meanwhile_is_no_news(monkeypatch):
     monkeypatch.setattr("cmtool.system.workers._one_is_gone", looked)
     with pytest.raises(ResourceError, match="a data worker died"):
         list(itertools.islice(given, 100))
+
+
+def test_a_broken_pipe_that_is_felt_before_the_signal_is_told_too(monkeypatch):
+    def broken(given):
+        yield next(given)
+        raise ConnectionResetError
+
+    def looked(crew):
+        crew[0].kill()
+        busy(0.05)  # its signal is felt here
+        return look(crew)
+
+    load, look = workers._load, workers._one_is_gone
+    monkeypatch.setattr(workers, "_load", lambda *arguments: broken(load(*arguments)))
+    monkeypatch.setattr(workers, "_one_is_gone", looked)
+    with pytest.raises(ResourceError, match="a data worker died"):
+        list(made_ahead(Numbers(), itertools.count(), 2))
 
 
 def test_workers_that_hang_are_told_and_killed():
