@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from cmtool.presets.build import SAMPLING, build_denoiser, build_network, noise_
 from cmtool.presets.schema import Card, Choice, Kind, ModelSection, NoiseSection, Preset
 from cmtool.presets.toml import load_preset
 from cmtool.presets.upgrade import of_kind, upgraded
-from cmtool.system.devices import on_device
+from cmtool.system.devices import on_device, shapes_only
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("digits-edm", "digits-cd")
@@ -157,7 +156,7 @@ def as_kind(card: Card, kind: Kind) -> Card:
 def _denoiser(path: Path, card: Card, tensors: dict[str, Tensor]) -> Preconditioned:
     """Return the denoiser of a card with these tensors. Raises InputError if they do not fit."""
     try:
-        with torch.device("meta"):
+        with shapes_only():
             network = build_network(card.model)
         network.load_state_dict(tensors, assign=True)
         return build_denoiser(card, network)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cmtool.system.devices import shapes_only
+
 SIDE = 299
 WIDTH = 2048
 EPS = 1e-3
@@ -162,7 +164,7 @@ def folded(stored: Mapping[str, Tensor]) -> Inception:
 
     Raises KeyError or RuntimeError for weights of another network.
     """
-    with torch.device("meta"):
+    with shapes_only():
         network = Inception()
     weights: dict[str, Tensor] = {}
     for key in network.convs:

@@ -14,6 +14,7 @@ from torch import Tensor
 from cmtool.core.networks.adm import Adm, AdmOptions
 from cmtool.core.networks.song import Song, SongOptions
 from cmtool.errors import InputError
+from cmtool.system.devices import shapes_only
 
 Options = AdmOptions | SongOptions
 ForeignKind = Literal["teacher", "consistency"]
@@ -53,7 +54,7 @@ class Foreign:
 def tensor_names(options: Options, channels: int, num_classes: int = 0) -> list[str]:
     """Return the names of the tensors of our network with these options."""
     make: Any = Song if isinstance(options, SongOptions) else Adm
-    with torch.device("meta"):
+    with shapes_only():
         return list(make(options, channels, num_classes).state_dict())
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -41,6 +42,26 @@ def best_precision(device: str) -> str:
 def autocast(device_type: str, precision: str) -> torch.autocast:
     """Return a block in which convolutions and matrix products run in fp32, bf16 or fp16."""
     return torch.autocast(device_type, HALF.get(precision), enabled=precision in HALF)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Build networks of shapes without numbers inside the block: on the meta device."""
+    with _NoDrawing(), torch.device("meta"):
+        yield
+
+
+class _NoDrawing(TorchFunctionMode):
+    """Leaves out random numbers; on the meta device they would import torch's compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Call the function, or return its tensor as it is."""
+        kwargs = kwargs or {}
+        if func.__name__.endswith(("normal_", "uniform_")):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 @contextmanager

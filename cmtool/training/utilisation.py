@@ -17,6 +17,7 @@ from cmtool.core.rng import step_generator
 from cmtool.models import Model
 from cmtool.presets import build
 from cmtool.presets.schema import Card, Preset
+from cmtool.system.devices import shapes_only
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEASURED_SECONDS = 0.05
@@ -50,7 +51,7 @@ def step_flops(preset: Preset, teacher: Model | None) -> int | None:
 
 def shape_of(card: Card) -> Preconditioned:
     """Return a card's model on the meta device, without gradients: it has shapes and no numbers."""
-    with torch.device("meta"):
+    with shapes_only():
         return build.build_denoiser(card, build.build_network(card.model)).requires_grad_(False)
 
 

@@ -21,7 +21,7 @@ from cmtool.core.networks.song import Song, SongOptions
 from cmtool.core.noise import Stage, lognormal, uniform
 from cmtool.core.precond import Preconditioned, consistency_scalings, edm_scalings, log_label
 from cmtool.core.tensors import to_device
-from cmtool.system.devices import autocast, best_precision, is_out_of_memory, on_device
+from cmtool.system.devices import autocast, best_precision, is_out_of_memory, on_device, shapes_only
 from tests.networks import network
 from tests.objectives import alone, objective_of
 
@@ -225,3 +225,15 @@ def test_what_a_cpu_says_is_known():
 def test_sending_to_where_a_tensor_is_costs_nothing():
     x = torch.ones(3)
     assert to_device(x, "cpu") is x
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [(nn.Linear, (3, 4)), (nn.Conv2d, (3, 4, 3)), (nn.Embedding, (3, 4))]
+)
+def test_networks_of_shapes_only_draw_no_numbers(kind, sizes):
+    real, before = kind(*sizes), torch.get_rng_state()
+    with shapes_only():
+        built = kind(*sizes)
+        real.reset_parameters()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.is_meta for p in built.parameters())

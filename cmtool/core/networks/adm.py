@@ -154,15 +154,6 @@ class Stem(nn.Conv2d):
         return super().forward(x)
 
 
-class ClassEmbedding(nn.Embedding):
-    """A vector for each class; drawing on the meta device would import torch's compiler."""
-
-    def reset_parameters(self) -> None:
-        """Draw the vectors, where they have values."""
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
 class Adm(nn.Module):
     """The U-Net; published weights want the noise label 250 ln(sigma)."""
 
@@ -180,7 +171,7 @@ class Adm(nn.Module):
             Linear32(width, emb_channels), nn.SiLU(), Linear32(emb_channels, emb_channels)
         )
         if num_classes:
-            self.label_emb = ClassEmbedding(num_classes, emb_channels)
+            self.label_emb = nn.Embedding(num_classes, emb_channels)
         if o.augment_dim:
             self.augment_emb = Linear32(o.augment_dim, width, bias=False)
             nn.init.zeros_(self.augment_emb.weight)

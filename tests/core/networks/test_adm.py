@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cmtool.core.networks import NETWORKS
-from cmtool.core.networks.adm import Adm, AdmOptions, ClassEmbedding
+from cmtool.core.networks.adm import Adm, AdmOptions
 from cmtool.core.networks.layers import sinusoidal_embedding
 from cmtool.errors import InputError
 
@@ -137,10 +137,3 @@ def test_every_network_keeps_shape_and_sees_noise_level_and_class(name):
     assert out.shape == x.shape
     assert not torch.allclose(out, network(x, torch.tensor([0.5, 0.5]), torch.tensor([0, 0])))
     assert not torch.allclose(out, network(x, torch.tensor([0.1, 0.1]), torch.tensor([3, 3])))
-
-
-def test_class_embeddings_are_drawn_as_torch_draws_them():
-    torch.manual_seed(3)
-    ours = ClassEmbedding(5, 8).weight
-    torch.manual_seed(3)
-    assert torch.equal(ours, torch.nn.Embedding(5, 8).weight)

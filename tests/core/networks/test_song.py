@@ -58,8 +58,8 @@ def song(options, classes=0):
 def check(out, mean, std, first, last, bound=1e-5):
     assert float(out.mean()) == pytest.approx(mean, abs=bound)
     assert float(out.std(unbiased=False)) == pytest.approx(std, abs=bound)
-    torch.testing.assert_close(out.flatten()[:4], torch.tensor(first), atol=bound, rtol=0)
-    torch.testing.assert_close(out.flatten()[-2:], torch.tensor(last), atol=bound, rtol=0)
+    torch.testing.assert_close(out.flatten()[:4], out.new_tensor(first), atol=bound, rtol=0)
+    torch.testing.assert_close(out.flatten()[-2:], out.new_tensor(last), atol=bound, rtol=0)
 
 
 X = torch.sin(0.05 * torch.arange(2 * 3 * 16 * 16)).reshape(2, 3, 16, 16)
@@ -115,14 +115,14 @@ def test_dhariwal_unet_is_the_adm_network():
         min_group_channels=4, augment_dim=9,
     )  # fmt: skip
     network = Adm(options, 3, 10)
-    network = filled(network, adm_rules(options, list(network.state_dict()), 16))
+    network = filled(network, adm_rules(options, list(network.state_dict()), 16)).double()
     check(
-        network(X, LABEL, CLASSES), -0.347673, 2.435559,
+        network(X.double(), LABEL.double(), CLASSES), -0.347673, 2.435559,
         [-0.52961, -1.22587, -2.00825, -2.48915], [-0.48902, -0.31869],
     )  # fmt: skip
     warp = torch.sin(torch.arange(18.0)).reshape(2, 9)
     check(
-        network(X, LABEL, CLASSES, warp), -0.404260, 2.400350,
+        network(X.double(), LABEL.double(), CLASSES, warp.double()), -0.404260, 2.400350,
         [-0.44864, -1.08784, -1.85460, -2.37308], [-0.49012, -0.31189],
     )  # fmt: skip
 
