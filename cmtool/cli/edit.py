@@ -41,7 +41,8 @@ app = typer.Typer(
 
 def inpaint(
     mask: Annotated[
-        Path | None, Option(help="Mask of the picture's size. White is regenerated.")
+        Path | None,
+        Option(help="Mask of the picture's size. Its white, or its hole, is regenerated."),
     ] = None,
     box: Annotated[
         str | None, Option(help="Rectangle as the mask: LEFT,TOP,WIDTH,HEIGHT in pixels.")
@@ -63,15 +64,18 @@ def inpaint(
         raise UserError("which part to regenerate", "give one of --mask, --box and --text")
 
     def prepare(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
-        from cmtool.data.images import read_image, text_mask
+        from cmtool.data.images import read_mask, text_mask
         from cmtool.editing import prepare_inpaint
 
         h, w = images.shape[2:]
         if mask is not None:
-            painted = read_image(mask, mode="L")
+            white = read_mask(mask)
         else:
             painted = text_mask(text, h, w) if text is not None else box_mask(box or "", h, w)
-        return prepare_inpaint(model, images, painted[None] >= 128, fit=fit, name=name)
+            white = painted >= 128
+        if not white.any():
+            say(f"note: nothing in the mask is white (128 to 255): {name} stays as it is")
+        return prepare_inpaint(model, images, white[None], fit=fit, name=name)
 
     return prepare
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -36,12 +37,10 @@ from cmtool.cli._options import (
 from cmtool.cli._output import check_free, emit, emit_json, joined, make_folder, processes, say
 from cmtool.errors import InputError, ThresholdError, UserError
 
-if TYPE_CHECKING:
-    pass
-
 DRAWN = 2048  # images drawn from a model if the user gives no number
 TIMEOUT = 1800.0  # seconds without an answer after which another process counts as lost
 EVERY = 10.0  # seconds between two lines of progress
+SETS = (".zip", ".npz", ".pkl", ".tar", ".gz")  # names of files that hold more than one image
 OF_MODELS = {
     "runs": 1, "steps": None, "sigmas": None, "sampler": None, "preset": None, "kind": None,
     "weights": "ema", "first_seed": 0, "precision": "fp32",
@@ -179,7 +178,7 @@ def metric_command(
         return ModelImages(model, chosen, num or DRAWN, first_seed)
 
     with joined(where, TIMEOUT) as group:
-        given = group.agreed(lambda: given_images(images, checkpoint), "names of images")
+        given = group.agreed(lambda: given_images(metric, images, checkpoint), "names of images")
         if given is not None:
             refuse_options(ctx.params)
         request = Request(
@@ -228,8 +227,11 @@ def refuse_options(given: dict[str, Any]) -> None:
             raise UserError(f"{option} of images that are there", "it is for --checkpoint")
 
 
-def given_images(images: list[str] | None, checkpoint: str | None) -> list[str] | None:
-    """Return the names of images on the command line or stdin; None if a model is measured."""
+def given_images(metric: str, images: list[str] | None, checkpoint: str | None) -> list[str] | None:
+    """Return the names of images on the command line or stdin; None if a model is measured.
+
+    Raises UserError for a set among several names, which other tools take as the reference.
+    """
     if images and checkpoint is not None:
         raise UserError("both images and --checkpoint", "give one of them")
     piped = images is None and checkpoint is None and not sys.stdin.isatty()
@@ -239,6 +241,13 @@ def given_images(images: list[str] | None, checkpoint: str | None) -> list[str] 
         if images and not listed:
             raise InputError("no paths on stdin", "pipe them in, one a line")
         return listed or None
+    sets = [name for name in images or [] if Path(name).is_dir() or name.endswith(SETS)]
+    if images and sets and len(images) > 1:
+        first, second, *more = map(shlex.quote, images)
+        hint = "give one folder, zip or npz, or image files alone"
+        if not more:
+            hint = f"cmtool eval {metric} {first} --reference {second}"
+        raise UserError(f"{len(images)} sets of images to measure", hint)
     return images or None
 
 

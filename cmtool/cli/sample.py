@@ -11,7 +11,7 @@ from typer import Option
 
 from cmtool.cli import _options as shared
 from cmtool.cli._output import emit, emit_json, joined, prepare_output, say, write_bytes
-from cmtool.errors import ResourceError, UserError, nearest
+from cmtool.errors import InputError, ResourceError, UserError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -273,7 +273,7 @@ def write_folder(drawing: Drawing) -> dict[str, Any]:
 
     options, infos = drawing.options, drawing.about()
     paths = [Path(options.out) / image_name(seed) for seed in drawing.seeds]
-    missing = _missing(paths, infos, options)
+    missing = _missing(drawing, paths, infos)
     drawing.group.tell(None)  # all processes have looked before one of them writes
     records: list[dict[str, Any]] = []
     classes = drawing.classes()
@@ -304,17 +304,38 @@ def write_folder(drawing: Drawing) -> dict[str, Any]:
     return {"images": records} if drawing.group.leads else {}
 
 
-def _missing(paths: list[Path], infos: list[dict[str, str]], options: SampleOptions) -> list[int]:
-    """Return the indices of the images to draw. Raises UserError for another image in a file."""
+def _missing(drawing: Drawing, paths: list[Path], infos: list[dict[str, str]]) -> list[int]:
+    """Return the indices of the images to draw. Raises UserError for another image in a file.
+
+    A file without metadata does not say what it holds: the first such image is drawn to compare.
+    """
     from cmtool.data.images import png_info
 
-    missing = []
+    options, missing, is_compared = drawing.options, [], False
     for index, path in enumerate(paths):
         if options.overwrite or not path.exists():
             missing.append(index)
-        elif not options.no_metadata and png_info(path) != infos[index]:
+            continue
+        info = png_info(path)
+        is_same = info == infos[index]
+        if not info and options.no_metadata:
+            is_same = is_compared or _holds(path, drawing.draw([index])[0])
+            is_compared = True
+        if not is_same:
             what = f"{path} holds another image than this command makes"
             raise UserError(what, "give another --out, or --overwrite")
     if len(missing) < len(paths):
         say(f"{len(paths) - len(missing)} of {len(paths)} images are there already")
     return missing
+
+
+def _holds(path: Path, image: Tensor) -> bool:
+    """Tell whether a file holds this image (C, H, W)."""
+    import torch
+
+    from cmtool.data.images import read_image
+
+    try:
+        return torch.equal(read_image(path, mode="RGB" if len(image) == 3 else "L"), image)
+    except InputError:
+        return False

@@ -58,6 +58,35 @@ def read_image(source: Path | bytes, name: str = "", mode: str = "RGB") -> Tenso
     return _use_image(source, name, lambda image: _tensor(_flat(_upright(image), mode)))
 
 
+def read_mask(path: Path) -> Tensor:
+    """Return a mask (1, H, W) bool of a picture: True where the picture is white.
+
+    A picture with transparent parts is one of two: white paint on nothing, where the mask is the
+    paint, or any other picture with holes, where the mask is the holes. Raises InputError as
+    `read_image` does, and where black and white paint on nothing may mean either.
+    """
+
+    def mask(image: Image.Image) -> Tensor:
+        image = _upright(image)
+        white = _tensor(_flat(image, "L")) >= 128
+        if not image.has_transparency_data:
+            return white
+        rgba = _tensor(image.convert("RGBA"))
+        opaque = rgba[3:] >= 128
+        paint = rgba[:3, opaque[0]]
+        is_light, is_dark = paint > 239, paint < 16
+        if bool(opaque.all()):
+            return white
+        if bool((is_light | is_dark).all()) and bool(is_light.any()):
+            if bool(is_light.all()):
+                return opaque
+            hint = "save it without transparency: white is regenerated, black is kept"
+            raise InputError(f"the mask {path} has black, white and transparent parts", hint)
+        return ~opaque
+
+    return _use_image(path, "", mask)
+
+
 def image_mode(source: Path | bytes, name: str = "") -> str:
     """Return how an image file stores its pixels: RGB, L, P, CMYK, I;16 ..., "rotated" by EXIF."""
     return _use_image(

@@ -261,12 +261,22 @@ def _describe(
         **_joined(made),
         "reference": dict(reference.about) or None,
         "features": extractor.facts,
-        "settings": row.settings,
+        "settings": _used(row.settings, num, few),
         "cmtool": __version__,
         "torch": torch.__version__,
         **({"rank_deficient": few <= extractor.width} if "fid" in row.values else {}),
     }
     return Result(content, _notes(row, content, setup, num, few))
+
+
+def _used(settings: Mapping[str, Any], num: int, few: int) -> dict[str, Any]:
+    """Return the settings as they were used: no subset or split is larger than the set it is of."""
+    most = {"size": few, "split": num}
+    return {
+        key: _used(value, num, few) if isinstance(value, Mapping)
+        else min(value, most.get(key, value))
+        for key, value in settings.items()
+    }  # fmt: skip
 
 
 def _numbers(row: Metric, found: list[Values]) -> dict[str, Any]:
@@ -316,6 +326,9 @@ def _notes(row: Metric, content: dict[str, Any], setup: Setup, num: int, few: in
         notes.append(f"{few_images}: {why}")
     if content["proxy"] and setup.protocol != "digits":
         notes.append("note: published numbers are of 50,000 images; of fewer they are a proxy")
+    asked, used = (each.get("kid", each) for each in (row.settings, content["settings"]))
+    if asked.get("size") != used.get("size"):
+        notes.append(f"note: the subsets of KID have {few:,} images, not {asked['size']:,}")
     split = row.settings.get("is", row.settings).get("split", num)
     if num > split and num % split:
         notes.append(f"note: the last split of the score has {num % split} images, not {split:,}")

@@ -9,7 +9,7 @@ from cmtool.core import edits
 from cmtool.core.rng import SeededNoise
 from cmtool.core.tensors import identity
 from cmtool.data.datasets import digits
-from cmtool.data.images import from_uint8, png_bytes, png_info, read_image, text_mask
+from cmtool.data.images import from_uint8, png_bytes, png_info, read_image, read_mask, text_mask
 from cmtool.errors import UserError
 from cmtool.models import load_model
 from cmtool.sampling import edit_plan, run_edit
@@ -43,6 +43,60 @@ def test_an_edit_in_bf16_keeps_what_it_keeps_and_says_so(cmtool, digit, tmp_path
     assert torch.equal(half[:, :, :4], digit[:, :, :4].int())
     assert 0 < (full - half).abs().max() <= 6  # 1 to 3 of 255
     assert png_info(tmp_path / "half.png")["cmtool:precision"] == "bf16"
+
+
+HOLE = torch.zeros(8, 8, dtype=torch.bool)
+HOLE[2:5, 2:5] = True
+
+
+def rgba(colour, alpha):
+    """Return a picture (4, 8, 8) of one grey, or of many, with an alpha channel."""
+    grey = torch.as_tensor(colour, dtype=torch.uint8).expand(3, 8, 8)
+    return torch.cat([grey, alpha.to(torch.uint8)[None] * 255])
+
+
+MASKS = {
+    "white paint on nothing": (rgba(HOLE * 255, HOLE), HOLE),
+    "white paint on transparent white": (rgba(255, HOLE), HOLE),
+    "a hole in a picture": (rgba(torch.arange(64).reshape(8, 8) * 3, ~HOLE), HOLE),
+    "a hole in black": (rgba(0, ~HOLE), HOLE),
+    "opaque": (rgba(HOLE * 255, torch.ones(8, 8)), HOLE),
+    "grey": (HOLE[None].to(torch.uint8) * 255, HOLE),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_is_white_or_the_hole_of_a_picture(name, tmp_path):
+    picture, wanted = MASKS[name]
+    Image.fromarray(picture.permute(1, 2, 0).squeeze(2).numpy()).save(tmp_path / "m.png")
+    assert torch.equal(read_mask(tmp_path / "m.png"), wanted[None])
+
+
+def test_a_palette_with_a_transparent_colour_is_a_mask_too(tmp_path):
+    picture = Image.fromarray(HOLE.numpy().astype(np.uint8)).convert("P")
+    picture.putpalette([255] * 6)
+    picture.save(tmp_path / "m.png", transparency=0)
+    assert torch.equal(read_mask(tmp_path / "m.png"), HOLE[None])
+
+
+def test_a_mask_that_may_mean_two_things_is_refused(cmtool, digit, tmp_path):
+    alpha = torch.zeros(8, 8)
+    alpha[:4] = 1
+    picture = rgba(HOLE * 255, alpha).permute(1, 2, 0).numpy()
+    Image.fromarray(picture).save(tmp_path / "m.png")
+    result = cmtool("edit", "inpaint", "d.png", "--mask", "m.png")
+    assert result.code == 3
+    assert "black, white and transparent" in result.err
+
+
+@pytest.mark.parametrize("value", [0, 1, 127])
+def test_a_mask_without_white_is_told(cmtool, digit, tmp_path, value):
+    mask = torch.full((1, 8, 8), value, dtype=torch.uint8)
+    (tmp_path / "m.png").write_bytes(png_bytes(mask))
+    result = cmtool("edit", "inpaint", "d.png", "--mask", "m.png", "--class", "3", "--out", "o.png")
+    assert result.code == 0
+    assert "note: nothing in the mask is white" in result.err
+    assert torch.equal(read_image(tmp_path / "o.png"), digit)
 
 
 def test_a_pipe_works_and_a_seed_gives_another_answer(cmtool, digit, tmp_path):

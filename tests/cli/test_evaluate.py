@@ -138,7 +138,7 @@ def test_statistics_of_a_set_stand_for_it(cmtool, sets):
         assert stored["protocol"] == "digits"  # which the file says
         assert stored["reference"]["images"] == 40
     kid = value(cmtool("eval", "kid", *drawn, "--reference", "rows.npz"))
-    assert kid["settings"] == {"subsets": 100, "size": 1000, "seed": 0}
+    assert kid["settings"] == {"subsets": 100, "size": 30, "seed": 0}
     some = value(cmtool("eval", "fid", *drawn, *HELD_OUT, "--reference-num", "500"))
     assert some["reference"]["images"] == 500
     refused = cmtool("eval", "kid", *drawn, "--reference", "stats/ref.npz")
@@ -177,6 +177,31 @@ def test_few_images_are_told(cmtool, sets):
     assert content["rank_deficient"]
     assert content["proxy"]
     assert "40 images are no more than the 64 features" in result.err
+
+
+def test_settings_are_those_that_were_used(cmtool, sets):
+    result = cmtool("eval", "all", "set.npz", *HELD_OUT, "--num", "25")
+    settings = value(result)["settings"]
+    assert settings["kid"] == {"subsets": 100, "size": 25, "seed": 0}
+    assert settings["is"] == {"split": 25}
+    assert settings["pr"] == {"k": 3}
+    assert "the subsets of KID have 25 images, not 1,000" in result.err
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        (["folder", "a b.zip"], "cmtool eval fid folder --reference 'a b.zip'"),
+        (["set.npz", "folder"], "cmtool eval fid set.npz --reference folder"),
+        (["folder", "set.zip", "set.npz"], "give one folder, zip or npz"),
+    ],
+)
+def test_a_second_set_is_no_image_and_the_hint_says_what_it_is(cmtool, sets, given, hint, tmp_path):
+    (tmp_path / "set.zip").rename(tmp_path / "a b.zip")
+    result = cmtool("eval", "fid", *given)
+    assert result.code == 2
+    assert "sets of images to measure" in result.err
+    assert hint in result.err
 
 
 def test_thresholds_go_both_ways(cmtool, sets):

@@ -235,6 +235,26 @@ def test_nothing_is_told_without_metadata(cmtool, tmp_path):
     assert png_info(tmp_path / "a/seed000000.png") == {}
 
 
+def test_images_without_metadata_are_told_apart_by_drawing_one(cmtool, tmp_path):
+    plain = [*SMALL, "--seeds", "0-3", "--no-metadata"]
+    assert cmtool(*SMALL, "--seeds", "0-3", "--out", "a").code == 0
+    for folder, is_same in (("a", "4 of 4 images are there"), ("b", "4 images, ")):
+        result = cmtool(*plain, "--out", folder)
+        assert result.code == 0, result.err
+        assert is_same in result.err
+    (tmp_path / "b/seed000002.png").unlink()
+    before = files(tmp_path / "a")
+    assert "3 of 4 images are there" in cmtool(*plain, "--out", "b").err
+    for folder in "ab":
+        for other in (["--steps", "2"], ["--class", "7"], ["-c", "digits-edm"]):
+            result = cmtool(*plain, *other, "--out", folder)
+            assert result.code == 2, result.err
+            assert "holds another image" in result.err
+    assert files(tmp_path / "a") == before
+    (tmp_path / "b/seed000000.png").write_bytes(b"no image")
+    assert cmtool(*plain, "--out", "b").code == 2
+
+
 def test_a_search_finds_levels_is_remembered_and_used(cmtool, tmp_path):
     shutil.copy(ASSETS / "digits-cd.safetensors", tmp_path / "m.safetensors")
     arguments = ["search", "-c", "m.safetensors", "--num", "64", "--device", "cpu"]
