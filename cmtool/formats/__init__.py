@@ -43,8 +43,8 @@ PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 FORMATS: dict[str, Format] = {
     "diffusers": Format(
         "diffusers pipeline",
-        "ConsistencyModelPipeline folders",
-        lambda path, start: path.is_dir() and (path / diffusers_dir.INDEX).is_file(),
+        "ConsistencyModelPipeline folders, and UNet2DModel folders alone",
+        lambda path, start: diffusers_dir.is_it(path),
         diffusers_dir.read,
     ),
     "openai": Format(

@@ -61,7 +61,7 @@ def find(path: Path, weights: str = "ema") -> tuple[Found, list[str]]:
 
     The path is a run, a checkpoint, a file or a pipeline. Raises InputError where it has no model.
     """
-    if path.is_file() or (path / diffusers_dir.INDEX).is_file():
+    if path.is_file() or diffusers_dir.is_it(path):
         return Found(path), []
     if not (path / "checkpoints").is_dir():
         return _in_checkpoint(path, weights), []

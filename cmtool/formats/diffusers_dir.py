@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from cmtool.formats.openai_pt import state_dict
 from cmtool.system.files import file_sha256
 
 INDEX = "model_index.json"
-CONFIG = "unet/config.json"
+CONFIG = Path("unet/config.json")
 SCHEDULER = "scheduler/scheduler_config.json"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+WEIGHTS = (
+    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.fp16.bin",
+)  # fmt: skip
 LEAVES = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -52,18 +56,27 @@ FIXED = {
 """What a UNet2DModel's config must say, where it says anything, to be an Adm."""
 
 
+def is_it(path: Path) -> bool:
+    """Tell whether a path is a pipeline folder, or the folder of its network alone."""
+    return any((path / name).is_file() for name in (INDEX, CONFIG.name))
+
+
 def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
-    """Return the network of a pipeline folder. Raises ValueError (mostly Malformed), InputError."""
+    """Return the network of a folder. Raises ValueError (mostly Malformed), InputError."""
     if weights not in ("ema", "model"):
         raise foreign.wrong_weights(weights, ["model"])
-    index, config, scheduler = (read_table(path / name) for name in (INDEX, CONFIG, SCHEDULER))
-    pipeline = str(index.get("_class_name"))
+    is_whole = (path / INDEX).is_file()
+    index, scheduler = (read_table(path / n) if is_whole else {} for n in (INDEX, SCHEDULER))
+    pipeline = str(index.get("_class_name", "not there"))
+    unet = _network_folder(path)
+    config = read_table(unet / CONFIG.name)
     options, channels, num_classes = _options(config)
-    files = _weight_files(path)
+    files = _weight_files(unet)
     if not files:
-        raise Malformed(f"it holds none of {', '.join(WEIGHTS)} under unet/")
+        raise Malformed(f"it holds none of {', '.join(WEIGHTS)}")
+    state = {name: tensor for file in files for name, tensor in state_dict(file).items()}
     names = foreign.tensor_names(options, channels, num_classes)
-    tensors = foreign.translate(rules(options, names), state_dict(files[0]))
+    tensors = foreign.translate(rules(options, names), state)
     grid = _positive(scheduler, "num_train_timesteps", 40)
     if grid < 2 or grid != int(grid):
         raise Malformed("its num_train_timesteps is not a whole number of 2 or more")
@@ -126,7 +139,11 @@ def write(
         "unet": ["diffusers", "UNet2DModel"],
     }
     steps = {"_class_name": "CMStochasticIterativeScheduler", "clip_denoised": True, "s_noise": 1.0}
-    for name, content in {INDEX: index, CONFIG: config, SCHEDULER: steps | scheduler}.items():
+    for name, content in {
+        INDEX: index,
+        os.fspath(CONFIG): config,
+        SCHEDULER: steps | scheduler,
+    }.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     theirs = foreign.translate_back(rules(options, list(tensors)), tensors)
@@ -136,15 +153,31 @@ def write(
 
 def sha256(path: Path) -> str:
     """Return the hash of the names and hashes of a pipeline's files, those that are read."""
-    files = [file for name in (INDEX, CONFIG, SCHEDULER) if (file := path / name).is_file()]
+    unet = _network_folder(path)
+    tables = (path / INDEX, unet / CONFIG.name, path / SCHEDULER)
     whole = hashlib.sha256()
-    for file in files + _weight_files(path)[:1]:
+    for file in [*filter(Path.is_file, tables), *_weight_files(unet)]:
         whole.update(f"{file.relative_to(path)} {file_sha256(file)}\n".encode())
     return whole.hexdigest()
 
 
-def _weight_files(path: Path) -> list[Path]:
-    return [file for name in WEIGHTS if (file := path / "unet" / name).is_file()]
+def _network_folder(path: Path) -> Path:
+    return path / CONFIG.parent if (path / INDEX).is_file() else path
+
+
+def _weight_files(unet: Path) -> list[Path]:
+    """Return the file of the weights, or their shards; none where there are no weights."""
+    for name in WEIGHTS:
+        if (unet / name).is_file():
+            return [unet / name]
+    for index in sorted(unet.glob("diffusion_pytorch_model.*index*.json")):
+        shards = read_table(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise Malformed(f"its {index.name} names no shards")
+        if any(not isinstance(name, str) or Path(name).name != name for name in shards.values()):
+            raise Malformed(f"its {index.name} names files of another folder")
+        return [unet / name for name in sorted(set(shards.values()))]
+    return []
 
 
 def rules(o: AdmOptions, names: list[str]) -> dict[str, Rule]:

@@ -24,6 +24,8 @@ from cmtool.formats.torch_pickle import StoredTensor, as_tensors, load_archive, 
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How a file starts that torch before 1.6 saved."""
+TABLES = ("ema", "ema_model", "model_ema", "state_dict", "model_state_dict", "model", "module")
+"""Names under which trainers save a state dict."""
 MAX_PICKLE = 64 << 20
 MAX_MEMBERS = 20_000
 LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -34,9 +36,9 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     """Return the network of a state dict. Raises Malformed, InputError."""
     if weights not in ("ema", "model"):
         raise foreign.wrong_weights(weights, ["model"])
-    state = state_dict(path)
-    options, channels, num_classes = architecture(state)
     notes: list[str] = []
+    state = _without_prefix(state_dict(path, weights, notes), weights, notes)
+    options, channels, num_classes = architecture(state)
     side = 32 << min(options.attention_levels, default=0)
     size, heads = (side, side) if options.attention_levels else None, options.head_channels
     assumed = {
@@ -78,11 +80,14 @@ def _rules(options: AdmOptions, names: list[str], state: Mapping[str, Tensor]) -
     return rules
 
 
-def state_dict(path: Path) -> dict[str, Tensor]:
+def state_dict(
+    path: Path, weights: str = "model", notes: list[str] | None = None
+) -> dict[str, Tensor]:
     """Return the state dict of a torch.save archive or a safetensors file; no code can run.
 
-    Tensors are views of the mapped file. Raises Malformed for archives that lie, and for anything
-    but a flat table of tensors.
+    Trainers save it under a name, beside other things: the EMA is taken if `weights` is "ema", and
+    a note says so. Tensors are views of the mapped file. Raises Malformed for archives that lie,
+    and for anything but a table of tensors.
     """
     start = first_bytes(path)
     if start[8:9] == b"{":
@@ -93,14 +98,34 @@ def state_dict(path: Path) -> dict[str, Tensor]:
             content = load_legacy(opened, path.stat().st_size)
     else:
         content = _archive(path)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for _ in range(3):  # a table may hold itself
+        held = [name for name in TABLES if isinstance(content, dict) and content.get(name)]
+        held = [name for name in held if isinstance(content[name], dict)]
+        if held:
+            content = content[_chosen(held, weights, [] if notes is None else notes)]
     if not isinstance(content, dict) or not content:
         raise Malformed("it holds no table of tensors")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
             raise Malformed(f"its {str(name)[:60]!r} is not a tensor")
     return as_tensors(content, path.stat().st_size)
+
+
+def _without_prefix(state: dict[str, Tensor], weights: str, notes: list[str]) -> dict[str, Tensor]:
+    """Return a state dict without what wrappers put before its names, such as "module."."""
+    prefixes = [name.removesuffix(NEEDED[0]) for name in state if name.endswith(NEEDED[0])]
+    if not prefixes or "" in prefixes:
+        return state
+    prefix = _chosen(prefixes, weights, notes)
+    return {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+
+
+def _chosen(names: list[str], weights: str, notes: list[str]) -> str:
+    """Return which of several networks to take: the EMA if `weights` is "ema"; a note says so."""
+    chosen = min(names, key=lambda name: ("ema" in name) != (weights == "ema"))
+    if len(names) > 1:
+        notes.append(f"the file holds {len(names)} networks: that of {chosen[:40]!r} is used")
+    return chosen
 
 
 def _archive(path: Path) -> Any:

@@ -13,7 +13,7 @@ from cmtool.core.networks.adm import Adm, AdmOptions
 from cmtool.core.networks.song import Song, SongOptions
 from cmtool.core.precond import SCALINGS, consistency_scalings, iddpm_sigmas
 from cmtool.errors import InputError, UserError
-from cmtool.formats import FORMATS, identify, read_foreign
+from cmtool.formats import FORMATS, identify, openai_pt, read_foreign
 from cmtool.formats.diffusers_dir import rules as diffusers_rules
 from cmtool.formats.edm_pkl import adm_options, adm_rules, song_options, song_rules
 from cmtool.formats.foreign import Malformed, interleaved, translate, translate_back
@@ -380,6 +380,87 @@ def test_state_dicts_load_as_the_release_saves_them(make, legacy, tmp_path):
     assert list(loaded) == list(network.state_dict())
     for name, tensor in network.state_dict().items():
         assert torch.equal(loaded[name], tensor), name
+
+
+def prefixed(prefix, state):
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+WRAPPINGS = {
+    "of data parallel": lambda state, other: prefixed("module.", state),
+    "compiled": lambda state, other: prefixed("module._orig_mod.", state),
+    "under model": lambda state, other: {"model": state, "optimizer": {"state": {}}, "step": 7},
+    "EMA beside the model": lambda state, other: {"model": other, "ema": state},
+    "of a trainer": lambda state, other: {"epoch": 3, "model_state_dict": prefixed("net.", state)},
+    "nested twice": lambda state, other: {"state_dict": {"module": state}},
+    "of Lightning": lambda state, other: {
+        "epoch": 1, "state_dict": {**prefixed("model.", other), **prefixed("ema.model.", state)},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRAPPINGS)
+def test_state_dicts_load_as_trainers_wrap_them(name, weights, tmp_path):
+    state = torch.load(weights("openai_unet_cond"), weights_only=True)
+    other = {key: tensor + 1 for key, tensor in state.items()}
+    wrapped = WRAPPINGS[name](state, other)
+    torch.save(wrapped, tmp_path / "cd.pt")
+    foreign = openai_pt.read(tmp_path / "cd.pt", "ema", {})
+    for key, tensor in openai_pt.read(weights("openai_unet_cond"), "ema", {}).tensors.items():
+        assert torch.equal(foreign.tensors[key], tensor), key
+    holds_both = "EMA" in name or "Lightning" in name
+    assert any("holds 2 networks" in note for note in foreign.notes) == holds_both
+    if holds_both:
+        raw = openai_pt.read(tmp_path / "cd.pt", "model", {}).tensors
+        assert not any(torch.equal(raw[key], foreign.tensors[key]) for key in raw)
+
+
+def test_a_table_that_holds_itself_is_refused(tmp_path):
+    table = {}
+    table["model"] = table
+    torch.save(table, tmp_path / "cd.pt")
+    with pytest.raises(InputError, match="is not a usable ADM state dict"):
+        load_model(tmp_path / "cd.pt")
+
+
+@pytest.mark.parametrize("layout", ["half", "shards", "alone", "shards alone"])
+def test_a_pipeline_comes_in_other_layouts_too(layout, weights, tmp_path):
+    whole, folder = load_model(weights("diffusers_cm")), tmp_path / "pipe"
+    shutil.copytree(weights("diffusers_cm"), folder)
+    unet = folder / "unet"
+    file = unet / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    file.unlink()
+    names = sorted(state)
+    if "shards" in layout:
+        shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": names[i::2]
+                  for i in range(2)}  # fmt: skip
+        for shard, held in shards.items():
+            save_file({name: state[name] for name in held}, unet / shard)
+        index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
+        (unet / f"{file.name}.index.json").write_text(json.dumps(index))
+    elif layout == "half":
+        halves = {name: tensor.half() for name, tensor in state.items()}
+        save_file(halves, file.with_suffix(".fp16.safetensors"))
+    else:
+        save_file(state, file)
+    path = unet if "alone" in layout else folder
+    model = load_model(path, kind="consistency")
+    for name, tensor in whole.f.network.state_dict().items():
+        loaded = model.f.network.state_dict()[name]
+        assert torch.equal(loaded, tensor.half().float() if layout == "half" else tensor), name
+    assert model.sha256 != whole.sha256
+
+
+@pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", 3])
+def test_shards_of_another_folder_are_refused(name, weights, tmp_path):
+    folder = tmp_path / "pipe"
+    shutil.copytree(weights("diffusers_cm"), folder)
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    file.unlink()
+    file.with_suffix(".safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(InputError, match="names files of another folder"):
+        load_model(folder)
 
 
 @torch.no_grad()
