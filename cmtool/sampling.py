@@ -54,8 +54,12 @@ def plan(
 
     Levels for n steps are the preset's tuned ones if it has them, else a Karras grid for a
     teacher and levels of the training grid for a consistency model. Raises UserError for a
-    sampler that does not suit this kind of model, and for levels that the model never saw.
+    sampler that does not suit this kind of model, for levels that the model never saw, and for a
+    model whose images cannot be shown.
     """
+    if preset.model.channels not in (1, 3):
+        what = f"the model has {preset.model.channels} channels: no picture has them"
+        raise UserError(what, "use a model of 1 channel (grey) or 3 (RGB): --set model.channels=3")
     chosen = sampler or preset.sample.sampler
     known = samplers.SAMPLERS
     if chosen.name not in known:

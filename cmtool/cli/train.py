@@ -174,7 +174,9 @@ def _run(options: RunOptions, preset: str, resolved: Resolved, teacher: Model | 
     """Run a training, or print its preset; then print where the last checkpoint is."""
     if options.dry_run:
         from cmtool.presets.toml import to_toml
+        from cmtool.training.start import check_components
 
+        check_components(resolved.preset)
         emit(to_toml(resolved.preset, resolved.origins).rstrip())
         return
     max_seconds = parse_time(options.max_time)

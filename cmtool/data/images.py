@@ -171,13 +171,18 @@ def recoloured(image: Tensor, channels: int) -> Tensor:
     return _tensor(_picture(image).convert("L"))
 
 
+def check_fit_rule(how: str) -> None:
+    """Raise UserError unless the rule is one of FITS."""
+    if how not in FITS:
+        raise UserError(f"data.fit = {how!r}", nearest(how, FITS))
+
+
 def fitted(image: Tensor, size: tuple[int, int], how: str, name: str = "the image") -> Tensor:
     """Return the image (C, H, W) uint8 at `size` (H, W), by one of FITS.
 
     Raises InputError for a size that does not fit, or an unknown rule.
     """
-    if how not in FITS:
-        raise UserError(f"data.fit = {how!r}", nearest(how, FITS))
+    check_fit_rule(how)
     h, w = image.shape[1:]
     if (h, w) == size:
         return image

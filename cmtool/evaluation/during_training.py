@@ -16,7 +16,7 @@ from cmtool.evaluation.measure import drawn_batches
 from cmtool.evaluation.metrics import METRICS, Features
 from cmtool.evaluation.sets import Setup, collect, extract
 from cmtool.presets.build import pick
-from cmtool.presets.schema import Preset
+from cmtool.presets.schema import Choice, Preset
 from cmtool.sampling import evaluating, plan
 from cmtool.system.dist import ALONE, Group
 
@@ -79,6 +79,12 @@ def build_score(name: str, data: Dataset, device: str) -> Score:
     return score
 
 
+def pick_score(choice: Choice) -> Callable[[Dataset, str], Score]:
+    """Return what builds a score, of a data set on a device. Raises UserError for no such score."""
+    scores = {name: partial(build_score, name) for name in score_names()}
+    return pick(scores, choice, "run.eval_metric")
+
+
 def build_evaluation(preset: Preset, data: Dataset, device: str) -> Evaluation | None:
     """Return how a run is evaluated; None if it is not.
 
@@ -87,9 +93,7 @@ def build_evaluation(preset: Preset, data: Dataset, device: str) -> Evaluation |
     if not preset.run.eval_every:
         return None
     choice = preset.run.eval_metric
-    scores = {name: partial(build_score, name) for name in score_names()}
-    score = pick(scores, choice, "run.eval_metric")(data, device)
-    return Evaluation(choice.name, score, preset.run.eval_num)
+    return Evaluation(choice.name, pick_score(choice)(data, device), preset.run.eval_num)
 
 
 def evaluate(

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from cmtool.core.augment import LABELS, Augment, augmented
 from cmtool.core.distances import DISTANCES, is_norm
 from cmtool.core.losses import WEIGHTINGS
-from cmtool.core.methods import METHODS, MethodRow, Objective, make_objective
+from cmtool.core.methods import METHODS, Method, MethodRow, Objective, make_objective
 from cmtool.core.networks import NETWORKS
 from cmtool.core.networks.layers import MAX_BLOCKS
-from cmtool.core.noise import CURRICULA, LEVELS, Curriculum, NoiseRange
+from cmtool.core.noise import CURRICULA, LEVELS, Curriculum, LevelPicker, NoiseRange
 from cmtool.core.precond import NOISE_LABELS, SCALINGS, Preconditioned, is_two_time
 from cmtool.core.samplers import SAMPLERS
 from cmtool.core.solvers import SOLVERS
@@ -126,29 +126,41 @@ def needs_teacher(preset: Preset) -> bool:
     return method_row(preset).needs_teacher or preset.train.from_teacher
 
 
+def build_method(preset: Preset) -> tuple[Method, LevelPicker]:
+    """Return the preset's method with its choices bound, and what picks its noise levels.
+
+    Raises UserError for a choice that does not exist, used or not, or that the method forbids.
+    """
+    loss, row, sigma_data = preset.loss, method_row(preset), preset.model.sigma_data
+    distance = pick(DISTANCES, loss.distance, "loss.distance")
+    choices = {
+        "distance": distance,
+        "weight": pick(WEIGHTINGS, loss.weight, "loss.weight", {"sigma_data": sigma_data}),
+        "noise_range": noise_range(preset),
+        "solver": pick(SOLVERS, loss.solver, "loss.solver"),
+    }
+    check_method(preset, row, distance)
+    losses = {name: each.loss for name, each in METHODS.items()}
+    method = pick(losses, loss.method, "loss.method", choices)
+    return method, pick(LEVELS, loss.levels, "loss.levels")
+
+
 def build_objective(preset: Preset, teacher: Denoiser | None, device: str = "cpu") -> Objective:
     """Return the preset's training objective.
 
     Raises UserError for a choice that its method does not take, or a teacher that is missing,
     MissingError for a distance that lacks a file.
     """
-    loss, row, levels = preset.loss, method_row(preset), noise_range(preset)
-    weight = pick(WEIGHTINGS, loss.weight, "loss.weight", {"sigma_data": preset.model.sigma_data})
-    distance = pick(DISTANCES, loss.distance, "loss.distance")
-    check_method(preset, row, distance)
+    row, (method, levels) = method_row(preset), build_method(preset)
     augment = build_augment(preset, row)
     if row.needs_teacher and teacher is None:
         raise UserError("this preset distills a teacher", "run it with cmtool distill")
-    solver = pick(SOLVERS, loss.solver, "loss.solver")
-    choices = {"distance": distance, "weight": weight, "noise_range": levels, "solver": solver}
-    losses = {name: each.loss for name, each in METHODS.items()}
-    method = pick(losses, loss.method, "loss.method", choices)
     if "distance" in inspect.signature(row.loss).parameters:
         blank = torch.zeros(1, preset.model.channels, *preset.model.image_size, device=device)
+        distance = pick(DISTANCES, preset.loss.distance, "loss.distance")
         distance(blank, blank)  # what it lacks, such as a weight file, it says now
-    picker = pick(LEVELS, loss.levels, "loss.levels")
     teacher = teacher if row.needs_teacher else None
-    return make_objective(method, picker, levels, teacher=teacher, augment=augment)
+    return make_objective(method, levels, noise_range(preset), teacher=teacher, augment=augment)
 
 
 def check_method(preset: Preset, row: MethodRow, distance: Distance) -> None:

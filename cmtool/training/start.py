@@ -14,19 +14,31 @@ import torch
 from cmtool import __version__
 from cmtool.core.methods import Objective
 from cmtool.core.noise import Curriculum
+from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.samplers import check_levels
 from cmtool.data.batches import BatchFn, batches
 from cmtool.data.datasets import Dataset, load_dataset
+from cmtool.data.images import check_fit_rule
 from cmtool.data.survey import check_images
 from cmtool.errors import InputError, UserError
-from cmtool.evaluation.during_training import Evaluation, build_evaluation
+from cmtool.evaluation.during_training import Evaluation, build_evaluation, pick_score
 from cmtool.formats.checkpoints import checkpoints
 from cmtool.models import Model
-from cmtool.presets.build import build_curriculum, build_objective, build_sampler
+from cmtool.presets.build import (
+    build_augment,
+    build_curriculum,
+    build_denoiser,
+    build_method,
+    build_network,
+    build_objective,
+    build_sampler,
+    method_row,
+    pick,
+)
 from cmtool.presets.schema import Choice, Preset
 from cmtool.presets.toml import Resolved, flat, load_preset, origin_of, to_toml, with_values
 from cmtool.sampling import plan
-from cmtool.system.devices import best_precision
+from cmtool.system.devices import best_precision, shapes_only
 from cmtool.system.dist import Group
 from cmtool.system.files import write_atomic, write_json
 from cmtool.training.fit import learning_rate
@@ -170,17 +182,14 @@ def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
 def set_up(start: Start, watcher: Watcher, teacher: Model | None, device: str, group: Group) -> Run:
     """Return a run, ready for its first step. Raises UserError or InputError if a part is wrong."""
     preset = start.preset
+    check_components(preset)
     data = load_images(preset, watcher)
     check_fit(preset, data, teacher)
-    chosen = plan(preset)  # of the sample grids
-    build_sampler(chosen.sampler)
-    check_levels(chosen.sigmas, preset.noise.sigma_min)
     evaluation = build_evaluation(preset, data, device)
     if preset.run.tensorboard:
         event_writer()  # raises now, not at the first line, where TensorBoard is missing
     objective = build_objective(preset, teacher.f if teacher else None, device)
     curriculum = build_curriculum(preset)
-    curriculum(0, preset.train.steps)
     if data.is_checked_first and not start.resume:
         watcher.note(f"decoding all {len(data):,} images once, to find bad ones before training")
         check_images(data, preset.data.workers, group.rank, group.world_size)
@@ -194,6 +203,21 @@ def set_up(start: Start, watcher: Watcher, teacher: Model | None, device: str, g
         preset, start.out, watcher, teacher, device, group, data, evaluation, objective,
         curriculum, state, microbatch,
     )  # fmt: skip
+
+
+def check_components(preset: Preset) -> None:
+    """Raise UserError for a component or an option that does not exist, used or not."""
+    with shapes_only():
+        build_denoiser(preset, build_network(preset.model))
+    build_augment(preset, method_row(preset))
+    build_method(preset)
+    build_curriculum(preset)(0, preset.train.steps)
+    pick(OPTIMIZERS, preset.train.optimizer, "train.optimizer", ["lr"])
+    pick_score(preset.run.eval_metric)
+    check_fit_rule(preset.data.fit)
+    chosen = plan(preset)  # of the sample grids
+    build_sampler(chosen.sampler)
+    check_levels(chosen.sigmas, preset.noise.sigma_min)
 
 
 def load_images(preset: Preset, watcher: Watcher) -> Dataset:

@@ -328,6 +328,32 @@ def test_a_resumed_distillation_keeps_its_teacher(cmtool):
     assert "another teacher" in other.err
 
 
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        ("train.optimizer=adan", "adam"),
+        ("train.optimizer={name='adam', lr=1}", "betas"),
+        ("data.fit=bx", "box"),
+        ("loss.distance=l3", "l2"),
+        ("loss.weight=unifrom", "uniform"),
+        ("loss.solver=huen", "heun"),
+        ("loss.levels=rampp", "ramp"),
+        ("loss.curriculum.nn=3", "n"),
+        ("run.eval_metric=fd-digit", "fd-digits"),
+        ("sample.sampler=huen", "heun"),
+        ("model.network.dropuot=0.1", "dropout"),
+        ("model.scalings=edn", "edm"),
+        ("model.channels=4", "--set model.channels=3"),
+    ],
+)
+def test_what_does_not_exist_is_refused_before_it_is_used(cmtool, value, wanted):
+    for more in (["--dry-run"], ["--set", "train.steps=1", "--out", "r"]):
+        result = cmtool("train", "--preset", "digits-edm", "--set", value, *more)
+        assert result.code == 2, result.err
+        assert value.partition("=")[0].rsplit(".", 1)[0].split(".")[-1] in result.err
+        assert wanted in result.err.splitlines()[-1]
+
+
 def test_dry_run_prints_the_preset_and_writes_nothing(cmtool, tmp_path):
     result = cmtool("distill", "--dry-run", "--metric", "l1", "--seed", "5", "--out", "r")
     assert result.code == 0

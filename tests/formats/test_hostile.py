@@ -2218,7 +2218,7 @@ MAY_LOAD = {
     "architectures: label_dropout = 'x\\nhint: run this'",
     f"architectures: sigma_data = {repr(10**70)[:30]}",
     "pt: tensor for another device", "pt: comment", "pt: comment that lies",
-    "pt: directory of 2^32",
+    "pt: directory of 2^32", "pt: state_dict of state_dict",
     "pt: bytes follow", "pt: another file first",
     "safetensors: about with 3,000,000 lists",
     "safetensors: weights that command the terminal",

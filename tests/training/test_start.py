@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from cmtool.presets.toml import load_preset, to_toml
-from cmtool.training.start import split_as_before
+from cmtool.presets.toml import load_preset, preset_names, to_toml
+from cmtool.training.start import check_components, split_as_before
 
 SAME, OTHER = "parts as before", "the noise is different"
 
@@ -39,3 +39,8 @@ def test_a_resumed_run_keeps_the_parts_of_its_batch_where_it_can(
     assert found.train.accumulate == expected
     assert found.model_copy(update={"train": given.train}) == given
     assert words in note if words else note is None
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_names_components_that_exist(name):
+    check_components(load_preset(name))
