@@ -14,6 +14,7 @@ from typer import Option
 from cmtool import __version__
 from cmtool.cli import checkpoint, data, demo, edit, evaluate, explain, preset, sample, search
 from cmtool.cli._output import say
+from cmtool.cli._usage import UsageError, explained
 from cmtool.cli.train import distill, train
 from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError, is_full
 
@@ -77,7 +78,16 @@ def main(argv: list[str] | None = None) -> None:
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     try:
-        app(argv)
+        # not by itself: Typer would end the process, and draw a box around a wrong usage
+        code = app(argv, standalone_mode=False)
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            what, hint = explained(error, sys.argv[1:] if argv is None else argv)
+            say(f"error: {what}")
+            say(f"hint: {hint}")
+        sys.exit(error.exit_code)
     except OSError as error:
         if is_full(error):
             say(f"error: no room on the disk for {error.filename or 'the output'}")
@@ -97,3 +107,4 @@ def main(argv: list[str] | None = None) -> None:
         if on_purpose and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             sys.exit(0)  # torchrun would start it again
         sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,104 @@
+"""Wrong usage: what is wrong with the words of a command line, and the command that is meant."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from typer import BadParameter
+
+UsageError: Any = BadParameter.__base__
+"""What Typer raises for wrong usage: a class of click, which newer Typers have a copy of."""
+
+Meant = Callable[[str], Sequence[str]]
+
+
+def _key(name: str) -> Meant:
+    """Return what sets a preset's key to the value of an option."""
+    return lambda value: ("--set", f"{name}={value}")
+
+
+def _option(name: str) -> Meant:
+    return lambda value: (name, value)
+
+
+def _seeds(value: str) -> Sequence[str]:
+    return ("--seeds", f"0-{int(value) - 1}")
+
+
+def _square(value: str) -> Sequence[str]:
+    return ("--set", f"model.image_size=[{value},{value}]")
+
+
+HABITS: dict[str, Sequence[Meant]] = {
+    "--batch": (_key("train.batch"),),
+    "--batch-size": (_option("--batch"), _key("train.batch")),
+    "--ckpt": (_option("--checkpoint"),),
+    "--config": (_option("--preset"),),
+    "--dataset": (_option("--data"),),
+    "--image-size": (_square,),
+    "--iterations": (_key("train.steps"),),
+    "--learning-rate": (_key("train.lr"),),
+    "--lr": (_key("train.lr"),),
+    "--model": (_option("--checkpoint"),),
+    "--model-path": (_option("--checkpoint"),),
+    "--n": (_seeds,),
+    "--num": (_seeds,),
+    "--num-images": (_seeds,),
+    "--num-samples": (_option("--num-images"), _seeds),
+    "--outdir": (_option("--out"),),
+    "--output": (_option("--out"),),
+    "--ref": (_option("--reference"),),
+    "--resolution": (_square,),
+    "--size": (_square,),
+    "--steps": (_key("train.steps"),),
+    "--teacher-path": (_option("--teacher"),),
+}
+"""Options of other tools, and what they mean here: the first that the command has is taken."""
+
+
+def explained(error: Any, argv: Sequence[str]) -> tuple[str, str]:
+    """Return what is wrong by a UsageError, and the command that is meant or where to look."""
+    what = error.format_message().strip().removesuffix(".")
+    options = [opt for param in error.ctx.command.params for opt in param.opts] if error.ctx else []
+    names, context = list[str](), error.ctx
+    while context is not None and context.parent is not None:
+        names.insert(0, context.info_name)
+        context = context.parent
+    name = " ".join(["cmtool", *names])
+    hint = f"{name} --help lists what it takes"
+    if hasattr(error, "option_name") and hasattr(error, "possibilities"):
+        what = f"{name} has no option {error.option_name}"
+        close = difflib.get_close_matches(error.option_name, options, n=1, cutoff=0.7)
+        hint = f"did you mean {close[0]}? {hint}" if close else hint
+        hint = _translated(error.option_name, options, argv) or hint
+    elif "unexpected extra argument" in what and "--resume" in argv[:-1]:
+        at = argv.index("--resume")
+        hint = _command([*argv[:at], "--out", argv[at + 1], "--resume", *argv[at + 2 :]])
+    return what[:1].lower() + what[1:], hint
+
+
+def _translated(name: str, options: Sequence[str], argv: Sequence[str]) -> str | None:
+    """Return the command line with an option of another tool replaced by ours, if we have one."""
+    for at, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        if option != name:
+            continue
+        after = argv[at + 1 :]
+        if not equals:
+            value, after = (after[0], after[1:]) if after else ("", after)
+        for meant in HABITS.get(name, ()):
+            try:
+                words = meant(value)
+            except ValueError:
+                continue
+            takes_preset = words[0] != "--set" or "--dry-run" in options  # --set is of samplers too
+            if words[0] in options and takes_preset and value:
+                return _command([*argv[:at], *words, *after])
+    return None
+
+
+def _command(words: Sequence[str]) -> str:
+    return shlex.join(["cmtool", *words])
