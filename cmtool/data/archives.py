@@ -197,7 +197,8 @@ def cifar_entries(path: Path) -> Entries:
     except (*DAMAGE, TypeError, tarfile.TarError) as error:
         raise InputError(f"{path} is not CIFAR-10's archive: {error}", "fetch it again") from None
     if not batches:
-        raise InputError(f"{path} holds no data_batch_1 ...", "give cifar-10-python.tar.gz")
+        hint = "give cifar-10-python.tar.gz; extract a tarball of pictures, and give the folder"
+        raise InputError(f"{path} holds no data_batch_1 ...", hint)
     batches.sort(key=lambda batch: batch[0])
     rows = np.concatenate([part for _, part, _ in batches])
     classes = [label for _, _, part in batches for label in part]

@@ -12,6 +12,7 @@ import json
 import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -23,6 +24,8 @@ MAX_MEMBER = 64 << 20
 """Bytes that one image in an archive may have."""
 EDM_FOLDER = 5
 """EDM's archives spread images over folders named by five digits. These are not classes."""
+MAX_CLASSES = 1_000_000
+NUMBER = re.compile(r"-?[0-9]{1,18}")
 SPLITS = {"train", "val", "valid", "validation", "test"}
 """Folders train and val side by side are splits, not classes."""
 
@@ -92,9 +95,11 @@ def find_labels(
 ) -> list[int] | None:
     """Return a class per image from dataset.json, labels.csv or the sub-folders; or None.
 
-    `read(name)` returns a file beside the images, or None. Raises InputError naming the first bad
-    entry, and for a folder that holds train and other splits.
+    `read(name)` returns a file beside the images, or None. Names of Windows, with backslashes, are
+    understood. Raises InputError naming the first bad entry, and for a folder that holds train and
+    other splits.
     """
+    names = [name.replace("\\", "/") for name in names]
     for name, parse in LABELS.items():
         content = read(name)
         if content is not None:
@@ -106,14 +111,17 @@ def find_labels(
         return None
     splits = sorted(SPLITS.intersection(folder.partition("/")[0] for folder in classes))
     if "train" in splits and len(splits) > 1:
-        raise InputError(f"{source} holds {', '.join(splits)}", f"give one of them: {source}/train")
+        hint = f"give one of them: {source}/train"
+        if not Path(source).is_dir():
+            hint = "extract it, and give its folder train"
+        raise InputError(f"{source} holds {', '.join(splits)}", hint)
     return [classes[folder] for folder in folders]
 
 
 def _json_labels(content: bytes, shown: str) -> dict[str, Any] | None:
     try:
         listed = json.loads(content).get("labels")
-        return None if listed is None else {str(name): label for name, label in listed}
+        return None if listed is None else {_posix(name): label for name, label in listed}
     except (ValueError, TypeError, AttributeError, RecursionError):
         what = f"{shown} is not {{'labels': [[name, class], ...]}}"
         raise InputError(what, "make it again, or remove it") from None
@@ -127,13 +135,13 @@ def _csv_labels(content: bytes, shown: str) -> dict[str, Any]:
         raise InputError(what, "write name,class on each line") from None
     if any(len(row) != 2 for row in rows):
         raise InputError(f"{shown} has other than two columns", "write name,class on each line")
-    classes = sorted({label for _, label in rows if not label.lstrip("-").isdigit()})
-    if classes:  # classes by name; the name in a header is not a class
-        if rows[0][1] in classes and sum(row[1] == rows[0][1] for row in rows) == 1:
-            rows, classes = rows[1:], sorted({label for _, label in rows[1:]})
-        if any(not label.lstrip("-").isdigit() for label in classes):
-            return {name: classes.index(label) for name, label in rows}
-    return {name: int(label) for name, label in rows}
+    header = rows[0][1] if rows else ""
+    if not NUMBER.fullmatch(header) and sum(label == header for _, label in rows) == 1:
+        rows = rows[1:]  # the name in a header is not a class
+    if all(NUMBER.fullmatch(label) for _, label in rows):
+        return {_posix(name): int(label) for name, label in rows}
+    classes = {label: place for place, label in enumerate(sorted({label for _, label in rows}))}
+    return {_posix(name): classes[label] for name, label in rows}
 
 
 LABELS: dict[str, Callable[[bytes, str], dict[str, Any] | None]] = {
@@ -142,13 +150,30 @@ LABELS: dict[str, Callable[[bytes, str], dict[str, Any] | None]] = {
 }
 
 
+def _posix(name: object) -> str:
+    """Return the name of a file with slashes, as archives of Windows too should have it."""
+    return str(name).replace("\\", "/")
+
+
+def _class(label: Any) -> int | None:
+    """Return the class that a label means: a number, or a vector of one 1 among 0s; else None."""
+    if isinstance(label, list) and len(label) > 1 and sorted(map(str, label)) in (
+        ["0"] * (len(label) - 1) + ["1"], ["0.0"] * (len(label) - 1) + ["1.0"]
+    ):  # fmt: skip
+        return next(place for place, value in enumerate(label) if value)
+    if type(label) is float and label.is_integer():
+        label = int(label)
+    return label if type(label) is int and 0 <= label < MAX_CLASSES else None
+
+
 def _looked_up(table: dict[str, Any], names: Sequence[str], shown: str) -> list[int]:
     labels = []
     for name in names:
-        label = table.get(name)
-        if type(label) is not int or label < 0:
-            what = "gives no class" if name not in table else f"gives the class {label!r}"
-            hint = "classes count from 0: correct that line"
+        label = _class(table.get(name))
+        if label is None:
+            given = repr(table.get(name))[:40]
+            what = "gives no class" if name not in table else f"gives the class {given}"
+            hint = f"classes are whole numbers from 0 to {MAX_CLASSES - 1:,}: correct that line"
             raise InputError(f"{shown} {what} for {name!r}", hint)
         labels.append(label)
     return labels

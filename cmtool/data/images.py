@@ -137,8 +137,11 @@ TURNS = {
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Return the image turned as its EXIF data say. Raises ValueError for an animation."""
-    frames = getattr(image, "n_frames", 1)
+    """Return the image turned as its EXIF data say. Raises ValueError for an animation.
+
+    A phone's picture may hold others beside itself, such as a map of depths: they are left out.
+    """
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
         raise ValueError(f"it has {frames} frames: give a single picture")
     image.load()

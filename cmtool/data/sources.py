@@ -27,17 +27,27 @@ def open_images(path: Path) -> Entries | None:
     """Return the images of a folder, zip, npz, tarball or lmdb; None for anything else."""
     if path.is_dir():
         return lmdb_entries(path) if (path / "data.mdb").is_file() else folder_entries(path)
+    if zipfile.is_zipfile(path):
+        return npz_entries(path) if path.suffix == ".npz" else zip_entries(path)
+    if path.is_file():
+        with path.open("rb") as opened:
+            if opened.read(4) == b"PK\x03\x04":
+                what = f"{path} is a zip archive that is cut short"
+                raise InputError(what, "copy or download it again")
     if path.suffix == ".npz":
         return npz_entries(path)
-    if zipfile.is_zipfile(path):
-        return zip_entries(path)
     return cifar_entries(path) if tarfile.is_tarfile(path) else None
 
 
 def folder_entries(path: Path) -> Entries:
-    """Return the images under a folder, sorted by path."""
-    found = []
-    for folder, _, files in os.walk(path):
+    """Return the images under a folder, and under those that links in it lead to, by path."""
+    found, above = [], {os.fspath(path): frozenset[str]()}
+    for folder, folders, files in os.walk(path, followlinks=True):
+        real, outer = os.path.realpath(folder), above.pop(folder)
+        if real in outer:  # a link that leads back
+            folders.clear()
+            continue
+        above |= {os.path.join(folder, name): outer | {real} for name in folders}
         inside = os.path.relpath(folder, path)
         for file in files:
             name = file if inside == "." else f"{inside}/{file}".replace(os.sep, "/")
@@ -45,7 +55,10 @@ def folder_entries(path: Path) -> Entries:
                 found.append(name)
     found.sort()
     if not found:
-        raise InputError(f"no images in {path}", f"looked for {', '.join(SUFFIXES)}")
+        hint = f"looked for {', '.join(SUFFIXES)}"
+        if (path / "data_batch_1").is_file():
+            hint = "give cifar-10-python.tar.gz, the archive that this folder was in"
+        raise InputError(f"no images in {path}", hint)
 
     def beside(name: str) -> bytes | None:
         file = path / name
@@ -122,7 +135,8 @@ class LazyImages:
         if (h, w) != (fh, fw):
             raise InputError(
                 f"{shown} is {w}x{h} but {name} is {fw}x{fh}",
-                "bring them to one size: cmtool data prepare, or in training --set data.fit=edm",
+                f"bring them to one size: cmtool data prepare DATA one.zip --size {min(fh, fw)}"
+                " --fit box; in training: --set data.fit=box",
             )
         return image
 

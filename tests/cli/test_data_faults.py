@@ -296,7 +296,7 @@ def test_29_a_damaged_archive_is_named(cmtool, tmp_path):
     path = zipped(tmp_path / "x.zip", [(n, png(i)) for i, n in enumerate(NAMES)], GOOD)
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
-    refused(train(cmtool, path), "x.zip is not a data set")
+    refused(train(cmtool, path), "x.zip is a zip archive that is cut short")
     path.write_bytes(whole[:60] + bytes([whole[60] ^ 255]) + whole[61:])
     refused(train(cmtool, path, "--set", "model.num_classes=10"), NAMES[0], "x.zip", "damaged")
     at = whole.index(b"PK\x01\x02")

@@ -109,3 +109,9 @@ def test_grid_places_images_in_rows():
     assert picture[0, 2, 10] == 1
     assert picture[0, 8, 2] == 3
     assert picture[0, 8, 18] == 255
+
+
+def test_the_first_picture_of_a_phones_file_is_the_picture(tmp_path):
+    first, second = (Image.new("RGB", (16, 8), colour) for colour in ("white", "black"))
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
+    assert read_image(tmp_path / "a.jpg").float().mean() > 250

@@ -19,7 +19,8 @@ from cmtool.data.batches import batches
 from cmtool.data.datasets import load_dataset
 from cmtool.data.entries import Names
 from cmtool.data.images import fitted, png_bytes
-from cmtool.data.sources import LazyImages
+from cmtool.data.lsun import lmdb_entries
+from cmtool.data.sources import LazyImages, open_images
 from cmtool.errors import InputError
 
 N, SIDE = 12, 6
@@ -363,6 +364,12 @@ def saved(root, **arrays):
     return root / "x.npz"
 
 
+def lmdb_of(root, content):
+    (root / "x").mkdir()
+    (root / "x/data.mdb").write_bytes(content)
+    return root / "x"
+
+
 def mixed(root):
     folder = write(root / "x")
     (folder / "999.png").write_bytes(png_bytes(torch.zeros(3, 9, 9, dtype=torch.uint8)))
@@ -376,7 +383,13 @@ BAD = {
     "no list": (lambda r: bad_json(r, lambda t: 7), "is not {'labels'"),
     "bomb": (bomb, "unpacks from"),
     "name twice": (twice, "holds a name twice"),
-    "cut zip": (cut, "is not a data set"),
+    "cut zip": (cut, "is a zip archive that is cut short"),
+    "class of 10^9": (lambda r: bad_json(r, lambda t: [[t[0][0], 10**9], *t[1:]]), "0 to 999,999"),
+    "class of 10^30": (lambda r: bad_json(r, lambda t: [[t[0][0], 1e30], *t[1:]]), "class 1e"),
+    "two of two": (lambda r: bad_json(r, lambda t: [[t[0][0], [1, 1]], *t[1:]]), r"class \[1, 1\]"),
+    "no lmdb": (lambda r: lmdb_of(r, b"junk" * 5000), "is not an lmdb"),
+    "lmdb of zeros": (lambda r: lmdb_of(r, bytes(20_000)), "is not an lmdb"),
+    "empty lmdb": (lambda r: lmdb_of(r, b""), "is not an lmdb"),
     "broken member": (broken_member, "000.png' in .* is damaged|cannot be decoded"),
     "npz of 12 TB": (lying_npz, "claims 12,288,000,000,000 bytes"),
     "npz of floats": (lambda r: saved(r, arr_0=np.zeros((2, 4, 4, 3))), "float64"),
@@ -397,6 +410,78 @@ def test_what_cannot_be_used_is_named(name, tmp_path):
     make, message = BAD[name]
     with pytest.raises(InputError, match=message):
         load_dataset(str(make(tmp_path)), size=(SIDE, SIDE))
+
+
+@pytest.mark.parametrize("kept", [5000, 8192, 0.5, 0.99])
+def test_a_database_that_is_cut_short_is_refused(kept, tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    environment = lmdb.open(str(tmp_path / "x"), map_size=1 << 24)
+    with environment, environment.begin(write=True) as transaction:
+        for name, image in zip(NAMES, PICTURES, strict=True):
+            transaction.put(name.encode(), png_bytes(image) * 20)
+    file = tmp_path / "x/data.mdb"
+    assert len(lmdb_entries(tmp_path / "x").names) == N
+    content = file.read_bytes()
+    file.write_bytes(content[: kept if kept > 1 else int(kept * len(content))])
+    with pytest.raises(InputError, match="that it speaks of"):
+        load_dataset(str(tmp_path / "x"))
+
+
+CLASSES = ["cat", "dog"] * 6
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (["0", "1"], [0, 1]),
+        (["\u00b2", "1"], [1, 0]),  # no digit of ours: names
+        (["--5", "7"], [0, 1]),
+        (["9" * 5000, "1"], [1, 0]),
+        (["3", "cat"], [0, 1]),
+    ],
+)
+def test_labels_in_a_table_are_numbers_or_names(text, expected, tmp_path):
+    rows = "".join(f"{name},{text[i % 2]}\n" for i, name in enumerate(NAMES))
+    data = load_dataset(str(zipped(tmp_path / "x.zip", more={"labels.csv": rows})))
+    assert data.labels[:2].tolist() == expected
+
+
+@pytest.mark.parametrize("change", [float, lambda label: [float(label == i) for i in range(3)],
+                                    lambda label: [int(label == i) for i in range(3)]])  # fmt: skip
+def test_labels_of_other_tools_are_classes(change, tmp_path):
+    path = bad_json(tmp_path, lambda table: [[name, change(label)] for name, label in table])
+    assert load_dataset(str(path)).labels.tolist() == LABELS
+
+
+@pytest.mark.parametrize("where", ["folders", "dataset.json", "labels.csv"])
+def test_names_with_backslashes_are_those_of_windows(where, tmp_path):
+    names = [f"data\\{kind}\\{name}" for kind, name in zip(CLASSES, NAMES, strict=True)]
+    table = {
+        "labels": [
+            [name, sorted({*CLASSES}).index(c)] for name, c in zip(names, CLASSES, strict=True)
+        ]
+    }
+    rows = "".join(f"{name},{c}\n" for name, c in zip(names, CLASSES, strict=True))
+    more = {"dataset.json": json.dumps(table), "labels.csv": rows}
+    data = load_dataset(str(zipped(tmp_path / "x.zip", names, {where: more.get(where, "")})))
+    assert sorted(data.labels.tolist()) == [0] * 6 + [1] * 6
+    assert data.num_classes == 2
+
+
+def test_classes_may_be_links_to_folders_and_loops_end(tmp_path):
+    kinds = write(tmp_path / "all", [f"{c}/{n}" for c, n in zip(CLASSES, NAMES, strict=True)])
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/cat").symlink_to(kinds / "cat")
+    (tmp_path / "x/dog").symlink_to(kinds / "dog")
+    (kinds / "cat/back").symlink_to(tmp_path / "x")
+    (kinds / "dog/self").symlink_to(kinds / "dog")
+    entries = open_images(tmp_path / "x")
+    names = [entries.names[i] for i in range(len(entries.names))]
+    assert sorted({name.split("/")[0] for name in names}) == ["cat", "dog"]
+    assert [name for name in names if name.count("/") == 1] == sorted(
+        f"{c}/{n}" for c, n in zip(CLASSES, NAMES, strict=True)
+    )
+    assert len(entries.labels) == len(names)
 
 
 def test_names_that_climb_out_are_only_names(tmp_path):
