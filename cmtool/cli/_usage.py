@@ -25,11 +25,18 @@ def _option(name: str) -> Meant:
 
 
 def _seeds(value: str) -> Sequence[str]:
-    return ("--seeds", f"0-{int(value) - 1}")
+    return ("--seeds", f"0-{_count(value) - 1}")
 
 
 def _square(value: str) -> Sequence[str]:
-    return ("--set", f"model.image_size=[{value},{value}]")
+    return ("--set", f"model.image_size=[{_count(value)},{_count(value)}]")
+
+
+def _count(value: str) -> int:
+    """Return a number of 1 or more. Raises ValueError for anything else."""
+    if (number := int(value)) < 1:
+        raise ValueError(value)
+    return number
 
 
 HABITS: dict[str, Sequence[Meant]] = {
@@ -74,9 +81,10 @@ def explained(error: Any, argv: Sequence[str]) -> tuple[str, str]:
         close = difflib.get_close_matches(error.option_name, options, n=1, cutoff=0.7)
         hint = f"did you mean {close[0]}? {hint}" if close else hint
         hint = _translated(error.option_name, options, argv) or hint
-    elif "unexpected extra argument" in what and "--resume" in argv[:-1]:
+    elif "unexpected extra argument" in what and "--resume" in argv[:-1] and "--out" not in argv:
         at = argv.index("--resume")
-        hint = _command([*argv[:at], "--out", argv[at + 1], "--resume", *argv[at + 2 :]])
+        if not argv[at + 1].startswith("-"):
+            hint = _command([*argv[:at], "--out", argv[at + 1], "--resume", *argv[at + 2 :]])
     return what[:1].lower() + what[1:], hint
 
 
@@ -89,13 +97,15 @@ def _translated(name: str, options: Sequence[str], argv: Sequence[str]) -> str |
         after = argv[at + 1 :]
         if not equals:
             value, after = (after[0], after[1:]) if after else ("", after)
+        if not value or value.startswith("-"):
+            return None
         for meant in HABITS.get(name, ()):
             try:
                 words = meant(value)
             except ValueError:
                 continue
             takes_preset = words[0] != "--set" or "--dry-run" in options  # --set is of samplers too
-            if words[0] in options and takes_preset and value:
+            if words[0] in options and takes_preset:
                 return _command([*argv[:at], *words, *after])
     return None
 

@@ -13,7 +13,7 @@ from cmtool.errors import InputError, MissingError
 AGAIN = "fetch the database again"
 META = struct.Struct("<II16xI92xQQ")
 """Of a meta page, from its 16th byte: magic, version, size of a page, last page, transaction."""
-MAGIC, VERSION = 0xBEEFC0DE, 1
+MAGIC, VERSION, MIN_PAGE = 0xBEEFC0DE, 1, 256
 
 
 def check_whole(file: Path) -> None:
@@ -27,6 +27,8 @@ def check_whole(file: Path) -> None:
             raise InputError(f"{file} is not an lmdb", AGAIN)
         metas = [META.unpack_from(start, 16)]
         page = metas[0][2]
+        if page < MIN_PAGE:
+            raise InputError(f"{file} is not an lmdb", AGAIN)
         opened.seek(page + 16)
         second = opened.read(META.size)
         if len(second) == META.size and META.unpack(second)[0] == MAGIC:

@@ -2,8 +2,6 @@ import shlex
 
 import pytest
 
-from cmtool.cli._usage import HABITS
-
 MEANT = [
     ("train --lr 1e-3 --dry-run", "cmtool train --set train.lr=1e-3 --dry-run"),
     ("train --batch=32 --dry-run", "cmtool train --set train.batch=32 --dry-run"),
@@ -44,6 +42,11 @@ def test_a_path_after_resume_is_the_folder_of_the_run(cmtool):
         ("sample --lr 3", "cmtool sample has no option --lr", "cmtool sample --help"),
         ("sample --num four", "has no option --num", "cmtool sample --help"),
         ("sample --num", "has no option --num", "cmtool sample --help"),
+        ("sample --num 0", "has no option --num", "cmtool sample --help"),
+        ("train --lr --dry-run", "has no option --lr", "cmtool train --help"),
+        ("train --size x", "has no option --size", "cmtool train --help"),
+        ("train --resume --dry-run x", "unexpected extra argument", "cmtool train --help"),
+        ("train --out r --resume x", "unexpected extra argument", "cmtool train --help"),
         ("sample --steps x", "invalid value for '--steps'", "cmtool sample --help"),
         ("data prepare", "missing argument 'SRC'", "cmtool data prepare --help"),
         ("eval fid --num", "requires an argument", "--help"),
@@ -64,7 +67,3 @@ def test_a_group_alone_shows_its_help(cmtool, typed):
     result = cmtool(*typed.split())
     assert result.code == 2
     assert "Commands" in result.err + result.text
-
-
-def test_every_habit_has_a_meaning_in_some_command():
-    assert all(meant for meant in HABITS.values())

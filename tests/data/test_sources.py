@@ -389,6 +389,10 @@ BAD = {
     "two of two": (lambda r: bad_json(r, lambda t: [[t[0][0], [1, 1]], *t[1:]]), r"class \[1, 1\]"),
     "no lmdb": (lambda r: lmdb_of(r, b"junk" * 5000), "is not an lmdb"),
     "lmdb of zeros": (lambda r: lmdb_of(r, bytes(20_000)), "is not an lmdb"),
+    "lmdb of no pages": (
+        lambda r: lmdb_of(r, bytes(16) + struct.pack("<II", 0xBEEFC0DE, 1) + bytes(9000)),
+        "is not an lmdb",
+    ),
     "empty lmdb": (lambda r: lmdb_of(r, b""), "is not an lmdb"),
     "broken member": (broken_member, "000.png' in .* is damaged|cannot be decoded"),
     "npz of 12 TB": (lying_npz, "claims 12,288,000,000,000 bytes"),
