@@ -47,7 +47,6 @@ def info(source: Source, as_json: AsJson = False) -> None:
     for part in _with_progress(surveys(data, _workers(len(data))), len(data)):
         found.add(part)
     mean = found.mean / found.good if isinstance(found.mean, torch.Tensor) else torch.zeros(0)
-    variance = found.square / max(found.good, 1) - float(mean.square().mean() if len(mean) else 0)
     facts: dict[str, Any] = {
         "source": source,
         "images": len(data),
@@ -57,7 +56,7 @@ def info(source: Source, as_json: AsJson = False) -> None:
         "classes": data.num_classes,
         "images_per_class": None if data.labels is None else torch.bincount(data.labels).tolist(),
         "mean": [round(m, 4) for m in mean.tolist()],
-        "sigma_data": round(max(variance, 0.0) ** 0.5, 4),
+        "sigma_data": round(found.sigma_data, 4),
         "unreadable": found.bad,
         "fingerprint": data.fingerprint(),
     }

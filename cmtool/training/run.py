@@ -32,6 +32,7 @@ def train(
     watcher: Watcher,
     *,
     teacher: Model | None = None,
+    init: Model | None = None,
     origins: Mapping[str, str] | None = None,
     device: str = "cpu",
     resume: bool = False,
@@ -39,6 +40,8 @@ def train(
     max_seconds: float | None = None,
 ) -> Path:
     """Train in the run folder `out` and return the final checkpoint's folder.
+
+    A new run without a teacher starts from the weights of `init`, as far as they fit.
 
     Under torchrun every process calls this, and the first one writes. Raises UserError for an
     existing run without `resume` or `overwrite` or with another preset, BusyError while another
@@ -51,7 +54,7 @@ def train(
         )
         if start.note is not None:
             watcher.note(start.note)
-        run = group.together(lambda: set_up(start, watcher, teacher, device, group), "built")
+        run = group.together(lambda: set_up(start, watcher, teacher, init, device, group), "built")
         group.agreed(lambda: claim.enter_context(claimed(run, start)), "claimed")
         if group.leads:
             lead(run, start, stop)
@@ -75,7 +78,9 @@ def joined(preset: Preset, device: str) -> Iterator[Group]:
 @contextmanager
 def claimed(run: Run, start: Start) -> Iterator[None]:
     """Make the run folder and hold its lock. Raises UserError for one that must be left alone."""
-    prepare_folder(run.out, resume=start.resume, overwrite=start.overwrite, teacher=run.teacher)
+    prepare_folder(
+        run.out, resume=start.resume, overwrite=start.overwrite, teacher=run.teacher or run.init
+    )
     with locked(run.out):
         if start.resume:
             check_same(run)

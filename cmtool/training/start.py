@@ -41,10 +41,11 @@ from cmtool.sampling import plan
 from cmtool.system.devices import best_precision, shapes_only
 from cmtool.system.dist import Group
 from cmtool.system.files import write_atomic, write_json
+from cmtool.training.cost import check_memory
 from cmtool.training.fit import learning_rate
 from cmtool.training.folder import is_resumable, launched_by, launcher, read_json, refuse_busy
 from cmtool.training.log import Watcher, event_writer
-from cmtool.training.state import TrainState, build_state, fit_settings
+from cmtool.training.state import TrainState, build_state, fit_settings, not_taken
 
 FREE_TO_CHANGE = {
     "description", "run", "data.path", "data.workers", "data.timeout", "train.accumulate",
@@ -84,6 +85,7 @@ class Run(NamedTuple):
     out: Path
     watcher: Watcher
     teacher: Model | None
+    init: Model | None
     device: str
     group: Group
     data: Dataset
@@ -179,7 +181,14 @@ def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
     return Resolved(preset, resolved.origins | dict.fromkeys(taken, f"teacher {teacher.source}"))
 
 
-def set_up(start: Start, watcher: Watcher, teacher: Model | None, device: str, group: Group) -> Run:
+def set_up(
+    start: Start,
+    watcher: Watcher,
+    teacher: Model | None,
+    init: Model | None,
+    device: str,
+    group: Group,
+) -> Run:
     """Return a run, ready for its first step. Raises UserError or InputError if a part is wrong."""
     preset = start.preset
     check_components(preset)
@@ -193,14 +202,18 @@ def set_up(start: Start, watcher: Watcher, teacher: Model | None, device: str, g
     if data.is_checked_first and not start.resume:
         watcher.note(f"decoding all {len(data):,} images once, to find bad ones before training")
         check_images(data, preset.data.workers, group.rank, group.world_size)
-    state = build_state(preset, teacher, device, group)
+    check_memory(preset, teacher, device, group)
+    state = build_state(preset, teacher, device, group, init)
+    if init is not None:
+        for left in not_taken(preset, init):
+            watcher.note(f"new, not from {init.source}: {left}")
     microbatch = batches(
         data, batch=preset.train.batch, shards=preset.train.accumulate * group.world_size,
         seed=preset.train.seed, device=device, flip=preset.data.flip, workers=preset.data.workers,
         timeout=preset.data.timeout, rank=group.rank, world_size=group.world_size,
     )  # fmt: skip
     return Run(
-        preset, start.out, watcher, teacher, device, group, data, evaluation, objective,
+        preset, start.out, watcher, teacher, init, device, group, data, evaluation, objective,
         curriculum, state, microbatch,
     )  # fmt: skip
 
@@ -256,8 +269,13 @@ def run_inputs(run: Run) -> dict[str, object]:
     data, teacher = run.data, run.teacher
     return {
         "data": {"name": data.name, "images": len(data), "fingerprint": data.fingerprint()},
-        "teacher": teacher and {"source": teacher.source, "sha256": teacher.sha256},
+        "teacher": teacher and described(teacher),
     }
+
+
+def described(model: Model) -> dict[str, str]:
+    """Return what run.json says of a model."""
+    return {"source": model.source, "sha256": model.sha256}
 
 
 def write_record(run: Run, origins: Mapping[str, str]) -> None:
@@ -278,6 +296,7 @@ def write_record(run: Run, origins: Mapping[str, str]) -> None:
         "threads": torch.get_num_threads(),
         "precision": preset.train.precision,
         "seed": preset.train.seed,
+        "init": (run.init and described(run.init)) or read_json(run.out / "run.json").get("init"),
         **run_inputs(run),
     }
     write_json(run.out / "run.json", facts, durable=True)
