@@ -24,7 +24,7 @@ from cmtool.formats import checkpoints
 from cmtool.formats.checkpoints import MANIFEST, Score
 from cmtool.formats.native import read_weights, write_weights
 from cmtool.system.dist import Group
-from cmtool.system.files import file_facts, sync, write_json
+from cmtool.system.files import file_facts, read_own, sync, write_json
 from cmtool.system.parallel import fill, whole
 from cmtool.training.state import TrainState, counters, set_counters
 
@@ -290,7 +290,7 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         with torch.no_grad():
             for key, tensor in tensors.items():
                 fill(tensor, stored[key])
-    set_counters(state, json.loads((path / "state.json").read_text()))
+    set_counters(state, json.loads(read_own(path / "state.json")))
 
 
 def state_tensors(state: TrainState, *, fill_optimizer: bool = False) -> Files:

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from filelock import FileLock, Timeout
 from cmtool.errors import BusyError, InputError, Paused, ResourceError, Stopped, UserError
 from cmtool.formats.checkpoints import clear_temporary, prune_all
 from cmtool.models import Model
-from cmtool.system.files import write_json
+from cmtool.system.files import is_regular, opened, read_own, write_json
 
 StatusWriter = Callable[..., None]
 """Writes status.json: the given fields replace those before."""
@@ -32,11 +33,33 @@ RESULTS = ("samples/step-*.png", "log*.jsonl", "preset.toml", "summary.png", "re
 """Files of a run that overwriting it removes, beside its checkpoints."""
 
 
+def refuse_special(out: Path) -> None:
+    """Raise InputError for a run folder with a link, pipe, socket or device in it, at any depth.
+
+    Someone else may have made the folder: what is written to a link in it lands elsewhere. The
+    folder itself may be reached by a link.
+    """
+    for folder, folders, files in os.walk(out, onerror=_unreadable):
+        for path in (Path(folder, name) for name in sorted([*folders, *files])):
+            mode = path.lstat().st_mode
+            if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                kind = "a link" if stat.S_ISLNK(mode) else "a pipe, socket or device"
+                what = f"{path} is {kind}: a run folder holds regular files and folders only"
+                raise InputError(what, "remove it, or give another folder with --out")
+
+
+def _unreadable(error: OSError) -> None:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):  # no run yet
+        return
+    what = f"cannot look into {error.filename}: {error.strerror}"
+    raise InputError(what, "check its permissions, or give another folder with --out")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, an empty one for a file that holds none."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = json.loads(read_own(path))
+    except (OSError, ValueError, RecursionError, InputError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -159,8 +182,8 @@ def keep_status(out: Path, launchers: Sequence[str] = ()) -> Iterator[StatusWrit
         try:
             write_json(out / "status.json", facts, durable=facts["state"] != "running")
         except ResourceError:  # the disk is full; to write over the old file needs no room
-            with (out / "status.json").open("r+") as file:
-                file.write(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+            with opened(out / "status.json", "r+b") as file:
+                file.write(json.dumps(facts, indent=1, sort_keys=True).encode() + b"\n")
                 file.truncate()
 
     write()
@@ -184,7 +207,7 @@ def clear_leftovers(out: Path) -> None:
     clear_temporary(out / "checkpoints")
     for folder in (out, out / "checkpoints", out / "samples"):
         for file in folder.glob(".*.tmp"):
-            if re.fullmatch(TEMPORARY, file.name):
+            if re.fullmatch(TEMPORARY, file.name) and is_regular(file):
                 file.unlink()
 
 
@@ -194,5 +217,5 @@ def clear_run(out: Path) -> None:
     for folder in ("failed", "tensorboard"):
         shutil.rmtree(out / folder, ignore_errors=True)
     for pattern in RESULTS:
-        for file in out.glob(pattern):
+        for file in filter(is_regular, out.glob(pattern)):
             file.unlink()

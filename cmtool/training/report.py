@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import tomllib
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -11,13 +12,14 @@ from typing import Any, NamedTuple
 
 from cmtool import __version__
 from cmtool.formats.checkpoints import best
-from cmtool.system.files import write_atomic
+from cmtool.system.files import is_regular, read_own, write_atomic
 from cmtool.training.folder import read_json
 from cmtool.training.log import read_log
 from cmtool.training.plots import run_plots, svgs
 
 MAX_FRAMES = 12
 MAX_BYTES = 16 << 20
+MAX_PICTURE = 256 << 20
 
 
 class Row(NamedTuple):
@@ -46,7 +48,7 @@ def rendered(template: str, **facts: object) -> bytes:
 
 def png(path: Path) -> str:
     """Return a PNG file as a data URI."""
-    return data_uri("image/png", path.read_bytes())
+    return data_uri("image/png", read_own(path, MAX_PICTURE))
 
 
 def data_uri(kind: str, content: bytes) -> str:
@@ -81,7 +83,7 @@ def write_run_report(out: Path) -> None:
         facts=run_facts(log[-1] if log else {}, best(out / "checkpoints")),
         curves=[(plot.title, uri) for plot, uri in zip(plots, drawn, strict=True)],
         frames=frames(out / "samples"),
-        summary=summary if summary.is_file() else None,
+        summary=summary if is_regular(summary) else None,
         preset=preset,
         provenance=_text(out / "run.json"),
         now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -111,7 +113,8 @@ def frames(folder: Path) -> list[tuple[int, Path]]:
 
     They are at most MAX_FRAMES, and at most MAX_BYTES together unless the last one is larger.
     """
-    paths = sorted(folder.glob("step-*.png"))
+    named = (p for p in folder.glob("step-*.png") if re.fullmatch("[0-9]{1,18}", p.stem[5:]))
+    paths = sorted(path for path in named if is_regular(path))
     for count in range(min(MAX_FRAMES, len(paths)), 0, -1):
         stride = (len(paths) - 1) / max(count - 1, 1)
         chosen = [paths[len(paths) - 1 - round(i * stride)] for i in reversed(range(count))]
@@ -121,4 +124,4 @@ def frames(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return read_own(path).decode(errors="replace") if is_regular(path) else ""

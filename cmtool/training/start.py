@@ -40,9 +40,16 @@ from cmtool.presets.toml import Resolved, flat, load_preset, origin_of, to_toml,
 from cmtool.sampling import plan
 from cmtool.system.devices import best_precision, shapes_only
 from cmtool.system.dist import Group
-from cmtool.system.files import write_atomic, write_json
+from cmtool.system.files import read_own, write_atomic, write_json
 from cmtool.training.fit import learning_rate
-from cmtool.training.folder import is_resumable, launched_by, launcher, read_json, refuse_busy
+from cmtool.training.folder import (
+    is_resumable,
+    launched_by,
+    launcher,
+    read_json,
+    refuse_busy,
+    refuse_special,
+)
 from cmtool.training.log import Watcher, event_writer
 from cmtool.training.state import TrainState, build_state, fit_settings
 
@@ -112,6 +119,7 @@ def decide_start(
     if resume and overwrite:
         raise UserError("--resume and --overwrite", "give one of them")
     out, launchers = group.tell(out), group.gather(launcher())
+    group.agreed(lambda: refuse_special(out), "regular")
     best = group.tell(best_precision(device))
     if preset.train.precision == "auto":  # the run records the precision, and goes on in it
         origins = {**origins, "train.precision": "auto"}
@@ -266,7 +274,7 @@ def write_record(run: Run, origins: Mapping[str, str]) -> None:
     if path.is_file():
         changed = changes(load_preset(str(path)), preset)
         updates = {key: (value, origin_of(key, origins)) for key, value in changed.items()}
-        text = with_values(path.read_text(), updates)
+        text = with_values(read_own(path).decode(), updates)
     else:
         text = to_toml(preset, origins)
     write_atomic(path, text.encode(), durable=True)
