@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -168,12 +168,12 @@ distill = with_options(_distill, RunOptions)
 
 
 def _teacher_of(out: Path | None) -> str | None:
-    """Return the teacher that the run in `out` was started with."""
-    from cmtool.training.folder import read_json
+    """Return the teacher that the run in `out` was started with. Raises InputError if damaged."""
+    from cmtool.system.records import read_facts
+    from cmtool.training.records import Record
 
-    with suppress(KeyError, TypeError):
-        return str(read_json(out / "run.json")["teacher"]["source"]) if out else None
-    return None
+    record = read_facts(out / "run.json", Record) if out else None
+    return record.teacher.source if record and record.teacher else None
 
 
 def _run(options: RunOptions, preset: str, resolved: Resolved, teacher: Model | None) -> None:

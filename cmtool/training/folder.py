@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from cmtool.errors import BusyError, InputError, Paused, ResourceError, Stopped, UserError
-from cmtool.formats.checkpoints import clear_temporary, prune_all
+from cmtool.formats.checkpoints import clear_temporary, prune_all, read_best
 from cmtool.models import Model
-from cmtool.system.files import is_regular, opened, read_own, write_json
+from cmtool.system.files import is_regular, opened, write_json
+from cmtool.system.records import known_facts, read_facts
+from cmtool.training.records import Record, Status
 
 StatusWriter = Callable[..., None]
 """Writes status.json: the given fields replace those before."""
@@ -55,19 +56,18 @@ def _unreadable(error: OSError) -> None:
     raise InputError(what, "check its permissions, or give another folder with --out")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, an empty one for a file that holds none."""
-    try:
-        content = json.loads(read_own(path))
-    except (OSError, ValueError, RecursionError, InputError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def is_run(out: Path) -> bool:
     """Tell whether a folder holds a run of ours."""
-    versions = read_json(out / "run.json").get("versions")
-    return isinstance(versions, dict) and "cmtool" in versions
+    return known_facts(out / "run.json", Record) is not None
+
+
+def refuse_strange(out: Path, *, resume: bool) -> None:
+    """Raise InputError for a folder with special files, or damaged JSON files if it is resumed."""
+    refuse_special(out)
+    if resume:
+        read_facts(out / "run.json", Record)
+        read_facts(out / "status.json", Status)
+        read_best(out / "checkpoints")
 
 
 def is_resumable(out: Path) -> bool:
@@ -85,8 +85,8 @@ def launched_by(out: Path, launchers: Sequence[str]) -> bool:
 
     Then its workers are not the first: it starts new ones when one fails (`--max-restarts`).
     """
-    before = read_json(out / "status.json").get("launchers")
-    return isinstance(before, list) and not {*before}.isdisjoint(filter(None, launchers))
+    before = known_facts(out / "status.json", Status)
+    return before is not None and not {*before.launchers}.isdisjoint(filter(None, launchers))
 
 
 def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model | None) -> None:
@@ -110,7 +110,8 @@ def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model |
 
 def _is_only_begun(out: Path) -> bool:
     """Tell whether a folder holds at most what a run makes before it is one."""
-    has_status = "pid" in read_json(out / "status.json")
+    status = known_facts(out / "status.json", Status)
+    has_status = status is not None and status.pid is not None
     ours = MADE_FIRST | ({"status.json", "preset.toml", "report.html"} if has_status else set())
     made = {p.name for p in out.iterdir() if not re.fullmatch(TEMPORARY, p.name)}
     return made <= ours and not any((*out.glob("checkpoints/*"), *out.glob("samples/*")))
@@ -155,9 +156,9 @@ def locked(out: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = read_json(out / "status.json")
-        pid, host, since = (holder.get(key, "?") for key in ("pid", "host", "since"))
-        what = f"{out} is in use by process {pid} on {host} since {since}"
+        holder = known_facts(out / "status.json", Status)
+        who = f"process {holder.pid} on {holder.host} since {holder.since}" if holder else "another"
+        what = f"{out} is in use by {who}"
         raise BusyError(what, "wait for it, or give another --out") from None
     try:
         yield

@@ -22,6 +22,7 @@ from cmtool.presets.schema import Preset
 from cmtool.system.dist import Group
 from cmtool.system.files import opened, read_own, write_atomic
 from cmtool.training.fit import StepInfo
+from cmtool.training.records import LogLine
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -204,8 +205,8 @@ def peak_memory(device: str) -> int:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Return the lines of log.jsonl in the order of their steps, and the last line of each step.
 
-    A line that was cut short or is damaged is left out. Raises InputError for what is no regular
-    file, or is larger than a log can be.
+    A line that was cut short, is damaged, or has values of other types is left out. Raises
+    InputError for what is no regular file, or is larger than a log can be.
     """
     try:
         content = read_own(path, MAX_LOG)
@@ -213,9 +214,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         return []
     lines: dict[int, dict[str, Any]] = {}
     for text in content.decode(errors="replace").splitlines():
-        with suppress(ValueError, TypeError, LookupError, RecursionError):
+        with suppress(ValueError, RecursionError):
             line = json.loads(text)
-            lines[int(line["step"])] = line
+            lines[LogLine.model_validate(line).step] = line
     return [lines[step] for step in sorted(lines)]
 
 

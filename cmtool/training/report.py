@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmtool import __version__
+from cmtool.errors import InputError
 from cmtool.formats.checkpoints import best
 from cmtool.system.files import is_regular, read_own, write_atomic
-from cmtool.training.folder import read_json
+from cmtool.system.records import known_facts
 from cmtool.training.log import read_log
 from cmtool.training.plots import run_plots, svgs
+from cmtool.training.records import Status
 
 MAX_FRAMES = 12
 MAX_BYTES = 16 << 20
@@ -67,18 +69,17 @@ def write_report(
 def write_run_report(out: Path) -> None:
     """Write report.html of a run from its folder: curves, samples, provenance."""
     log = read_log(out / "log.jsonl")
-    state = read_json(out / "status.json")
+    status = known_facts(out / "status.json", Status)
     preset = _text(out / "preset.toml")
     plots = run_plots(log)
     drawn = (data_uri("image/svg+xml", svg.encode()) for svg in svgs(plots))
-    summary, left = out / "summary.png", state.get("seconds_left")
-    if state.get("state") != "running":
-        left = None
+    summary = out / "summary.png"
+    left = status.seconds_left if status and status.state == "running" else None
     page = rendered(
         "report.html.jinja",
         title=f"Run {out.resolve().name}",
-        description=tomllib.loads(preset).get("description", ""),
-        state=state,
+        description=_description(preset),
+        state=status,
         left=None if left is None else str(timedelta(seconds=left)),
         facts=run_facts(log[-1] if log else {}, best(out / "checkpoints")),
         curves=[(plot.title, uri) for plot, uri in zip(plots, drawn, strict=True)],
@@ -89,6 +90,13 @@ def write_run_report(out: Path) -> None:
         now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     write_atomic(out / "report.html", page)
+
+
+def _description(preset: str) -> object:
+    try:
+        return tomllib.loads(preset).get("description", "")
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return ""
 
 
 def run_facts(line: Mapping[str, Any], kept: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -124,4 +132,8 @@ def frames(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _text(path: Path) -> str:
-    return read_own(path).decode(errors="replace") if is_regular(path) else ""
+    """Return the text in a file of the run, "" for one that cannot be read."""
+    try:
+        return read_own(path).decode(errors="replace")
+    except (OSError, InputError):
+        return ""

@@ -1,15 +1,24 @@
 """Run folders that someone else made: nothing outside is written, and nothing hangs."""
 
+import json
 import os
 import shutil
 import socket
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
+from torch.amp import GradScaler
 
+from cmtool.cli._options import newest_run
 from cmtool.errors import InputError
 from cmtool.system.files import write_atomic
+from cmtool.training.checkpoint import read_counters
+from cmtool.training.folder import refuse_strange
 from cmtool.training.log import LogFile, read_log, trim_log
+from cmtool.training.plots import run_plots
 from cmtool.training.report import write_run_report
+from cmtool.training.state import set_counters
 from tests.cli.conftest import TINY
 
 SECRET = "what belongs to somebody else\n"
@@ -144,3 +153,100 @@ def test_a_picture_that_no_step_names_is_passed_over(run):
     (run / "samples/step-0000005.png").mkdir()
     write_run_report(run)
     assert (run / "report.html").read_text().count("<figcaption>") == 1
+
+
+DAMAGED = {
+    "a list": "[]",
+    "a number": "7",
+    "not JSON": "{",
+    "not UTF-8": b'{"a": "\xff"}',
+    "nested deep": '{"a":' * 100_000,
+    "a number of 5,000 digits": '{"a": 1' + "0" * 5000 + "}",
+    "wrong types": '{"state": 3, "versions": 4, "best": 5, "metric": {}, "step": "6"}',
+    "no processes": '{"versions": {"cmtool": "0"}, "processes": 0}',
+    "fewer than none": '{"versions": {"cmtool": "0"}, "processes": -3}',
+    "a list of versions": '{"versions": ["cmtool"]}',
+    "a time without end": '{"state": "running", "seconds_left": 1e999}',
+    "a huge value": '{"metric": "m", "num": 4, "best": {"step-1": 1' + "0" * 400 + "}}",
+    "two megabytes": " " * (2 << 20) + "{}",
+}
+
+
+def damage(path, kind):
+    content = DAMAGED[kind]
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@pytest.mark.parametrize("place", ["run.json", "status.json", "checkpoints/best.json"])
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_file_is_named_when_its_run_is_resumed(cmtool, tmp_path, run, kind, place):
+    damage(run / place, kind)
+    before = everything(tmp_path)
+    result = cmtool("train", "--out", "r", "--resume", "--device", "cpu")
+    assert result.code == 3, result.err
+    assert f"error: r/{place} " in result.err
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_report_is_written_beside_damaged_files(run, kind):
+    (run / "log.jsonl").unlink()
+    for place in ("run.json", "status.json", "preset.toml", "checkpoints/best.json"):
+        damage(run / place, kind)
+    write_run_report(run)
+    assert "<b>not started</b>" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 40, b"\n"])
+def test_a_status_that_a_power_cut_emptied_is_none(run, content):
+    (run / "status.json").write_bytes(content)
+    refuse_strange(run, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", 5), ("step", -1), ("step", "6"), ("step", 1e400), ("bad_steps", None),
+        ("unlogged", []), ("unlogged", {"loss": [1.0]}), ("scaler", [1]),
+        ("unlogged", {"loss": [1.0], "images": [], "grad_norm": 1.0, "steps": 1, "skipped": 0}),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_says_nothing_strange(run, key, value):
+    state = run / "checkpoints/step-0000006/state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=r"step-0000006/state\.json"):
+        read_counters(state.parent)
+
+
+@pytest.mark.parametrize("scaler", [{}, {"scale": 2.0}, {"scale": "x", "growth_factor": 1}])
+def test_a_strange_state_of_the_scaler_is_refused(scaler):
+    state = SimpleNamespace(scaler=GradScaler("cpu"))
+    with pytest.raises(InputError, match="scaler"):
+        set_counters(state, {"step": 3, "scaler": scaler})
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        '{"step": 1e999}', '{"step": "4"}', '{"step": -1}', '{"step": 1' + "0" * 400 + "}",
+        '{"step": 4, "loss": "low"}', '{"step": 4, "loss_by_sigma": [1]}', '{"step": 4, "lr": {}}',
+        '{"step": 4, "n": 1' + "0" * 400 + "}", '{"step": 4, "eval": {"metric": 1}}',
+        '{"step": 4, "eval": 5}', '{"step": 4, "x": ' + "[" * 100_000, '{"step": 4, "mu": true}',
+    ],
+)  # fmt: skip
+def test_a_strange_line_of_a_log_is_left_out(tmp_path, strange):
+    whole = '{"step": 2, "loss": 0.5, "loss_by_sigma": {"<1": null}, "eval": null, "lr": 1}'
+    (tmp_path / "log.jsonl").write_text(f"{whole}\n{strange}\n")
+    assert read_log(tmp_path / "log.jsonl") == [json.loads(whole)]
+    trim_log(tmp_path, 1)
+    run_plots(read_log(tmp_path / "log.jsonl"))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to nothing", *DAMAGED])
+def test_the_newest_run_is_looked_for_past_a_strange_one(tmp_path, monkeypatch, tiny_run, kind):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run, tmp_path / "runs/good")
+    (tmp_path / "runs/strange").mkdir()
+    status = tmp_path / "runs/strange/status.json"
+    (KINDS[kind] if kind in KINDS else partial(damage, kind=kind))(status)
+    assert newest_run() == "runs/good"
