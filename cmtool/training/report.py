@@ -14,10 +14,9 @@ from cmtool import __version__
 from cmtool.errors import InputError
 from cmtool.formats.checkpoints import best
 from cmtool.system.files import is_regular, read_own, write_atomic
-from cmtool.system.records import known_facts
+from cmtool.training.lock import read_status
 from cmtool.training.log import read_log
 from cmtool.training.plots import run_plots, svgs
-from cmtool.training.records import Status
 
 MAX_FRAMES = 12
 MAX_BYTES = 16 << 20
@@ -69,7 +68,7 @@ def write_report(
 def write_run_report(out: Path) -> None:
     """Write report.html of a run from its folder: curves, samples, provenance."""
     log = read_log(out / "log.jsonl")
-    status = known_facts(out / "status.json", Status)
+    status = read_status(out)
     preset = _text(out / "preset.toml")
     plots = run_plots(log)
     drawn = (data_uri("image/svg+xml", svg.encode()) for svg in svgs(plots))

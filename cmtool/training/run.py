@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cmtool import __version__
-from cmtool.errors import Stopped, UserError
+from cmtool.errors import ResourceError, Stopped, UserError
 from cmtool.models import Model
 from cmtool.presets.build import noise_range
 from cmtool.presets.schema import Preset
@@ -16,7 +16,8 @@ from cmtool.system import dist
 from cmtool.system.dist import ALONE, Group
 from cmtool.training.checkpoint import Saver, load_newest
 from cmtool.training.fit import Diverged, StepInfo, fit
-from cmtool.training.folder import clear_leftovers, clear_run, keep_status, locked, prepare_folder
+from cmtool.training.folder import clear_leftovers, clear_run, keep_status, prepare_folder
+from cmtool.training.lock import locked, tell_killed
 from cmtool.training.log import Clock, Meter, Watcher, trim_log
 from cmtool.training.observers import OBSERVERS, News, RunWriter, Tools, final_images
 from cmtool.training.report import write_run_report
@@ -49,8 +50,8 @@ def train(
         start = decide_start(
             preset, out, origins or {}, device, group, resume=resume, overwrite=overwrite
         )
-        if start.note is not None:
-            watcher.note(start.note)
+        for note in start.notes:
+            watcher.note(note)
         run = group.together(lambda: set_up(start, watcher, teacher, device, group), "built")
         group.agreed(lambda: claim.enter_context(claimed(run, start)), "claimed")
         if group.leads:
@@ -76,7 +77,7 @@ def joined(preset: Preset, device: str) -> Iterator[Group]:
 def claimed(run: Run, start: Start) -> Iterator[None]:
     """Make the run folder and hold its lock. Raises UserError for one that must be left alone."""
     prepare_folder(run.out, resume=start.resume, overwrite=start.overwrite, teacher=run.teacher)
-    with locked(run.out):
+    with locked(run.out, run.watcher.note):
         if start.resume:
             check_same(run)
         yield
@@ -100,11 +101,15 @@ def lead(run: Run, start: Start, stop: Stop) -> None:
 
 
 def assist(run: Run, start: Start, stop: Stop) -> None:
-    """Train as one of the other processes, which write nothing."""
-    with explained(run):
-        if start.resume:
-            load_newest(run.out / "checkpoints", run.state, run.group, run.watcher.note)
-        follow(run, stop, None, None)
+    """Train as one of the other processes, which write nothing while the leading one lives."""
+    try:
+        with explained(run):
+            if start.resume:
+                load_newest(run.out / "checkpoints", run.state, run.group, run.watcher.note)
+            follow(run, stop, None, None)
+    except ResourceError as error:
+        tell_killed(run.out, error)
+        raise
 
 
 @contextmanager

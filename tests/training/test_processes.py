@@ -101,6 +101,18 @@ def test_a_damaged_image_that_one_process_meets_ends_both_and_is_named_by_both(t
     assert "Traceback" not in stderr
 
 
+def test_when_the_leading_process_is_killed_another_says_so_in_its_place(tmp_path):
+    out = tmp_path / "run"
+    steps = ["--set", "train.steps=100000", "--set", "run.checkpoint_every=3"]
+    ((codes, _),), stderr = run(job(out, *steps, fault=["killed", 0, 7]))
+    assert codes == [-9, 5]
+    (told,) = errors(stderr)
+    assert told.startswith("error: rank 1: no contact with another process after step 7: ")
+    assert (status(out)["state"], status(out)["exit_code"]) == ("failed", 5)
+    assert status(out)["error"] in told
+    assert status(out)["step"] == 6
+
+
 def test_a_process_that_hangs_is_given_up_after_the_time_that_was_set(tmp_path):
     out = tmp_path / "run"
     steps = ["--set", "train.steps=100000", "--set", "run.checkpoint_every=3"]
