@@ -14,6 +14,7 @@ from cmtool.presets.build import noise_range
 from cmtool.presets.schema import Preset
 from cmtool.system import dist
 from cmtool.system.dist import ALONE, Group
+from cmtool.system.files import sync
 from cmtool.training.checkpoint import Saver, load_newest
 from cmtool.training.fit import Diverged, StepInfo, fit
 from cmtool.training.folder import clear_leftovers, clear_run, keep_status, prepare_folder
@@ -78,6 +79,9 @@ def claimed(run: Run, start: Start) -> Iterator[None]:
     """Make the run folder and hold its lock. Raises UserError for one that must be left alone."""
     prepare_folder(run.out, resume=start.resume, overwrite=start.overwrite, teacher=run.teacher)
     with locked(run.out, run.watcher.note):
+        if not sync(run.out):
+            lacks = f"{run.out} is on a file system that cannot sync folders"
+            run.watcher.note(f"{lacks}: after a power cut the newest checkpoint may be missing")
         if start.resume:
             check_same(run)
         yield
