@@ -1,10 +1,11 @@
 """Processes of one run, as torchrun starts them, forked from one that has torch in memory already.
 
-`python -m tests.processes JOBS`, where JOBS is a JSON list of {"processes", "arguments", "fault",
-"patience"}: the jobs run one after the other, and the last line on stdout says for each its exit
-codes by rank, and the seconds between the first end and the last. A fault is [name, rank, step]: it
-befalls that rank before that step. When a process ends and the others do not within `patience`
-seconds, they are killed, as torchrun does after 30.
+`python -m tests.processes JOBS`, where JOBS is a JSON list of {"processes", "arguments", "others",
+"fault", "patience"}: the jobs run one after the other, and the last line on stdout says for each
+its exit codes by rank, and the seconds between the first end and the last. `others` are more
+arguments of all ranks but the first. A fault is [name, rank, step]: it befalls that rank before
+that step. When a process ends and the others do not within `patience` seconds, they are killed, as
+torchrun does after 30.
 """
 
 import contextlib
@@ -96,7 +97,7 @@ def start(job, rank, port):
         if job["processes"] > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
             os.environ |= {"WORLD_SIZE": str(job["processes"]), "MASTER_ADDR": "127.0.0.1"}
-        if rank:
+        if rank and job["arguments"][0] in ("train", "distill"):
             is_last = job.get("fault", [None])[:2] == ["killed", 0]  # then it writes the end
             spared = ["failed", *(["status.json", ".status.json", ".lock"] if is_last else [])]
             forbid_writing(job["arguments"][job["arguments"].index("--out") + 1], spared)
@@ -105,7 +106,7 @@ def start(job, rank, port):
         name, where, step = job.get("fault") or (None, None, None)
         if where == rank:
             befall(name, step)
-        main(job["arguments"])
+        main([*job["arguments"], *(job.get("others", []) if rank else [])])
         code = 0
     except SystemExit as end:
         code = end.code or 0

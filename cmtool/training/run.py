@@ -22,7 +22,16 @@ from cmtool.training.lock import locked, tell_killed
 from cmtool.training.log import Clock, Meter, Watcher, trim_log
 from cmtool.training.observers import OBSERVERS, News, RunWriter, Tools, final_images
 from cmtool.training.report import write_run_report
-from cmtool.training.start import Run, Start, check_same, decide_start, set_up, write_record
+from cmtool.training.start import (
+    Run,
+    Start,
+    check_same,
+    data_facts,
+    decide_start,
+    set_up,
+    start_facts,
+    write_record,
+)
 from cmtool.training.state import fit_settings
 from cmtool.training.stop import Stop, explained, stop_signals, stopped, with_dump
 from cmtool.training.utilisation import ideal_seconds
@@ -42,18 +51,25 @@ def train(
 ) -> Path:
     """Train in the run folder `out` and return the final checkpoint's folder.
 
-    Under torchrun every process calls this, and the first one writes. Raises UserError for an
-    existing run without `resume` or `overwrite` or with another preset, BusyError while another
-    process holds the folder, InputError for data or a teacher that do not fit, DivergedError,
-    ResourceError, and after saving Stopped (by a signal) or Paused (after `max_seconds`).
+    Under torchrun every process calls this, and the first one writes. Raises UserError for
+    processes that differ, and for an existing run without `resume` or `overwrite` or with another
+    preset; BusyError while another process holds the folder, InputError for data or a teacher that
+    do not fit, DivergedError, ResourceError, and after saving Stopped (by a signal) or Paused
+    (after `max_seconds`).
     """
-    with stop_signals(max_seconds) as stop, joined(preset, device) as group, ExitStack() as claim:
+    facts = start_facts(preset, teacher, device, resume=resume, overwrite=overwrite)
+    with (
+        stop_signals(max_seconds) as stop,
+        joined(preset, device, facts) as group,
+        ExitStack() as claim,
+    ):
         start = decide_start(
             preset, out, origins or {}, device, group, resume=resume, overwrite=overwrite
         )
         for note in start.notes:
             watcher.note(note)
         run = group.together(lambda: set_up(start, watcher, teacher, device, group), "built")
+        group.alike(lambda: data_facts(run.data), "data")
         group.agreed(lambda: claim.enter_context(claimed(run, start)), "claimed")
         if group.leads:
             lead(run, start, stop)
@@ -63,11 +79,14 @@ def train(
 
 
 @contextmanager
-def joined(preset: Preset, device: str) -> Iterator[Group]:
-    """Join the processes that torchrun started, if it did, and leave them after the block."""
+def joined(preset: Preset, device: str, facts: Mapping[str, object]) -> Iterator[Group]:
+    """Join the processes that torchrun started, if it did, and leave them after the block.
+
+    Raises UserError if they are not all about to do the same.
+    """
     rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     is_sharded = preset.run.sharding == "fsdp"
-    group = dist.join(rank, world_size, device, preset.run.timeout, sharded=is_sharded)
+    group = dist.join(rank, world_size, device, preset.run.timeout, sharded=is_sharded, facts=facts)
     try:
         yield group
     finally:

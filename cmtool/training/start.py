@@ -65,6 +65,8 @@ if the batch gets another number of parts, as another number of processes does.
 """
 LOCATION = ("name", "source")
 """Keys in run.json that say where data and teacher lie: a resumed run may change them."""
+OWN = {"description", "data.path", "data.workers", "data.timeout"}
+"""Keys in which the processes of a run may differ: data may lie elsewhere on another machine."""
 PROBES = 1000
 """Steps at which two lengths of a run are compared."""
 
@@ -100,6 +102,26 @@ class Run(NamedTuple):
     curriculum: Curriculum
     state: TrainState
     microbatch: BatchFn
+
+
+def start_facts(
+    preset: Preset, teacher: Model | None, device: str, *, resume: bool, overwrite: bool
+) -> dict[str, object]:
+    """Return what must be the same in all processes of a run before they do anything together."""
+    keys = flat(preset.model_dump(mode="json"))
+    return {
+        "cmtool": __version__,
+        "--device": device.partition(":")[0],
+        "--resume": resume,
+        "--overwrite": overwrite,
+        "teacher": teacher.sha256 if teacher is not None else None,
+        **{key: value for key, value in keys if key not in OWN},
+    }
+
+
+def data_facts(data: Dataset) -> dict[str, object]:
+    """Return what must be the same of the data in all processes of a run."""
+    return {"number of images": len(data), "fingerprint of the images": data.fingerprint()}
 
 
 def decide_start(
