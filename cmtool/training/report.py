@@ -14,6 +14,7 @@ from cmtool import __version__
 from cmtool.errors import InputError
 from cmtool.formats.checkpoints import best
 from cmtool.system.files import is_regular, read_own, write_atomic
+from cmtool.system.text import printable
 from cmtool.training.lock import read_status
 from cmtool.training.log import read_log
 from cmtool.training.plots import run_plots, svgs
@@ -44,7 +45,7 @@ def rendered(template: str, **facts: object) -> bytes:
 
     pages = Environment(autoescape=True, loader=FileSystemLoader(Path(__file__).parent))
     page = pages.get_template(template)
-    return page.render(png=png, version=__version__, **facts).encode()
+    return page.render(png=png, version=__version__, **facts).encode(errors="backslashreplace")
 
 
 def png(path: Path) -> str:
@@ -76,7 +77,7 @@ def write_run_report(out: Path) -> None:
     left = status.seconds_left if status and status.state == "running" else None
     page = rendered(
         "report.html.jinja",
-        title=f"Run {out.resolve().name}",
+        title=f"Run {printable(out.resolve().name)}",
         description=_description(preset),
         state=status,
         left=None if left is None else str(timedelta(seconds=left)),
