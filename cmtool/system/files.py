@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,15 @@ def sync(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def check_temporary() -> None:
+    """Raise ResourceError if no folder takes temporary files, which torch and its workers need."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        what = "no folder for temporary files can be written to"
+        raise ResourceError(what, "name one that can: export TMPDIR=FOLDER") from None
 
 
 @contextmanager

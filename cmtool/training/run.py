@@ -14,7 +14,7 @@ from cmtool.presets.build import noise_range
 from cmtool.presets.schema import Preset
 from cmtool.system import dist
 from cmtool.system.dist import ALONE, Group
-from cmtool.system.files import sync
+from cmtool.system.files import check_temporary, sync
 from cmtool.training.checkpoint import Saver, load_newest
 from cmtool.training.fit import Diverged, StepInfo, fit
 from cmtool.training.folder import clear_leftovers, clear_run, keep_status, prepare_folder
@@ -49,6 +49,7 @@ def train(
     do not fit, DivergedError, ResourceError, and after saving Stopped (by a signal) or Paused
     (after `max_seconds`).
     """
+    check_temporary()
     facts = start_facts(preset, teacher, device, resume=resume, overwrite=overwrite)
     with (
         stop_signals(max_seconds) as stop,
