@@ -306,15 +306,20 @@ def pick_plan(
 def newest_run(kind: Kind | None = None) -> str | None:
     """Return the newest finished run folder under runs/ that holds a model of `kind`."""
     from cmtool.formats.checkpoints import kind_of_run
-    from cmtool.formats.native import read_table
+    from cmtool.training.lock import read_status
 
-    found = [(status.stat().st_mtime, status) for status in Path("runs").glob("*/status.json")]
-    for _, status in sorted(found, reverse=True):
+    def changed(run: Path) -> float:
         try:
-            done = read_table(status).get("state") == "done"
-            made = kind_of_run(status.parent) if done else None
+            return (run / "status.json").lstat().st_mtime
+        except OSError:  # another's folder, or no run
+            return 0.0
+
+    for run in sorted(Path("runs").glob("*/"), key=changed, reverse=True):
+        status = read_status(run)
+        try:
+            made = kind_of_run(run) if status and status.state == "done" else None
         except (OSError, ValueError, InputError):
             continue
         if made is not None and kind in (None, made):
-            return str(status.parent)
+            return str(run)
     return None

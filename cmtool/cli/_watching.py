@@ -6,7 +6,7 @@ import sys
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from cmtool.cli._output import leads, say
+from cmtool.cli._output import leads, say, shown
 
 if TYPE_CHECKING:
     from cmtool.training.log import Progress
@@ -81,7 +81,7 @@ class BarWatcher:
 
     def note(self, text: str) -> None:
         """Write a remark above the bar."""
-        self.live.console.print(text, markup=False)
+        self.live.console.print(shown(text), markup=False, highlight=False)
 
 
 def make_watcher(steps: int) -> LineWatcher | BarWatcher:

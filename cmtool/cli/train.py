@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -94,8 +93,13 @@ class RunOptions:
         """The preset of the run that is resumed, if it has one already."""
         if self.resume and self.out is None:
             raise UserError("--resume without a run folder", "name it with --out runs/NAME")
-        file = self.out / "preset.toml" if self.resume and self.out is not None else None
-        return file if file is not None and file.is_file() else None
+        if not self.resume or self.out is None:
+            return None
+        from cmtool.training.folder import refuse_special
+
+        refuse_special(self.out)
+        file = self.out / "preset.toml"
+        return file if file.is_file() else None
 
     @property
     def layers(self) -> dict[str, dict[str, Any]]:
@@ -277,10 +281,12 @@ distill = with_options(_distill, RunOptions)
 
 
 def _teacher_of(out: Path | None) -> str | None:
-    """Return the teacher that the run in `out` was started with."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((out / "run.json").read_text())["teacher"]["source"]) if out else None
-    return None
+    """Return the teacher that the run in `out` was started with. Raises InputError if damaged."""
+    from cmtool.system.records import read_facts
+    from cmtool.training.records import Record
+
+    record = read_facts(out / "run.json", Record) if out else None
+    return record.teacher.source if record and record.teacher else None
 
 
 def _run(

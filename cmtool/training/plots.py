@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cmtool.data.images import display_scale, grid, to_uint8
 from cmtool.system.files import replacing
+from cmtool.system.text import printable
 
 MAX_POINTS = 400
 Log = Sequence[Mapping[str, Any]]
@@ -42,7 +43,7 @@ def run_plots(log: Log) -> list[Plot]:
     bands = list(dict.fromkeys(band for line in log for band in line.get("loss_by_sigma", {})))
     losses = [{"step": line["step"], **line.get("loss_by_sigma", {})} for line in log]
     evaluations: dict[str, list[tuple[float, float | None]]] = {}
-    for verdict in (line["eval"] for line in log if "eval" in line):
+    for verdict in (line["eval"] for line in log if line.get("eval")):
         points = evaluations.setdefault(verdict["metric"], [])
         points.append((verdict["step"], verdict["value"]))
     plots = [
@@ -79,6 +80,11 @@ def curve(name: str, points: Sequence[tuple[float, float | None]]) -> Curve:
     return Curve(name, steps, [sum(value for _, value in part) / len(part) for part in parts])
 
 
+def plain(text: str) -> str:
+    """Return text from elsewhere for matplotlib, which takes dollars for formulas."""
+    return printable(text).replace("$", r"\$")
+
+
 def svgs(plots: Sequence[Plot]) -> Iterator[str]:
     """Yield each plot as an SVG document."""
     from matplotlib import rc_context
@@ -92,10 +98,10 @@ def svgs(plots: Sequence[Plot]) -> Iterator[str]:
             axis = figure.subplots()
             for name, steps, values in plot.curves:
                 dots = "." if len(values) == 1 else ""
-                axis.plot(steps, values, label=name, linewidth=1.2, marker=dots)
+                axis.plot(steps, values, label=plain(name), linewidth=1.2, marker=dots)
             positive = all(value > 0 for each in plot.curves for value in each.values)
             scale = "log" if plot.log_scale and positive else "linear"
-            axis.set(title=plot.title, xlabel="step", yscale=scale)
+            axis.set(title=plain(plot.title), xlabel="step", yscale=scale)
             axis.grid(alpha=0.3)
             if several:
                 axis.legend(
@@ -115,11 +121,11 @@ def write_summary(path: Path, log: Log, panels: dict[str, Tensor], title: str) -
     loss, *rest = plot.subplots(1, 1 + len(panels), squeeze=False)[0]
     known = curve_of(log, "loss")
     loss.plot(known.steps, known.values)
-    loss.set(xlabel="step", ylabel="loss", title=title, yscale="log")
+    loss.set(xlabel="step", ylabel="loss", title=plain(title), yscale="log")
     loss.grid(alpha=0.3)
     for axis, (name, images) in zip(rest, panels.items(), strict=True):
         axis.imshow(picture(images, 10).permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set(title=name)
+        axis.set(title=plain(name))
         axis.set_axis_off()
     with replacing(path) as temporary:
         plot.savefig(temporary, dpi=110, format="png")
@@ -134,8 +140,8 @@ def write_curves(
     plot = Figure(figsize=(5.6, 3.6), layout="constrained")
     axis = plot.subplots()
     for name, points in curves.items():
-        axis.plot(*zip(*points, strict=True), label=name, marker=".", linewidth=1.2)
-    axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
+        axis.plot(*zip(*points, strict=True), label=plain(name), marker=".", linewidth=1.2)
+    axis.set(xlabel=plain(xlabel), ylabel=plain(ylabel), xscale="log", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, frameon=False)
     with replacing(path) as temporary:

@@ -21,7 +21,7 @@ from cmtool.models import ASSETS, load_model
 from cmtool.presets.toml import load_preset, resolve, to_toml
 from cmtool.training import cost
 from cmtool.training.folder import new_folder
-from cmtool.training.start import same_so_far
+from cmtool.training.same import same_so_far
 from cmtool.training.state import build_state, not_taken
 from cmtool.training.stop import Stop
 from tests.cli.conftest import TINY
