@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from typer import Argument, Option
 
 from cmtool.cli import _options as shared
-from cmtool.cli._output import check_free, prepare_output, say, write_bytes
+from cmtool.cli._output import check_free, prepare_output, read_stdin, say, write_bytes
 from cmtool.errors import InputError, UserError
 
 if TYPE_CHECKING:
@@ -203,14 +203,16 @@ def interpolate_between(
 
 def read_input(image: str) -> bytes:
     """Return the bytes of a picture. Raises InputError when there are none."""
+    from cmtool.data.images import MAX_FILE
+    from cmtool.system.files import read_regular
+
     if image != "-":
-        path = Path(image)
-        if not path.is_file():
+        if not Path(image).exists():
             raise InputError(f"no such image: {image}", "check the path")
-        return path.read_bytes()
+        return read_regular(image, MAX_FILE)
     if sys.stdin.isatty():
         raise UserError("no image given", "name a file, or pipe one in")
-    content = sys.stdin.buffer.read()
+    content = read_stdin()
     if not content:
         raise InputError("nothing on stdin", "pipe an image in, or name a file")
     return content

@@ -1,14 +1,11 @@
-"""Many images in one file: a zip, ADM's npz or CIFAR-10's tarball. Nothing is extracted."""
+"""Many images in one file: a zip, or ADM's npz. Nothing is extracted."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
 import json
 import os
 import struct
-import tarfile
 import zipfile
 import zlib
 from array import array
@@ -21,10 +18,17 @@ import torch
 from torch import Tensor
 
 from cmtool.data import entries
-from cmtool.data.entries import MAX_MEMBER, Entries, Names, fingerprint, is_image, numbered
+from cmtool.data.entries import (
+    MAX_MEMBER,
+    Entries,
+    Names,
+    fingerprint,
+    is_image,
+    max_table,
+    numbered,
+)
 from cmtool.data.images import SUFFIXES
 from cmtool.errors import InputError
-from cmtool.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
 from cmtool.system.files import replacing
 
 MAX_RATIO = 200
@@ -79,7 +83,9 @@ def zip_entries(path: Path) -> Entries:
             tables = {}
             for name in entries.LABELS.keys() & archive.NameToInfo.keys():
                 size = archive.NameToInfo[name].file_size
-                entries.check_table(size, len(images), f"{name} in {path}")
+                if size > max_table(len(images)):
+                    hint = "a table of labels is smaller: remove or replace it"
+                    raise InputError(f"{name} in {path} has {size:,} bytes", hint)
                 tables[name] = archive.read(name)
     except (zipfile.BadZipFile, OSError, ValueError, zlib.error, NotImplementedError) as error:
         raise InputError(f"{path} is damaged: {error}", "fetch it again") from None
@@ -178,53 +184,6 @@ def _checked_array(
         return np.memmap(path, dtype, "r", start, tuple(shape), order)
 
     return read
-
-
-def cifar_entries(path: Path) -> Entries:
-    """Return the 50,000 training images of cifar-10-python.tar.gz, batch after batch."""
-    batches = []
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.size > MAX_MEMBER:
-                    raise ValueError(f"{member.name!r} has {member.size:,} bytes")
-                name = member.name.rpartition("/")[2]
-                if not member.isfile() or not name.startswith("data_batch_"):
-                    continue
-                opened = archive.extractfile(member)
-                assert opened is not None
-                batches.append((name, *cifar_batch(opened.read(MAX_MEMBER), member.size)))
-    except (*DAMAGE, TypeError, tarfile.TarError) as error:
-        raise InputError(f"{path} is not CIFAR-10's archive: {error}", "fetch it again") from None
-    if not batches:
-        hint = "give cifar-10-python.tar.gz; extract a tarball of pictures, and give the folder"
-        raise InputError(f"{path} holds no data_batch_1 ...", hint)
-    batches.sort(key=lambda batch: batch[0])
-    rows = np.concatenate([part for _, part, _ in batches])
-    classes = [label for _, _, part in batches for label in part]
-    pictures = torch.from_numpy(rows.reshape(-1, 3, 32, 32))
-    mark = fingerprint([hashlib.sha256(rows.tobytes()).hexdigest()], classes)
-    return Entries(numbered(len(classes)), lambda i: pictures[i], classes, mark)
-
-
-def cifar_batch(content: bytes, size: int) -> tuple[np.ndarray[Any, Any], list[int]]:
-    """Return the rows (N, 3072) uint8 and classes of one file of CIFAR-10's python archive.
-
-    Raises Refused for anything else in it, ValueError and its kin for a damaged file.
-    """
-    stream = io.BytesIO(content)
-    table = expect(Machine(size, NUMPY_TABLE).run(stream, len(content)), dict)
-    rows, classes = table.get("data"), table.get("labels")
-    match rows.state if isinstance(rows, Array) else None:
-        case (_, (int(count), 3072), Dtype("u1"), False | 0, str(text)):
-            raw = text.encode("latin-1")
-        case _:
-            raise Refused("its data is no table of 3,072 bytes an image")
-    if len(raw) != count * 3072 or len(expect(classes, list)) != count:
-        raise Refused(f"{count} images have {len(raw):,} bytes and {len(classes)} classes")
-    if any(type(c) is not int or not 0 <= c <= 9 for c in classes):
-        raise Refused("a class is not 0 to 9")
-    return np.frombuffer(raw, np.uint8).reshape(count, 3072), classes
 
 
 def write_zip(path: Path, pictures: Iterable[tuple[str, bytes, int | None]]) -> int:

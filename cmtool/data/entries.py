@@ -83,11 +83,9 @@ def fingerprint(facts: Iterable[str], labels: Sequence[int] | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_table(size: int, images: int, shown: str) -> None:
-    """Raise InputError for a file of more than 1 MiB, and 1 KiB an image, as a table of labels."""
-    if size > (1 << 20) + (1 << 10) * images:
-        hint = "a table of labels is smaller: remove or replace it"
-        raise InputError(f"{shown} has {size:,} bytes", hint)
+def max_table(images: int) -> int:
+    """Return how many bytes a table of labels may have: 1 MiB, and 1 KiB an image."""
+    return (1 << 20) + (1 << 10) * images
 
 
 def find_labels(

@@ -16,10 +16,13 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageEr
 from torch import Tensor
 
 from cmtool.errors import InputError, UserError, nearest
+from cmtool.system.files import read_regular
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 64_000_000
+MAX_FILE = 256 << 20
+"""Bytes that the file of an image may have."""
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for a damaged file."""
 T = TypeVar("T")
@@ -96,13 +99,13 @@ def image_mode(source: Path | bytes, name: str = "") -> str:
 
 def _use_image(source: Path | bytes, name: str, use: Callable[[Image.Image], T]) -> T:
     shown = name or str(source if isinstance(source, Path) else "the image on stdin")
-    if isinstance(source, Path) and not source.is_file():
+    if isinstance(source, Path) and not source.exists():
         raise InputError(f"no such image: {shown}", "check the path")
+    content = source if isinstance(source, bytes) else read_regular(source, MAX_FILE)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large sizes are refused here; odd EXIF does no harm
-            opened = source if isinstance(source, Path) else io.BytesIO(source)
-            with Image.open(opened, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     what = f"{shown} has {image.width}x{image.height} pixels"
                     raise InputError(what, "the limit is 64 million")
@@ -337,9 +340,10 @@ def png_bytes(image: Tensor, info: dict[str, str] | None = None) -> bytes:
 def png_info(path: Path) -> dict[str, str]:
     """Return the text chunks of a PNG; empty for a file that is not one."""
     try:
-        with Image.open(path, formats=("PNG",)) as opened:
+        content = io.BytesIO(read_regular(path, MAX_FILE))
+        with Image.open(content, formats=("PNG",)) as opened:
             return {str(k): str(v) for k, v in opened.info.items() if isinstance(v, str)}
-    except (OSError, SyntaxError, ValueError):
+    except (InputError, *DAMAGE):
         return {}
 
 

@@ -19,9 +19,14 @@ from pydantic import BaseModel, ValidationError
 from cmtool.errors import InputError, UserError, nearest
 from cmtool.presets.schema import Preset
 from cmtool.presets.upgrade import upgraded
+from cmtool.system.files import read_regular
 
 _PACKAGED = Path(__file__).parents[1] / "_presets"
 FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "presets"
+
+
+MAX_FILE = 1 << 20
+"""Bytes that the file of a preset may have."""
 
 
 class Resolved(NamedTuple):
@@ -93,13 +98,13 @@ def _chain(name_or_path: str, seen: tuple[str, ...]) -> Iterable[tuple[Path, dic
     if str(path) in seen:
         raise UserError(f"preset {path.name} extends itself", "break the circle of `extends`")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_regular(path, MAX_FILE).decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}", "mend the file") from None
     parent = table.pop("extends", None)
     if parent is not None:
         beside = path.parent / f"{parent}.toml"
-        yield from _chain(str(beside) if beside.is_file() else str(parent), (*seen, str(path)))
+        yield from _chain(str(beside) if beside.exists() else str(parent), (*seen, str(path)))
     yield path, table
 
 
@@ -107,7 +112,7 @@ def _find(name_or_path: str) -> Path:
     """Return the file of a preset's name or path."""
     path = Path(name_or_path)
     if path.suffix == ".toml" or "/" in name_or_path:
-        if not path.is_file():
+        if not path.exists():
             raise InputError(f"no preset file {name_or_path}", "check the path")
         return path
     if name_or_path not in preset_names():

@@ -237,6 +237,38 @@ def test_code_in_cifars_tarball_does_not_run(tmp_path):
     assert not canary.exists()
 
 
+def tarball(path, name, size, kind=tarfile.REGTYPE):
+    """A packed archive of one file of zeros."""
+    with tarfile.open(path, "w:bz2") as archive:
+        member = tarfile.TarInfo(name)
+        member.size, member.type = size, kind
+        archive.addfile(member, io.BytesIO(bytes(size)))
+    return path
+
+
+def test_a_tarball_that_unpacks_to_far_more_is_left_at_once(tmp_path):
+    for name, kind in (("other", tarfile.REGTYPE), ("x", tarfile.GNUTYPE_LONGNAME)):
+        path = tarball(tmp_path / "x.tar.bz2", name, 60 << 20, kind)
+        size = path.stat().st_size
+        assert size < 10_000
+        start = time.process_time()
+        with pytest.raises(InputError, match="it unpacks to more than"):
+            load_dataset(str(path))
+        assert time.process_time() - start < 0.5
+
+
+def test_of_a_tarball_of_many_files_the_first_are_looked_at(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        for i in range(1000):
+            archive.addfile(tarfile.TarInfo(f"{i}.png"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: 200 * tarfile.BLOCKSIZE] + b"junk" * 1000)
+    with pytest.raises(InputError, match="holds no data_batch_1") as caught:
+        load_dataset(str(path))
+    assert "extract" in caught.value.hint
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_and_streaming_change_nothing(tmp_path, monkeypatch, workers, shards):
