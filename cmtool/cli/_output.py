@@ -102,7 +102,7 @@ def write_bytes(out: str, content: bytes, *, tell: bool = False) -> None:
 
 def read_stdin() -> bytes:
     """Return what is on stdin. Raises InputError for more than the file of an image may have."""
-    from cmtool.data.images import MAX_FILE
+    from cmtool.data.decoding import MAX_FILE
 
     content = sys.stdin.buffer.read(MAX_FILE + 1)
     if len(content) > MAX_FILE:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cmtool.data import entries
+from cmtool.data.decoding import SUFFIXES
 from cmtool.data.entries import (
     MAX_MEMBER,
     Entries,
@@ -27,7 +28,6 @@ from cmtool.data.entries import (
     max_table,
     numbered,
 )
-from cmtool.data.images import SUFFIXES
 from cmtool.errors import InputError
 from cmtool.system.files import replacing
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cmtool.data.images import SUFFIXES
+from cmtool.data.decoding import SUFFIXES
 from cmtool.errors import InputError
 
 MAX_MEMBER = 64 << 20

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from cmtool.data.archives import npz_entries, zip_entries
 from cmtool.data.cifar import cifar_entries, is_tarball
+from cmtool.data.decoding import MAX_FILE, SUFFIXES, image_mode, read_image
 from cmtool.data.entries import Entries, Names, find_labels, fingerprint, is_image, max_table
-from cmtool.data.images import MAX_FILE, SUFFIXES, fitted, image_mode, read_image, recoloured
+from cmtool.data.images import fitted, recoloured
 from cmtool.data.lsun import lmdb_entries
 from cmtool.errors import InputError
 from cmtool.system.files import read_regular

@@ -21,7 +21,8 @@ from cmtool import __version__
 from cmtool.core.rng import keyed_generator
 from cmtool.data.batches import decoded_ahead
 from cmtool.data.datasets import Dataset, listed_images, load_dataset
-from cmtool.data.images import SUFFIXES, to_uint8
+from cmtool.data.decoding import SUFFIXES
+from cmtool.data.images import to_uint8
 from cmtool.errors import InputError, UserError
 from cmtool.evaluation.features import CLEAN_FID_MODES, Extractor
 from cmtool.evaluation.gaussian import Gaussian, GaussianSums

@@ -5,7 +5,7 @@ import zipfile
 import torch
 
 from cmtool.data.datasets import load_dataset
-from cmtool.data.images import png_bytes
+from cmtool.data.drawing import png_bytes
 from tests.cli.conftest import TINY
 
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from cmtool.data.images import png_bytes
+from cmtool.data.drawing import png_bytes
 
 ODD = {
     "a fifo": os.mkfifo,
@@ -55,7 +55,7 @@ def test_an_odd_file_is_named_at_once(cmtool, tmp_path, place, name):
 
 @pytest.mark.parametrize("command", [["eval", "fid", "-"], ["edit", "colorize"]])
 def test_a_stream_without_end_is_left(cmtool, monkeypatch, command):
-    monkeypatch.setattr("cmtool.data.images.MAX_FILE", 1000)
+    monkeypatch.setattr("cmtool.data.decoding.MAX_FILE", 1000)
     result = cmtool(*command, stdin=bytes(1001))
     assert result.code == 3
     assert "more than 1,000 bytes on stdin" in result.err

@@ -17,8 +17,9 @@ from PIL import Image
 from cmtool.data import datasets as data_module
 from cmtool.data.batches import batches
 from cmtool.data.datasets import load_dataset
+from cmtool.data.drawing import png_bytes
 from cmtool.data.entries import Names
-from cmtool.data.images import fitted, png_bytes
+from cmtool.data.images import fitted
 from cmtool.data.lsun import lmdb_entries
 from cmtool.data.sources import LazyImages, open_images
 from cmtool.errors import InputError
