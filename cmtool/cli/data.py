@@ -43,6 +43,7 @@ def info(source: Source, as_json: AsJson = False) -> None:
     from cmtool.data.survey import Survey, surveys
 
     data = load_dataset(source, in_memory=False)
+    _tell(data)
     found = Survey()
     for part in _with_progress(surveys(data, _workers(len(data))), len(data)):
         found.add(part)
@@ -55,6 +56,7 @@ def info(source: Source, as_json: AsJson = False) -> None:
         "sizes": dict(found.sizes.most_common()),
         "modes": dict(found.modes.most_common()),
         "classes": data.num_classes,
+        "class_names": list(data.class_names) or None,
         "images_per_class": None if data.labels is None else torch.bincount(data.labels).tolist(),
         "mean": [round(m, 4) for m in mean.tolist()],
         "sigma_data": round(max(variance, 0.0) ** 0.5, 4),
@@ -70,6 +72,11 @@ def info(source: Source, as_json: AsJson = False) -> None:
         raise InputError(f"{bad} of {len(data)} images cannot be read", hint)
 
 
+def _tell(data: Dataset) -> None:
+    for note in data.notes:
+        say(f"note: {note}")
+
+
 def _print_facts(facts: dict[str, Any]) -> None:
     """Print the facts, a line each; of long lists only the ends."""
     for key, value in facts.items():
@@ -77,6 +84,8 @@ def _print_facts(facts: dict[str, Any]) -> None:
             value = ", ".join(f"{name} ({count})" for name, count in list(value.items())[:10])
         if key == "images_per_class" and value:
             value = f"{min(value)} to {max(value)}"
+        if key == "class_names" and value:
+            value = ", ".join(value[:20]) + ", ..." * (len(value) > 20)
         if key == "unreadable":
             value = "; ".join(value[:20]) or "none"
         emit(f"{key.replace('_', ' '):<17} {'none' if value is None else value}")
@@ -125,6 +134,7 @@ def prepare(
         source, size=None if size is None else (size, size), channels=1 if grey else 3, fit=fit,
         in_memory=False,
     )  # fmt: skip
+    _tell(data)
     classes = [None] * len(data) if data.labels is None else data.labels.tolist()
     pictures = (
         (f"{number // 1000:05d}/img{number:08d}.png", content, classes[index])

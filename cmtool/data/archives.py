@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import lzma
 import os
 import struct
 import zipfile
@@ -17,17 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmtool.data import entries
 from cmtool.data.decoding import SUFFIXES
 from cmtool.data.entries import (
     MAX_MEMBER,
+    TABLES,
     Entries,
+    Labels,
     Names,
     fingerprint,
     is_image,
-    max_table,
+    left_out,
     numbered,
 )
+from cmtool.data.labels import MAX_CLASSES, find_labels, max_table
 from cmtool.errors import InputError
 from cmtool.system.files import replacing
 
@@ -73,21 +76,24 @@ class ZipReader:
         return content
 
 
-def zip_entries(path: Path) -> Entries:
-    """Return the images in a zip. Raises InputError for names that come twice, and for bombs."""
+def zip_entries(path: Path, labelled: bool = True) -> Entries:
+    """Return the images in a zip. Raises InputError for names that come twice, and for bombs.
+
+    Unless `labelled`, a table of labels in it is not read.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             every = archive.infolist()
             images = [member for member in every if is_image(member.filename)]
             members = sorted(images, key=lambda member: member.filename)
             tables = {}
-            for name in entries.LABELS.keys() & archive.NameToInfo.keys():
+            for name in TABLES & archive.NameToInfo.keys():
                 size = archive.NameToInfo[name].file_size
                 if size > max_table(len(images)):
                     hint = "a table of labels is smaller: remove or replace it"
                     raise InputError(f"{name} in {path} has {size:,} bytes", hint)
-                tables[name] = archive.read(name)
-    except (zipfile.BadZipFile, OSError, ValueError, zlib.error, NotImplementedError) as error:
+                tables[name] = archive.read(name) if labelled else b""
+    except (*DAMAGE, RuntimeError, zipfile.BadZipFile, lzma.LZMAError) as error:
         raise InputError(f"{path} is damaged: {error}", "fetch it again") from None
     if len({member.filename for member in every}) < len(every):
         raise InputError(f"{path} holds a name twice", "make the archive again")
@@ -117,21 +123,23 @@ def zip_entries(path: Path) -> Entries:
             what = f"{names[index]!r} in {path} is damaged: {error}"
             raise InputError(what, "replace it") from None
 
-    labels = entries.find_labels(str(path), listed, tables.get)
+    labels = find_labels(str(path), listed, tables.get, labelled)
     facts = (f"{name} {crc}" for name, crc in zip(listed, reader.crc, strict=True))
-    return Entries(names, read, labels, fingerprint(facts, labels))
+    others = left_out(member.filename for member in every if not member.is_dir())
+    return Entries(names, read, labels, fingerprint(facts, labels.classes), others)
 
 
-def npz_entries(path: Path) -> Entries:
+def npz_entries(path: Path, labelled: bool = True) -> Entries:
     """Return arr_0 (N, H, W, C) uint8 and arr_1 (N,) of an npz, as ADM's tools write them.
 
-    What is not compressed stays in the file. Raises InputError for anything else in it.
+    What is not compressed stays in the file. Raises InputError for anything else in it. Unless
+    `labelled`, arr_1 does not matter.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = {m.filename: _checked_array(path, archive, m) for m in archive.infolist()}
             images = arrays["arr_0.npy"]()
-            labels = arrays["arr_1.npy"]() if "arr_1.npy" in arrays else None
+            labels = arrays["arr_1.npy"]() if labelled and "arr_1.npy" in arrays else None
             facts = [f"{member.filename} {member.CRC}" for member in archive.infolist()]
     except InputError:
         raise
@@ -143,15 +151,18 @@ def npz_entries(path: Path) -> Entries:
             f"arr_0 of {path} is {images.dtype} {images.shape}", "it must be uint8, N x H x W x 3"
         )
     if labels is not None and (
-        labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or (labels < 0).any()
+        labels.shape != images.shape[:1]
+        or labels.dtype.kind not in "iu"
+        or ((labels < 0) | (labels >= MAX_CLASSES)).any()
     ):
-        raise InputError(f"arr_1 of {path} is not a class per image", "it must be N whole numbers")
+        hint = f"it must be N whole numbers from 0 to {MAX_CLASSES - 1:,}"
+        raise InputError(f"arr_1 of {path} is not a class per image", hint)
     classes = None if labels is None else labels.tolist()
 
     def read(index: int) -> Tensor:
         return torch.from_numpy(np.array(images[index].transpose(2, 0, 1), order="C"))
 
-    return Entries(numbered(len(images)), read, classes, fingerprint(facts, classes))
+    return Entries(numbered(len(images)), read, Labels(classes), fingerprint(facts, classes))
 
 
 def _checked_array(

@@ -18,7 +18,7 @@ import torch
 
 from cmtool.data import archives
 from cmtool.data.archives import MAX_RATIO
-from cmtool.data.entries import MAX_MEMBER, Entries, fingerprint, numbered
+from cmtool.data.entries import MAX_MEMBER, Entries, Labels, fingerprint, numbered
 from cmtool.errors import InputError
 from cmtool.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
 
@@ -76,7 +76,7 @@ def cifar_entries(path: Path) -> Entries:
     classes = [label for _, _, part in batches for label in part]
     pictures = torch.from_numpy(rows.reshape(-1, 3, 32, 32))
     mark = fingerprint([hashlib.sha256(rows.tobytes()).hexdigest()], classes)
-    return Entries(numbered(len(classes)), lambda i: pictures[i], classes, mark)
+    return Entries(numbered(len(classes)), lambda i: pictures[i], Labels(classes), mark)
 
 
 def _batches(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any], list[int]]]:

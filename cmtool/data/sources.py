@@ -18,8 +18,9 @@ from torch import Tensor
 from cmtool.data.archives import npz_entries, zip_entries
 from cmtool.data.cifar import cifar_entries, is_tarball
 from cmtool.data.decoding import MAX_FILE, SUFFIXES, image_mode, read_image
-from cmtool.data.entries import Entries, Names, find_labels, fingerprint, is_image, max_table
+from cmtool.data.entries import Entries, Labels, Names, fingerprint, is_image, left_out
 from cmtool.data.images import fitted, recoloured
+from cmtool.data.labels import find_labels, max_table
 from cmtool.data.lsun import lmdb_entries
 from cmtool.errors import InputError
 from cmtool.system.files import read_regular
@@ -27,29 +28,31 @@ from cmtool.system.files import read_regular
 AGAIN = "repair the file, or remove it"
 
 
-def open_images(path: Path) -> Entries | None:
+def open_images(path: Path, labelled: bool = True) -> Entries | None:
     """Return the images of a folder, zip, npz, tarball or lmdb; None for anything else.
 
-    Raises InputError for a pipe or a device, which are not read, and for damaged archives.
+    Unless `labelled`, what a table says of their classes does not matter. Raises InputError for a
+    pipe or a device, which are not read, and for damaged archives.
     """
     if path.is_dir():
-        return lmdb_entries(path) if (path / "data.mdb").is_file() else folder_entries(path)
+        is_lmdb = (path / "data.mdb").is_file()
+        return lmdb_entries(path) if is_lmdb else folder_entries(path, labelled)
     if not path.is_file():
         raise InputError(f"{path} is not a regular file", "give a folder or a file of images")
     if zipfile.is_zipfile(path):
-        return npz_entries(path) if path.suffix == ".npz" else zip_entries(path)
+        return (npz_entries if path.suffix == ".npz" else zip_entries)(path, labelled)
     with path.open("rb") as opened:
         if opened.read(4) == b"PK\x03\x04":
             what = f"{path} is a zip archive that is cut short"
             raise InputError(what, "copy or download it again")
     if path.suffix == ".npz":
-        return npz_entries(path)
+        return npz_entries(path, labelled)
     return cifar_entries(path) if is_tarball(path) else None
 
 
-def folder_entries(path: Path) -> Entries:
+def folder_entries(path: Path, labelled: bool = True) -> Entries:
     """Return the images under a folder, and under those that links in it lead to, by path."""
-    found, above = [], {os.fspath(path): frozenset[str]()}
+    every, above = [], {os.fspath(path): frozenset[str]()}
     for folder, folders, files in os.walk(path, followlinks=True):
         real, outer = os.path.realpath(folder), above.pop(folder)
         if real in outer:  # a link that leads back
@@ -58,10 +61,8 @@ def folder_entries(path: Path) -> Entries:
         above |= {os.path.join(folder, name): outer | {real} for name in folders}
         inside = os.path.relpath(folder, path)
         for file in files:
-            name = file if inside == "." else f"{inside}/{file}".replace(os.sep, "/")
-            if is_image(name):
-                found.append(name)
-    found.sort()
+            every.append(file if inside == "." else f"{inside}/{file}".replace(os.sep, "/"))
+    found = sorted(filter(is_image, every))
     if not found:
         hint = f"looked for {', '.join(SUFFIXES)}"
         if (path / "data_batch_1").is_file():
@@ -72,16 +73,16 @@ def folder_entries(path: Path) -> Entries:
         file = path / name
         if not os.path.lexists(file):
             return None
-        return read_regular(file, max_table(len(found)), AGAIN)
+        return read_regular(file, max_table(len(found)), AGAIN) if labelled else b""
 
-    labels = find_labels(str(path), found, beside)
+    labels = find_labels(str(path), found, beside, labelled)
     sizes = (f"{name} {(path / name).lstat().st_size}" for name in found)
     names = Names(found)
 
     def read(index: int) -> bytes:
         return read_regular(path / names[index], MAX_FILE, AGAIN)
 
-    return Entries(names, read, labels, fingerprint(sizes, labels))
+    return Entries(names, read, labels, fingerprint(sizes, labels.classes), left_out(every))
 
 
 def listed_entries(paths: Sequence[str]) -> Entries:
@@ -91,7 +92,7 @@ def listed_entries(paths: Sequence[str]) -> Entries:
     def read(index: int) -> bytes:
         return read_regular(names[index], MAX_FILE)
 
-    return Entries(names, read, None, fingerprint(paths, None))
+    return Entries(names, read, Labels(), fingerprint(paths, None))
 
 
 @dataclass

@@ -81,7 +81,9 @@ def open_set(given: Given) -> Opened:
     if len(names) != 1 or names[0].lower().endswith(SUFFIXES):
         return listed_images(names)
     stored = read_statistics(names[0])
-    return load_dataset(names[0], in_memory=False) if stored is None else stored
+    if stored is not None:
+        return stored
+    return load_dataset(names[0], in_memory=False, labelled=False)
 
 
 def collect(
@@ -188,7 +190,7 @@ def _from_statistics(
             )
             hint = "give the images, or statistics of cmtool eval reference --keep-features"
             raise InputError(what, hint)
-        images = load_dataset(name, in_memory=False)
+        images = load_dataset(name, in_memory=False, labelled=False)
         found = collect(images, missing, setup, num=num, side=side)
         gaussian, rows = gaussian or found.gaussian, found.rows if rows is None else rows
     single = len(rows) if rows is not None else 0

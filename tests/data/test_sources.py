@@ -515,7 +515,7 @@ def test_classes_may_be_links_to_folders_and_loops_end(tmp_path):
     entries = open_images(tmp_path / "x")
     names = [entries.names[i] for i in range(len(entries.names))]
     assert names == sorted(f"{c}/{n}" for c, n in zip(CLASSES, NAMES, strict=True))
-    assert entries.labels == [0] * 6 + [1] * 6
+    assert entries.labels.classes == [0] * 6 + [1] * 6
 
 
 def test_names_that_climb_out_are_only_names(tmp_path):
