@@ -65,10 +65,15 @@ def printable(text: str) -> str:
 
 
 def emit(text: str) -> None:
-    """Write one line to stdout; if the reader is gone, end quietly with exit code 141."""
+    """Write one line to stdout; if the reader is gone, end quietly with exit code 141.
+
+    A name that is no UTF-8 is written with its own bytes.
+    """
     if leads():
         with _stdout():
-            print(text, flush=True)
+            sys.stdout.flush()
+            sys.stdout.buffer.write(os.fsencode(f"{text}\n"))
+            sys.stdout.buffer.flush()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 from cmtool.cli._options import AsJson
-from cmtool.cli._output import emit, emit_json, make_folder, say
+from cmtool.cli._output import emit, emit_json, make_folder, printable, say
 from cmtool.errors import InputError, UserError
 
 if TYPE_CHECKING:
@@ -85,9 +85,9 @@ def _print_facts(facts: dict[str, Any]) -> None:
         if key == "images_per_class" and value:
             value = f"{min(value)} to {max(value)}"
         if key == "class_names" and value:
-            value = ", ".join(value[:20]) + ", ..." * (len(value) > 20)
+            value = ", ".join(map(printable, value[:20])) + ", ..." * (len(value) > 20)
         if key == "unreadable":
-            value = "; ".join(value[:20]) or "none"
+            value = "; ".join(map(printable, value[:20])) or "none"
         emit(f"{key.replace('_', ' '):<17} {'none' if value is None else value}")
 
 

@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from array import array
@@ -40,6 +41,13 @@ MAX_ARRAY = 2 << 30
 """Bytes that a compressed array may unpack to."""
 DAMAGE = (LookupError, ValueError, OSError, EOFError, struct.error, zlib.error)
 """What reading a damaged archive raises."""
+ZIP_DAMAGE = (*DAMAGE, RuntimeError, zipfile.BadZipFile, lzma.LZMAError)
+"""What reading a damaged zip raises, or one that is encrypted or packed in a rare way."""
+NPZ_DAMAGE = (
+    *ZIP_DAMAGE, SyntaxError, tokenize.TokenError, TypeError, AttributeError, ArithmeticError,
+    MemoryError,
+)  # fmt: skip
+"""What reading a damaged npz raises: numpy parses headers as Python's literals."""
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -93,8 +101,10 @@ def zip_entries(path: Path, labelled: bool = True) -> Entries:
                     hint = "a table of labels is smaller: remove or replace it"
                     raise InputError(f"{name} in {path} has {size:,} bytes", hint)
                 tables[name] = archive.read(name) if labelled else b""
-    except (*DAMAGE, RuntimeError, zipfile.BadZipFile, lzma.LZMAError) as error:
+    except ZIP_DAMAGE as error:
         raise InputError(f"{path} is damaged: {error}", "fetch it again") from None
+    if any(member.header_offset < 0 for member in every):
+        raise InputError(f"{path} is damaged: its start is missing", "fetch it again")
     if len({member.filename for member in every}) < len(every):
         raise InputError(f"{path} holds a name twice", "make the archive again")
     if not members:
@@ -143,8 +153,9 @@ def npz_entries(path: Path, labelled: bool = True) -> Entries:
             facts = [f"{member.filename} {member.CRC}" for member in archive.infolist()]
     except InputError:
         raise
-    except (*DAMAGE, AttributeError, RuntimeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} holds no images: {error}", "arr_0 is N x H x W x C") from None
+    except NPZ_DAMAGE as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path} holds no images: {reason}", "arr_0 is N x H x W x C") from None
     is_set = images.dtype == np.uint8 and images.ndim == 4 and 0 not in images.shape
     if not is_set or images.shape[3] not in (1, 3):
         raise InputError(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from cmtool import __version__
 from cmtool.core.rng import keyed_generator
+from cmtool.data.archives import NPZ_DAMAGE
 from cmtool.data.batches import decoded_ahead
 from cmtool.data.datasets import Dataset, listed_images, load_dataset
 from cmtool.data.decoding import SUFFIXES
@@ -310,11 +309,9 @@ def _npz_arrays(path: Path) -> dict[str, Any]:
                 with archive.open(f"{name}.npy") as member:
                     found[name] = np.lib.format.read_array(member, allow_pickle=False)
             return found
-    except (
-        ValueError, OSError, EOFError, KeyError, RuntimeError, MemoryError, NotImplementedError,
-        struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
-    ) as error:  # fmt: skip
-        raise InputError(f"{path} cannot be read: {error}", "fetch or make it again") from None
+    except NPZ_DAMAGE as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path} cannot be read: {reason}", "fetch or make it again") from None
 
 
 def _pickled_arrays(path: Path) -> dict[str, Any]:

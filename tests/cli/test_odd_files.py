@@ -1,5 +1,6 @@
 """Pipes, devices and sparse files of gigabytes where a command expects a file: no wait, no read."""
 
+import json
 import os
 
 import pytest
@@ -59,3 +60,24 @@ def test_a_stream_without_end_is_left(cmtool, monkeypatch, command):
     result = cmtool(*command, stdin=bytes(1001))
     assert result.code == 3
     assert "more than 1,000 bytes on stdin" in result.err
+
+
+def test_names_that_are_no_text_are_told_in_every_output(cmtool, tmp_path):
+    folder = os.fsencode(tmp_path / "x") + b"/caf\xe9"
+    os.makedirs(folder)
+    for name in (b"good.png", b"b\xff\x1b.png"):
+        with open(folder + b"/" + name, "wb") as file:
+            picture = png_bytes(torch.zeros(3, 8, 8, dtype=torch.uint8))
+            file.write(picture if name == b"good.png" else b"bad")
+    told = cmtool("data", "info", "x", "--json")
+    assert told.code == 3
+    (bad,) = json.loads(told.out)["unreadable"]
+    assert "x/caf\udce9/b\udcff\x1b.png is not an image" in bad
+    for command in (["data", "info", "x"], ["data", "prepare", "x", "y.zip"], ["eval", "fid", "x"]):
+        result = cmtool(*command)
+        assert result.code == 3
+        assert "b\\udcff\\x1b.png is not an image" in result.err + result.text
+    os.rename(folder + b"/good.png", folder + b"/" + "caf\u00e9.png".encode("latin-1"))
+    made = cmtool("edit", "colorize", os.fsdecode(folder + b"/caf\xe9.png"), "-c", "digits-cd",
+                  "--steps", "1", "--out", os.fsdecode(b"o\xff.png"))  # fmt: skip
+    assert (made.code, made.out) == (0, b"o\xff.png\n"), made.err
