@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer import Argument, Option
+from typer.core import TyperCommand
 
 from cmtool.cli._options import AsJson
 from cmtool.cli._output import emit, emit_json, make_folder, printable, say
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
     from cmtool.data.datasets import Dataset
 
+ALL = 1 << 60
+"""More images than there can be."""
 T = TypeVar("T")
 app = typer.Typer(no_args_is_help=True, help="Inspect a set of images, or prepare one.")
 
@@ -68,7 +72,8 @@ def info(source: Source, as_json: AsJson = False) -> None:
     else:
         _print_facts(facts)
     if bad := len(found.bad):
-        hint = f"replace them, or leave them out: cmtool data prepare --skip-bad {bad}"
+        command = f"cmtool data prepare {shlex.quote(source)} readable.zip --skip-bad"
+        hint = f"replace them, or leave them out: {command}"
         raise InputError(f"{bad} of {len(data)} images cannot be read", hint)
 
 
@@ -91,7 +96,18 @@ def _print_facts(facts: dict[str, Any]) -> None:
         emit(f"{key.replace('_', ' '):<17} {'none' if value is None else value}")
 
 
-@app.command("prepare")
+class SkipsBad(TyperCommand):
+    """A command whose --skip-bad needs no number: without one, all may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Return what is left of the arguments after they were read."""
+        for at, (word, value) in enumerate(zip(args, [*args[1:], ""], strict=True)):
+            if word == "--skip-bad" and not value.lstrip("-").isdecimal():
+                args[at] = f"{word}={ALL}"
+        return super().parse_args(ctx, args)
+
+
+@app.command("prepare", cls=SkipsBad)
 def prepare(
     source: Source,
     out: Annotated[Path, Argument(metavar="DST.zip", help="The archive to write.")],
@@ -107,7 +123,13 @@ def prepare(
     ] = "exact",
     grey: Annotated[bool, Option("--grey", help="Write images of one channel.")] = False,
     skip_bad: Annotated[
-        int, Option(min=0, help="Most images that may be left out because they cannot be read.")
+        int,
+        Option(
+            min=0,
+            metavar="[N]",
+            show_default=False,
+            help="Leave out images that cannot be read: all of them, or at most N.",
+        ),
     ] = 0,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the archive.")] = False,
 ) -> None:
@@ -116,6 +138,8 @@ def prepare(
     `cmtool data prepare imagenet/train imagenet64.zip --size 64 --fit adm`
 
     `cmtool data prepare cifar-10-python.tar.gz cifar10.zip`
+
+    `cmtool data prepare photos/ photos.zip --size 64 --fit adm --skip-bad`
 
     The zip holds uncompressed PNG files, and the classes in dataset.json. Training reads it
     fastest.
@@ -159,6 +183,7 @@ def _readable(data: Dataset, skip_bad: int) -> Iterator[tuple[int, bytes]]:
             skipped += 1
             say(f"left out: {content.what}")
         else:
+            content.hint = f"{content.hint}; to leave such images out, add --skip-bad"
             raise content
     if skipped == len(data):
         raise InputError(f"none of the images of {data.name} can be read", "give other images")

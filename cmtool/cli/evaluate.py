@@ -245,7 +245,11 @@ def given_images(metric: str, images: list[str] | None, checkpoint: str | None) 
         raise UserError("both images and --checkpoint", "give one of them")
     piped = images is None and checkpoint is None and not sys.stdin.isatty()
     if images == ["-"] or piped:
-        lines = os.fsdecode(read_stdin()).split("\n")
+        content = read_stdin()
+        if b"\0" in content:
+            hint = "write one path a line (find without -print0), or name the files"
+            raise InputError("stdin is no list of paths: it has NUL bytes", hint)
+        lines = os.fsdecode(content).split("\n")
         listed = [path for line in lines if (path := line.removesuffix("\r"))]
         if images and not listed:
             raise InputError("no paths on stdin", "pipe them in, one a line")

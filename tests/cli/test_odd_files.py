@@ -54,6 +54,16 @@ def test_an_odd_file_is_named_at_once(cmtool, tmp_path, place, name):
     assert WRITTEN.get(place, place) in result.err + result.text
 
 
+@pytest.mark.parametrize("line", ["d.png\0d.png", "fifo", "x"])
+def test_a_list_of_what_is_no_file_names_it(cmtool, tmp_path, line):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "d.png").write_bytes(png_bytes(torch.zeros(3, 8, 8, dtype=torch.uint8)))
+    result = cmtool("eval", "fid", "-", stdin=f"d.png\n{line}\n".encode())
+    assert result.code == 3
+    assert ("NUL bytes" if "\0" in line else f"error: {line} ") in result.err
+
+
 @pytest.mark.parametrize("command", [["eval", "fid", "-"], ["edit", "colorize"]])
 def test_a_stream_without_end_is_left(cmtool, monkeypatch, command):
     monkeypatch.setattr("cmtool.data.decoding.MAX_FILE", 1000)
