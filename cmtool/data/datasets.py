@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cmtool.data.sources import LazyImages, listed_entries, open_images
 from cmtool.errors import InputError, nearest
+from cmtool.system.files import expanded
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
 COLOURINGS = 8
@@ -135,7 +136,7 @@ def load_dataset(
     known, _, split = name.partition(":")
     if known in DATASETS:
         return DATASETS[known](split or "train")
-    path = Path(name)
+    path = expanded(name)
     if not name or not path.exists():
         hint = f"{nearest(name, DATASETS)}, or give the path of a folder, zip, npz or tarball"
         raise InputError(f"no data set or folder {name!r}", hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -23,15 +24,21 @@ def _sequence(value: object) -> object:
 
 
 Kind = Literal["teacher", "consistency", "flow map"]
-Count = Annotated[int, BeforeValidator(_count), Field(ge=0)]
+MOST = 10**9
+"""The largest whole number that a preset may say, but for its seed."""
+MAX_IMAGES = 1 << 20
+"""Images of a batch, each in one tensor."""
+MAX_LEVELS = 1_000_000
+"""Noise levels of a grid, each a float."""
+Count = Annotated[int, BeforeValidator(_count), Field(ge=0, le=MOST)]
 Side = Annotated[int, Field(gt=0, le=1 << 14)]
-Positive = Annotated[int, BeforeValidator(_count), Field(gt=0)]
+Positive = Annotated[int, BeforeValidator(_count), Field(gt=0, le=MOST)]
 
 
 class Section(BaseModel):
     """A table of a preset: frozen, no key but its own, no silent conversion of types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Choice(BaseModel):
@@ -46,6 +53,19 @@ class Choice(BaseModel):
     def _from_name(cls, value: object) -> object:
         return {"name": value} if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _sane(self) -> Choice:
+        values: list[Any] = list(self.options.items())
+        for key, value in values:  # it grows: a list has the key of its own
+            if isinstance(value, list | dict):
+                inner = value.values() if isinstance(value, dict) else value
+                values += [(key, entry) for entry in inner]
+            if type(value) is int and abs(value) > MOST:
+                raise ValueError(f"{key} must be a whole number of at most {MOST:,}")
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{key} is not a number")
+        return self
+
     @property
     def options(self) -> dict[str, Any]:
         """The options beside the name."""
@@ -57,8 +77,8 @@ class ModelSection(Section):
 
     network: Choice
     image_size: Annotated[tuple[Side, Side], BeforeValidator(_sequence)] = Field(description="H, W")
-    channels: Positive = 3
-    num_classes: Count = 0
+    channels: Annotated[Positive, Field(le=1024)] = 3
+    num_classes: Annotated[Count, Field(le=1_000_000)] = 0
     sigma_data: float = Field(0.5, gt=0, allow_inf_nan=False)
     noise_label: Choice = Choice(name="log_1000")
     scalings: Choice = Field(
@@ -89,7 +109,9 @@ class DataSection(Section):
     fit: str = Field("exact", description="exact, edm, adm or box")
     flip: bool = Field(False, description="mirror half of the images at random")
     augment: float = Field(0.0, ge=0, le=1, description="probability of each of EDM's warps")
-    workers: Count = Field(2, description="processes that decode what is too large for memory")
+    workers: Count = Field(
+        2, le=1024, description="processes that decode what is too large for memory"
+    )
     timeout: float = Field(
         300.0, gt=0, description="seconds after which workers that give nothing are given up"
     )
@@ -129,12 +151,12 @@ class TrainSection(Section):
     """Optimisation."""
 
     steps: Positive
-    batch: Positive
+    batch: Annotated[Positive, Field(le=MAX_IMAGES)]
     lr: float = Field(gt=0)
     warmup_steps: Count = 0
     decay_to: float = Field(1.0, ge=0, le=1)
     optimizer: Choice = Choice(name="radam")
-    accumulate: Positive = 1
+    accumulate: Annotated[Positive, Field(le=MAX_IMAGES)] = 1
     from_teacher: bool = Field(False, description="start from a teacher where no loss needs one")
     max_grad_norm: float | None = Field(None, gt=0)
     max_bad_steps: Positive = 5
@@ -145,7 +167,7 @@ class TrainSection(Section):
     checkpoint_activations: bool = Field(
         False, description="compute residual blocks again in the backward pass: less memory"
     )
-    seed: Count = 0
+    seed: Annotated[int, BeforeValidator(_count), Field(ge=0, lt=1 << 63)] = 0
     ema: Annotated[tuple[EmaSection, ...], BeforeValidator(_sequence)] = ()
 
     @model_validator(mode="after")
@@ -161,11 +183,11 @@ class RunSection(Section):
 
     log_every: Positive = 50
     checkpoint_every: Positive = 1000
-    keep: Annotated[int, Field(ge=2)] = 2
+    keep: Annotated[int, Field(ge=2, le=MOST)] = 2
     sample_every: Positive = 500
     tensorboard: bool = Field(False, description="write event files too (extra tensorboard)")
     eval_every: Count = Field(0, description="0: no evaluation")
-    eval_num: Annotated[int, BeforeValidator(_count), Field(ge=2)] = 1024
+    eval_num: Annotated[int, BeforeValidator(_count), Field(ge=2, le=MOST)] = 1024
     eval_metric: Choice = Choice(name="fd-digits")
     keep_best: Count = Field(1, description="checkpoints kept beside the newest, by their value")
     sharding: Literal["none", "fsdp"] = Field("none", description="of models over processes")
@@ -176,9 +198,11 @@ class SampleSection(Section):
     """How the model is sampled when nobody says otherwise."""
 
     sampler: Choice
-    steps: Positive = 1
+    steps: Annotated[Positive, Field(le=MAX_LEVELS)] = 1
     levels: dict[str, list[float]] = Field({}, description="tuned levels by number of steps")
-    grid: int | None = Field(None, ge=2, description="points of the grid trained on, if known")
+    grid: int | None = Field(
+        None, ge=2, le=MAX_LEVELS, description="points of the grid trained on, if known"
+    )
 
 
 class Card(Section):

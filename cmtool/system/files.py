@@ -41,6 +41,14 @@ def read_regular(path: str | Path, limit: int, hint: str = "check the path") -> 
     return content
 
 
+def expanded(name: str) -> Path:
+    """Return the path of a name, ~ as the home folder: a shell leaves it as it is in quotes."""
+    try:
+        return Path(name) if os.path.lexists(name) else Path(name).expanduser()
+    except (RuntimeError, ValueError):  # nobody's home; a NUL
+        return Path(name)
+
+
 def _without_waiting(path: str, flags: int) -> int:
     """Open a file; of a fifo, do not wait for somebody to write to it."""
     return os.open(path, flags | os.O_NONBLOCK)
