@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cmtool.data.datasets import Dataset
-from cmtool.data.images import from_uint8, png_bytes
+from cmtool.data.drawing import png_bytes
+from cmtool.data.images import from_uint8
 from cmtool.data.sources import LazyImages
 from cmtool.errors import InputError
 from cmtool.system.workers import Results, made_ahead

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -23,15 +24,21 @@ def _sequence(value: object) -> object:
 
 
 Kind = Literal["teacher", "consistency", "flow map"]
-Count = Annotated[int, BeforeValidator(_count), Field(ge=0)]
+MOST = 10**9
+"""The largest whole number that a preset may say, but for its seed."""
+MAX_IMAGES = 1 << 20
+"""Images of a batch, each in one tensor."""
+MAX_LEVELS = 1_000_000
+"""Noise levels of a grid, each a float."""
+Count = Annotated[int, BeforeValidator(_count), Field(ge=0, le=MOST)]
 Side = Annotated[int, Field(gt=0, le=1 << 14)]
-Positive = Annotated[int, BeforeValidator(_count), Field(gt=0)]
+Positive = Annotated[int, BeforeValidator(_count), Field(gt=0, le=MOST)]
 
 
 class Section(BaseModel):
     """A table of a preset: frozen, no key but its own, no silent conversion of types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Choice(BaseModel):
@@ -46,6 +53,19 @@ class Choice(BaseModel):
     def _from_name(cls, value: object) -> object:
         return {"name": value} if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _sane(self) -> Choice:
+        values: list[Any] = list(self.options.items())
+        for key, value in values:  # it grows: a list has the key of its own
+            if isinstance(value, list | dict):
+                inner = value.values() if isinstance(value, dict) else value
+                values += [(key, entry) for entry in inner]
+            if type(value) is int and abs(value) > MOST:
+                raise ValueError(f"{key} must be a whole number of at most {MOST:,}")
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{key} is not a number")
+        return self
+
     @property
     def options(self) -> dict[str, Any]:
         """The options beside the name."""
@@ -59,8 +79,10 @@ class ModelSection(Section):
     image_size: Annotated[tuple[Side, Side], BeforeValidator(_sequence)] = Field(
         description="height and width of the images, in pixels"
     )
-    channels: Positive = Field(3, description="3 for colour, 1 for grey")
-    num_classes: Count = Field(0, description="classes of the images; 0 for a model without")
+    channels: Positive = Field(3, le=1024, description="3 for colour, 1 for grey")
+    num_classes: Count = Field(
+        0, le=1_000_000, description="classes of the images; 0 for a model without"
+    )
     sigma_data: float = Field(
         0.5,
         gt=0,
@@ -106,7 +128,9 @@ class DataSection(Section):
     )
     flip: bool = Field(False, description="mirror half of the images at random")
     augment: float = Field(0.0, ge=0, le=1, description="probability of each of EDM's warps")
-    workers: Count = Field(2, description="processes that decode what is too large for memory")
+    workers: Count = Field(
+        2, le=1024, description="processes that decode what is too large for memory"
+    )
     timeout: float = Field(
         300.0, gt=0, description="seconds after which workers that give nothing are given up"
     )
@@ -148,7 +172,9 @@ class TrainSection(Section):
     """Optimisation."""
 
     steps: Positive = Field(description="optimizer steps of the whole run")
-    batch: Positive = Field(description="images a step, over all processes and parts")
+    batch: Positive = Field(
+        le=MAX_IMAGES, description="images a step, over all processes and parts"
+    )
     lr: float = Field(gt=0, description="learning rate after the warm-up")
     warmup_steps: Count = Field(0, description="steps in which the learning rate grows from 0")
     decay_to: float = Field(
@@ -156,7 +182,9 @@ class TrainSection(Section):
     )
     optimizer: Choice = Field(Choice(name="radam"), description="optimizer, and its options")
     accumulate: Positive = Field(
-        1, description="parts that a process splits its batch into: less memory, the same result"
+        1,
+        le=MAX_IMAGES,
+        description="parts that a process splits its batch into: less memory, the same result",
     )
     from_teacher: bool = Field(False, description="start from a teacher where no loss needs one")
     max_grad_norm: float | None = Field(None, gt=0, description="gradients are clipped to it")
@@ -171,7 +199,9 @@ class TrainSection(Section):
     checkpoint_activations: bool = Field(
         False, description="compute residual blocks again in the backward pass: less memory"
     )
-    seed: Count = Field(0, description="seed of the weights, the order of images and the noise")
+    seed: Annotated[int, BeforeValidator(_count)] = Field(
+        0, ge=0, lt=1 << 63, description="seed of the weights, the order of images and the noise"
+    )
     ema: Annotated[tuple[EmaSection, ...], BeforeValidator(_sequence)] = Field(
         (), description="averages of the weights: rate a step, or halflife_images and rampup"
     )
@@ -189,11 +219,13 @@ class RunSection(Section):
 
     log_every: Positive = Field(50, description="steps between two lines of the log")
     checkpoint_every: Positive = Field(1000, description="steps between two checkpoints")
-    keep: Annotated[int, Field(ge=2)] = Field(2, description="checkpoints kept, the newest")
+    keep: Annotated[int, Field(ge=2, le=MOST)] = Field(
+        2, description="checkpoints kept, the newest"
+    )
     sample_every: Positive = Field(500, description="steps between two grids of samples")
     tensorboard: bool = Field(False, description="write event files too (extra tensorboard)")
     eval_every: Count = Field(0, description="steps between two evaluations; 0: none")
-    eval_num: Annotated[int, BeforeValidator(_count), Field(ge=2)] = Field(
+    eval_num: Annotated[int, BeforeValidator(_count), Field(ge=2, le=MOST)] = Field(
         1024, description="images of an evaluation"
     )
     eval_metric: Choice = Field(
@@ -212,9 +244,11 @@ class SampleSection(Section):
     """How the model is sampled when nobody says otherwise."""
 
     sampler: Choice = Field(description="how images are drawn")
-    steps: Positive = Field(1, description="steps of the sampler")
+    steps: Positive = Field(1, le=MAX_LEVELS, description="steps of the sampler")
     levels: dict[str, list[float]] = Field({}, description="tuned levels by number of steps")
-    grid: int | None = Field(None, ge=2, description="points of the grid trained on, if known")
+    grid: int | None = Field(
+        None, ge=2, le=MAX_LEVELS, description="points of the grid trained on, if known"
+    )
 
 
 class Card(Section):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cmtool.core.precond import Preconditioned
-from cmtool.data.images import png_bytes
+from cmtool.data.drawing import png_bytes
 from cmtool.errors import InputError, ResourceError
 from cmtool.evaluation.during_training import Verdict, evaluate
 from cmtool.formats.checkpoints import Score

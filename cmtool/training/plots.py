@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cmtool.data.images import display_scale, grid, to_uint8
+from cmtool.data.drawing import display_scale, grid
+from cmtool.data.images import to_uint8
 from cmtool.system.files import replacing
 from cmtool.system.text import printable
 

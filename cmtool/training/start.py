@@ -250,6 +250,8 @@ def load_images(preset: Preset, watcher: Watcher) -> Dataset:
     """Return the preset's data set; without its labels if the model has no classes."""
     size, channels = preset.model.image_size, preset.model.channels
     data = load_dataset(preset.data.path, size=size, channels=channels, fit=preset.data.fit)
+    for note in data.notes:
+        watcher.note(note)
     if data.labels is None or preset.model.num_classes:
         return data
     watcher.note(f"the {data.num_classes} classes of {data.name} are not used: the model has none")

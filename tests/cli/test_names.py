@@ -11,7 +11,7 @@ import torch
 
 from cmtool.cli._output import shown
 from cmtool.cli._watching import BarWatcher
-from cmtool.data.images import png_bytes
+from cmtool.data.drawing import png_bytes
 from cmtool.presets.toml import load_preset, to_toml
 from cmtool.system.text import printable
 from cmtool.training.plots import Curve, Plot, svgs, write_curves, write_summary

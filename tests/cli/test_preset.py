@@ -3,7 +3,7 @@ import tomllib
 import pytest
 import torch
 
-from cmtool.data.images import png_bytes
+from cmtool.data.drawing import png_bytes
 from cmtool.presets.manual import REGISTRIES, explained
 from cmtool.presets.schema import Preset, Section
 from cmtool.presets.toml import flat, load_preset, meaning, preset_names

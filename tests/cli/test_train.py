@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from cmtool.cli.train import DistanceOption, note_batch
 from cmtool.core.distances import DISTANCES
-from cmtool.data.images import png_bytes, read_image
+from cmtool.data.decoding import read_image
+from cmtool.data.drawing import png_bytes
 from cmtool.errors import InputError
 from cmtool.models import ASSETS, load_model
 from cmtool.presets.toml import load_preset, resolve, to_toml

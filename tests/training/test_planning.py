@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cmtool.data.images import png_bytes
+from cmtool.data.drawing import png_bytes
 from cmtool.errors import UserError
 from cmtool.models import load_model
 from cmtool.presets.toml import is_method_preset, load_preset, preset_names

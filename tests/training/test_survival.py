@@ -37,7 +37,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cmtool.data.images import png_bytes, read_image
+from cmtool.data.decoding import read_image
+from cmtool.data.drawing import png_bytes
 from cmtool.errors import BusyError
 from cmtool.formats.checkpoints import verify
 from cmtool.formats.native import write_weights
