@@ -67,6 +67,13 @@ def test_l2_32_compares_small_pictures():
     torch.testing.assert_close(l2_32(small, other), l2(small, other))
 
 
+def test_l2_32_enlarges_as_it_shrinks_by_the_centres_of_pixels():
+    x = torch.zeros(1, 1, 16, 16)
+    y = torch.arange(16.0).expand(1, 1, 16, 16)
+    ramp = ((torch.arange(32) + 0.5) / 2 - 0.5).clamp(0, 15)
+    assert float(l2_32(x, y)) == pytest.approx(float(ramp.square().mean()))
+
+
 def test_pseudo_huber_takes_its_norm_over_the_image_with_the_published_constant():
     x = torch.zeros(1, 3, 32, 32)
     y = torch.full_like(x, 0.2)
@@ -96,6 +103,20 @@ def test_lpips_is_the_packages_with_the_resize_and_pooling_of_each_source():
     same = [lpips(*large, net="squeeze", resize=how) for how in ("below_256", "never")]
     assert torch.equal(*same)
     assert not torch.equal(same[0], lpips(*large, net="squeeze", resize="always"))
+
+
+@pytest.mark.parametrize(
+    ("side", "how", "seen"),
+    [(32, "below_256", 224), (240, "below_256", 224), (255, "below_256", 224),
+     (256, "below_256", 256), (300, "below_256", 300), (300, "always", 224), (32, "never", 32)],
+)  # fmt: skip
+def test_lpips_is_of_pictures_of_224_below_256(side, how, seen, monkeypatch):
+    def sides(x, y):
+        return (x[0, 0] + y[0, 0]).numel() * torch.ones(len(x), 1, 1, 1)
+
+    monkeypatch.setattr("cmtool.core.distances._lpips_network", lambda *_: sides)
+    x = torch.zeros(2, 3, side, side)
+    assert lpips(x, x, resize=how).tolist() == [seen**2] * 2
 
 
 @pytest.mark.usefixtures("squeeze")

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -125,6 +127,17 @@ def test_interpolation_keeps_the_norm_and_reaches_both_ends():
     torch.testing.assert_close(angles, angles[:1].expand(8), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("degrees", [0.1, 1, 30, 60, 89, 120, 179])
+def test_interpolation_turns_at_one_speed_whatever_the_angle(degrees):
+    g = torch.Generator().manual_seed(0)
+    first, other = torch.linalg.qr(torch.randn(48, 2, generator=g).double()).Q.T * 48**0.5
+    w, angle = torch.linspace(0, 1, 7).double(), math.radians(degrees)
+    a, across = first.reshape(1, 3, 4, 4), other.reshape(1, 3, 4, 4)
+    path = interpolate(a, math.cos(angle) * a + math.sin(angle) * across, w)
+    turned = (w * angle).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(path, turned.cos() * a + turned.sin() * across)
+
+
 def test_equal_ends_stay_where_they_are():
     a = torch.randn(1, 3, 4, 4)
     torch.testing.assert_close(interpolate(a, a, torch.tensor([0.3])), a)
@@ -139,11 +152,25 @@ def test_the_first_draw_for_a_noisy_image_is_none():
 def test_denoising_one_level_is_the_exact_map():
     problem, noisy = Gaussian(), torch.randn(2, 1, 3, 3, dtype=torch.float64)
     edit = denoise(noisy)
+    assert edit.is_noisy
     x0 = multistep(
         problem.consistency, edit.init, [2.0], none_at_first(randn_like_from(0)),
         sigma_min=problem.eps, project=edit.project,
     )  # fmt: skip
     torch.testing.assert_close(x0, problem.at(noisy, 2.0, problem.eps))
+
+
+def test_the_noise_level_is_the_median_of_the_fine_details_over_its_share_in_a_deviation():
+    """Donoho & Johnstone: half of a normal law lies within 0.6745 deviations."""
+    parts = torch.tensor([[1.0, 0.0], [0.0, 0.0]])  # each block's diagonal detail is half of it
+    block = torch.cat([2 * c * parts for c in (0.1, -0.2, 0.3, 0.4, -5.0)], 1)
+    image = torch.zeros(2, 1, 3, 11)  # the odd row and column are in no block
+    image[1, 0, :2, :10] = block
+    image[:, :, 2], image[:, :, :, 10] = 9, 9
+    assert estimate_sigma(image).tolist() == pytest.approx([0, 0.3 / 0.6745])
+    lines = torch.arange(4.0).expand(1, 1, 4, 4)
+    for smooth in (lines, lines.mT, lines.square() + lines.mT.square()):
+        assert float(estimate_sigma(smooth)) == 0
 
 
 @pytest.mark.parametrize("sigma", [0.02, 0.2, 1.0])

@@ -209,7 +209,9 @@ def test_the_second_order_takes_the_middle_of_each_step_whatever_the_steps():
      (21, 8, [0, 3, 6, 10, 13]), (11, 7, [0, 2, 4])],
 )  # fmt: skip
 @pytest.mark.parametrize("is_wide", [False, True])
-def test_tiles_overlap_by_half_and_every_pixel_is_the_mean_of_its_tiles(side, tile, places, is_wide):
+def test_tiles_overlap_by_half_and_every_pixel_is_the_mean_of_its_tiles(
+    side, tile, places, is_wide
+):
     labels, seen = torch.tensor([5]), []
 
     def place_of(x, sigma, labels=None):
@@ -239,7 +241,9 @@ def test_tiles_cover_a_picture_and_agree_on_what_is_local(size):
     assert shapes == {(2, 3, 8, 8)}
 
 
-@pytest.mark.parametrize("bad", [[], [1.0, 2.0], [1.0, 1.0], [1.0, 0.001], [math.inf, 1.0], [math.nan]])
+@pytest.mark.parametrize(
+    "bad", [[], [1.0, 2.0], [1.0, 1.0], [1.0, 0.001], [math.inf, 1.0], [math.nan]]
+)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_bad_levels_are_refused(name, bad):
     with pytest.raises(UserError):

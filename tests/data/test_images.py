@@ -51,6 +51,21 @@ def test_sixteen_bit_grey_keeps_its_mean():
     assert float(picture.float().mean()) == pytest.approx(127.5, abs=1)
 
 
+@pytest.mark.parametrize(("off", "gain"), [(-128, 0), (0, 0), (128, 0), (129, 1), (256, 1)])
+def test_sixteen_bit_grey_is_rounded_to_the_nearest_level(off, gain):
+    """Level v of 255 is 257 v of 65,535."""
+    levels = np.arange(1, 255)
+    deep = (257 * levels + off).astype(np.uint16).reshape(2, 127)
+    assert read_image(saved(Image.fromarray(deep)), mode="L").flatten().tolist() == [
+        v + gain for v in range(1, 255)
+    ]
+
+
+def test_sixteen_bit_grey_reaches_both_ends():
+    ends = np.array([[0, 65535]], np.uint16)
+    assert read_image(saved(Image.fromarray(ends)), mode="L").tolist() == [[[0, 255]]]
+
+
 def test_alpha_lies_on_white():
     rgba = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     assert read_image(saved(rgba)).unique().tolist() == [255]

@@ -111,6 +111,16 @@ def test_rows_that_come_often_cover_themselves_and_nothing_else():
         assert precision_recall(often, rows + 1e-4, chunk=chunk).precision == 0
 
 
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+@pytest.mark.parametrize("width", [50, 300])
+def test_equal_rows_have_no_distance_whatever_they_are_multiplied_with(width, shift):
+    """Rounding differs by the shape of a product: any rest of it is more than a radius of 0."""
+    rows = features(n=40, d=width, seed=1, shift=shift)
+    often = rows.repeat(5, 1)[torch.randperm(200, generator=torch.Generator().manual_seed(1))]
+    found = [precision_recall(often, rows[:n], chunk=64).precision for n in range(4, 40)]
+    assert found == [1.0] * 36
+
+
 def test_a_neighbourhood_needs_more_images_than_neighbours():
     for real, made in ((3, 9), (9, 3)):
         with pytest.raises(InputError, match="3 images to evaluate"):

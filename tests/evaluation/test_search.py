@@ -40,6 +40,19 @@ def test_the_best_of_all_that_were_asked_is_returned():
     assert values[found] == min(values[i] for i in asked)
 
 
+@pytest.mark.parametrize("high", range(2, 40))
+def test_of_equal_scores_the_search_goes_on_towards_the_end(high):
+    """Where the score is flat but for the lowest level of all, that one is found."""
+    assert ternary_search(lambda i: i < high - 1, 0, high) == high - 1
+
+
+def test_of_equal_best_scores_the_first_is_taken():
+    assert ternary_search(lambda i: abs(i - 5) > 1, 0, 9) == 4
+    asked = []
+    found = ternary_search(lambda i: asked.append(i) or 0.0, 0, 30)
+    assert found == min(asked)
+
+
 def test_levels_are_added_one_at_a_time():
     asked = []
 
