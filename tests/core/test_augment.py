@@ -119,6 +119,17 @@ def test_the_warps_together_are_one_affine_map_of_smooth_pictures():
     assert torch.allclose(out[inside], wanted[inside], atol=0.05)
 
 
+def test_warps_are_as_strong_as_edms():
+    """Deviations of 0.2 in log2 of the scales and of an eighth of the side (its AugmentPipe)."""
+    inverse, shift = affine(still(shift_x=1.0, shift_y=-2.0), 32, 16)
+    assert shift.tolist() == [[4, -4]]
+    assert torch.equal(inverse[0], torch.eye(2, dtype=torch.float64))
+    inverse, _ = affine(still(octaves=5.0), 32, 16)
+    torch.testing.assert_close(inverse[0], torch.eye(2, dtype=torch.float64) / 2)
+    inverse, _ = affine(still(stretch=5.0), 32, 16)
+    torch.testing.assert_close(inverse[0], torch.diag(torch.tensor([0.5, 2]).double()))
+
+
 def test_labels_have_edms_order():
     warps = still(
         flip_x=True, octaves=0.3, angle=0.5, stretch=0.7, axis=0.2, shift_x=1.5, shift_y=-2

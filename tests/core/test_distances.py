@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cmtool.core.distances import DISTANCES, TRUNKS, l1, l2, l2_32, linf, lpips, pseudo_huber
+from cmtool.core.distances import (
+    DISTANCES,
+    TRUNKS,
+    is_norm,
+    l1,
+    l2,
+    l2_32,
+    linf,
+    lpips,
+    pseudo_huber,
+)
 from cmtool.core.tangents import curvature, half_square
 from cmtool.errors import MissingError
 
@@ -55,6 +65,20 @@ def test_values_by_hand():
     y[0, 1, 0, 1] = 0.5
     expected = math.sqrt(12 * 0.25 + 0.3**2) - 0.3
     assert float(pseudo_huber(x, y, c=0.3)) == pytest.approx(expected)
+
+
+def test_pseudo_huber_without_c_is_the_norm_and_has_no_gradient_where_both_are_equal():
+    x = torch.zeros(2, 1, 1, 2, requires_grad=True)
+    d = pseudo_huber(x, torch.tensor([[3.0, 4.0], [0.0, 0.0]]).reshape(2, 1, 1, 2), c=0)
+    assert d.tolist() == [5, 0]
+    d.sum().backward()
+    torch.testing.assert_close(x.grad.flatten(), torch.tensor([-0.6, -0.8, 0, 0]))
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_norms_are_told_apart_with_options_or_without(name):
+    wanted = name in ("l1", "linf")
+    assert is_norm(DISTANCES[name]) == is_norm(partial(DISTANCES[name])) == wanted
 
 
 def test_l2_32_compares_small_pictures():

@@ -80,6 +80,18 @@ def test_every_model_hears_the_labels_and_the_loss_is_filed_under_the_higher_lev
     assert [bool(each) for each in heard.values()] == [True, has_target, is_taught]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_student_alone_learns_but_in_live_distillation_its_module_does(name):
+    """There the wrapped student is asked once only, and `target` is its module."""
+    models = {who: mlp() for who in ("student", "target", "teacher")}
+    objective = objective_of(name, LEVELS.get(name, uniform), teacher=models["teacher"])
+    given = (torch.randn(3, 2, 1, 1), None, Stage(n=9), step_generator(0, 0, 0))
+    loss, _ = objective(Models(models["student"], models["target"]), *given)
+    loss.mean().backward()
+    learns = {who for who, f in models.items() if any(p.grad is not None for p in f.parameters())}
+    assert learns == {"target" if name == "live_distillation" else "student"}
+
+
 @pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
 def test_a_progressive_step_is_halved_by_the_grid_twice_as_fine(rho):
     span = NoiseRange(0.3, 10.0, rho)

@@ -5,13 +5,22 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from cmtool.core.edits import enlarged
 from cmtool.data.images import (
+    animation_bytes,
+    canvas,
+    contact_sheet,
+    display_scale,
+    fitted,
+    floored,
     from_uint8,
     grid,
     image_mode,
     png_bytes,
     png_info,
     read_image,
+    read_mask,
+    text_mask,
     to_uint8,
 )
 from cmtool.errors import InputError
@@ -92,8 +101,9 @@ def test_every_orientation_is_what_pillow_makes_of_it(orientation):
 def test_pixels_of_an_unknown_range_are_refused():
     with pytest.raises(InputError, match="pixels are floats"):
         read_image(saved(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"))
-    with pytest.raises(InputError, match="more than 16 bits"):
-        read_image(saved(Image.fromarray(np.full((2, 2), 70_000, np.int32)), "TIFF"))
+    for value in (-1, 65536, 70_000):
+        with pytest.raises(InputError, match="more than 16 bits"):
+            read_image(saved(Image.fromarray(np.full((2, 2), value, np.int32)), "TIFF"))
 
 
 def test_grey_palette_and_cmyk_become_rgb():
@@ -114,6 +124,112 @@ def test_grey_palette_and_cmyk_become_rgb():
 def test_what_is_not_an_image_is_refused(content, message):
     with pytest.raises(InputError, match=message):
         read_image(content)
+
+
+def ramp(h, w):
+    return torch.arange(h * w, dtype=torch.uint8).reshape(1, 1, h, w)
+
+
+@pytest.mark.parametrize(
+    ("side", "how", "kept", "pad"),
+    [((11, 8), "crop", (slice(1, 9), slice(1, 6)), (0, 0)),
+     ((8, 5), "exact", (slice(0, 8), slice(0, 5)), (0, 0)),
+     ((6, 4), "pad", (slice(0, 6), slice(0, 4)), (2, 1)),
+     ((6, 9), "tile", (slice(0, 6), slice(0, 9)), (2, 0))],
+)  # fmt: skip
+def test_a_canvas_is_the_centre_or_the_whole_with_its_edge_repeated(side, how, kept, pad):
+    picture, layout = ramp(*side), canvas(*side, (8, 5), how)
+    part = picture[(..., *kept)]
+    wanted = torch.nn.functional.pad(part.float(), (0, pad[1], 0, pad[0]), mode="replicate")
+    placed = layout.place(picture)
+    assert torch.equal(placed.float(), wanted)
+    assert torch.equal(layout.unpad(placed), part)
+    twice = layout.scaled(2)
+    assert torch.equal(twice.place(enlarged(picture, 2)), enlarged(placed, 2))
+    assert torch.equal(twice.unpad(enlarged(placed, 2)), enlarged(part, 2))
+
+
+@pytest.mark.parametrize(
+    ("side", "how", "others"),
+    [((11, 8), "exact", "tile or crop"), ((6, 4), "crop", "tile or pad"), ((6, 9), "pad", "tile"),
+     ((6, 9), "crop", "tile"), ((8, 9), "exact", "tile or crop")],
+)  # fmt: skip
+def test_a_canvas_that_does_not_suit_names_those_that_do(side, how, others):
+    with pytest.raises(InputError, match=f"{side[1]}x{side[0]}, the model makes 5x8") as caught:
+        canvas(*side, (8, 5), how)
+    assert caught.value.hint.endswith(f"--fit {others}")
+
+
+@pytest.mark.parametrize(("h", "w"), [(33, 49), (49, 33), (40, 30), (13, 12)])
+def test_a_picture_is_fitted_by_its_shorter_side_rounded_to_the_nearest(h, w):
+    """As the release's script for LSUN: 49x33 to 12 is 18x12, the box, then the centre."""
+    picture = torch.randint(256, (3, h, w), generator=torch.Generator().manual_seed(0)).byte()
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    size = [round(12 * side / min(h, w)) for side in (w, h)]
+    left, top = ((side - 12) // 2 for side in size)
+    wanted = image.resize(size, Image.Resampling.BOX).crop((left, top, left + 12, top + 12))
+    assert fitted(picture, (12, 12), "box").permute(1, 2, 0).tolist() == np.array(wanted).tolist()
+
+
+def test_adms_rule_halves_what_is_twice_too_large():
+    picture = torch.randint(256, (1, 16, 24), generator=torch.Generator().manual_seed(0)).byte()
+    half = Image.fromarray(picture[0].numpy()).resize((12, 8), Image.Resampling.BOX)
+    wanted = np.array(half.crop((2, 0, 10, 8)))
+    assert fitted(picture, (8, 8), "adm")[0].tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize(("count", "columns"), [(10, 10), (20, 10), (9, 3), (12, 4), (13, 4)])
+def test_a_sheet_for_people_has_ten_in_a_row_or_is_about_a_square(count, columns):
+    sheet = contact_sheet(torch.zeros(count, 1, 8, 8, dtype=torch.uint8))
+    rows = -(-count // columns)
+    assert sheet.shape == (1, 6 * (rows * 9 + 1), 6 * (columns * 9 + 1))
+    assert [display_scale(side) for side in (8, 16, 32, 64)] == [6, 3, 1, 1]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_an_animation_shows_twelve_frames_a_second_without_end(suffix):
+    frames = torch.arange(4, dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 3, 8, 8) * 80
+    with Image.open(io.BytesIO(animation_bytes(frames, suffix))) as opened:
+        opened.seek(1)
+        opened.load()
+        assert opened.info["duration"] == pytest.approx(1000 / 12, abs=4)  # a gif counts by 10 ms
+        assert opened.info["loop"] == 0
+
+
+def test_letters_lie_in_the_middle():
+    mask = text_mask("HH", 64, 48) > 128
+    rows, columns = (mask[0].any(dim).nonzero().flatten() for dim in (1, 0))
+    for side, where in ((64, rows), (48, columns)):
+        assert abs(int(where[0]) - (side - 1 - int(where[-1]))) <= 2
+    assert int(columns[-1] - columns[0]) > 36
+
+
+@pytest.mark.parametrize(
+    ("grey", "alpha", "wanted"),
+    [(128, 255, [True, False]), (127, 255, [False, False]),  # white is half a picture or more
+     (240, 128, [True, False]), (255, 127, None), (100, 128, [False, True])],
+)  # fmt: skip
+def test_a_mask_is_told_by_half_of_each_level(grey, alpha, wanted, tmp_path):
+    """Two pixels: one of this grey and alpha, and one that is black and opaque, or nothing."""
+    other = [0, 0, 0, 255] if alpha == 255 else [0, 0, 0, 0]
+    pixels = np.array([[[grey] * 3 + [alpha], other]], np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "m.png")
+    if wanted is None:  # all is nothing
+        assert read_mask(tmp_path / "m.png").all()
+    else:
+        assert read_mask(tmp_path / "m.png").tolist() == [[wanted]]
+
+
+def test_the_limit_is_64_million_pixels():
+    assert image_mode(saved(Image.new("1", (8000, 8000)))) == "1"
+    with pytest.raises(InputError, match="8001x8000 pixels"):
+        image_mode(saved(Image.new("1", (8001, 8000))))
+
+
+def test_the_releases_rounding_cuts():
+    x = from_uint8(torch.tensor([7, 7], dtype=torch.uint8)) + torch.tensor([0.9, 1.1]) / 127.5
+    assert floored(x).tolist() == [7, 8]
+    assert floored(torch.tensor([-2.0, -1, 1, 2])).tolist() == [0, 0, 255, 255]
 
 
 def test_grid_places_images_in_rows():

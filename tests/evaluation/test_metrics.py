@@ -166,6 +166,30 @@ def test_the_score_is_of_splits_of_5000():
     assert found.value == pytest.approx(2)
 
 
+def test_metrics_have_the_settings_of_their_papers():
+    """KID of 100 subsets of 1,000 (Binkowski et al.); k = 3 (Kynkaanniemi et al.)."""
+    extractor = build_extractor("digits")
+    images, reference = features(n=60, seed=1).float(), features(n=50, seed=2, scale=1.2).float()
+    sides = Features(None, images, 60), Features(None, reference, 50)
+    found = METRICS["kid"].compute(*sides, extractor)["kid"]
+    assert found == kernel_distance(reference, images, subsets=100, size=1000, seed=0)
+    found = METRICS["pr"].compute(*sides, extractor)
+    expected = precision_recall(reference, images, k=3)
+    assert (found["precision"].value, found["recall"].value) == expected
+    settings = {name: METRICS[name].settings for name in ("kid", "is", "pr")}
+    assert settings == {
+        "kid": {"subsets": 100, "size": 1000, "seed": 0}, "is": {"split": 5000}, "pr": {"k": 3},
+    }  # fmt: skip
+    assert {name for name, row in METRICS.items() if row.lowest_is_best} == {"fid", "kid"}
+
+
+def test_subsets_are_no_larger_than_the_smaller_set():
+    few, many = features(n=20, seed=1), features(n=50, seed=2)
+    for a, b in ((few, many), (many, few)):
+        found = kernel_distance(a, b, subsets=3, size=30)
+        assert found == kernel_distance(a, b, subsets=3, size=20)
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_a_metric_gives_the_numbers_it_names_of_what_it_needs(name):
     row, extractor = METRICS[name], build_extractor("digits")
