@@ -1,4 +1,4 @@
-"""What edits make of their choices: levels, sizes, classes and the way from one image to another."""
+"""What edits make of their choices: levels, sizes, classes, and the way between two images."""
 
 import math
 from dataclasses import replace
