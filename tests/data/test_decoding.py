@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageOps
 
 from cmtool.data import decoding
-from cmtool.data.decoding import image_mode, png_info, read_image, read_mask
+from cmtool.data.decoding import check_background, image_mode, png_info, read_image, read_mask
 from cmtool.data.drawing import png_bytes
-from cmtool.errors import InputError
+from cmtool.errors import InputError, UserError
 from tests.data.pictures import VALID, bmp_of_runs, chunk, damaged, png, saved, tiff
 
 
@@ -34,6 +34,23 @@ def test_sixteen_bit_grey_keeps_its_mean():
 def test_alpha_lies_on_white():
     rgba = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     assert read_image(saved(rgba)).unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_alpha_lies_on_the_colour_that_is_named(mode):
+    picture = Image.new("RGBA", (2, 1), (9, 9, 9, 0))
+    picture.putpixel((1, 0), (9, 9, 9, 255))
+    if mode == "P":
+        picture = picture.quantize(2)
+    content = saved(picture.convert(mode))
+    assert read_image(content, background="#102030")[:, 0].T.tolist() == [[16, 32, 48], [9, 9, 9]]
+    assert read_image(content, mode="L", background="black").tolist() == [[[0, 9]]]
+
+
+@pytest.mark.parametrize("colour", ["wite", "", "#12", "#10203040", "rgba(1,2,3,4)", "\0"])
+def test_a_background_that_is_no_colour_is_refused(colour):
+    with pytest.raises(UserError, match="is no colour"):
+        check_background(colour)
 
 
 def test_rotation_is_applied():

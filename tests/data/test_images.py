@@ -79,3 +79,20 @@ def test_the_releases_rounding_cuts():
     x = from_uint8(levels) + torch.tensor([0.9, 1.1, 0.9, 1.1]) / 127.5
     assert floored(x).tolist() == [7, 8, 250, 251]
     assert floored(torch.tensor([-2.0, -1, 1, 2])).tolist() == [0, 0, 255, 255]
+
+
+def test_a_canvas_that_resizes_takes_the_largest_part_of_the_models_shape():
+    layout = canvas(12, 30, (4, 6), "resize")
+    assert layout.crop == (0, 6, 12, 18)
+    columns = torch.arange(30.0).expand(1, 1, 12, 30)
+    placed = layout.place(columns)
+    assert placed.shape == (1, 1, 4, 6)
+    assert placed[0, 0, 2, 1:5].tolist() == pytest.approx([10, 13, 16, 19])  # means about 3
+    assert layout.unpad(placed) is placed
+    assert layout.scaled(2).size == (8, 12)
+    mask = torch.zeros(1, 1, 12, 30, dtype=torch.bool)
+    mask[..., 15:] = True
+    assert layout.place(mask)[0, 0, 0].tolist() == [False, False, False, True, True, True]
+    large = canvas(2, 2, (4, 4), "resize").place(torch.ones(1, 3, 2, 2))
+    assert large.shape == (1, 3, 4, 4)
+    assert large.eq(1).all()
