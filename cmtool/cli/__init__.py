@@ -72,7 +72,7 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 
 def entry() -> None:
-    """Run `main` and end the process without taking torch apart, which takes up to half a second."""
+    """Run `main`, then end the process without taking torch apart: that takes half a second."""
     try:
         main()
     except SystemExit as ended:

@@ -6,8 +6,6 @@ import math
 import os
 import shlex
 import sys
-import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,11 +33,11 @@ from cmtool.cli._options import (
     pick_precision,
 )
 from cmtool.cli._output import check_free, emit, emit_json, joined, make_folder, processes, say
+from cmtool.cli._watching import shown
 from cmtool.errors import InputError, ThresholdError, UserError
 
 DRAWN = 2048  # images drawn from a model if the user gives no number
 TIMEOUT = 1800.0  # seconds without an answer after which another process counts as lost
-EVERY = 10.0  # seconds between two lines of progress
 SETS = (".zip", ".npz", ".pkl", ".tar", ".gz")  # names of files that hold more than one image
 OF_MODELS = {
     "runs": 1, "steps": None, "sigmas": None, "sampler": None, "preset": None, "kind": None,
@@ -177,7 +175,7 @@ def metric_command(
         chosen = chosen._replace(precision=pick_precision(precision, where))
         return ModelImages(model, chosen, num or DRAWN, first_seed)
 
-    with joined(where, TIMEOUT) as group:
+    with joined(where, TIMEOUT) as group, shown() as progress:
         given = group.agreed(lambda: given_images(metric, images, checkpoint), "names of images")
         if given is not None:
             refuse_options(ctx.params)
@@ -186,7 +184,7 @@ def metric_command(
             reference="digits" if reference is None else reference, reference_num=reference_num,
             runs=runs, cross_check=cross_check, feature_weights=feature_weights, trust=trust,
             feature_precision=feature_precision, batch=batch, workers=workers, device=where,
-            group=group, progress=ticker(),
+            group=group, progress=progress,
         )  # fmt: skip
         content, notes = measure(request)
     for note in notes:
@@ -251,23 +249,6 @@ def given_images(metric: str, images: list[str] | None, checkpoint: str | None) 
     return images or None
 
 
-def ticker() -> Callable[[str, int, int], None]:
-    """Return a function that says, every ten seconds, how far the leading process is."""
-    start = last = said = time.monotonic()
-    current = ""
-
-    def progress(what: str, done: int, total: int) -> None:
-        nonlocal start, last, said, current
-        if what != current:
-            current, start = what, last  # its first images took the time since the last call
-        now = last = time.monotonic()
-        if now - said >= EVERY:
-            said, of = now, f" of {total:,}" if total else ""
-            say(f"{what}: {done:,}{of} images, {done / (now - start):,.0f} a second, this process")
-
-    return progress
-
-
 @app.command("reference")
 def reference_command(
     data: Annotated[str, typer.Argument(help="A folder, zip, npz, tarball, or a data set's name.")],
@@ -305,11 +286,11 @@ def reference_command(
     from cmtool.evaluation.measure import Request, save_reference
 
     where = pick_device(device)
-    with joined(where, TIMEOUT) as group:
+    with joined(where, TIMEOUT) as group, shown() as progress:
         request = Request(
             images=data, protocol=protocol, num=num, feature_weights=feature_weights, trust=trust,
             feature_precision=feature_precision, batch=batch, workers=workers, device=where,
-            group=group, progress=ticker(),
+            group=group, progress=progress,
         )  # fmt: skip
         count = save_reference(out, request, keep_features=keep_features)
     say(f"{count:,} images")
@@ -370,7 +351,8 @@ def consistency(
     where, seeds = pick_device(device), range(first_seed, first_seed + num)
     model = pick_model(checkpoint, weights, where, "consistency", preset=preset)
     guide = pick_model(teacher, "ema", where, "teacher", preset=preset)
-    found = measured.consistency(model, guide, seeds, levels, substeps, where)
+    with shown("network calls") as progress:
+        found = measured.consistency(model, guide, seeds, levels, substeps, where, progress)
     table = Table("sigma", "f to end", "f to next f", "teacher to end", box=None)
     for sigma, *distances in found:
         table.add_row(f"{sigma:.4g}", *(f"{distance:.4f}" for distance in distances))

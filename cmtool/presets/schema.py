@@ -163,6 +163,7 @@ class RunSection(Section):
     checkpoint_every: Positive = 1000
     keep: Annotated[int, Field(ge=2)] = 2
     sample_every: Positive = 500
+    sample_grid: Positive = Field(40, description="images of a sample grid")
     tensorboard: bool = Field(False, description="write event files too (extra tensorboard)")
     eval_every: Count = Field(0, description="0: no evaluation")
     eval_num: Annotated[int, BeforeValidator(_count), Field(ge=2)] = 1024

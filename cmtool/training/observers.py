@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ from cmtool.training.report import write_run_report
 from cmtool.training.start import Run
 from cmtool.training.state import TrainState
 
-GRID_SEEDS = range(40)
 COLUMNS = 10
 
 
@@ -130,13 +130,14 @@ class RunWriter:
 
 @dataclass
 class Tools:
-    """What observers work with; `line` is the last log line."""
+    """What observers work with; `line` is the last log line, `images` the last sample grid's."""
 
     meter: Meter
     clock: Clock
     saver: Saver | None
     writer: RunWriter | None
     line: dict[str, Any]
+    images: Tensor | None = None
 
 
 def always(run: Run, news: News) -> bool:
@@ -173,8 +174,10 @@ def evaluate_model(run: Run, tools: Tools, news: News) -> None:
     """Evaluate the kept model."""
     assert run.evaluation is not None
     with tools.clock.pause():
-        f = kept_model(run.state)
-        news.verdict = evaluate(run.evaluation, f, run.preset, news.step, run.group, run.device)
+        news.verdict = evaluate(
+            run.evaluation, kept_model(run.state), run.preset, news.step, run.group, run.device,
+            on_drawn=partial(run.watcher.working, "images to evaluate"),
+        )  # fmt: skip
 
 
 def logs(run: Run, news: News) -> bool:
@@ -242,9 +245,9 @@ def draw_samples(run: Run, tools: Tools, news: News) -> None:
     """Draw and write the fixed images and the report, unless the run stops; meet the others."""
     if run.group.has_models and not news.stop_reason:
         with tools.clock.pause():
-            images = fixed_images(kept_model(run.state), run.preset, run.device)
+            tools.images = fixed_images(run, kept_model(run.state), run.preset, "samples")
             if tools.writer:
-                tools.writer.samples(images, news.step)
+                tools.writer.samples(tools.images, news.step)
                 if not news.is_last:  # the report is written at the end of the run anyway
                     tools.writer.report()
     run.group.meet(f"sampled {news.step}")
@@ -255,21 +258,34 @@ def kept_model(state: TrainState) -> Preconditioned:
     return next(iter(state.emas.values())).model if state.emas else state.student
 
 
-def fixed_images(model: Preconditioned, card: Card, device: str) -> Tensor:
-    """Return images of seeds 0 to 39, classes in turn: the same noise each time."""
-    classes = card.model.num_classes
-    labels = torch.arange(len(GRID_SEEDS)) % classes if classes else None
+def fixed_images(run: Run, model: Preconditioned, card: Card, what: str) -> Tensor:
+    """Return images of seeds 0, 1, ..., classes in turn: the same noise each time.
+
+    There are run.sample_grid of them. The watcher is told how far they are, under the name `what`.
+    """
+    seeds, classes = range(run.preset.run.sample_grid), card.model.num_classes
+    labels = torch.arange(len(seeds)) % classes if classes else None
+    tell = partial(run.watcher.working, what)
     with evaluating(model):
-        drawn = generate(model, card, plan(card), GRID_SEEDS, labels=labels, device=device)
+        drawn = generate(
+            model, card, plan(card), seeds, labels=labels, device=run.device, on_drawn=tell
+        )
         return torch.cat(list(drawn)).cpu()
 
 
-def final_images(run: Run) -> dict[str, Tensor]:
-    """Return the fixed images of the teacher, if there is one, and of the kept model, by title."""
+def final_images(run: Run, last: Tensor | None) -> dict[str, Tensor]:
+    """Return the fixed images of the teacher, if there is one, and of the kept model, by title.
+
+    `last` are those of the kept model, if they are drawn already.
+    """
     preset, teacher = run.preset, run.teacher
     title = "samples" if preset.kind == "teacher" else f"{preset.sample.steps} step"
-    drawn = {"teacher": fixed_images(teacher.f, teacher.preset, run.device)} if teacher else {}
-    return {**drawn, title: fixed_images(kept_model(run.state), preset, run.device)}
+    drawn = {}
+    if teacher:
+        drawn["teacher"] = fixed_images(run, teacher.f, teacher.preset, "samples of the teacher")
+    if last is None:  # the run had no step left to take
+        last = fixed_images(run, kept_model(run.state), preset, "samples")
+    return {**drawn, title: last}
 
 
 OBSERVERS: list[tuple[Callable[[Run, News], bool], Callable[[Run, Tools, News], None]]] = [

@@ -157,7 +157,7 @@ def follow(run: Run, stop: Stop, saver: Saver | None, writer: RunWriter | None) 
                 writer.write_status(step=info.step)
             raise stopped(news.stop_reason, info.step, saver.seconds if saver else 0.0, run.out)
     if group.has_models:
-        images = final_images(run)
+        images = final_images(run, tools.images)
         if writer:
             writer.summary(images)
 

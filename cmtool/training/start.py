@@ -185,7 +185,7 @@ def set_up(start: Start, watcher: Watcher, teacher: Model | None, device: str, g
     check_components(preset)
     data = load_images(preset, watcher)
     check_fit(preset, data, teacher)
-    evaluation = build_evaluation(preset, data, device)
+    evaluation = build_evaluation(preset, data, device, watcher.working)
     if preset.run.tensorboard:
         event_writer()  # raises now, not at the first line, where TensorBoard is missing
     objective = build_objective(preset, teacher.f if teacher else None, device)
