@@ -306,15 +306,16 @@ def pick_plan(
 def newest_run(kind: Kind | None = None) -> str | None:
     """Return the newest finished run folder under runs/ that holds a model of `kind`."""
     from cmtool.formats.checkpoints import kind_of_run
-    from cmtool.formats.native import read_table
+    from cmtool.system.records import known_facts
+    from cmtool.training.records import Status
 
-    found = [(status.stat().st_mtime, status) for status in Path("runs").glob("*/status.json")]
-    for _, status in sorted(found, reverse=True):
+    found = [(path.lstat().st_mtime, path) for path in Path("runs").glob("*/status.json")]
+    for _, path in sorted(found, reverse=True):
+        status = known_facts(path, Status)
         try:
-            done = read_table(status).get("state") == "done"
-            made = kind_of_run(status.parent) if done else None
+            made = kind_of_run(path.parent) if status and status.state == "done" else None
         except (OSError, ValueError, InputError):
             continue
         if made is not None and kind in (None, made):
-            return str(status.parent)
+            return str(path.parent)
     return None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,8 +95,13 @@ class RunOptions:
         layers["--set"] = dict(map(parse_override, self.set_ or []))
         if self.resume and self.out is None:
             raise UserError("--resume without a run folder", "name it with --out runs/NAME")
-        stored = self.out / "preset.toml" if self.resume and self.out is not None else None
-        return resolve(str(stored) if stored is not None and stored.is_file() else preset, layers)
+        if not self.resume or self.out is None:
+            return resolve(preset, layers)
+        from cmtool.training.folder import refuse_special
+
+        refuse_special(self.out)
+        stored = self.out / "preset.toml"
+        return resolve(str(stored) if stored.is_file() else preset, layers)
 
 
 def _train(options: RunOptions, preset: Preset = "digits-edm") -> None:
@@ -164,10 +168,12 @@ distill = with_options(_distill, RunOptions)
 
 
 def _teacher_of(out: Path | None) -> str | None:
-    """Return the teacher that the run in `out` was started with."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((out / "run.json").read_text())["teacher"]["source"]) if out else None
-    return None
+    """Return the teacher that the run in `out` was started with. Raises InputError if damaged."""
+    from cmtool.system.records import read_facts
+    from cmtool.training.records import Record
+
+    record = read_facts(out / "run.json", Record) if out else None
+    return record.teacher.source if record and record.teacher else None
 
 
 def _run(options: RunOptions, preset: str, resolved: Resolved, teacher: Model | None) -> None:

@@ -1,16 +1,60 @@
-"""Files that are written whole or not at all, and their hashes."""
+"""Files that are written whole or not at all, read without links or waiting, and their hashes."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cmtool.errors import InputError, ResourceError, is_full
+
+SPECIAL = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)
+"""What opening says of a link that is not followed, a pipe without a reader, a socket, a device."""
+
+
+def opened(path: Path, mode: str = "rb", buffering: int = -1) -> IO[Any]:
+    """Open a regular file, in a binary mode.
+
+    The name must not be a link, and a pipe is not waited for. Raises InputError for these and every
+    other special file, OSError as `open` does.
+    """
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
+    what, hint = f"{path} is not a regular file", "remove it, or give another path"
+    try:
+        file = open(  # noqa: SIM115  # the caller closes it
+            path, mode, buffering, opener=lambda name, own: os.open(name, own | flags, 0o666)
+        )
+    except OSError as error:
+        if error.errno in SPECIAL:
+            raise InputError(what, hint) from None
+        raise
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InputError(what, hint)
+    return file
+
+
+def is_regular(path: Path) -> bool:
+    """Tell whether a path is a regular file itself, not by a link."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def read_own(path: Path, most: int = 1 << 20) -> bytes:
+    """Return what is in a regular file that is `opened`. Raises InputError if it is longer."""
+    with opened(path) as file:
+        content: bytes = file.read(most + 1)
+    if len(content) > most:
+        raise InputError(f"{path} has more than {most:,} bytes", "remove it, or give another path")
+    return content
 
 
 def file_facts(file: Path) -> dict[str, Any]:
@@ -52,12 +96,15 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to; it becomes `path` if the block succeeds.
+    """Yield an empty file beside `path` to write to; it becomes `path` if the block succeeds.
 
     Raises ResourceError when the disk is full, and leaves nothing behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # a link of that name would be written through
+        with opened(temporary, "xb"):
+            pass
         yield temporary
         temporary.replace(path)
     except OSError as error:

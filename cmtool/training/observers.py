@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cmtool.core.precond import Preconditioned
 from cmtool.data.images import png_bytes
-from cmtool.errors import ResourceError
+from cmtool.errors import InputError, ResourceError
 from cmtool.evaluation.during_training import Verdict, evaluate
 from cmtool.formats.checkpoints import Score
 from cmtool.presets.schema import Card
@@ -85,7 +85,7 @@ class RunWriter:
         """Go on if something cannot be written; say so once until it can be written again."""
         try:
             yield
-        except (OSError, ResourceError) as error:
+        except (OSError, InputError, ResourceError) as error:
             if what not in self.failing:
                 self.run.watcher.note(f"{what} cannot be written: going on without it; {error}")
             self.failing.add(what)

@@ -42,7 +42,7 @@ def run_plots(log: Log) -> list[Plot]:
     bands = list(dict.fromkeys(band for line in log for band in line.get("loss_by_sigma", {})))
     losses = [{"step": line["step"], **line.get("loss_by_sigma", {})} for line in log]
     evaluations: dict[str, list[tuple[float, float | None]]] = {}
-    for verdict in (line["eval"] for line in log if "eval" in line):
+    for verdict in (line["eval"] for line in log if line.get("eval")):
         points = evaluations.setdefault(verdict["metric"], [])
         points.append((verdict["step"], verdict["value"]))
     plots = [

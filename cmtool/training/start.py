@@ -40,10 +40,18 @@ from cmtool.presets.toml import Resolved, flat, load_preset, origin_of, to_toml,
 from cmtool.sampling import plan
 from cmtool.system.devices import best_precision, shapes_only
 from cmtool.system.dist import Group
-from cmtool.system.files import write_atomic, write_json
+from cmtool.system.files import read_own, write_atomic, write_json
+from cmtool.system.records import read_facts
 from cmtool.training.fit import learning_rate
-from cmtool.training.folder import is_resumable, launched_by, launcher, read_json, refuse_busy
+from cmtool.training.folder import (
+    is_resumable,
+    launched_by,
+    launcher,
+    refuse_busy,
+    refuse_strange,
+)
 from cmtool.training.log import Watcher, event_writer
+from cmtool.training.records import Record
 from cmtool.training.state import TrainState, build_state, fit_settings
 
 FREE_TO_CHANGE = {
@@ -112,6 +120,7 @@ def decide_start(
     if resume and overwrite:
         raise UserError("--resume and --overwrite", "give one of them")
     out, launchers = group.tell(out), group.gather(launcher())
+    group.agreed(lambda: refuse_strange(out, resume=resume), "regular")
     best = group.tell(best_precision(device))
     if preset.train.precision == "auto":  # the run records the precision, and goes on in it
         origins = {**origins, "train.precision": "auto"}
@@ -137,8 +146,9 @@ def split_as_before(
     number of parts changes where the processes do not divide it, or where the user `asked` for
     another train.accumulate: then the noise is another from here on.
     """
-    stored = read_json(out / "run.json").get("processes")
-    if not isinstance(stored, int) or not is_resumable(out):
+    record = read_facts(out / "run.json", Record)
+    stored = record.processes if record else None
+    if stored is None or not is_resumable(out):
         return preset, None
     accumulate, batch = preset.train.accumulate, preset.train.batch
     before = load_preset(str(out / "preset.toml")).train.accumulate * stored
@@ -266,7 +276,7 @@ def write_record(run: Run, origins: Mapping[str, str]) -> None:
     if path.is_file():
         changed = changes(load_preset(str(path)), preset)
         updates = {key: (value, origin_of(key, origins)) for key, value in changed.items()}
-        text = with_values(path.read_text(), updates)
+        text = with_values(read_own(path).decode(), updates)
     else:
         text = to_toml(preset, origins)
     write_atomic(path, text.encode(), durable=True)
@@ -289,7 +299,8 @@ def check_same(run: Run) -> None:
     Keys that are FREE_TO_CHANGE may differ. So may train.steps, if the steps that both runs have
     are the same.
     """
-    recorded = read_json(run.out / "run.json")
+    record = read_facts(run.out / "run.json", Record)
+    recorded = record.model_dump() if record else {}
     for name, now in run_inputs(run).items():
         before = recorded.get(name)
         if isinstance(before, dict) and isinstance(now, dict):

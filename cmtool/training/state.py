@@ -16,7 +16,7 @@ from cmtool.core.networks import NETWORKS
 from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import keyed_generator, seeded
-from cmtool.errors import UserError
+from cmtool.errors import InputError, UserError
 from cmtool.models import Model
 from cmtool.presets.build import build_denoiser, build_network, method_row, pick
 from cmtool.presets.schema import Preset
@@ -130,12 +130,20 @@ def counters(state: TrainState) -> dict[str, Any]:
 
 
 def set_counters(state: TrainState, facts: Mapping[str, Any]) -> None:
-    """Set what `counters` returned; what an older version did not know is as at the start."""
+    """Set what `counters` returned; what an older version did not know is as at the start.
+
+    Raises InputError for a state of the scaler that is none.
+    """
     state.step = facts["step"]
     state.bad_steps = facts.get("bad_steps", 0)
     state.unlogged = facts.get("unlogged")
     if state.scaler is not None and facts.get("scaler") is not None:
-        state.scaler.load_state_dict(facts["scaler"])
+        try:
+            state.scaler.load_state_dict(facts["scaler"])
+            state.scaler.scale(torch.zeros(()))
+        except (KeyError, TypeError, RuntimeError):
+            what = f"the checkpoint of step {state.step} holds no state of the scaler of fp16"
+            raise InputError(what, "remove it to go on from the one before it") from None
 
 
 @dataclass(frozen=True)
