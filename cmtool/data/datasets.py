@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmtool.data.entries import EDM_FOLDER, Entries
 from cmtool.data.sources import LazyImages, listed_entries, open_images
 from cmtool.errors import InputError, nearest
 
@@ -47,6 +48,8 @@ class Dataset:
     labels: Tensor | None
     num_classes: int
     known_hash: str = ""
+    class_names: tuple[str, ...] = ()
+    """A name for each class, where the source has them."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -96,7 +99,8 @@ def digits(split: str = "train") -> Dataset:
         parts.append((255 * (paper + (ink - paper) * amount)).round().astype(np.uint8))
     images = torch.from_numpy(np.concatenate(parts))
     repeated = torch.from_numpy(np.tile(labels[chosen], COLOURINGS).astype(np.int64))
-    return Dataset(f"digits:{split}", images, repeated, num_classes=10)
+    names = tuple(map(str, range(10)))
+    return Dataset(f"digits:{split}", images, repeated, num_classes=10, class_names=names)
 
 
 def _colours(index: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -140,12 +144,46 @@ def load_dataset(
     lazy = LazyImages(name, entries, channels, size, fit)
     labels = None if entries.labels is None else torch.tensor(entries.labels)
     count = 0 if labels is None else int(labels.max()) + 1
+    classes = class_folders(entries)
     if not in_memory or math.prod(lazy.shape) > MAX_IN_MEMORY:
-        return Dataset(name, lazy, labels, count, entries.fingerprint)
+        return Dataset(name, lazy, labels, count, entries.fingerprint, classes)
     everything = torch.empty(lazy.shape, dtype=torch.uint8)
     for index, image in enumerate(everything):
         image.copy_(lazy.image(index))
-    return Dataset(name, everything, labels, count)
+    return Dataset(name, everything, labels, count, class_names=classes)
+
+
+def class_folders(entries: Entries) -> tuple[str, ...]:
+    """Return the folder of each class; () where folders are not the classes."""
+    if entries.labels is None:
+        return ()
+    labels = np.array(entries.labels)
+    ends = [np.unique(part, return_index=True) for part in (labels, labels[::-1])]
+    (known, first), (_, behind) = ends
+    firsts, lasts = (
+        [entries.names[int(index)].replace("\\", "/").rpartition("/")[0] for index in places]
+        for places in (first, len(labels) - 1 - behind)
+    )
+    is_each = firsts == lasts and len(set(firsts)) == len(known) == known.max() + 1
+    is_spread = all(name.isdigit() and len(name) == EDM_FOLDER for name in firsts)
+    return tuple(firsts) if is_each and len(firsts) > 1 and not is_spread else ()
+
+
+def examples(data: Dataset, count: int) -> Tensor:
+    """Return `count` images (count, C, H, W) of a set: of its classes in turn, else evenly spread.
+
+    A class without images has white ones.
+    """
+    spread = torch.arange(count) * len(data) // count
+    if data.labels is None:
+        return data.images[spread]
+    pictures = torch.full((count, *data.images.shape[1:]), 255, dtype=torch.uint8)
+    for label in range(min(data.num_classes, count)):
+        places = torch.arange(label, count, data.num_classes)
+        members = (data.labels == label).nonzero().flatten()
+        if len(members):
+            pictures[places] = data.images[members[torch.arange(len(places)) % len(members)]]
+    return pictures
 
 
 def listed_images(paths: Sequence[str]) -> Dataset:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cmtool.core.precond import Preconditioned
+from cmtool.data.datasets import examples
 from cmtool.data.images import png_bytes
 from cmtool.errors import InputError, ResourceError
 from cmtool.evaluation.during_training import Verdict, evaluate
@@ -27,9 +28,10 @@ from cmtool.system.files import write_atomic
 from cmtool.training.checkpoint import Saver, take_part
 from cmtool.training.fit import Diverged, StepInfo
 from cmtool.training.folder import StatusWriter
+from cmtool.training.guide import about, short
 from cmtool.training.log import Clock, LogFile, Meter, Progress, event_writer, log_line, scalars
 from cmtool.training.plots import picture, write_summary
-from cmtool.training.report import write_run_report
+from cmtool.training.report import TRAINING_IMAGES, write_run_report
 from cmtool.training.start import Run
 from cmtool.training.state import TrainState
 
@@ -70,6 +72,7 @@ class RunWriter:
         wanted = run.preset.run.tensorboard  # it drops what earlier files say from purge_step on
         self.events = event_writer()(folder, purge_step=step + 1) if wanted else None
         self.failing: set[str] = set()
+        self.examples: Tensor | None = None
 
     def __enter__(self) -> RunWriter:
         return self
@@ -116,14 +119,25 @@ class RunWriter:
                 self.events.add_image("samples", shown, step)
                 self.events.flush()
 
+    def training_images(self) -> None:
+        """Write training-images.png: as many images as a sample grid has, of the same classes."""
+        with self.expendable(TRAINING_IMAGES):
+            self.examples = examples(self.run.data, self.run.preset.run.sample_grid)
+            shown = png_bytes(picture(self.examples, COLUMNS))
+            write_atomic(self.run.out / TRAINING_IMAGES, shown)
+
     def report(self) -> None:
         """Write report.html, as the run stands."""
         with self.expendable("report.html"):
             write_run_report(self.run.out)
 
     def summary(self, panels: dict[str, Tensor]) -> None:
-        """Write summary.png: the curve, and images of teacher and model from the same noise."""
-        out, title = self.run.out, self.run.preset.description
+        """Write summary.png: the curve, training images, and the images of the panels by title."""
+        run, out = self.run, self.run.out
+        teacher = run.teacher.source if run.teacher else None
+        title = "\n".join(about(run.preset, teacher, run.data.name))
+        if self.examples is not None:
+            panels = {"training images": self.examples, **panels}
         with self.expendable("summary.png"):
             write_summary(out / "summary.png", self.log_file.lines(), panels, title)
 
@@ -278,14 +292,19 @@ def final_images(run: Run, last: Tensor | None) -> dict[str, Tensor]:
 
     `last` are those of the kept model, if they are drawn already.
     """
-    preset, teacher = run.preset, run.teacher
-    title = "samples" if preset.kind == "teacher" else f"{preset.sample.steps} step"
-    drawn = {}
+    preset, teacher, drawn = run.preset, run.teacher, {}
     if teacher:
-        drawn["teacher"] = fixed_images(run, teacher.f, teacher.preset, "samples of the teacher")
+        title = f"teacher {short(teacher.source)}, {calls(teacher.preset)}"
+        drawn[title] = fixed_images(run, teacher.f, teacher.preset, "samples of the teacher")
     if last is None:  # the run had no step left to take
         last = fixed_images(run, kept_model(run.state), preset, "samples")
-    return {**drawn, title: last}
+    return {**drawn, f"{'student' if teacher else 'samples'}, {calls(preset)}": last}
+
+
+def calls(card: Card) -> str:
+    """Return how many network calls an image of a model takes, in words."""
+    number = plan(card).evaluations
+    return f"{number} network call{'s' * (number != 1)} an image"
 
 
 OBSERVERS: list[tuple[Callable[[Run, News], bool], Callable[[Run, Tools, News], None]]] = [

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from cmtool.data.images import display_scale, grid, to_uint8
@@ -33,8 +34,9 @@ class Plot(NamedTuple):
 
 
 def picture(images: Tensor, columns: int) -> Tensor:
-    """Return images (B, C, H, W) in [-1, 1] as one uint8 picture; small ones are enlarged."""
-    return grid(to_uint8(images), columns, scale=display_scale(images.shape[-1]))
+    """Return images (B, C, H, W), uint8 or in [-1, 1], as one picture; small ones are enlarged."""
+    shown = images if images.dtype == torch.uint8 else to_uint8(images)
+    return grid(shown, columns, scale=display_scale(images.shape[-1]))
 
 
 def run_plots(log: Log) -> list[Plot]:

@@ -54,6 +54,7 @@ class Record(Facts):
     processes: Annotated[int, Field(gt=0, le=1 << 20)] | None = None
     data: DataFacts | None = None
     teacher: TeacherFacts | None = None
+    class_names: list[str] = Field([])
 
 
 class Unlogged(Facts):

@@ -95,6 +95,7 @@ def lead(run: Run, start: Start, stop: Stop) -> None:
         write_record(run, start.origins)
         write(step=state.step, steps=run.preset.train.steps)
         with make_saver(run) as saver, RunWriter(run, write) as writer:
+            writer.training_images()
             follow(run, stop, saver, writer)
         write(state="done", step=state.step, seconds_left=0, exit_code=0)
 

@@ -65,6 +65,8 @@ if the batch gets another number of parts, as another number of processes does.
 """
 LOCATION = ("name", "source")
 """Keys in run.json that say where data and teacher lie: a resumed run may change them."""
+MAX_NAMES = 100
+"""Classes whose names are recorded."""
 PROBES = 1000
 """Steps at which two lengths of a run are compared."""
 
@@ -289,8 +291,15 @@ def write_record(run: Run, origins: Mapping[str, str]) -> None:
         "precision": preset.train.precision,
         "seed": preset.train.seed,
         **run_inputs(run),
+        "class_names": shown_names(run.data),
     }
     write_json(run.out / "run.json", facts, durable=True)
+
+
+def shown_names(data: Dataset) -> list[str]:
+    """Return the names of the first classes, as reports show them."""
+    names = data.class_names[:MAX_NAMES]
+    return [name.encode(errors="backslashreplace").decode()[:80] for name in names]
 
 
 def check_same(run: Run) -> None:
