@@ -14,7 +14,7 @@ import typer
 from typer import Option
 
 from cmtool import __version__
-from cmtool.cli import checkpoint, data, demo, edit, evaluate, explain, preset, sample, search
+from cmtool.cli import checkpoint, data, demo, edit, evaluate, explain, preset, runs, sample, search
 from cmtool.cli._output import say
 from cmtool.cli._usage import UsageError, explained
 from cmtool.cli.train import distill, train
@@ -47,6 +47,7 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(preset.app, name="preset")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
+app.add_typer(runs.app, name="runs")
 app.command("demo")(demo.demo)
 app.command("explain")(explain.explain)
 

@@ -224,8 +224,8 @@ METHODS: dict[str, MethodRow] = {
         consistency_training,
         "consistency",
         good_loss="The loss falls and flattens while the levels of a pair stay as far apart. Where"
-        " the grid gets finer (N grows, or a new stage begins) it jumps, because the loss is"
-        " another one then: compare it within a stage only, and the samples across stages.",
+        " the grid gets finer (N grows, or a new stage begins) it may step up or down, as it is"
+        " another loss then: compare it within a stage, and the samples across stages.",
     ),
     "consistency_distillation": MethodRow(
         consistency_distillation,
