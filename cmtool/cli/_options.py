@@ -306,16 +306,20 @@ def pick_plan(
 def newest_run(kind: Kind | None = None) -> str | None:
     """Return the newest finished run folder under runs/ that holds a model of `kind`."""
     from cmtool.formats.checkpoints import kind_of_run
-    from cmtool.system.records import known_facts
-    from cmtool.training.records import Status
+    from cmtool.training.lock import read_status
 
-    found = [(path.lstat().st_mtime, path) for path in Path("runs").glob("*/status.json")]
-    for _, path in sorted(found, reverse=True):
-        status = known_facts(path, Status)
+    def changed(run: Path) -> float:
         try:
-            made = kind_of_run(path.parent) if status and status.state == "done" else None
+            return (run / "status.json").lstat().st_mtime
+        except OSError:  # another's folder, or no run
+            return 0.0
+
+    for run in sorted(Path("runs").glob("*/"), key=changed, reverse=True):
+        status = read_status(run)
+        try:
+            made = kind_of_run(run) if status and status.state == "done" else None
         except (OSError, ValueError, InputError):
             continue
         if made is not None and kind in (None, made):
-            return str(path.parent)
+            return str(run)
     return None

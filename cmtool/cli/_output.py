@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from cmtool import __version__
 from cmtool.errors import InputError, ResourceError, UserError, is_full
 
 if TYPE_CHECKING:
@@ -31,11 +32,15 @@ def processes() -> tuple[int, int]:
 
 
 @contextmanager
-def joined(device: str, timeout: float) -> Iterator[Group]:
-    """Yield the group of torchrun's processes, and leave it after the block."""
+def joined(device: str, timeout: float, facts: Mapping[str, Any] | None = None) -> Iterator[Group]:
+    """Yield the group of torchrun's processes, and leave it after the block.
+
+    Raises UserError if the `facts` of another process, about what it is to do, differ.
+    """
     from cmtool.system import dist
 
-    group = dist.join(*processes(), device, timeout)
+    facts = {"cmtool": __version__, "--device": device.partition(":")[0], **(facts or {})}
+    group = dist.join(*processes(), device, timeout, facts=facts)
     try:
         yield group
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -117,7 +118,7 @@ def _sample(options: SampleOptions) -> None:
     prepare_output(out, options.overwrite, ONE_FILE)
 
     drawing = options.drawing(seeds)
-    with joined(drawing.device, TIMEOUT) as group, shown() as progress:
+    with joined(drawing.device, TIMEOUT, drawing.facts()) as group, shown() as progress:
         drawing = replace(drawing, group=group, progress=progress)
         if out == "-" or Path(out).suffix.lower() in ONE_FILE:
             facts = write_one_file(drawing)
@@ -166,6 +167,19 @@ class Drawing:
     to_uint8: Callable[[Tensor], Tensor]
     group: Group
     progress: OnProgress | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Return what must be the same in all processes; other words may mean the same."""
+        options, plan = self.options, self.plan
+        return {
+            "--out": str(Path(options.out)), "--batch": options.batch,
+            "--seeds": _brief(self.seeds), "--rounding": options.rounding,
+            "--json": options.as_json,
+            "--overwrite": options.overwrite, "--no-metadata": options.no_metadata,
+            "model": self.model.sha256, "kind": self.model.kind,
+            "sampler": plan.sampler.model_dump(mode="json"), "sigmas": plan.sigmas,
+            "precision": plan.precision, "classes": _brief(self.classes()),
+        }  # fmt: skip
 
     def draw(self, indices: Sequence[int], on_drawn: OnDrawn | None = None) -> Tensor:
         """Return some of the images (n, C, H, W), at least one, in one batch."""
@@ -262,6 +276,15 @@ def _write_grid(out: str, drawing: Drawing) -> None:
     picture = contact_sheet(torch.stack(list(drawing.everything())))
     about = provenance(drawing.model, drawing.plan) | {"cmtool:seeds": seed_ranges(drawing.seeds)}
     write_bytes(out, png_bytes(picture, {} if drawing.options.no_metadata else about))
+
+
+def _brief(numbers: Sequence[int | None]) -> str:
+    """Return a text that is another for other numbers: all of them, or their count and a hash."""
+    if None in numbers:
+        return "none"
+    text = seed_ranges([number for number in numbers if number is not None])
+    many = f"{len(numbers)} from {text[:20]}..., {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return text if len(text) < 60 else many
 
 
 def image_name(seed: int) -> str:

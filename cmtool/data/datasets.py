@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -65,9 +66,11 @@ class Dataset:
             yield self.images[torch.arange(first, min(first + size, len(self)))]
 
     def fingerprint(self) -> str:
-        """Return a hash of images and labels, which identifies the data."""
-        if self.known_hash:
-            return self.known_hash
+        """Return a hash of images and labels, which identifies the data; it is computed once."""
+        return self.known_hash or self._hash
+
+    @cached_property
+    def _hash(self) -> str:
         digest = hashlib.sha256()
         for chunk in self.chunks(4096):
             digest.update(chunk.numpy().tobytes())

@@ -124,6 +124,7 @@ def measure(request: Request) -> Result:
     setup = build_setup(request, compared)
     given = request.images() if callable(request.images) else request.images
     images = given if isinstance(given, ModelImages) else open_set(given)
+    request.group.alike(lambda: facts_of(request, setup, images, compared), "request")
     if request.cross_check and isinstance(images, Statistics):
         raise UserError(f"--cross-check of {images.name}, which holds statistics", "give images")
     reference = _reference(compared, row.reference, setup, request)
@@ -141,6 +142,33 @@ def measure(request: Request) -> Result:
         used = f"features of mode {checked['mode']}, {checked['distance']} distance"
         result.notes.append(f"{checked['tool']}: {checked['value']:.4f} ({used})")
     return result
+
+
+def facts_of(
+    request: Request, setup: Setup, images: Source, reference: Opened | None
+) -> dict[str, Any]:
+    """Return what must be the same in all processes of a measurement."""
+    same = ("metric", "num", "reference_num", "runs", "cross_check", "feature_precision", "batch")
+    about: dict[str, Any] = {"images": None if isinstance(images, ModelImages) else _mark(images)}
+    if isinstance(images, ModelImages):
+        model, chosen = images.model, images.plan
+        about = {
+            "model": model.sha256, "kind": model.kind, "sigmas": list(chosen.sigmas),
+            "sampler": chosen.sampler.model_dump(mode="json"), "precision": chosen.precision,
+            "images": [images.num, images.first_seed],
+        }  # fmt: skip
+    options = {f"--{key.replace('_', '-')}": getattr(request, key) for key in same}
+    return {**options, "--protocol": setup.protocol, "--reference": _mark(reference), **about}
+
+
+def _mark(opened: Opened | None) -> list[Any] | None:
+    """Return what tells a set, or statistics, from another at no cost."""
+    if opened is None:
+        return None
+    if isinstance(opened, Statistics):
+        found = opened.gaussian
+        return [found.num, float(found.mean.sum())] if found else []
+    return [len(opened), opened.known_hash]
 
 
 def save_reference(path: Path, request: Request, *, keep_features: bool) -> int:

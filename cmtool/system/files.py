@@ -17,6 +17,9 @@ from cmtool.errors import InputError, ResourceError, is_full
 SPECIAL = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)
 """What opening says of a link that is not followed, a pipe without a reader, a socket, a device."""
 
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What file systems say that cannot wait for the list of files of a folder."""
+
 
 def opened(path: Path, mode: str = "rb", buffering: int = -1) -> IO[Any]:
     """Open a regular file, in a binary mode.
@@ -85,13 +88,21 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = False) -> None:
         sync(path.parent)
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or the list of files of a folder, is on the disk."""
+def sync(path: Path) -> bool:
+    """Wait until a file, or the list of files of a folder, is on the disk.
+
+    Return False for a folder of a file system that cannot do it.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in NO_SYNC and stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            return False
+        raise
     finally:
         os.close(descriptor)
+    return True
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The folder of a run: who may use it, who holds it, its status.json, and what is removed."""
+"""The folder of a run: who may use it, its status.json, and what is removed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from cmtool.errors import BusyError, InputError, Paused, ResourceError, Stopped, UserError
+from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError
 from cmtool.formats.checkpoints import clear_temporary, prune_all, read_best
 from cmtool.models import Model
 from cmtool.system.files import is_regular, opened, write_json
 from cmtool.system.records import known_facts, read_facts
+from cmtool.training.lock import beating
 from cmtool.training.records import Record, Status
 
 StatusWriter = Callable[..., None]
@@ -145,30 +144,6 @@ def new_folder(name: str) -> Iterator[Path]:
             out.rmdir()
 
 
-def refuse_busy(out: Path) -> None:
-    """Raise BusyError while another process holds the run folder, before time is spent on data."""
-    if (out / ".lock").is_file():
-        with locked(out):
-            pass
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the run folder's lock. Raises BusyError naming the holder."""
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        holder = known_facts(out / "status.json", Status)
-        who = f"process {holder.pid} on {holder.host} since {holder.since}" if holder else "another"
-        what = f"{out} is in use by {who}"
-        raise BusyError(what, "wait for it, or give another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 @contextmanager
 def keep_status(out: Path, launchers: Sequence[str] = ()) -> Iterator[StatusWriter]:
     """Keep status.json true during a block: running, done, stopped or failed, step, exit code."""
@@ -192,7 +167,8 @@ def keep_status(out: Path, launchers: Sequence[str] = ()) -> Iterator[StatusWrit
 
     write()
     try:
-        yield write
+        with beating(out / "status.json"):
+            yield write
     except BaseException as error:
         end: dict[str, object] = {"state": "failed", "exit_code": 1, "error": repr(error)}
         if isinstance(error, Stopped | Paused):

@@ -75,7 +75,7 @@ def next_commands(out: Path, preset: Preset | None, status: Status | None) -> li
     if preset is None or preset.loss.method.name not in METHODS or status is None:
         return []
     run, trains_alone = shlex.quote(str(out)), not needs_teacher(preset)
-    if status.state in ("stopped", "failed"):
+    if status.state in ("stopped", "failed", "killed"):
         command = "train" if trains_alone else "distill"
         return [Command("Go on with it", f"cmtool {command} --resume --out {run}")]
     if status.state != "done":

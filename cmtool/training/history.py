@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from cmtool.presets.schema import Preset
 from cmtool.presets.toml import flat
 from cmtool.system.records import known_facts, read_facts
 from cmtool.training.guide import known_preset
+from cmtool.training.lock import read_status
 from cmtool.training.log import read_log
 from cmtool.training.plots import Plot, evaluation_curves, overlaid
 from cmtool.training.records import Record, Status
@@ -54,19 +54,6 @@ class History:
             return []
 
     @property
-    def state(self) -> str:
-        """Running, done, stopped or failed; or killed, if its process is gone from this machine."""
-        status = self.status
-        if status.state == "running" and status.host == platform.node() and status.pid:
-            try:
-                os.kill(status.pid, 0)
-            except PermissionError:  # it is someone else's
-                return status.state
-            except (OSError, OverflowError):
-                return "killed"
-        return status.state
-
-    @property
     def loss(self) -> float | None:
         """The last loss that was logged."""
         return next((line["loss"] for line in reversed(self.log) if line.get("loss")), None)
@@ -89,7 +76,7 @@ class History:
             "teacher": record.teacher.source if record and record.teacher else None,
             "step": self.status.step,
             "steps": self.status.steps or (preset and preset.train.steps),
-            "state": self.state,
+            "state": self.status.state,
             "loss": self.loss,
             "best": self.best,
             "updated": when.isoformat(timespec="seconds"),
@@ -104,7 +91,8 @@ def read_history(path: Path) -> History:
         status = read_facts(path / "status.json", Status)
         if status is None:
             raise InputError(f"{path} holds no run: no status.json", "give a run folder")
-        return History(path, status, (path / "status.json").lstat().st_mtime)
+        updated = (path / "status.json").lstat().st_mtime
+        return History(path, read_status(path) or status, updated)
     except OSError as error:
         what = f"{path} cannot be read: {error.strerror}"
         raise InputError(what, "check the path and its permissions") from None
@@ -161,7 +149,7 @@ def numbers(runs: Sequence[History]) -> dict[str, list[Any]]:
     metrics = dict.fromkeys(name for each in best for name in each)
     return {
         "step": [run.status.step for run in runs],
-        "state": [run.state for run in runs],
+        "state": [run.status.state for run in runs],
         "loss": [run.loss for run in runs],
         **{f"best {name}": [each.get(name) for each in best] for name in metrics},
     }

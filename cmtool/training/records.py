@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from cmtool.system.records import Count, Facts
 
@@ -12,9 +12,14 @@ Seconds = Annotated[float, Field(ge=0, le=1e12)]
 
 
 class Status(Facts):
-    """status.json: how far a run is, who trains it, and how it ended."""
+    """status.json: how far a run is, who trains it, and how it ended.
 
-    state: Literal["running", "done", "stopped", "failed"]
+    No file says `killed`: that is what a run is which could not say how it ended.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    state: Literal["running", "done", "stopped", "failed", "killed"]
     step: Count = 0
     steps: Count | None = None
     pid: Count | None = None

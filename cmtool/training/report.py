@@ -16,9 +16,10 @@ from cmtool.formats.checkpoints import best
 from cmtool.system.files import is_regular, read_own, write_atomic
 from cmtool.system.records import known_facts
 from cmtool.training.guide import good_loss, known_preset, next_commands, title
+from cmtool.training.lock import read_status
 from cmtool.training.log import read_log
 from cmtool.training.plots import run_plots, svgs
-from cmtool.training.records import Record, Status
+from cmtool.training.records import Record
 
 TRAINING_IMAGES = "training-images.png"
 MAX_FRAMES = 12
@@ -72,7 +73,7 @@ def write_report(
 def write_run_report(out: Path) -> None:
     """Write report.html of a run from its folder: curves, samples, provenance."""
     log = read_log(out / "log.jsonl")
-    status = known_facts(out / "status.json", Status)
+    status = read_status(out)
     record = known_facts(out / "run.json", Record)
     known = known_preset(out)
     preset = _text(out / "preset.toml")

@@ -8,19 +8,30 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cmtool import __version__
-from cmtool.errors import Stopped, UserError
+from cmtool.errors import ResourceError, Stopped, UserError
 from cmtool.models import Model
 from cmtool.presets.build import noise_range
 from cmtool.presets.schema import Preset
 from cmtool.system import dist
 from cmtool.system.dist import ALONE, Group
+from cmtool.system.files import sync
 from cmtool.training.checkpoint import Saver, load_newest
 from cmtool.training.fit import Diverged, StepInfo, fit
-from cmtool.training.folder import clear_leftovers, clear_run, keep_status, locked, prepare_folder
+from cmtool.training.folder import clear_leftovers, clear_run, keep_status, prepare_folder
+from cmtool.training.lock import locked, tell_killed
 from cmtool.training.log import Clock, Meter, Watcher, trim_log
 from cmtool.training.observers import OBSERVERS, News, RunWriter, Tools, final_images
 from cmtool.training.report import write_run_report
-from cmtool.training.start import Run, Start, check_same, decide_start, set_up, write_record
+from cmtool.training.start import (
+    Run,
+    Start,
+    check_same,
+    data_facts,
+    decide_start,
+    set_up,
+    start_facts,
+    write_record,
+)
 from cmtool.training.state import fit_settings
 from cmtool.training.stop import Stop, explained, stop_signals, stopped, with_dump
 from cmtool.training.utilisation import ideal_seconds
@@ -40,18 +51,25 @@ def train(
 ) -> Path:
     """Train in the run folder `out` and return the final checkpoint's folder.
 
-    Under torchrun every process calls this, and the first one writes. Raises UserError for an
-    existing run without `resume` or `overwrite` or with another preset, BusyError while another
-    process holds the folder, InputError for data or a teacher that do not fit, DivergedError,
-    ResourceError, and after saving Stopped (by a signal) or Paused (after `max_seconds`).
+    Under torchrun every process calls this, and the first one writes. Raises UserError for
+    processes that differ, and for an existing run without `resume` or `overwrite` or with another
+    preset; BusyError while another process holds the folder, InputError for data or a teacher that
+    do not fit, DivergedError, ResourceError, and after saving Stopped (by a signal) or Paused
+    (after `max_seconds`).
     """
-    with stop_signals(max_seconds) as stop, joined(preset, device) as group, ExitStack() as claim:
+    facts = start_facts(preset, teacher, device, resume=resume, overwrite=overwrite)
+    with (
+        stop_signals(max_seconds) as stop,
+        joined(preset, device, facts) as group,
+        ExitStack() as claim,
+    ):
         start = decide_start(
             preset, out, origins or {}, device, group, resume=resume, overwrite=overwrite
         )
-        if start.note is not None:
-            watcher.note(start.note)
+        for note in start.notes:
+            watcher.note(note)
         run = group.together(lambda: set_up(start, watcher, teacher, device, group), "built")
+        group.alike(lambda: data_facts(run.data), "data")
         group.agreed(lambda: claim.enter_context(claimed(run, start)), "claimed")
         if group.leads:
             lead(run, start, stop)
@@ -61,11 +79,14 @@ def train(
 
 
 @contextmanager
-def joined(preset: Preset, device: str) -> Iterator[Group]:
-    """Join the processes that torchrun started, if it did, and leave them after the block."""
+def joined(preset: Preset, device: str, facts: Mapping[str, object]) -> Iterator[Group]:
+    """Join the processes that torchrun started, if it did, and leave them after the block.
+
+    Raises UserError if they are not all about to do the same.
+    """
     rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     is_sharded = preset.run.sharding == "fsdp"
-    group = dist.join(rank, world_size, device, preset.run.timeout, sharded=is_sharded)
+    group = dist.join(rank, world_size, device, preset.run.timeout, sharded=is_sharded, facts=facts)
     try:
         yield group
     finally:
@@ -76,7 +97,10 @@ def joined(preset: Preset, device: str) -> Iterator[Group]:
 def claimed(run: Run, start: Start) -> Iterator[None]:
     """Make the run folder and hold its lock. Raises UserError for one that must be left alone."""
     prepare_folder(run.out, resume=start.resume, overwrite=start.overwrite, teacher=run.teacher)
-    with locked(run.out):
+    with locked(run.out, run.watcher.note):
+        if not sync(run.out):
+            lacks = f"{run.out} is on a file system that cannot sync folders"
+            run.watcher.note(f"{lacks}: after a power cut the newest checkpoint may be missing")
         if start.resume:
             check_same(run)
         yield
@@ -101,11 +125,15 @@ def lead(run: Run, start: Start, stop: Stop) -> None:
 
 
 def assist(run: Run, start: Start, stop: Stop) -> None:
-    """Train as one of the other processes, which write nothing."""
-    with explained(run):
-        if start.resume:
-            load_newest(run.out / "checkpoints", run.state, run.group, run.watcher.note)
-        follow(run, stop, None, None)
+    """Train as one of the other processes, which write nothing while the leading one lives."""
+    try:
+        with explained(run):
+            if start.resume:
+                load_newest(run.out / "checkpoints", run.state, run.group, run.watcher.note)
+            follow(run, stop, None, None)
+    except ResourceError as error:
+        tell_killed(run.out, error)
+        raise
 
 
 @contextmanager

@@ -47,9 +47,9 @@ from cmtool.training.folder import (
     is_resumable,
     launched_by,
     launcher,
-    refuse_busy,
     refuse_strange,
 )
+from cmtool.training.lock import read_status, refuse_busy
 from cmtool.training.log import Watcher, event_writer
 from cmtool.training.records import Record
 from cmtool.training.state import TrainState, build_state, fit_settings
@@ -65,6 +65,8 @@ if the batch gets another number of parts, as another number of processes does.
 """
 LOCATION = ("name", "source")
 """Keys in run.json that say where data and teacher lie: a resumed run may change them."""
+OWN = {"description", "data.path", "data.workers", "data.timeout"}
+"""Keys in which the processes of a run may differ: data may lie elsewhere on another machine."""
 MAX_NAMES = 100
 """Classes whose names are recorded."""
 PROBES = 1000
@@ -74,7 +76,7 @@ PROBES = 1000
 class Start(NamedTuple):
     """How a run starts, the same in all its processes.
 
-    `preset` has its precision and the parts of its batch decided, of which `note` tells the user;
+    `preset` has its precision and the parts of its batch decided, of which `notes` tell the user;
     `launchers` are the torchruns of the processes, "" without one.
     """
 
@@ -84,7 +86,7 @@ class Start(NamedTuple):
     resume: bool
     overwrite: bool
     launchers: Sequence[str]
-    note: str | None
+    notes: Sequence[str]
 
 
 class Run(NamedTuple):
@@ -102,6 +104,26 @@ class Run(NamedTuple):
     curriculum: Curriculum
     state: TrainState
     microbatch: BatchFn
+
+
+def start_facts(
+    preset: Preset, teacher: Model | None, device: str, *, resume: bool, overwrite: bool
+) -> dict[str, object]:
+    """Return what must be the same in all processes of a run before they do anything together."""
+    keys = flat(preset.model_dump(mode="json"))
+    return {
+        "cmtool": __version__,
+        "--device": device.partition(":")[0],
+        "--resume": resume,
+        "--overwrite": overwrite,
+        "teacher": teacher.sha256 if teacher is not None else None,
+        **{key: value for key, value in keys if key not in OWN},
+    }
+
+
+def data_facts(data: Dataset) -> dict[str, object]:
+    """Return what must be the same of the data in all processes of a run."""
+    return {"number of images": len(data), "fingerprint of the images": data.fingerprint()}
 
 
 def decide_start(
@@ -129,14 +151,24 @@ def decide_start(
         preset = _with_train(preset, precision=best)
     group.agreed(lambda: refuse_busy(out), "not busy")
     is_restart = group.tell(launched_by(out, launchers) and is_resumable(out))
-    note = None
+    notes: list[str] = []
     if resume or is_restart:
+        notes += group.agreed(lambda: remarks_on_end(out), "how it ended")
         asked = not is_restart and origins.get("train.accumulate", "").startswith("--")
         preset, note = group.agreed(
             lambda: split_as_before(out, preset, group.world_size, asked=asked), "split"
         )
+        notes += [note] if note is not None else []
     overwrite = overwrite and not is_restart
-    return Start(out, preset, origins, resume or is_restart, overwrite, launchers, note)
+    return Start(out, preset, origins, resume or is_restart, overwrite, launchers, notes)
+
+
+def remarks_on_end(out: Path) -> list[str]:
+    """Return what to say of how the run to be resumed ended, if it could not say so itself."""
+    status = read_status(out)
+    if status is None or status.state != "killed":
+        return []
+    return [f"the run in {out} was killed, or the machine went down, after step {status.step}"]
 
 
 def split_as_before(

@@ -250,3 +250,12 @@ def test_the_newest_run_is_looked_for_past_a_strange_one(tmp_path, monkeypatch, 
     status = tmp_path / "runs/strange/status.json"
     (KINDS[kind] if kind in KINDS else partial(damage, kind=kind))(status)
     assert newest_run() == "runs/good"
+
+
+def test_a_killed_run_is_told_when_it_is_resumed(cmtool, run):
+    status = json.loads((run / "status.json").read_text()) | {"state": "running", "step": 5}
+    (run / "status.json").write_text(json.dumps(status))
+    result = cmtool("train", "--out", "r", "--resume", "--device", "cpu")
+    assert result.code == 0, result.err
+    assert "the run in r was killed, or the machine went down, after step 5\n" in result.err
+    assert json.loads((run / "status.json").read_text())["state"] == "done"

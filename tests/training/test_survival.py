@@ -43,7 +43,7 @@ from cmtool.formats.checkpoints import verify
 from cmtool.formats.native import write_weights
 from cmtool.presets.build import build_network
 from cmtool.presets.toml import load_preset
-from cmtool.training.folder import locked
+from cmtool.training.lock import locked
 from tests.cli.conftest import TINY
 from tests.faults import (
     Command,
