@@ -98,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     try:
         # not by itself: Typer would end the process, and draw a box around a wrong usage
-        code = app(argv, standalone_mode=False)
+        # by its name: --install-completion would make a script of `python -m cmtool`
+        code = app(argv, standalone_mode=False, prog_name="cmtool")
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()

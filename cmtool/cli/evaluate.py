@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
+from cmtool.cli import _completion
 from cmtool.cli._options import (
     AsJson,
     Batch,
@@ -80,7 +81,10 @@ Images = Annotated[
 NUM = ("--num-images", "--num")
 Reference = Annotated[
     str | None,
-    typer.Option(help="What to compare with: data, or statistics (npz, pkl). Default: digits."),
+    typer.Option(
+        help="What to compare with: data, or statistics (npz, pkl). Default: digits.",
+        autocompletion=_completion.data_sets,
+    ),
 ]
 ProtocolOption = Annotated[
     str | None,
@@ -88,6 +92,7 @@ ProtocolOption = Annotated[
         "--protocol",
         help="edm, adm, clean, legacy-tf, digits, vgg16 (pr only)."
         " Default: digits against the bundled digits, else edm.",
+        autocompletion=_completion.protocols,
     ),
 ]
 FeatureWeights = Annotated[
@@ -309,7 +314,11 @@ def check_plot(plot: Path, overwrite: bool) -> None:
 def consistency(
     checkpoint: Checkpoint = None,
     teacher: Annotated[
-        str, typer.Option(help="The teacher of the model: its paths are followed.")
+        str,
+        typer.Option(
+            help="The teacher of the model: its paths are followed.",
+            autocompletion=_completion.models,
+        ),
     ] = "digits-edm",
     num: Annotated[int, typer.Option(*NUM, min=1, help="Paths to follow.")] = 64,
     first_seed: FirstSeed = 0,

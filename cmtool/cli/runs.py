@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from cmtool.cli import _completion
 from cmtool.cli._options import AsJson, importing_torch
 from cmtool.cli._output import check_free, emit, emit_json, make_folder, printable, say
 from cmtool.errors import InputError, UserError
@@ -108,7 +109,14 @@ def show(head: Sequence[str], rows: Iterable[Sequence[str]], *, with_head: bool 
 
 @app.command("compare")
 def compare(
-    runs: Annotated[list[Path], Argument(metavar="RUN RUN...", help="Run folders, two or more.")],
+    runs: Annotated[
+        list[Path],
+        Argument(
+            metavar="RUN RUN...",
+            help="Run folders, two or more.",
+            autocompletion=_completion.runs,
+        ),
+    ],
     out: Annotated[
         Path | None,
         Option("--out", "-o", help="A .png to draw the curves into: the loss, and each metric."),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+from cmtool.cli import _completion
 from cmtool.cli import _options as shared
 from cmtool.cli._output import emit, emit_json, joined, prepare_output, say, write_bytes
 from cmtool.cli._watching import shown
@@ -49,6 +50,7 @@ class SampleOptions:
             "--class",
             help="Class of every image, or one per seed: 0,1,2. Default: each image's seed draws"
             " its class.",
+            autocompletion=_completion.classes,
         ),
     ] = None
     out: Annotated[
