@@ -53,6 +53,12 @@ def check_lines(told, what, total):
     assert len(lines) > 1
 
 
+def test_a_search_tells_of_the_images_for_each_score(cmtool, impatient):
+    result = cmtool("search", "--grid", "4", "--num", "40", "--out", "l.json")
+    lines = [line for line in told(result) if line[0] == "drawn"]
+    assert lines.count(("drawn", 40, 40)) == result.err.count("fd-digits") == 2
+
+
 def test_quick_work_has_no_lines(cmtool):
     assert told(cmtool("sample", "--seeds", "0-3", "--out", "a.zip")) == []
 
