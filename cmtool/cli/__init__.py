@@ -15,7 +15,7 @@ from typer import Option
 
 from cmtool import __version__
 from cmtool.cli import checkpoint, data, demo, edit, evaluate, explain, preset, runs, sample, search
-from cmtool.cli._output import say
+from cmtool.cli._output import keep_stderr, say
 from cmtool.cli._usage import UsageError, explained
 from cmtool.cli.train import distill, train
 from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError, is_full
@@ -90,12 +90,14 @@ def entry() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; a UserError becomes two lines on stderr and its exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, _stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _stop)
     # a stream the caller closed is None, and print(file=None) would write to the other one
     sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    keep_stderr()
     try:
         # not by itself: Typer would end the process, and draw a box around a wrong usage
         # by its name: --install-completion would make a script of `python -m cmtool`

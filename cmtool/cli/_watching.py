@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cmtool.cli._output import leads, processes, say
+from cmtool.cli._output import leads, processes, say, shown
 
 if TYPE_CHECKING:
     from cmtool.training.log import Progress
@@ -66,7 +66,7 @@ def ticker(unit: str = "images") -> OnProgress:
 
 
 @contextmanager
-def shown(unit: str = "images") -> Iterator[OnProgress]:
+def showing(unit: str = "images") -> Iterator[OnProgress]:
     """Yield a function that shows how far work is: a bar on a terminal, lines in a pipe."""
     if not (sys.stderr.isatty() and leads()):
         yield ticker(unit)
@@ -177,7 +177,7 @@ class BarWatcher:
 
     def note(self, text: str) -> None:
         """Write a remark above the bar."""
-        self.live.console.print(text, markup=False)
+        self.live.console.print(shown(text), markup=False, highlight=False)
 
 
 def make_watcher(steps: int) -> LineWatcher | BarWatcher:

@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from cmtool.cli import _completion
 from cmtool.cli._options import AsJson, KindOption, ModelPreset, Weights, parse_kind, tell_notes
-from cmtool.cli._output import emit, emit_json, make_folder, printable, say
+from cmtool.cli._output import emit, emit_json, make_folder, say, shown
 
 if TYPE_CHECKING:
     from cmtool.models import Model
@@ -55,7 +55,7 @@ def info(
     for key, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {_shown(v)}" for k, v in value.items())
-        emit(printable(f"{key.replace('_', ' '):<14} {_shown(value)}"))
+        emit(shown(f"{key.replace('_', ' '):<14} {_shown(value)}"))
 
 
 @app.command("convert")

@@ -34,7 +34,7 @@ from cmtool.cli._options import (
     pick_precision,
 )
 from cmtool.cli._output import check_free, emit, emit_json, joined, make_folder, processes, say
-from cmtool.cli._watching import shown
+from cmtool.cli._watching import showing
 from cmtool.errors import InputError, ThresholdError, UserError
 
 DRAWN = 2048  # images drawn from a model if the user gives no number
@@ -180,7 +180,7 @@ def metric_command(
         chosen = chosen._replace(precision=pick_precision(precision, where))
         return ModelImages(model, chosen, num or DRAWN, first_seed)
 
-    with joined(where, TIMEOUT) as group, shown() as progress:
+    with joined(where, TIMEOUT) as group, showing() as progress:
         given = group.agreed(lambda: given_images(metric, images, checkpoint), "names of images")
         if given is not None:
             refuse_options(ctx.params)
@@ -291,7 +291,7 @@ def reference_command(
     from cmtool.evaluation.measure import Request, save_reference
 
     where = pick_device(device)
-    with joined(where, TIMEOUT) as group, shown() as progress:
+    with joined(where, TIMEOUT) as group, showing() as progress:
         request = Request(
             images=data, protocol=protocol, num=num, feature_weights=feature_weights, trust=trust,
             feature_precision=feature_precision, batch=batch, workers=workers, device=where,
@@ -360,7 +360,7 @@ def consistency(
     where, seeds = pick_device(device), range(first_seed, first_seed + num)
     model = pick_model(checkpoint, weights, where, "consistency", preset=preset)
     guide = pick_model(teacher, "ema", where, "teacher", preset=preset)
-    with shown("network calls") as progress:
+    with showing("network calls") as progress:
         found = measured.consistency(model, guide, seeds, levels, substeps, where, progress)
     table = Table("sigma", "f to end", "f to next f", "teacher to end", box=None)
     for sigma, *distances in found:

@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from cmtool.cli import _completion
 from cmtool.cli._options import AsJson, importing_torch
-from cmtool.cli._output import check_free, emit, emit_json, make_folder, printable, say
+from cmtool.cli._output import check_free, emit, emit_json, make_folder, say, shown
 from cmtool.errors import InputError, UserError
 
 if TYPE_CHECKING:
@@ -94,16 +94,16 @@ def show(head: Sequence[str], rows: Iterable[Sequence[str]], *, with_head: bool 
     """Print a table: for people on a terminal, else cells apart by tabs, the head if wanted."""
     if not sys.stdout.isatty():
         for row in [head, *rows] if with_head else rows:
-            emit("\t".join(map(printable, row)))
+            emit("\t".join(map(shown, row)))
         return
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*map(escape, map(printable, head)), box=None)
+    table = Table(*map(escape, map(shown, head)), box=None)
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(shown(cell)) for cell in row))
     Console().print(table)
 
 

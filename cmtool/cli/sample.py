@@ -13,7 +13,7 @@ from typer import Option
 from cmtool.cli import _completion
 from cmtool.cli import _options as shared
 from cmtool.cli._output import emit, emit_json, joined, prepare_output, say, write_bytes
-from cmtool.cli._watching import shown
+from cmtool.cli._watching import showing
 from cmtool.errors import InputError, ResourceError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _sample(options: SampleOptions) -> None:
     prepare_output(out, options.overwrite, ONE_FILE)
 
     drawing = options.drawing(seeds)
-    with joined(drawing.device, TIMEOUT, drawing.facts()) as group, shown() as progress:
+    with joined(drawing.device, TIMEOUT, drawing.facts()) as group, showing() as progress:
         drawing = replace(drawing, group=group, progress=progress)
         if out == "-" or Path(out).suffix.lower() in ONE_FILE:
             facts = write_one_file(drawing)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from cmtool.errors import InputError, UserError, nearest
 from cmtool.presets.schema import Preset
 from cmtool.presets.upgrade import upgraded
+from cmtool.system.text import printable
 
 _PACKAGED = Path(__file__).parents[1] / "_presets"
 FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "presets"
@@ -216,5 +217,5 @@ def _item(value: Any, origin: str | None) -> Any:
     for entry in value if many else ():
         item.append(tomlkit.inline_table() | entry if isinstance(entry, dict) else entry)
     if origin is not None:
-        item.comment(origin)
+        item.comment(printable(origin))
     return item

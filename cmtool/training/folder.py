@@ -19,6 +19,7 @@ from cmtool.formats.checkpoints import clear_temporary, prune_all, read_best
 from cmtool.models import Model
 from cmtool.system.files import is_regular, opened, write_json
 from cmtool.system.records import known_facts, read_facts
+from cmtool.system.text import is_utf8
 from cmtool.training.lock import beating
 from cmtool.training.records import Record, Status
 
@@ -64,7 +65,13 @@ def is_run(out: Path) -> bool:
 
 
 def refuse_strange(out: Path, *, resume: bool) -> None:
-    """Raise InputError for a folder with special files, or damaged JSON files if it is resumed."""
+    """Raise InputError for a folder with special files, or damaged JSON files if it is resumed.
+
+    Raises UserError for a name that is not UTF-8, from which safetensors reads no weights again.
+    """
+    if not is_utf8(str(out)):
+        what = f"the name of the run folder {str(out)!r} is not UTF-8"
+        raise UserError(what, "give another folder with --out")
     refuse_special(out)
     if resume:
         read_facts(out / "run.json", Record)

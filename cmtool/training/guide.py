@@ -12,6 +12,7 @@ from cmtool.presets.build import needs_teacher
 from cmtool.presets.schema import Preset
 from cmtool.presets.toml import load_preset
 from cmtool.system.files import is_regular
+from cmtool.system.text import printable
 from cmtool.training.records import Record, Status
 
 GOOD_LOSS = (
@@ -61,12 +62,12 @@ def title(out: Path, preset: Preset | None, record: Record | None) -> str:
     teacher = record.teacher.source if record and record.teacher else None
     data = record.data.name if record and record.data else None
     parts = about(preset, teacher, data) if preset else []
-    return ": ".join(filter(None, [f"Run {out.resolve().name}", " ".join(parts)]))
+    return ": ".join(filter(None, [f"Run {printable(out.resolve().name)}", " ".join(parts)]))
 
 
 def short(name: str) -> str:
     """Return a name or path that fits into a title: of a long one the end."""
-    shown = name.encode(errors="backslashreplace").decode()
+    shown = printable(name)
     return shown if len(shown) <= LONGEST else f"...{shown[3 - LONGEST :]}"
 
 

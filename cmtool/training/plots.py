@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cmtool.data.images import display_scale, grid, to_uint8
 from cmtool.system.files import replacing
+from cmtool.system.text import printable
 
 MAX_POINTS = 400
 LOWER = ", lower is better"
@@ -104,6 +105,11 @@ def curve(name: str, points: Sequence[tuple[float, float | None]]) -> Curve:
     return Curve(name, steps, [sum(value for _, value in part) / len(part) for part in parts])
 
 
+def plain(text: str) -> str:
+    """Return text from elsewhere for matplotlib, which takes dollars for formulas."""
+    return printable(text).replace("$", r"\$")
+
+
 def svgs(plots: Sequence[Plot]) -> Iterator[str]:
     """Yield each plot as an SVG document."""
     from matplotlib import rc_context
@@ -134,13 +140,12 @@ def draw(axis: Any, plot: Plot, places: Mapping[str, int] | None = None) -> None
     for number, (name, steps, values) in enumerate(plot.curves):
         place = number if places is None else places[name]
         axis.plot(
-            steps, values, label=name, linewidth=1.2, marker="." if len(values) == 1 else "",
+            steps, values, label=plain(name), linewidth=1.2, marker="." if len(values) == 1 else "",
             color=f"C{place % 10}", linestyle=STYLES[place // 10 % len(STYLES)],
         )  # fmt: skip
     positive = all(value > 0 for each in plot.curves for value in each.values)
     scale = "log" if plot.log_scale and positive else "linear"
-    axis.set(title=plot.title, xlabel="step", yscale=scale)
-    axis.title.set_parse_math(False)
+    axis.set(title=plain(plot.title), xlabel="step", yscale=scale)
     axis.grid(alpha=0.3)
 
 
@@ -155,12 +160,10 @@ def write_comparison(path: Path, plots: Sequence[Plot]) -> None:
         draw(axis, plot, places)
     lines = {line.get_label(): line for axis in figure.axes for line in axis.lines}
     shown = [f" {name}" for name in lines]  # one that begins with _ would have no entry
-    legend = figure.legend(
+    figure.legend(
         [*lines.values()], shown, loc="outside lower center", frameon=False,
         ncols=min(len(lines), 3), fontsize=8,
     )  # fmt: skip
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # not for all texts: the ticks of a logarithmic axis are math
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 
@@ -173,11 +176,11 @@ def write_summary(path: Path, log: Log, panels: dict[str, Tensor], title: str) -
     loss, *rest = plot.subplots(1, 1 + len(panels), squeeze=False)[0]
     known = curve_of(log, "loss")
     loss.plot(known.steps, known.values)
-    loss.set(xlabel="step", ylabel="loss", title=title, yscale="log")
+    loss.set(xlabel="step", ylabel="loss", title=plain(title), yscale="log")
     loss.grid(alpha=0.3)
     for axis, (name, images) in zip(rest, panels.items(), strict=True):
         axis.imshow(picture(images, 10).permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set(title=name)
+        axis.set(title=plain(name))
         axis.set_axis_off()
     with replacing(path) as temporary:
         plot.savefig(temporary, dpi=110, format="png")
@@ -192,8 +195,8 @@ def write_curves(
     plot = Figure(figsize=(5.6, 3.6), layout="constrained")
     axis = plot.subplots()
     for name, points in curves.items():
-        axis.plot(*zip(*points, strict=True), label=name, marker=".", linewidth=1.2)
-    axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
+        axis.plot(*zip(*points, strict=True), label=plain(name), marker=".", linewidth=1.2)
+    axis.set(xlabel=plain(xlabel), ylabel=plain(ylabel), xscale="log", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, frameon=False)
     with replacing(path) as temporary:

@@ -48,8 +48,7 @@ def rendered(template: str, **facts: object) -> bytes:
 
     pages = Environment(autoescape=True, loader=FileSystemLoader(Path(__file__).parent))
     page = pages.get_template(template)
-    text = page.render(png=png, version=__version__, **facts)
-    return text.encode(errors="backslashreplace")  # a name may have bytes that are no text
+    return page.render(png=png, version=__version__, **facts).encode(errors="backslashreplace")
 
 
 def png(path: Path) -> str:

@@ -22,16 +22,8 @@ from cmtool.training.lock import locked, tell_killed
 from cmtool.training.log import Clock, Meter, Watcher, trim_log
 from cmtool.training.observers import OBSERVERS, News, RunWriter, Tools, final_images
 from cmtool.training.report import write_run_report
-from cmtool.training.start import (
-    Run,
-    Start,
-    check_same,
-    data_facts,
-    decide_start,
-    set_up,
-    start_facts,
-    write_record,
-)
+from cmtool.training.same import check_same, data_facts, start_facts
+from cmtool.training.start import Run, Start, decide_start, set_up, write_record
 from cmtool.training.state import fit_settings
 from cmtool.training.stop import Stop, explained, stop_signals, stopped, with_dump
 from cmtool.training.utilisation import ideal_seconds

@@ -98,7 +98,7 @@ def test_a_terminal_has_a_second_bar_while_there_is_work():
 
 def test_a_bar_is_on_stderr_alone(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with _watching.shown() as progress:
+    with _watching.showing() as progress:
         progress("drawn", 1, 2)
         print("a path")
     assert capsys.readouterr().out == "a path\n"

@@ -19,7 +19,7 @@ from cmtool.data.images import png_bytes, read_image
 from cmtool.models import ASSETS
 from cmtool.presets.toml import load_preset, resolve, to_toml
 from cmtool.training.folder import new_folder
-from cmtool.training.start import same_so_far
+from cmtool.training.same import same_so_far
 from cmtool.training.stop import Stop
 from tests.cli.conftest import TINY
 

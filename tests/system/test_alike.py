@@ -6,7 +6,7 @@ from torch.distributed import HashStore
 from cmtool.errors import UserError
 from cmtool.presets.toml import load_preset
 from cmtool.system.alike import MAX_SHOWN, check_over_store, difference
-from cmtool.training.start import start_facts
+from cmtool.training.same import start_facts
 
 
 def outcomes(*facts):
