@@ -11,7 +11,9 @@ from cmtool import edit, load_model, sample
 from cmtool.cli import main
 from cmtool.core.rng import SeededNoise
 from cmtool.data.datasets import digits
-from cmtool.data.images import from_uint8, png_bytes, read_image, to_uint8
+from cmtool.data.decoding import read_image
+from cmtool.data.drawing import png_bytes
+from cmtool.data.images import from_uint8, to_uint8
 from cmtool.errors import InputError, UserError
 
 

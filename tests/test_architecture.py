@@ -1,4 +1,7 @@
-"""The layers hold: imports point down, and each outside library lives behind one file."""
+"""The layers hold: imports point down, and each outside library lives behind one file.
+
+Pillow lives behind three: of files that are read, of pictures that are made, and of sizes.
+"""
 
 import ast
 from pathlib import Path
@@ -16,7 +19,7 @@ ROOMS = [
 ONE_IMPORTER = {
     "cleanfid": "evaluation/cross_check.py",
     "lpips": "core/distances.py",
-    "PIL": "data/images.py",
+    "PIL": ("data/images.py", "data/decoding.py", "data/drawing.py"),
     "tomlkit": "presets/toml.py",
     "msgpack": "formats/jcm_msgpack.py",
     "lmdb": "data/lsun.py",
@@ -65,7 +68,7 @@ def test_outside_libraries_live_behind_one_file(path):
     used = {module.split(".")[0] for module in modules}
     for library, home in ONE_IMPORTER.items():
         if any(module == library or module.startswith(f"{library}.") for module in modules):
-            assert name(path) == home
+            assert name(path) in (home if isinstance(home, tuple) else (home,))
     if parts := path.relative_to(ROOT).parts:
         if parts[0] != "cli":
             assert not used & {"typer", "rich"}

@@ -73,7 +73,7 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 
 def entry() -> None:
-    """Run `main`, then end the process without taking torch apart: that takes half a second."""
+    """Run `main`, and end the process without taking torch apart, which takes up to 0.5 s."""
     try:
         main()
     except SystemExit as ended:

@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from cmtool.cli import _completion
 from cmtool.cli import _options as shared
-from cmtool.cli._output import check_free, prepare_output, say, write_bytes
+from cmtool.cli._output import check_free, prepare_output, read_stdin, say, write_bytes
 from cmtool.errors import InputError, UserError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Output(NamedTuple):
 
         The pictures `before` stand to the left of the answers. Prints what was written.
         """
-        from cmtool.data.images import png_bytes, row
+        from cmtool.data.drawing import png_bytes, row
 
         if self.is_one_file:
             write_bytes(self.out, png_bytes(row([*before, *answers]), about), tell=True)
@@ -124,7 +124,7 @@ class Output(NamedTuple):
 
     def write_frames(self, frames: Tensor, about: dict[str, str]) -> None:
         """Write frames (n, C, H, W) uint8 as an animation, if that is asked for, or as answers."""
-        from cmtool.data.images import ANIMATIONS, animation_bytes
+        from cmtool.data.drawing import ANIMATIONS, animation_bytes
 
         if (suffix := Path(self.out).suffix.lower()) in ANIMATIONS:
             write_bytes(self.out, animation_bytes(frames, suffix), tell=True)
@@ -144,7 +144,8 @@ def edit_pictures(name: str, row: Callable[..., Prepare], options: EditOptions, 
     names = _answer_names(sources, options.variations)
     prepare = row(**own)
 
-    from cmtool.data.images import from_uint8, read_image, to_uint8
+    from cmtool.data.decoding import read_image
+    from cmtool.data.images import from_uint8, to_uint8
     from cmtool.editing import run_prepared
     from cmtool.sampling import best_class, edit_plan, precision_info
 
@@ -183,7 +184,8 @@ def interpolate_between(
     sigmas = shared.parse_sigmas(options.sigmas)
     prepare_output(out, options.overwrite, (".png", ".gif", ".webp"))
 
-    from cmtool.data.images import from_uint8, read_image, to_uint8
+    from cmtool.data.decoding import read_image
+    from cmtool.data.images import from_uint8, to_uint8
     from cmtool.editing import between_images, between_seeds, stroke_levels
     from cmtool.sampling import edit_plan, plan, precision_info
 
@@ -208,14 +210,16 @@ def interpolate_between(
 
 def read_input(image: str) -> bytes:
     """Return the bytes of a picture. Raises InputError when there are none."""
+    from cmtool.data.decoding import MAX_FILE
+    from cmtool.system.files import read_regular
+
     if image != "-":
-        path = Path(image)
-        if not path.is_file():
+        if not Path(image).exists():
             raise InputError(f"no such image: {image}", "check the path")
-        return path.read_bytes()
+        return read_regular(image, MAX_FILE)
     if sys.stdin.isatty():
         raise UserError("no image given", "name a file, or pipe one in")
-    content = sys.stdin.buffer.read()
+    content = read_stdin()
     if not content:
         raise InputError("nothing on stdin", "pipe an image in, or name a file")
     return content

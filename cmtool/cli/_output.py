@@ -148,6 +148,16 @@ def write_bytes(out: str, content: bytes, *, tell: bool = False) -> None:
         sys.stdout.buffer.flush()
 
 
+def read_stdin() -> bytes:
+    """Return what is on stdin. Raises InputError for more than the file of an image may have."""
+    from cmtool.data.decoding import MAX_FILE
+
+    content = sys.stdin.buffer.read(MAX_FILE + 1)
+    if len(content) > MAX_FILE:
+        raise InputError(f"more than {MAX_FILE:,} bytes on stdin", "pipe one picture or list in")
+    return content
+
+
 def refuse_terminal() -> None:
     """Raise UserError when a picture would go to a terminal."""
     if sys.stdout.isatty():

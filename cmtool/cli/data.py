@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer import Argument, Option
+from typer.core import TyperCommand
 
 from cmtool.cli._options import AsJson
 from cmtool.cli._output import emit, emit_json, make_folder, say
 from cmtool.errors import InputError, UserError
+from cmtool.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cmtool.data.datasets import Dataset
 
+ALL = 1 << 60
+"""More images than there can be."""
 T = TypeVar("T")
 app = typer.Typer(no_args_is_help=True, help="Inspect a set of images, or prepare one.")
 
@@ -43,11 +48,11 @@ def info(source: Source, as_json: AsJson = False) -> None:
     from cmtool.data.survey import Survey, surveys
 
     data = load_dataset(source, in_memory=False)
+    _tell(data)
     found = Survey()
     for part in _with_progress(surveys(data, _workers(len(data))), len(data)):
         found.add(part)
     mean = found.mean / found.good if isinstance(found.mean, torch.Tensor) else torch.zeros(0)
-    variance = found.square / max(found.good, 1) - float(mean.square().mean() if len(mean) else 0)
     facts: dict[str, Any] = {
         "source": source,
         "images": len(data),
@@ -55,9 +60,10 @@ def info(source: Source, as_json: AsJson = False) -> None:
         "sizes": dict(found.sizes.most_common()),
         "modes": dict(found.modes.most_common()),
         "classes": data.num_classes,
+        "class_names": list(data.class_names) or None,
         "images_per_class": None if data.labels is None else torch.bincount(data.labels).tolist(),
         "mean": [round(m, 4) for m in mean.tolist()],
-        "sigma_data": round(max(variance, 0.0) ** 0.5, 4),
+        "sigma_data": round(found.sigma_data, 4),
         "unreadable": found.bad,
         "fingerprint": data.fingerprint(),
     }
@@ -66,8 +72,14 @@ def info(source: Source, as_json: AsJson = False) -> None:
     else:
         _print_facts(facts)
     if bad := len(found.bad):
-        hint = f"replace them, or leave them out: cmtool data prepare --skip-bad {bad}"
+        command = f"cmtool data prepare {shlex.quote(source)} readable.zip --skip-bad"
+        hint = f"replace them, or leave them out: {command}"
         raise InputError(f"{bad} of {len(data)} images cannot be read", hint)
+
+
+def _tell(data: Dataset) -> None:
+    for note in data.notes:
+        say(f"note: {note}")
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
@@ -77,12 +89,25 @@ def _print_facts(facts: dict[str, Any]) -> None:
             value = ", ".join(f"{name} ({count})" for name, count in list(value.items())[:10])
         if key == "images_per_class" and value:
             value = f"{min(value)} to {max(value)}"
+        if key == "class_names" and value:
+            value = ", ".join(map(printable, value[:20])) + ", ..." * (len(value) > 20)
         if key == "unreadable":
-            value = "; ".join(value[:20]) or "none"
+            value = "; ".join(map(printable, value[:20])) or "none"
         emit(f"{key.replace('_', ' '):<17} {'none' if value is None else value}")
 
 
-@app.command("prepare")
+class SkipsBad(TyperCommand):
+    """A command whose --skip-bad needs no number: without one, all may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Return what is left of the arguments after they were read."""
+        for at, (word, value) in enumerate(zip(args, [*args[1:], ""], strict=True)):
+            if word == "--skip-bad" and not value.lstrip("-").isdecimal():
+                args[at] = f"{word}={ALL}"
+        return super().parse_args(ctx, args)
+
+
+@app.command("prepare", cls=SkipsBad)
 def prepare(
     source: Source,
     out: Annotated[Path, Argument(metavar="DST.zip", help="The archive to write.")],
@@ -98,7 +123,13 @@ def prepare(
     ] = "exact",
     grey: Annotated[bool, Option("--grey", help="Write images of one channel.")] = False,
     skip_bad: Annotated[
-        int, Option(min=0, help="Most images that may be left out because they cannot be read.")
+        int,
+        Option(
+            min=0,
+            metavar="[N]",
+            show_default=False,
+            help="Leave out images that cannot be read: all of them, or at most N.",
+        ),
     ] = 0,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the archive.")] = False,
 ) -> None:
@@ -107,6 +138,8 @@ def prepare(
     `cmtool data prepare imagenet/train imagenet64.zip --size 64 --fit adm`
 
     `cmtool data prepare cifar-10-python.tar.gz cifar10.zip`
+
+    `cmtool data prepare photos/ photos.zip --size 64 --fit adm --skip-bad`
 
     The zip holds uncompressed PNG files, and the classes in dataset.json. Training reads it
     fastest.
@@ -125,6 +158,7 @@ def prepare(
         source, size=None if size is None else (size, size), channels=1 if grey else 3, fit=fit,
         in_memory=False,
     )  # fmt: skip
+    _tell(data)
     classes = [None] * len(data) if data.labels is None else data.labels.tolist()
     pictures = (
         (f"{number // 1000:05d}/img{number:08d}.png", content, classes[index])
@@ -149,6 +183,7 @@ def _readable(data: Dataset, skip_bad: int) -> Iterator[tuple[int, bytes]]:
             skipped += 1
             say(f"left out: {content.what}")
         else:
+            content.hint = f"{content.hint}; to leave such images out, add --skip-bad"
             raise content
     if skipped == len(data):
         raise InputError(f"none of the images of {data.name} can be read", "give other images")

@@ -123,7 +123,8 @@ def mend_digits(tour: Tour) -> Path:
     import torch
 
     from cmtool.data.datasets import digits
-    from cmtool.data.images import grid, png_bytes, read_image
+    from cmtool.data.decoding import read_image
+    from cmtool.data.drawing import grid, png_bytes
     from cmtool.system.files import write_atomic
 
     pictures = first_of_each_class(digits("held-out"))

@@ -64,7 +64,8 @@ def inpaint(
         raise UserError("which part to regenerate", "give one of --mask, --box and --text")
 
     def prepare(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
-        from cmtool.data.images import read_mask, text_mask
+        from cmtool.data.decoding import read_mask
+        from cmtool.data.drawing import text_mask
         from cmtool.editing import prepare_inpaint
 
         h, w = images.shape[2:]

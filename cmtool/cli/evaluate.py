@@ -33,7 +33,16 @@ from cmtool.cli._options import (
     pick_plan,
     pick_precision,
 )
-from cmtool.cli._output import check_free, emit, emit_json, joined, make_folder, processes, say
+from cmtool.cli._output import (
+    check_free,
+    emit,
+    emit_json,
+    joined,
+    make_folder,
+    processes,
+    read_stdin,
+    say,
+)
 from cmtool.cli._watching import showing
 from cmtool.errors import InputError, ThresholdError, UserError
 
@@ -239,7 +248,11 @@ def given_images(metric: str, images: list[str] | None, checkpoint: str | None) 
         raise UserError("both images and --checkpoint", "give one of them")
     piped = images is None and checkpoint is None and not sys.stdin.isatty()
     if images == ["-"] or piped:
-        lines = os.fsdecode(sys.stdin.buffer.read()).split("\n")
+        content = read_stdin()
+        if b"\0" in content:
+            hint = "write one path a line (find without -print0), or name the files"
+            raise InputError("stdin is no list of paths: it has NUL bytes", hint)
+        lines = os.fsdecode(content).split("\n")
         listed = [path for line in lines if (path := line.removesuffix("\r"))]
         if images and not listed:
             raise InputError("no paths on stdin", "pipe them in, one a line")

@@ -254,7 +254,7 @@ def write_one_file(drawing: Drawing) -> dict[str, Any]:
 
 def _write_zip(out: str, drawing: Drawing) -> None:
     from cmtool.data.archives import write_zip
-    from cmtool.data.images import png_bytes
+    from cmtool.data.drawing import png_bytes
 
     names = map(image_name, drawing.seeds)
     infos = [{}] * len(drawing.seeds) if drawing.options.no_metadata else drawing.about()
@@ -272,7 +272,7 @@ def _write_npz(out: str, drawing: Drawing) -> None:
 def _write_grid(out: str, drawing: Drawing) -> None:
     import torch
 
-    from cmtool.data.images import contact_sheet, png_bytes
+    from cmtool.data.drawing import contact_sheet, png_bytes
     from cmtool.sampling import provenance
 
     picture = contact_sheet(torch.stack(list(drawing.everything())))
@@ -307,7 +307,7 @@ def write_folder(drawing: Drawing) -> dict[str, Any]:
     Images that are there already are not drawn. Raises UserError, before any is drawn, for a file
     that holds another image.
     """
-    from cmtool.data.images import png_bytes
+    from cmtool.data.drawing import png_bytes
     from cmtool.system.files import write_atomic
 
     options, infos = drawing.options, drawing.about()
@@ -347,7 +347,7 @@ def _missing(drawing: Drawing, paths: list[Path], infos: list[dict[str, str]]) -
 
     A file without metadata does not say what it holds: the first such image is drawn to compare.
     """
-    from cmtool.data.images import png_info
+    from cmtool.data.decoding import png_info
 
     options, missing, is_compared = drawing.options, [], False
     for index, path in enumerate(paths):
@@ -371,7 +371,7 @@ def _holds(path: Path, image: Tensor) -> bool:
     """Tell whether a file holds this image (C, H, W)."""
     import torch
 
-    from cmtool.data.images import read_image
+    from cmtool.data.decoding import read_image
 
     try:
         return torch.equal(read_image(path, mode="RGB" if len(image) == 3 else "L"), image)

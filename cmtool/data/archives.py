@@ -1,14 +1,13 @@
-"""Many images in one file: a zip, ADM's npz or CIFAR-10's tarball. Nothing is extracted."""
+"""Many images in one file: a zip, or ADM's npz. Nothing is extracted."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
 import json
+import lzma
 import os
 import struct
-import tarfile
+import tokenize
 import zipfile
 import zlib
 from array import array
@@ -20,11 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmtool.data import entries
-from cmtool.data.entries import MAX_MEMBER, Entries, Names, fingerprint, is_image, numbered
-from cmtool.data.images import SUFFIXES
+from cmtool.data.decoding import SUFFIXES
+from cmtool.data.entries import (
+    MAX_MEMBER,
+    TABLES,
+    Entries,
+    Labels,
+    Names,
+    fingerprint,
+    is_image,
+    left_out,
+    numbered,
+)
+from cmtool.data.labels import MAX_CLASSES, find_labels, max_table
 from cmtool.errors import InputError
-from cmtool.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
 from cmtool.system.files import replacing
 
 MAX_RATIO = 200
@@ -33,6 +41,13 @@ MAX_ARRAY = 2 << 30
 """Bytes that a compressed array may unpack to."""
 DAMAGE = (LookupError, ValueError, OSError, EOFError, struct.error, zlib.error)
 """What reading a damaged archive raises."""
+ZIP_DAMAGE = (*DAMAGE, RuntimeError, zipfile.BadZipFile, lzma.LZMAError)
+"""What reading a damaged zip raises, or one that is encrypted or packed in a rare way."""
+NPZ_DAMAGE = (
+    *ZIP_DAMAGE, SyntaxError, tokenize.TokenError, TypeError, AttributeError, ArithmeticError,
+    MemoryError,
+)  # fmt: skip
+"""What reading a damaged npz raises: numpy parses headers as Python's literals."""
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -69,20 +84,27 @@ class ZipReader:
         return content
 
 
-def zip_entries(path: Path) -> Entries:
-    """Return the images in a zip. Raises InputError for names that come twice, and for bombs."""
+def zip_entries(path: Path, labelled: bool = True) -> Entries:
+    """Return the images in a zip. Raises InputError for names that come twice, and for bombs.
+
+    Unless `labelled`, a table of labels in it is not read.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             every = archive.infolist()
             images = [member for member in every if is_image(member.filename)]
             members = sorted(images, key=lambda member: member.filename)
             tables = {}
-            for name in entries.LABELS.keys() & archive.NameToInfo.keys():
+            for name in TABLES & archive.NameToInfo.keys():
                 size = archive.NameToInfo[name].file_size
-                entries.check_table(size, len(images), f"{name} in {path}")
-                tables[name] = archive.read(name)
-    except (zipfile.BadZipFile, OSError, ValueError, zlib.error, NotImplementedError) as error:
+                if size > max_table(len(images)):
+                    hint = "a table of labels is smaller: remove or replace it"
+                    raise InputError(f"{name} in {path} has {size:,} bytes", hint)
+                tables[name] = archive.read(name) if labelled else b""
+    except ZIP_DAMAGE as error:
         raise InputError(f"{path} is damaged: {error}", "fetch it again") from None
+    if any(member.header_offset < 0 for member in every):
+        raise InputError(f"{path} is damaged: its start is missing", "fetch it again")
     if len({member.filename for member in every}) < len(every):
         raise InputError(f"{path} holds a name twice", "make the archive again")
     if not members:
@@ -111,41 +133,47 @@ def zip_entries(path: Path) -> Entries:
             what = f"{names[index]!r} in {path} is damaged: {error}"
             raise InputError(what, "replace it") from None
 
-    labels = entries.find_labels(str(path), listed, tables.get)
+    labels = find_labels(str(path), listed, tables.get, labelled)
     facts = (f"{name} {crc}" for name, crc in zip(listed, reader.crc, strict=True))
-    return Entries(names, read, labels, fingerprint(facts, labels))
+    others = left_out(member.filename for member in every if not member.is_dir())
+    return Entries(names, read, labels, fingerprint(facts, labels.classes), others)
 
 
-def npz_entries(path: Path) -> Entries:
+def npz_entries(path: Path, labelled: bool = True) -> Entries:
     """Return arr_0 (N, H, W, C) uint8 and arr_1 (N,) of an npz, as ADM's tools write them.
 
-    What is not compressed stays in the file. Raises InputError for anything else in it.
+    What is not compressed stays in the file. Raises InputError for anything else in it. Unless
+    `labelled`, arr_1 does not matter.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = {m.filename: _checked_array(path, archive, m) for m in archive.infolist()}
             images = arrays["arr_0.npy"]()
-            labels = arrays["arr_1.npy"]() if "arr_1.npy" in arrays else None
+            labels = arrays["arr_1.npy"]() if labelled and "arr_1.npy" in arrays else None
             facts = [f"{member.filename} {member.CRC}" for member in archive.infolist()]
     except InputError:
         raise
-    except (*DAMAGE, AttributeError, RuntimeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} holds no images: {error}", "arr_0 is N x H x W x C") from None
+    except NPZ_DAMAGE as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path} holds no images: {reason}", "arr_0 is N x H x W x C") from None
     is_set = images.dtype == np.uint8 and images.ndim == 4 and 0 not in images.shape
     if not is_set or images.shape[3] not in (1, 3):
         raise InputError(
             f"arr_0 of {path} is {images.dtype} {images.shape}", "it must be uint8, N x H x W x 3"
         )
     if labels is not None and (
-        labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or (labels < 0).any()
+        labels.shape != images.shape[:1]
+        or labels.dtype.kind not in "iu"
+        or ((labels < 0) | (labels >= MAX_CLASSES)).any()
     ):
-        raise InputError(f"arr_1 of {path} is not a class per image", "it must be N whole numbers")
+        hint = f"it must be N whole numbers from 0 to {MAX_CLASSES - 1:,}"
+        raise InputError(f"arr_1 of {path} is not a class per image", hint)
     classes = None if labels is None else labels.tolist()
 
     def read(index: int) -> Tensor:
         return torch.from_numpy(np.array(images[index].transpose(2, 0, 1), order="C"))
 
-    return Entries(numbered(len(images)), read, classes, fingerprint(facts, classes))
+    return Entries(numbered(len(images)), read, Labels(classes), fingerprint(facts, classes))
 
 
 def _checked_array(
@@ -178,53 +206,6 @@ def _checked_array(
         return np.memmap(path, dtype, "r", start, tuple(shape), order)
 
     return read
-
-
-def cifar_entries(path: Path) -> Entries:
-    """Return the 50,000 training images of cifar-10-python.tar.gz, batch after batch."""
-    batches = []
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.size > MAX_MEMBER:
-                    raise ValueError(f"{member.name!r} has {member.size:,} bytes")
-                name = member.name.rpartition("/")[2]
-                if not member.isfile() or not name.startswith("data_batch_"):
-                    continue
-                opened = archive.extractfile(member)
-                assert opened is not None
-                batches.append((name, *cifar_batch(opened.read(MAX_MEMBER), member.size)))
-    except (*DAMAGE, TypeError, tarfile.TarError) as error:
-        raise InputError(f"{path} is not CIFAR-10's archive: {error}", "fetch it again") from None
-    if not batches:
-        hint = "give cifar-10-python.tar.gz; extract a tarball of pictures, and give the folder"
-        raise InputError(f"{path} holds no data_batch_1 ...", hint)
-    batches.sort(key=lambda batch: batch[0])
-    rows = np.concatenate([part for _, part, _ in batches])
-    classes = [label for _, _, part in batches for label in part]
-    pictures = torch.from_numpy(rows.reshape(-1, 3, 32, 32))
-    mark = fingerprint([hashlib.sha256(rows.tobytes()).hexdigest()], classes)
-    return Entries(numbered(len(classes)), lambda i: pictures[i], classes, mark)
-
-
-def cifar_batch(content: bytes, size: int) -> tuple[np.ndarray[Any, Any], list[int]]:
-    """Return the rows (N, 3072) uint8 and classes of one file of CIFAR-10's python archive.
-
-    Raises Refused for anything else in it, ValueError and its kin for a damaged file.
-    """
-    stream = io.BytesIO(content)
-    table = expect(Machine(size, NUMPY_TABLE).run(stream, len(content)), dict)
-    rows, classes = table.get("data"), table.get("labels")
-    match rows.state if isinstance(rows, Array) else None:
-        case (_, (int(count), 3072), Dtype("u1"), False | 0, str(text)):
-            raw = text.encode("latin-1")
-        case _:
-            raise Refused("its data is no table of 3,072 bytes an image")
-    if len(raw) != count * 3072 or len(expect(classes, list)) != count:
-        raise Refused(f"{count} images have {len(raw):,} bytes and {len(classes)} classes")
-    if any(type(c) is not int or not 0 <= c <= 9 for c in classes):
-        raise Refused("a class is not 0 to 9")
-    return np.frombuffer(raw, np.uint8).reshape(count, 3072), classes
 
 
 def write_zip(path: Path, pictures: Iterable[tuple[str, bytes, int | None]]) -> int:

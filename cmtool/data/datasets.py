@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmtool.data.entries import EDM_FOLDER, Entries
 from cmtool.data.sources import LazyImages, listed_entries, open_images
 from cmtool.errors import InputError, nearest
+from cmtool.system.files import expanded
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
 COLOURINGS = 8
@@ -42,7 +42,10 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images (N, C, H, W) uint8 with labels (N,) int64 or None."""
+    """Images (N, C, H, W) uint8 with labels (N,) int64 or None.
+
+    `class_names` are those of the classes, if they have any; `notes` is what to tell the user.
+    """
 
     name: str
     images: Images
@@ -50,7 +53,7 @@ class Dataset:
     num_classes: int
     known_hash: str = ""
     class_names: tuple[str, ...] = ()
-    """A name for each class, where the source has them."""
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -125,51 +128,37 @@ def load_dataset(
     channels: int = 3,
     fit: str = "exact",
     in_memory: bool = True,
+    labelled: bool = True,
 ) -> Dataset:
     """Return a data set by name (`digits`, `digits:held-out`) or by path.
 
     A path is a folder or zip of images, an npz, CIFAR-10's python tarball, or an LSUN database;
     images are brought to `size` (H, W) by the rule `fit`. Up to 256 MiB are decoded at once. More
-    are decoded on request, and so are all without `in_memory`. Raises InputError naming the file
-    that cannot be used.
+    are decoded on request, and so are all without `in_memory`. Unless `labelled`, what a table says
+    of the classes does not matter. Raises InputError naming the file that cannot be used.
     """
     known, _, split = name.partition(":")
     if known in DATASETS:
         return DATASETS[known](split or "train")
-    path = Path(name)
+    path = expanded(name)
     if not name or not path.exists():
         hint = f"{nearest(name, DATASETS)}, or give the path of a folder, zip, npz or tarball"
         raise InputError(f"no data set or folder {name!r}", hint)
-    entries = open_images(path)
+    entries = open_images(path, labelled)
     if entries is None:
         hint = "give a folder or zip of images, an npz, or a tarball"
         raise InputError(f"{name} is not a data set", hint)
     lazy = LazyImages(name, entries, channels, size, fit)
-    labels = None if entries.labels is None else torch.tensor(entries.labels)
+    classes, class_names, notes = entries.labels
+    labels = None if classes is None else torch.tensor(classes)
     count = 0 if labels is None else int(labels.max()) + 1
-    classes = class_folders(entries)
+    notes += () if entries.left_out is None else (f"{name}: {entries.left_out}",)
     if not in_memory or math.prod(lazy.shape) > MAX_IN_MEMORY:
-        return Dataset(name, lazy, labels, count, entries.fingerprint, classes)
+        return Dataset(name, lazy, labels, count, entries.fingerprint, class_names, notes)
     everything = torch.empty(lazy.shape, dtype=torch.uint8)
     for index, image in enumerate(everything):
         image.copy_(lazy.image(index))
-    return Dataset(name, everything, labels, count, class_names=classes)
-
-
-def class_folders(entries: Entries) -> tuple[str, ...]:
-    """Return the folder of each class; () where folders are not the classes."""
-    if entries.labels is None:
-        return ()
-    labels = np.array(entries.labels)
-    ends = [np.unique(part, return_index=True) for part in (labels, labels[::-1])]
-    (known, first), (_, behind) = ends
-    firsts, lasts = (
-        [entries.names[int(index)].replace("\\", "/").rpartition("/")[0] for index in places]
-        for places in (first, len(labels) - 1 - behind)
-    )
-    is_each = firsts == lasts and len(set(firsts)) == len(known) == known.max() + 1
-    is_spread = all(name.isdigit() and len(name) == EDM_FOLDER for name in firsts)
-    return tuple(firsts) if is_each and len(firsts) > 1 and not is_spread else ()
+    return Dataset(name, everything, labels, count, "", class_names, notes)
 
 
 def examples(data: Dataset, count: int) -> Tensor:

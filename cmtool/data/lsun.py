@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from cmtool.data.entries import Entries, Names, fingerprint
+from cmtool.data.entries import Entries, Labels, Names, fingerprint
 from cmtool.errors import InputError, MissingError
 
 AGAIN = "fetch the database again"
@@ -68,4 +68,4 @@ def lmdb_entries(path: Path) -> Entries:
         with environment().begin() as transaction:
             return bytes(transaction.get(names[index].encode("utf-8", "surrogateescape")))
 
-    return Entries(names, read, None, fingerprint((names[i] for i in range(len(names))), None))
+    return Entries(names, read, Labels(), fingerprint((names[i] for i in range(len(names))), None))

@@ -6,7 +6,6 @@ A source is opened by its content and name. It is never extracted: images are de
 from __future__ import annotations
 
 import os
-import tarfile
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,32 +15,44 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmtool.data.archives import cifar_entries, npz_entries, zip_entries
-from cmtool.data.entries import Entries, Names, check_table, find_labels, fingerprint, is_image
-from cmtool.data.images import SUFFIXES, fitted, image_mode, read_image, recoloured
+from cmtool.data.archives import npz_entries, zip_entries
+from cmtool.data.cifar import cifar_entries, is_tarball
+from cmtool.data.decoding import MAX_FILE, SUFFIXES, image_mode, read_image
+from cmtool.data.entries import Entries, Labels, Names, fingerprint, is_image, left_out
+from cmtool.data.images import fitted, recoloured
+from cmtool.data.labels import find_labels, max_table
 from cmtool.data.lsun import lmdb_entries
 from cmtool.errors import InputError
+from cmtool.system.files import read_regular
+
+AGAIN = "repair the file, or remove it"
 
 
-def open_images(path: Path) -> Entries | None:
-    """Return the images of a folder, zip, npz, tarball or lmdb; None for anything else."""
+def open_images(path: Path, labelled: bool = True) -> Entries | None:
+    """Return the images of a folder, zip, npz, tarball or lmdb; None for anything else.
+
+    Unless `labelled`, what a table says of their classes does not matter. Raises InputError for a
+    pipe or a device, which are not read, and for damaged archives.
+    """
     if path.is_dir():
-        return lmdb_entries(path) if (path / "data.mdb").is_file() else folder_entries(path)
+        is_lmdb = (path / "data.mdb").is_file()
+        return lmdb_entries(path) if is_lmdb else folder_entries(path, labelled)
+    if not path.is_file():
+        raise InputError(f"{path} is not a regular file", "give a folder or a file of images")
     if zipfile.is_zipfile(path):
-        return npz_entries(path) if path.suffix == ".npz" else zip_entries(path)
-    if path.is_file():
-        with path.open("rb") as opened:
-            if opened.read(4) == b"PK\x03\x04":
-                what = f"{path} is a zip archive that is cut short"
-                raise InputError(what, "copy or download it again")
+        return (npz_entries if path.suffix == ".npz" else zip_entries)(path, labelled)
+    with path.open("rb") as opened:
+        if opened.read(4) == b"PK\x03\x04":
+            what = f"{path} is a zip archive that is cut short"
+            raise InputError(what, "copy or download it again")
     if path.suffix == ".npz":
-        return npz_entries(path)
-    return cifar_entries(path) if tarfile.is_tarfile(path) else None
+        return npz_entries(path, labelled)
+    return cifar_entries(path) if is_tarball(path) else None
 
 
-def folder_entries(path: Path) -> Entries:
+def folder_entries(path: Path, labelled: bool = True) -> Entries:
     """Return the images under a folder, and under those that links in it lead to, by path."""
-    found, above = [], {os.fspath(path): frozenset[str]()}
+    every, above = [], {os.fspath(path): frozenset[str]()}
     for folder, folders, files in os.walk(path, followlinks=True):
         real, outer = os.path.realpath(folder), above.pop(folder)
         if real in outer:  # a link that leads back
@@ -50,10 +61,8 @@ def folder_entries(path: Path) -> Entries:
         above |= {os.path.join(folder, name): outer | {real} for name in folders}
         inside = os.path.relpath(folder, path)
         for file in files:
-            name = file if inside == "." else f"{inside}/{file}".replace(os.sep, "/")
-            if is_image(name):
-                found.append(name)
-    found.sort()
+            every.append(file if inside == "." else f"{inside}/{file}".replace(os.sep, "/"))
+    found = sorted(filter(is_image, every))
     if not found:
         hint = f"looked for {', '.join(SUFFIXES)}"
         if (path / "data_batch_1").is_file():
@@ -62,19 +71,18 @@ def folder_entries(path: Path) -> Entries:
 
     def beside(name: str) -> bytes | None:
         file = path / name
-        if not file.is_file():
+        if not os.path.lexists(file):
             return None
-        check_table(file.stat().st_size, len(found), str(file))
-        return _read(file, "repair the file, or remove it")
+        return read_regular(file, max_table(len(found)), AGAIN) if labelled else b""
 
-    labels = find_labels(str(path), found, beside)
+    labels = find_labels(str(path), found, beside, labelled)
     sizes = (f"{name} {(path / name).lstat().st_size}" for name in found)
     names = Names(found)
 
     def read(index: int) -> bytes:
-        return _read(path / names[index], "repair the file, or remove it")
+        return read_regular(path / names[index], MAX_FILE, AGAIN)
 
-    return Entries(names, read, labels, fingerprint(sizes, labels))
+    return Entries(names, read, labels, fingerprint(sizes, labels.classes), left_out(every))
 
 
 def listed_entries(paths: Sequence[str]) -> Entries:
@@ -82,16 +90,9 @@ def listed_entries(paths: Sequence[str]) -> Entries:
     names = Names(paths)
 
     def read(index: int) -> bytes:
-        return _read(names[index], "check the path")
+        return read_regular(names[index], MAX_FILE)
 
-    return Entries(names, read, None, fingerprint(paths, None))
-
-
-def _read(file: Path | str, hint: str) -> bytes:
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}", hint) from None
+    return Entries(names, read, Labels(), fingerprint(paths, None))
 
 
 @dataclass

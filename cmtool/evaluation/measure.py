@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cmtool import __version__
 from cmtool.core.precond import Preconditioned
-from cmtool.data.datasets import DATASETS
+from cmtool.data.datasets import DATASETS, Dataset
 from cmtool.data.images import to_uint8
 from cmtool.errors import UserError, nearest
 from cmtool.evaluation import cross_check
@@ -136,6 +136,8 @@ def measure(request: Request) -> Result:
         compute = partial(row.compute, made[-1], reference, setup.extractor)
         found.append(request.group.agreed(compute, f"measured {turn}"))
     result = _describe(request.metric, setup, made, reference, found)
+    for side in (images, compared):
+        result.notes.extend(f"note: {n}" for n in (side.notes if isinstance(side, Dataset) else ()))
     if request.cross_check:
         checked = _cross_check(images, compared, setup, request, result.content["value"])
         result.content["cross_check"] = checked

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,6 +13,7 @@ from cmtool.errors import UserError
 from cmtool.evaluation.during_training import build_score
 from cmtool.evaluation.measure import drawn_batches
 from cmtool.evaluation.sets import OnProgress
+from cmtool.formats.native import read_table
 from cmtool.models import Model
 from cmtool.sampling import indexed_levels, plan
 from cmtool.system.files import write_json
@@ -118,7 +118,7 @@ class Search:
         if not self.file.exists():
             return start
         try:
-            found = json.loads(self.file.read_text())
+            found = read_table(self.file)
             levels, evaluations = dict(found["levels"]), dict(found["evaluations"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.file} holds no earlier search", "give another --out") from None

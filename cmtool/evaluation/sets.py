@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +17,11 @@ from torch import Tensor
 
 from cmtool import __version__
 from cmtool.core.rng import keyed_generator
+from cmtool.data.archives import NPZ_DAMAGE
 from cmtool.data.batches import decoded_ahead
 from cmtool.data.datasets import Dataset, listed_images, load_dataset
-from cmtool.data.images import SUFFIXES, to_uint8
+from cmtool.data.decoding import SUFFIXES
+from cmtool.data.images import to_uint8
 from cmtool.errors import InputError, UserError
 from cmtool.evaluation.features import CLEAN_FID_MODES, Extractor
 from cmtool.evaluation.gaussian import Gaussian, GaussianSums
@@ -80,7 +80,9 @@ def open_set(given: Given) -> Opened:
     if len(names) != 1 or names[0].lower().endswith(SUFFIXES):
         return listed_images(names)
     stored = read_statistics(names[0])
-    return load_dataset(names[0], in_memory=False) if stored is None else stored
+    if stored is not None:
+        return stored
+    return load_dataset(names[0], in_memory=False, labelled=False)
 
 
 def collect(
@@ -188,7 +190,7 @@ def _from_statistics(
             )
             hint = "give the images, or statistics of cmtool eval reference --keep-features"
             raise InputError(what, hint)
-        images = load_dataset(name, in_memory=False)
+        images = load_dataset(name, in_memory=False, labelled=False)
         found = collect(images, missing, setup, num=num, side=side)
         gaussian, rows = gaussian or found.gaussian, found.rows if rows is None else rows
     single = len(rows) if rows is not None else 0
@@ -308,11 +310,9 @@ def _npz_arrays(path: Path) -> dict[str, Any]:
                 with archive.open(f"{name}.npy") as member:
                     found[name] = np.lib.format.read_array(member, allow_pickle=False)
             return found
-    except (
-        ValueError, OSError, EOFError, KeyError, RuntimeError, MemoryError, NotImplementedError,
-        struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
-    ) as error:  # fmt: skip
-        raise InputError(f"{path} cannot be read: {error}", "fetch or make it again") from None
+    except NPZ_DAMAGE as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path} cannot be read: {reason}", "fetch or make it again") from None
 
 
 def _pickled_arrays(path: Path) -> dict[str, Any]:

@@ -18,19 +18,21 @@ from torch import Tensor
 from cmtool.core.networks.song import SongOptions
 from cmtool.formats import foreign
 from cmtool.formats.foreign import Foreign, Malformed, Rule
+from cmtool.system.files import read_regular
 
 TREES = {"ema": "params_ema", "model": "params", "target": "target_params"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BLOCK = "ResnetBlockBigGANpp"
 MAX_DEPTH = 8
 MAX_ITEMS = 100_000
+MAX_BYTES = 4 << 30
 DAMAGE = {"StackError": "it nests too deep", "FormatError": "an unknown code"}
 CHUNKED = "__msgpack_chunked_array__"
 
 
 def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     """Return the network of a checkpoint: `ema`, `model` or `target`. Raises Malformed."""
-    state = _unpack(path.read_bytes())
+    state = _unpack(read_regular(path, MAX_BYTES))
     if "Conv_0" in state:  # the tree itself, without a train state around it
         state = {TREES["ema"]: state}
     held = [name for name, tree in TREES.items() if isinstance(state.get(tree), dict)]

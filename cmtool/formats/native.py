@@ -60,7 +60,8 @@ def check_header(path: Path) -> dict[str, Any]:
     first_bytes(path)
     try:
         with path.open("rb") as opened:
-            content = opened.read(int.from_bytes(opened.read(8), "little"))
+            size = int.from_bytes(opened.read(8), "little")
+            content = opened.read(min(size, MAX_HEADER))
         header = json.loads(content, object_pairs_hook=_unique)
         with safetensors.safe_open(path, "pt"):
             pass

@@ -135,7 +135,10 @@ class Machine:
             raise Refused(f"the pickle calls {shown(function)}, which is not a function")
         if not isinstance(args, tuple):
             raise Refused("a call's arguments are not a tuple")
-        return self.table[function](self, *args)
+        try:
+            return self.table[function](self, *args)
+        except TypeError:
+            raise Refused(f"the pickle calls {shown(function)} with other arguments") from None
 
 
 class Pickle:

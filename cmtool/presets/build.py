@@ -24,7 +24,15 @@ from cmtool.core.samplers import SAMPLERS
 from cmtool.core.solvers import SOLVERS
 from cmtool.core.types import Denoiser, Distance
 from cmtool.errors import UserError, nearest
-from cmtool.presets.schema import Card, Choice, Kind, ModelSection, Preset, SampleSection
+from cmtool.presets.schema import (
+    MAX_LEVELS,
+    Card,
+    Choice,
+    Kind,
+    ModelSection,
+    Preset,
+    SampleSection,
+)
 
 Registry = Mapping[str, Callable[..., Any]]
 T = TypeVar("T")
@@ -201,8 +209,14 @@ def build_augment(preset: Preset, row: MethodRow) -> Augment | None:
 
 
 def build_curriculum(preset: Preset) -> Curriculum:
-    """Return the preset's N(k) and mu(k)."""
-    return pick(CURRICULA, preset.loss.curriculum, "loss.curriculum")
+    """Return the preset's N(k) and mu(k). Raises UserError for more levels than a grid may have."""
+    curriculum = pick(CURRICULA, preset.loss.curriculum, "loss.curriculum")
+    steps = preset.train.steps
+    n = max(curriculum(step, steps).n for step in (0, steps - 1))  # it grows, or it falls
+    if n > MAX_LEVELS:
+        what = f"loss.curriculum = {preset.loss.curriculum.name!r} makes n = {n:,} levels"
+        raise UserError(what, f"at most {MAX_LEVELS:,}")
+    return curriculum
 
 
 def build_sampler(choice: Choice) -> Callable[..., Tensor]:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, read without links or waiting, and their hashes."""
+"""Files that are read within bounds and without waiting, and written whole; and their hashes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,41 @@ def file_facts(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
+def read_regular(path: str | Path, limit: int, hint: str = "check the path") -> bytes:
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Raises InputError, with the hint, for a file that cannot be read, for one that is larger, and
+    for a folder, pipe or device: those are not waited for.
+    """
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise InputError(f"{path} is not a regular file", hint)
+            most = min(limit, max(facts.st_size, 1 << 16))  # files of /proc say that they have 0
+            content = file.read(most + 1) if facts.st_size <= limit else None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read: {reason}", hint) from None
+    if content is None or len(content) > most:
+        size = max(facts.st_size, most + 1)
+        raise InputError(f"{path} has {size:,} bytes; at most {limit:,} are read", hint)
+    return content
+
+
+def expanded(name: str) -> Path:
+    """Return the path of a name, ~ as the home folder: a shell leaves it as it is in quotes."""
+    try:
+        return Path(name) if os.path.lexists(name) else Path(name).expanduser()
+    except (RuntimeError, ValueError):  # nobody's home; a NUL
+        return Path(name)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; of a fifo, do not wait for somebody to write to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def write_json(path: Path, content: dict[str, Any], *, durable: bool = False) -> None:
     """Write JSON by way of a temporary file, so that a reader never sees half of it."""
     text = json.dumps(content, indent=1, sort_keys=True)
@@ -103,6 +139,15 @@ def sync(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def check_temporary() -> None:
+    """Raise ResourceError if no folder takes temporary files, which torch and its workers need."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        what = "no folder for temporary files can be written to"
+        raise ResourceError(what, "name one that can: export TMPDIR=FOLDER") from None
 
 
 @contextmanager

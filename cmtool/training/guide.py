@@ -48,20 +48,23 @@ def good_loss(preset: Preset | None) -> str:
     return row.good_loss if row and row.good_loss else GOOD_LOSS
 
 
-def about(preset: Preset, teacher: str | None, data: str | None) -> list[str]:
-    """Return ["consistency distillation of TEACHER", "on DATA"], as far as these are known."""
+def about(preset: Preset, origin: str | None, data: str | None) -> list[str]:
+    """Return ["consistency distillation of TEACHER", "on DATA"], as far as these are known.
+
+    `origin` is the teacher, or the model whose weights the run started from.
+    """
     what = preset.loss.method.name.replace("_", " ")
-    if teacher is not None:
+    if origin is not None:
         row = METHODS.get(preset.loss.method.name)
-        what += f" {'of' if row and row.needs_teacher else 'from'} {short(teacher)}"
+        what += f" {'of' if row and row.needs_teacher else 'from'} {short(origin)}"
     return [what] if data is None else [what, f"on {short(data)}"]
 
 
 def title(out: Path, preset: Preset | None, record: Record | None) -> str:
     """Return "Run NAME: what was trained, on what"."""
-    teacher = record.teacher.source if record and record.teacher else None
+    origin = record and (record.teacher or record.init)
     data = record.data.name if record and record.data else None
-    parts = about(preset, teacher, data) if preset else []
+    parts = about(preset, origin.source if origin else None, data) if preset else []
     return ": ".join(filter(None, [f"Run {printable(out.resolve().name)}", " ".join(parts)]))
 
 

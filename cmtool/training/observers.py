@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cmtool.core.precond import Preconditioned
 from cmtool.data.datasets import examples
-from cmtool.data.images import png_bytes
+from cmtool.data.drawing import png_bytes
 from cmtool.errors import InputError, ResourceError
 from cmtool.evaluation.during_training import Verdict, evaluate
 from cmtool.formats.checkpoints import Score
@@ -134,8 +134,9 @@ class RunWriter:
     def summary(self, panels: dict[str, Tensor]) -> None:
         """Write summary.png: the curve, training images, and the images of the panels by title."""
         run, out = self.run, self.run.out
-        teacher = run.teacher.source if run.teacher else None
-        title = "\n".join(about(run.preset, teacher, run.data.name))
+        origin = run.teacher or run.init
+        source = origin.source if origin else None
+        title = "\n".join(about(run.preset, source, run.data.name))
         if self.examples is not None:
             panels = {"training images": self.examples, **panels}
         with self.expendable("summary.png"):

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cmtool.data.images import display_scale, grid, to_uint8
+from cmtool.data.drawing import display_scale, grid
+from cmtool.data.images import to_uint8
 from cmtool.system.files import replacing
 from cmtool.system.text import printable
 
@@ -176,7 +177,8 @@ def write_summary(path: Path, log: Log, panels: dict[str, Tensor], title: str) -
     loss, *rest = plot.subplots(1, 1 + len(panels), squeeze=False)[0]
     known = curve_of(log, "loss")
     loss.plot(known.steps, known.values)
-    loss.set(xlabel="step", ylabel="loss", title=plain(title), yscale="log")
+    lines = "\n".join(map(plain, title.split("\n")))
+    loss.set(xlabel="step", ylabel="loss", title=lines, yscale="log")
     loss.grid(alpha=0.3)
     for axis, (name, images) in zip(rest, panels.items(), strict=True):
         axis.imshow(picture(images, 10).permute(1, 2, 0).numpy(), interpolation="nearest")

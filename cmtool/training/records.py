@@ -45,8 +45,8 @@ class DataFacts(Facts):
     fingerprint: str
 
 
-class TeacherFacts(Facts):
-    """The teacher that a run was started with."""
+class ModelFacts(Facts):
+    """The teacher that a run was started with, or the model whose weights it began with."""
 
     source: str
     sha256: str
@@ -58,7 +58,8 @@ class Record(Facts):
     versions: Versions
     processes: Annotated[int, Field(gt=0, le=1 << 20)] | None = None
     data: DataFacts | None = None
-    teacher: TeacherFacts | None = None
+    teacher: ModelFacts | None = None
+    init: ModelFacts | None = None
     class_names: list[str] = Field([])
 
 

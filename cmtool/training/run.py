@@ -14,7 +14,7 @@ from cmtool.presets.build import noise_range
 from cmtool.presets.schema import Preset
 from cmtool.system import dist
 from cmtool.system.dist import ALONE, Group
-from cmtool.system.files import sync
+from cmtool.system.files import check_temporary, sync
 from cmtool.training.checkpoint import Saver, load_newest
 from cmtool.training.fit import Diverged, StepInfo, fit
 from cmtool.training.folder import clear_leftovers, clear_run, keep_status, prepare_folder
@@ -35,6 +35,7 @@ def train(
     watcher: Watcher,
     *,
     teacher: Model | None = None,
+    init: Model | None = None,
     origins: Mapping[str, str] | None = None,
     device: str = "cpu",
     resume: bool = False,
@@ -43,13 +44,16 @@ def train(
 ) -> Path:
     """Train in the run folder `out` and return the final checkpoint's folder.
 
+    A new run without a teacher starts from the weights of `init`, as far as they fit.
+
     Under torchrun every process calls this, and the first one writes. Raises UserError for
     processes that differ, and for an existing run without `resume` or `overwrite` or with another
     preset; BusyError while another process holds the folder, InputError for data or a teacher that
     do not fit, DivergedError, ResourceError, and after saving Stopped (by a signal) or Paused
     (after `max_seconds`).
     """
-    facts = start_facts(preset, teacher, device, resume=resume, overwrite=overwrite)
+    check_temporary()
+    facts = start_facts(preset, teacher, init, device, resume=resume, overwrite=overwrite)
     with (
         stop_signals(max_seconds) as stop,
         joined(preset, device, facts) as group,
@@ -60,7 +64,7 @@ def train(
         )
         for note in start.notes:
             watcher.note(note)
-        run = group.together(lambda: set_up(start, watcher, teacher, device, group), "built")
+        run = group.together(lambda: set_up(start, watcher, teacher, init, device, group), "built")
         group.alike(lambda: data_facts(run.data), "data")
         group.agreed(lambda: claim.enter_context(claimed(run, start)), "claimed")
         if group.leads:
@@ -88,7 +92,8 @@ def joined(preset: Preset, device: str, facts: Mapping[str, object]) -> Iterator
 @contextmanager
 def claimed(run: Run, start: Start) -> Iterator[None]:
     """Make the run folder and hold its lock. Raises UserError for one that must be left alone."""
-    prepare_folder(run.out, resume=start.resume, overwrite=start.overwrite, teacher=run.teacher)
+    origin = run.teacher or run.init
+    prepare_folder(run.out, resume=start.resume, overwrite=start.overwrite, teacher=origin)
     with locked(run.out, run.watcher.note):
         if not sync(run.out):
             lacks = f"{run.out} is on a file system that cannot sync folders"

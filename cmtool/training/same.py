@@ -39,7 +39,13 @@ PROBES = 1000
 
 
 def start_facts(
-    preset: Preset, teacher: Model | None, device: str, *, resume: bool, overwrite: bool
+    preset: Preset,
+    teacher: Model | None,
+    init: Model | None,
+    device: str,
+    *,
+    resume: bool,
+    overwrite: bool,
 ) -> dict[str, object]:
     """Return what must be the same in all processes of a run before they do anything together."""
     keys = flat(preset.model_dump(mode="json"))
@@ -49,6 +55,7 @@ def start_facts(
         "--resume": resume,
         "--overwrite": overwrite,
         "teacher": teacher.sha256 if teacher is not None else None,
+        "--init": init.sha256 if init is not None else None,
         **{key: value for key, value in keys if key not in OWN},
     }
 
@@ -63,8 +70,13 @@ def run_inputs(run: Run) -> dict[str, object]:
     data, teacher = run.data, run.teacher
     return {
         "data": {"name": data.name, "images": len(data), "fingerprint": data.fingerprint()},
-        "teacher": teacher and {"source": teacher.source, "sha256": teacher.sha256},
+        "teacher": teacher and described(teacher),
     }
+
+
+def described(model: Model) -> dict[str, str]:
+    """Return what run.json says of a model."""
+    return {"source": model.source, "sha256": model.sha256}
 
 
 def check_same(run: Run) -> None:

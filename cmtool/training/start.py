@@ -42,6 +42,7 @@ from cmtool.system.dist import Group
 from cmtool.system.files import read_own, write_atomic, write_json
 from cmtool.system.records import read_facts
 from cmtool.system.text import is_utf8, printable
+from cmtool.training.cost import check_memory
 from cmtool.training.folder import (
     is_resumable,
     launched_by,
@@ -51,8 +52,8 @@ from cmtool.training.folder import (
 from cmtool.training.lock import read_status, refuse_busy
 from cmtool.training.log import Watcher, event_writer
 from cmtool.training.records import Record
-from cmtool.training.same import changes, run_inputs
-from cmtool.training.state import TrainState, build_state
+from cmtool.training.same import changes, described, run_inputs
+from cmtool.training.state import TrainState, build_state, not_taken
 
 MAX_NAMES = 100
 """Classes whose names are recorded."""
@@ -81,6 +82,7 @@ class Run(NamedTuple):
     out: Path
     watcher: Watcher
     teacher: Model | None
+    init: Model | None
     device: str
     group: Group
     data: Dataset
@@ -188,7 +190,14 @@ def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
     return Resolved(preset, resolved.origins | dict.fromkeys(taken, f"teacher {teacher.source}"))
 
 
-def set_up(start: Start, watcher: Watcher, teacher: Model | None, device: str, group: Group) -> Run:
+def set_up(
+    start: Start,
+    watcher: Watcher,
+    teacher: Model | None,
+    init: Model | None,
+    device: str,
+    group: Group,
+) -> Run:
     """Return a run, ready for its first step. Raises UserError or InputError if a part is wrong."""
     preset = start.preset
     check_components(preset)
@@ -202,14 +211,18 @@ def set_up(start: Start, watcher: Watcher, teacher: Model | None, device: str, g
     if data.is_checked_first and not start.resume:
         watcher.note(f"decoding all {len(data):,} images once, to find bad ones before training")
         check_images(data, preset.data.workers, group.rank, group.world_size)
-    state = build_state(preset, teacher, device, group)
+    check_memory(preset, teacher, device, group)
+    state = build_state(preset, teacher, device, group, init)
+    if init is not None:
+        for left in not_taken(preset, init):
+            watcher.note(f"new, not from {init.source}: {left}")
     microbatch = batches(
         data, batch=preset.train.batch, shards=preset.train.accumulate * group.world_size,
         seed=preset.train.seed, device=device, flip=preset.data.flip, workers=preset.data.workers,
         timeout=preset.data.timeout, rank=group.rank, world_size=group.world_size,
     )  # fmt: skip
     return Run(
-        preset, start.out, watcher, teacher, device, group, data, evaluation, objective,
+        preset, start.out, watcher, teacher, init, device, group, data, evaluation, objective,
         curriculum, state, microbatch,
     )  # fmt: skip
 
@@ -240,6 +253,8 @@ def load_images(preset: Preset, watcher: Watcher) -> Dataset:
     """Return the preset's data set; without its labels if the model has no classes."""
     size, channels = preset.model.image_size, preset.model.channels
     data = load_dataset(preset.data.path, size=size, channels=channels, fit=preset.data.fit)
+    for note in data.notes:
+        watcher.note(note)
     if data.labels is None or preset.model.num_classes:
         return data
     watcher.note(f"the {data.num_classes} classes of {data.name} are not used: the model has none")
@@ -277,6 +292,8 @@ def write_record(run: Run, origins: Mapping[str, str]) -> None:
     else:
         text = to_toml(preset, origins)
     write_atomic(path, text.encode(), durable=True)
+    before = read_facts(run.out / "run.json", Record)
+    init = described(run.init) if run.init else before and before.model_dump()["init"]
     versions = {"cmtool": __version__, "python": platform.python_version()}
     facts = {
         "arguments": sys.argv[1:],
@@ -285,6 +302,7 @@ def write_record(run: Run, origins: Mapping[str, str]) -> None:
         "threads": torch.get_num_threads(),
         "precision": preset.train.precision,
         "seed": preset.train.seed,
+        "init": init,
         **run_inputs(run),
         "class_names": shown_names(run.data),
     }

@@ -13,7 +13,7 @@ from types import FrameType
 from safetensors import SafetensorError
 
 from cmtool.data.batches import BatchFn
-from cmtool.data.images import png_bytes
+from cmtool.data.drawing import png_bytes
 from cmtool.errors import Paused, ResourceError, Stopped, UserError
 from cmtool.formats.native import write_weights
 from cmtool.system import dist

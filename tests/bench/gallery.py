@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw
 
 from cmtool.cli.demo import first_of_each_class
 from cmtool.data.datasets import digits
-from cmtool.data.images import grid, png_bytes, read_image
+from cmtool.data.decoding import read_image
+from cmtool.data.drawing import grid, png_bytes
 
 STROKES = [  # a digit's strokes on 8x8 pixels
     [(2, 1, 5, 1), (5, 1, 5, 6), (5, 6, 2, 6), (2, 6, 2, 1)],

@@ -21,7 +21,7 @@ from cmtool.core.precond import Preconditioned, consistency_scalings, log_label_
 from cmtool.data import datasets as data_module
 from cmtool.data.batches import batches
 from cmtool.data.datasets import load_dataset
-from cmtool.data.images import png_bytes
+from cmtool.data.drawing import png_bytes
 from cmtool.training.fit import fit
 from cmtool.training.state import FitSettings, TrainState
 from tests.objectives import objective_of

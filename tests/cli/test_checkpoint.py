@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from cmtool.data.images import read_image
+from cmtool.data.decoding import read_image
 from tests.golden import GOLDEN, golden
 
 

@@ -1,11 +1,12 @@
 import json
+import shlex
 import time
 import zipfile
 
 import torch
 
 from cmtool.data.datasets import load_dataset
-from cmtool.data.images import png_bytes
+from cmtool.data.drawing import png_bytes
 from tests.cli.conftest import TINY
 
 
@@ -93,10 +94,23 @@ def test_prepare_fits_and_leaves_out_only_what_it_may(cmtool, tmp_path):
     refused = cmtool("data", "prepare", root, "z.zip")
     assert refused.code == 3
     assert "2.png" in refused.err
+    assert "to leave such images out, add --skip-bad" in refused.err
+    hint = cmtool("data", "info", root).err.splitlines()[-1]
+    assert cmtool(*shlex.split(hint.partition(": cmtool ")[2])).text == "readable.zip\n"
+    (tmp_path / "readable.zip").unlink()
     assert not (tmp_path / "z.zip").exists()
     skipped = cmtool("data", "prepare", root, "z.zip", "--skip-bad", "1")
     assert skipped.code == 0
     assert "left out: " in skipped.err
+    (root / "c1" / "3.png").write_bytes(b"nor this")
+    assert cmtool("data", "prepare", root, "w.zip", "--skip-bad", "1").code == 3
+    assert cmtool("data", "prepare", root, "w.zip", "--skip-bad=-1").code == 2
+    for command in (["--skip-bad", root, "w.zip"], [root, "w.zip", "--skip-bad", "--overwrite"]):
+        result = cmtool("data", "prepare", *command)
+        assert result.code == 0, result.err
+        assert result.err.count("left out: ") == 2
+    (tmp_path / "w.zip").unlink()
+    (root / "c1" / "3.png").write_bytes((root / "c1" / "1.png").read_bytes())
     assert len(load_dataset(str(tmp_path / "z.zip"))) == 5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y.zip", "z.zip"]
 

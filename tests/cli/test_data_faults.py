@@ -15,7 +15,7 @@ from PIL import Image
 
 from cmtool.cli import main
 from cmtool.data import datasets as data_module
-from cmtool.data.images import png_bytes
+from cmtool.data.drawing import png_bytes
 from tests.cli.conftest import TINY
 
 SIDE = 8

@@ -9,7 +9,9 @@ from cmtool.core import edits
 from cmtool.core.rng import SeededNoise
 from cmtool.core.tensors import identity
 from cmtool.data.datasets import digits
-from cmtool.data.images import from_uint8, png_bytes, png_info, read_image, read_mask, text_mask
+from cmtool.data.decoding import png_info, read_image, read_mask
+from cmtool.data.drawing import png_bytes, text_mask
+from cmtool.data.images import from_uint8
 from cmtool.errors import UserError
 from cmtool.models import load_model
 from cmtool.sampling import edit_plan, run_edit

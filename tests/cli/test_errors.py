@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cmtool.data.images import animation_bytes, png_bytes
+from cmtool.data.drawing import animation_bytes, png_bytes
 from cmtool.formats.native import write_weights
 from cmtool.models import ASSETS
 from cmtool.presets.build import build_network

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cmtool.cli._watching import ticker
-from cmtool.data.images import png_bytes, read_image
+from cmtool.data.decoding import read_image
+from cmtool.data.drawing import png_bytes
 from tests.published import write_detector
 
 HELD_OUT = ["--reference", "digits:held-out"]

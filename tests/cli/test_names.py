@@ -1,14 +1,17 @@
 """Names and words from elsewhere: bytes that are not UTF-8, escape sequences, dollars."""
 
 import html
+import io
 import os
+import sys
 import tomllib
 
 import pytest
 import torch
 
 from cmtool.cli._output import shown
-from cmtool.data.images import png_bytes
+from cmtool.cli._watching import BarWatcher
+from cmtool.data.drawing import png_bytes
 from cmtool.presets.toml import load_preset, to_toml
 from cmtool.system.text import printable
 from cmtool.training.plots import Curve, Plot, svgs, write_curves, write_summary
@@ -113,3 +116,15 @@ def test_a_description_with_dollars_ends_no_run(cmtool, tmp_path):
     assert result.code == 0, result.err
     assert "cannot be written" not in result.err
     assert (tmp_path / "r/summary.png").exists()
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_note_above_a_bar_is_shown_escaped(monkeypatch, kind):
+    seen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", seen)
+    watcher = BarWatcher(7)
+    watcher.live.console.width = 200
+    watcher.note(f"[bold]before {STRANGE[kind]}")
+    (line,) = seen.getvalue().splitlines()
+    assert line.startswith("[bold]before ")
+    assert line.isprintable()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmtool.data.images import read_image
+from cmtool.data.decoding import read_image
 from cmtool.system.devices import best_precision
 from cmtool.system.dist import ALONE
 from cmtool.training import start

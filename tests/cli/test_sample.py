@@ -12,7 +12,7 @@ import torch
 
 from cmtool.core.samplers import SAMPLERS
 from cmtool.data.datasets import load_dataset
-from cmtool.data.images import png_info, read_image
+from cmtool.data.decoding import png_info, read_image
 from cmtool.models import ASSETS, load_model
 from cmtool.sampling import generate, plan
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cmtool.data.images import png_bytes, read_image
+from cmtool.data.decoding import read_image
+from cmtool.data.drawing import png_bytes
 from cmtool.evaluation.metrics import METRICS, Estimate
 from cmtool.training.stop import Stop
 from tests.cli.conftest import TINY

@@ -3,7 +3,8 @@ import torch
 
 from cmtool.data.batches import batches
 from cmtool.data.datasets import Dataset, digits, load_dataset
-from cmtool.data.images import from_uint8, png_bytes
+from cmtool.data.drawing import png_bytes
+from cmtool.data.images import from_uint8
 from cmtool.errors import InputError
 
 

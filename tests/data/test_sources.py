@@ -17,8 +17,9 @@ from PIL import Image
 from cmtool.data import datasets as data_module
 from cmtool.data.batches import batches
 from cmtool.data.datasets import load_dataset
+from cmtool.data.drawing import png_bytes
 from cmtool.data.entries import Names
-from cmtool.data.images import fitted, png_bytes
+from cmtool.data.images import fitted
 from cmtool.data.lsun import lmdb_entries
 from cmtool.data.sources import LazyImages, open_images
 from cmtool.errors import InputError
@@ -235,6 +236,38 @@ def test_code_in_cifars_tarball_does_not_run(tmp_path):
     with pytest.raises(InputError, match=r"posix\.system"):
         load_dataset(str(path))
     assert not canary.exists()
+
+
+def tarball(path, name, size, kind=tarfile.REGTYPE):
+    """A packed archive of one file of zeros."""
+    with tarfile.open(path, "w:bz2") as archive:
+        member = tarfile.TarInfo(name)
+        member.size, member.type = size, kind
+        archive.addfile(member, io.BytesIO(bytes(size)))
+    return path
+
+
+def test_a_tarball_that_unpacks_to_far_more_is_left_at_once(tmp_path):
+    for name, kind in (("other", tarfile.REGTYPE), ("x", tarfile.GNUTYPE_LONGNAME)):
+        path = tarball(tmp_path / "x.tar.bz2", name, 60 << 20, kind)
+        size = path.stat().st_size
+        assert size < 10_000
+        start = time.process_time()
+        with pytest.raises(InputError, match="it unpacks to more than"):
+            load_dataset(str(path))
+        assert time.process_time() - start < 0.5
+
+
+def test_of_a_tarball_of_many_files_the_first_are_looked_at(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        for i in range(1000):
+            archive.addfile(tarfile.TarInfo(f"{i}.png"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: 200 * tarfile.BLOCKSIZE] + b"junk" * 1000)
+    with pytest.raises(InputError, match="holds no data_batch_1") as caught:
+        load_dataset(str(path))
+    assert "extract" in caught.value.hint
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -482,7 +515,7 @@ def test_classes_may_be_links_to_folders_and_loops_end(tmp_path):
     entries = open_images(tmp_path / "x")
     names = [entries.names[i] for i in range(len(entries.names))]
     assert names == sorted(f"{c}/{n}" for c, n in zip(CLASSES, NAMES, strict=True))
-    assert entries.labels == [0] * 6 + [1] * 6
+    assert entries.labels.classes == [0] * 6 + [1] * 6
 
 
 def test_names_that_climb_out_are_only_names(tmp_path):

@@ -3,7 +3,9 @@ import torch
 
 from cmtool.data import datasets as data_module
 from cmtool.data.datasets import digits, load_dataset
-from cmtool.data.images import from_uint8, png_bytes, read_image
+from cmtool.data.decoding import read_image
+from cmtool.data.drawing import png_bytes
+from cmtool.data.images import from_uint8
 from cmtool.data.survey import PART, Survey, check_images, pngs, surveys
 from cmtool.errors import InputError
 

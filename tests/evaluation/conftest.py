@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cmtool.data.images import png_bytes
+from cmtool.data.drawing import png_bytes
 from tests.published import write_detector
 
 

@@ -14,7 +14,8 @@ import torch
 from packaging import version
 
 from cmtool.data.archives import write_npz
-from cmtool.data.images import png_bytes, to_uint8
+from cmtool.data.drawing import png_bytes
+from cmtool.data.images import to_uint8
 from cmtool.errors import UserError
 from cmtool.evaluation.features import build_extractor
 from cmtool.evaluation.gaussian import GaussianSums, frechet_distance

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from cmtool.data.datasets import Dataset
-from cmtool.data.images import from_uint8, png_bytes
+from cmtool.data.drawing import png_bytes
+from cmtool.data.images import from_uint8
 from cmtool.errors import InputError
 from cmtool.evaluation.features import build_extractor
 from cmtool.evaluation.metrics import BOTH, GAUSSIAN

@@ -66,7 +66,7 @@ def test_a_long_list_of_differences_is_counted():
 def test_where_a_process_has_its_data_is_its_own_business(override, is_told):
     value = {"data.path": "/elsewhere"}.get(override, 7)
     presets = [load_preset("digits-ct", over) for over in ({}, {override: value})]
-    facts = [start_facts(p, None, f"cuda:{n}", resume=False, overwrite=False)
+    facts = [start_facts(p, None, None, f"cuda:{n}", resume=False, overwrite=False)
              for n, p in enumerate(presets)]  # fmt: skip
     assert (override in difference(facts)) == is_told
     assert bool(difference(facts)) == is_told

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from cmtool.data.images import png_bytes
+from cmtool.data.drawing import png_bytes
 from cmtool.training.log import scalars
 from cmtool.training.plots import MAX_POINTS, curve, run_plots
 from cmtool.training.report import (

@@ -37,7 +37,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cmtool.data.images import png_bytes, read_image
+from cmtool.data.decoding import read_image
+from cmtool.data.drawing import png_bytes
 from cmtool.errors import BusyError
 from cmtool.formats.checkpoints import verify
 from cmtool.formats.native import write_weights
@@ -436,7 +437,9 @@ def test_fault_11_a_resumed_run_with_another_preset_is_refused(copied, place, ch
     assert contents(copied) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
+)
 def test_fault_12_a_signal_saves_and_ends_with_its_code(place, methods, number):
     command = running(methods, place)
     start = time.monotonic()

@@ -1,0 +1,119 @@
+"""CIFAR-10's tarball, read as a stream and without unpickling."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import io
+import itertools
+import lzma
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from cmtool.data import archives
+from cmtool.data.archives import MAX_RATIO
+from cmtool.data.entries import MAX_MEMBER, Entries, Labels, fingerprint, numbered
+from cmtool.errors import InputError
+from cmtool.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
+
+MAX_UNPACKED = 256 << 20
+"""Bytes that the tarball may unpack to; CIFAR-10 has 178 million."""
+MAX_MEMBERS = 100
+"""Files of a tarball that are looked at; CIFAR-10 has 8, and a folder."""
+DAMAGE = (
+    *archives.DAMAGE, TypeError, ArithmeticError, RuntimeError, tarfile.TarError, lzma.LZMAError,
+)  # fmt: skip
+"""What reading a damaged tarball raises."""
+UNPACKERS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}
+"""How to unpack a file, by how it starts."""
+
+
+class Limited:
+    """A stream of which at most so many bytes can be read."""
+
+    def __init__(self, stream: IO[bytes], most: int) -> None:
+        self.stream, self.most, self.left = stream, most, most
+
+    def read(self, count: int) -> bytes:
+        """Return at most `count` bytes. Raises ValueError beyond the limit."""
+        content = self.stream.read(count)
+        self.left -= len(content)
+        if self.left < 0:
+            raise ValueError(f"it unpacks to more than {self.most:,} bytes")
+        return content
+
+
+def is_tarball(path: Path) -> bool:
+    """Tell whether a file begins as a tar archive does, or as any that is packed."""
+    with path.open("rb") as opened:
+        start = opened.read(tarfile.BLOCKSIZE)
+    return start.startswith(tuple(UNPACKERS)) or start[257:262] == b"ustar"
+
+
+def cifar_entries(path: Path) -> Entries:
+    """Return the 50,000 training images of cifar-10-python.tar.gz, batch after batch.
+
+    Raises InputError for any other tarball, and for one that unpacks to far more than it has.
+    """
+    try:
+        batches = sorted(_batches(path), key=lambda batch: batch[0])
+    except DAMAGE as error:
+        raise InputError(f"{path} is not CIFAR-10's archive: {error}", "fetch it again") from None
+    if not batches:
+        hint = "give cifar-10-python.tar.gz; extract a tarball of pictures, and give the folder"
+        raise InputError(f"{path} holds no data_batch_1 ...", hint)
+    rows = np.concatenate([part for _, part, _ in batches])
+    classes = [label for _, _, part in batches for label in part]
+    pictures = torch.from_numpy(rows.reshape(-1, 3, 32, 32))
+    mark = fingerprint([hashlib.sha256(rows.tobytes()).hexdigest()], classes)
+    return Entries(numbered(len(classes)), lambda i: pictures[i], Labels(classes), mark)
+
+
+def _batches(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any], list[int]]]:
+    """Yield the name, rows and classes of each data_batch_N of a tarball."""
+    with path.open("rb") as opened:
+        start = opened.read(8)
+    unpack = next((f for magic, f in UNPACKERS.items() if start.startswith(magic)), open)
+    most = min(MAX_UNPACKED, MAX_RATIO * path.stat().st_size + (1 << 20))
+    with (
+        unpack(path, "rb") as stream,
+        tarfile.open(fileobj=Limited(stream, most), mode="r|") as t,  # type: ignore[call-overload]
+    ):
+        for member in itertools.islice(t, MAX_MEMBERS):
+            if member.size > MAX_MEMBER or member.issparse():
+                raise ValueError(f"{member.name!r} has {member.size:,} bytes, or holes")
+            name = member.name.rpartition("/")[2]
+            if member.isfile() and name.startswith("data_batch_"):
+                file = t.extractfile(member)
+                assert file is not None
+                yield name, *cifar_batch(file.read(MAX_MEMBER), member.size)
+
+
+def cifar_batch(content: bytes, size: int) -> tuple[np.ndarray[Any, Any], list[int]]:
+    """Return the rows (N, 3072) uint8 and classes of one file of CIFAR-10's python archive.
+
+    Raises Refused for anything else in it, ValueError and its kin for a damaged file.
+    """
+    stream = io.BytesIO(content)
+    table = expect(Machine(size, NUMPY_TABLE).run(stream, len(content)), dict)
+    rows, classes = table.get("data"), table.get("labels")
+    match rows.state if isinstance(rows, Array) else None:
+        case (_, (int(count), 3072), Dtype("u1"), False | 0, str(text)):
+            raw = text.encode("latin-1")
+        case _:
+            raise Refused("its data is no table of 3,072 bytes an image")
+    if len(raw) != count * 3072 or len(expect(classes, list)) != count:
+        raise Refused(f"{count} images have {len(raw):,} bytes and {len(classes)} classes")
+    if any(type(c) is not int or not 0 <= c <= 9 for c in classes):
+        raise Refused("a class is not 0 to 9")
+    return np.frombuffer(raw, np.uint8).reshape(count, 3072), classes

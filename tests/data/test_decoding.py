@@ -1,0 +1,169 @@
+import io
+import random
+import time
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from cmtool.data import decoding
+from cmtool.data.decoding import image_mode, png_info, read_image, read_mask
+from cmtool.data.drawing import png_bytes
+from cmtool.errors import InputError
+from tests.data.pictures import VALID, bmp_of_runs, chunk, damaged, png, saved, tiff
+
+
+def test_png_round_trip_with_info(tmp_path):
+    picture = torch.randint(256, (3, 5, 7), generator=torch.Generator().manual_seed(0)).byte()
+    content = png_bytes(picture, {"cmtool:seed": "17"})
+    assert torch.equal(read_image(content), picture)
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    assert png_info(path) == {"cmtool:seed": "17"}
+
+
+def test_sixteen_bit_grey_keeps_its_mean():
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    picture = read_image(saved(Image.fromarray(ramp)))
+    assert picture.shape == (3, 16, 16)
+    assert float(picture.float().mean()) == pytest.approx(127.5, abs=1)
+
+
+def test_alpha_lies_on_white():
+    rgba = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert read_image(saved(rgba)).unique().tolist() == [255]
+
+
+def test_rotation_is_applied():
+    image = Image.new("RGB", (4, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert read_image(saved(image, "JPEG", exif=exif)).shape == (3, 4, 2)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_what_pillow_makes_of_it(orientation):
+    picture = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = saved(picture, exif=exif)
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    assert read_image(content, mode="L")[0].tolist() == np.array(wanted).tolist()
+    assert image_mode(content) == ("L" if orientation == 1 else "L rotated")
+
+
+def test_pixels_of_an_unknown_range_are_refused():
+    with pytest.raises(InputError, match="pixels are floats"):
+        read_image(saved(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"))
+    with pytest.raises(InputError, match="more than 16 bits"):
+        read_image(saved(Image.fromarray(np.full((2, 2), 70_000, np.int32)), "TIFF"))
+
+
+def test_grey_palette_and_cmyk_become_rgb():
+    for mode in ("L", "P", "CMYK", "1", "LA"):
+        image = Image.new(mode, (3, 2))
+        assert read_image(saved(image, "JPEG" if mode == "CMYK" else "PNG")).shape == (3, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"hello", "is not an image"),
+        (saved(Image.new("RGB", (64, 64)))[:60], "cannot be decoded|is not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "is not an image"),
+        (saved(Image.new("1", (10000, 7000))), "10000x7000 pixels"),
+    ],
+)
+def test_what_is_not_an_image_is_refused(content, message):
+    with pytest.raises(InputError, match=message):
+        read_image(content)
+
+
+def test_the_first_picture_of_a_phones_file_is_the_picture(tmp_path):
+    first, second = (Image.new("RGB", (16, 8), colour) for colour in ("white", "black"))
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
+    assert read_image(tmp_path / "a.jpg").float().mean() > 250
+
+
+@pytest.mark.parametrize("kind", VALID)
+def test_of_a_damaged_file_comes_an_image_or_our_error(kind, tmp_path):
+    rng = random.Random(kind)
+    for _ in range(200):
+        content = damaged(VALID[kind], rng)
+        for use in (read_image, image_mode):
+            with suppress(InputError):
+                use(content)
+    (tmp_path / "a.png").write_bytes(content)
+    assert png_info(tmp_path / "a.png") is not None
+
+
+@pytest.mark.parametrize("kind", VALID)
+def test_strips_change_nothing(kind, tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(VALID[kind])
+    before = [read_image(VALID[kind], mode=mode) for mode in ("RGB", "L")]
+    before.append(read_mask(tmp_path / "a"))
+    monkeypatch.setattr(decoding, "STRIP", 25)
+    after = [read_image(VALID[kind], mode=mode) for mode in ("RGB", "L")]
+    after.append(read_mask(tmp_path / "a"))
+    assert all(map(torch.equal, before, after))
+
+
+def many_scans():
+    content = saved(Image.new("L", (8, 8)), "JPEG", progressive=True)
+    at = content.rindex(b"\xff\xda")
+    return content[:-2] + content[at:-2] * 100 + content[-2:]
+
+
+OVER_THE_BOUNDS = {
+    "RGBA": (png(7900, 7900, kind=6), "7900x7900 pixels of 4 bytes, takes 249,640,000 bytes"),
+    "RGBA of 16 bits": (png(7000, 7000, kind=6, depth=16), "7000x7000 pixels of 4 bytes"),
+    "too many pixels": (png(8001, 8000), "8001x8000 pixels"),
+    "webp": (saved(Image.new("L", (16000, 1501)), "WEBP"), "16000x1501 pixels of 8 bytes"),
+    "run lengths": (bmp_of_runs(2001, 2000, b"\x01\0\0\0" * 2000), "2001x2000 pixels"),
+    "a tile": (tiff(8, 8, b"", tile=(16_000, 16_000)), "8x8 pixels of 1 bytes, takes 256,000,000"),
+    "chunks": (png(8, 8, chunk(b"teSt", b"") * 100_000), "more than 100,000 chunks"),
+    "scans": (many_scans(), "has 1[0-9]{2} scans"),
+    "comments": (b"P3 8 8 255\n" + b"#\n" * 500_000, "more than 1,000 comments"),
+    "a header": (b"P6 #" + b"x" * 5_000_000, "header has more than 4,096 bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", OVER_THE_BOUNDS)
+def test_what_would_take_long_or_much_is_refused_before_it_is_decoded(kind):
+    content, words = OVER_THE_BOUNDS[kind]
+    start = time.process_time()
+    with pytest.raises(InputError, match=words):
+        read_image(content)
+    assert time.process_time() - start < 0.3
+
+
+def test_what_is_just_within_the_bounds_is_read():
+    assert read_image(png(8, 8, chunk(b"teSt", b"") * 99_000, rows=bytes(72))).shape == (3, 8, 8)
+    assert read_image(b"P3 1 1 255\n" + b"#\n" * 1000 + b"1 2 3").flatten().tolist() == [1, 2, 3]
+    assert read_image(b"P5 #" + b"x" * 4000 + b"\n1 1 255\n" + b"\7").unique().tolist() == [7]
+
+
+@pytest.mark.parametrize("orientation", [(1, 0), (0, 0), (6, 1)])
+def test_an_orientation_that_is_no_number_turns_nothing(orientation):
+    picture = saved(Image.new("L", (4, 2)), "JPEG")
+    ifd = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x05\0\x01\0\0\0\x1a\0\0\0\0\0\0\0"
+    exif = ifd + orientation[0].to_bytes(4, "little") + orientation[1].to_bytes(4, "little")
+    content = picture[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + picture[2:]
+    assert read_image(content).shape == ((3, 4, 2) if orientation == (6, 1) else (3, 2, 4))
+
+
+TWO_16 = np.array([[0, 65535, 25700]], "<u2").tobytes()
+
+
+def test_grey_of_a_tiff_is_scaled_by_its_own_bits():
+    assert read_image(tiff(3, 1, TWO_16, bits=16))[0].tolist() == [[0, 255, 100]]
+    assert read_image(tiff(3, 1, TWO_16, bits=16, white=0))[0].tolist() == [[255, 0, 155]]
+    assert read_image(tiff(2, 1, b"\x00\x0f\xff", bits=12))[0].tolist() == [[0, 255]]
+
+
+@pytest.mark.parametrize(("bits", "sign"), [(16, 2), (32, 1), (32, 2), (32, 3)])
+def test_grey_of_no_known_range_is_refused(bits, sign):
+    with pytest.raises(InputError, match=r"range|is not an image"):
+        read_image(tiff(3, 1, TWO_16 * 2, bits=bits, sign=sign))

@@ -1,0 +1,120 @@
+"""Presets that nobody would write: an error of two lines that names the key, or what is meant."""
+
+import os
+import time
+
+import pytest
+
+from cmtool.errors import InputError, UserError
+from cmtool.presets.build import build_curriculum
+from cmtool.presets.toml import load_preset, parse_override, resolve
+
+
+def written(root, text, name="p.toml"):
+    path = root / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+ODD = {
+    "nested arrays": "x = " + "[" * 50_000,
+    "whole nested arrays": "x = " + "[" * 90 + "]" * 90,
+    "nested tables": "x = " + "{ a = " * 5000 + "1" + " }" * 5000,
+    "a long key": "a" + ".a" * 100_000 + " = 1",
+    "deep tables": "".join(f"[{'.'.join(['a'] * n)}]\n" for n in range(1, 60)),
+    "5,000 digits": "train.batch = " + "9" * 5000,
+    "no UTF-8": b"description = '\xff'",
+    "UTF-16": "extends = 'digits-cd'".encode("utf-16"),
+    "NUL": "extends = 'digits\0cd'",
+    "a NUL in a name": "extends = 'digits\\u0000cd.toml'",
+    "a name of a megabyte": f"extends = '{'x' * 900_000}'",
+    "no name": "extends = ''",
+    "a number": "extends = 5",
+    "a table": "[extends]\na = 1",
+    "nobody's home": "extends = '~no-such-user/p.toml'",
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_an_odd_file_is_refused_at_once(tmp_path, kind):
+    start = time.process_time()
+    with pytest.raises((UserError, OSError)) as caught:
+        load_preset(written(tmp_path, ODD[kind]))
+    assert time.process_time() - start < 2
+    assert getattr(caught.value, "hint", "the command line names the file")
+
+
+def test_a_chain_and_a_circle_of_presets_end(tmp_path):
+    for n in range(2000):
+        written(tmp_path, f"extends = 'p{n + 1}'", f"p{n}.toml")
+    with pytest.raises(UserError, match="extends more than 32 others"):
+        load_preset(str(tmp_path / "p0.toml"))
+    written(tmp_path, f"extends = '../{tmp_path.name}/p3'", "p4.toml")
+    with pytest.raises(UserError, match="extends itself"):
+        load_preset(str(tmp_path / "p0.toml"))
+    for n in range(31):
+        written(tmp_path, f"extends = 'p{n + 1}'", f"p{n}.toml")
+    written(tmp_path, "extends = 'digits-edm'", "p30.toml")
+    assert load_preset(str(tmp_path / "p0.toml")) == load_preset("digits-edm")
+
+
+BEYOND = 10**20
+NUMBERS = [
+    ("train.batch", BEYOND), ("train.batch", (1 << 20) + 1), ("train.steps", BEYOND),
+    ("train.seed", 1 << 63), ("train.accumulate", BEYOND), ("train.warmup_steps", 1e30),
+    ("train.steps", "99999999999M"), ("train.batch", float("inf")), ("train.lr", float("inf")),
+    ("train.lr", float("nan")), ("train.batch", float("nan")),
+    ("train.max_grad_norm", float("inf")),
+    ("model.channels", 2000), ("model.num_classes", BEYOND), ("model.image_size", [BEYOND, 8]),
+    ("model.sigma_data", float("nan")), ("noise.rho", float("inf")), ("data.workers", BEYOND),
+    ("data.timeout", float("inf")), ("run.keep", BEYOND), ("run.eval_num", BEYOND),
+    ("run.log_every", BEYOND), ("sample.steps", BEYOND), ("sample.grid", BEYOND),
+    ("loss.levels.mean", float("nan")), ("loss.curriculum.n", BEYOND), ("loss.levels.x", -BEYOND),
+    ("model.network.channel_mult", [1, BEYOND]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), NUMBERS, ids=lambda v: str(v)[:20])
+def test_a_number_beyond_use_is_refused_by_its_key(key, value):
+    with pytest.raises(UserError, match=key.rpartition(".")[2]) as caught:
+        load_preset("digits-edm", {key: value})
+    assert len(caught.value.what) < 500
+
+
+def test_a_grid_has_at_most_a_million_levels():
+    fits = load_preset("digits-cd", {"loss.curriculum.n": 1_000_000})
+    build_curriculum(fits)
+    for more in ({"loss.curriculum.n": 1_000_001},
+                 {"loss.curriculum": {"name": "doubling", "s1": 1 << 24}}):  # fmt: skip
+        with pytest.raises(UserError, match=r"loss\.curriculum = .* levels"):
+            build_curriculum(load_preset("digits-cd", more))
+
+
+def test_numbers_of_use_are_taken():
+    values = {"train.seed": (1 << 63) - 1, "train.batch": 1 << 20, "train.steps": 10**9}
+    preset = load_preset("digits-edm", {**values, "sample.sampler.s_max": float("inf")})
+    assert (preset.train.seed, preset.train.steps) == ((1 << 63) - 1, 10**9)
+
+
+@pytest.mark.parametrize(
+    "text", [f"a={'[' * 50_000}", f"{'.'.join(['a'] * 500)}=1", f"a={'{b=' * 20}1{'}' * 20}"]
+)
+def test_overrides_are_flat(text):
+    with pytest.raises(UserError, match="nests") as caught:
+        resolve("digits-edm", {"--set": dict([parse_override(text)])})
+    assert len(caught.value.what) < 200
+
+
+def test_a_mark_of_windows_and_a_home_are_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path, b"\xef\xbb\xbfextends = 'digits-edm'\r\n[train]\r\nbatch = 3\r\n")
+    written(tmp_path, "extends = '~/p.toml'", "q.toml")
+    assert load_preset("~/q.toml").train.batch == 3
+
+
+def test_a_large_file_is_not_read(tmp_path):
+    path = tmp_path / "p.toml"
+    path.touch()
+    os.truncate(path, 1 << 30)
+    with pytest.raises(InputError, match="1,073,741,824 bytes"):
+        load_preset(str(path))
