@@ -14,7 +14,7 @@ import typer
 from typer import Option
 
 from cmtool import __version__
-from cmtool.cli import checkpoint, data, demo, edit, evaluate, explain, preset, sample, search
+from cmtool.cli import checkpoint, data, demo, edit, evaluate, explain, preset, runs, sample, search
 from cmtool.cli._output import keep_stderr, say
 from cmtool.cli._usage import UsageError, explained
 from cmtool.cli.train import distill, train
@@ -47,6 +47,7 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(preset.app, name="preset")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
+app.add_typer(runs.app, name="runs")
 app.command("demo")(demo.demo)
 app.command("explain")(explain.explain)
 
@@ -99,7 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     keep_stderr()
     try:
         # not by itself: Typer would end the process, and draw a box around a wrong usage
-        code = app(argv, standalone_mode=False)
+        # by its name: --install-completion would make a script of `python -m cmtool`
+        code = app(argv, standalone_mode=False, prog_name="cmtool")
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()

@@ -104,12 +104,15 @@ def shown(text: str) -> str:
 
 
 def emit(text: str) -> None:
-    """Write one line to stdout, a name of a file byte for byte.
+    """Write one line to stdout, a name of a file byte for byte, or as a terminal may show it.
 
     If the reader is gone, end quietly with exit code 141.
     """
     if leads():
         with _stdout():
+            if sys.stdout.isatty():
+                print(shown(text), flush=True)  # a bar may be there: it steps aside for print
+                return
             sys.stdout.flush()
             sys.stdout.buffer.write(os.fsencode(f"{text}\n"))
             sys.stdout.buffer.flush()

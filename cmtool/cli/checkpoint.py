@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from cmtool.cli import _completion
 from cmtool.cli._options import AsJson, KindOption, ModelPreset, Weights, parse_kind, tell_notes
 from cmtool.cli._output import emit, emit_json, make_folder, say, shown
 
@@ -21,6 +22,7 @@ Source = Annotated[
     Argument(
         metavar="PATH",
         help="Run, checkpoint, .safetensors; EDM .pkl, openai .pt, diffusers folder, JAX file.",
+        autocompletion=_completion.models,
     ),
 ]
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+from cmtool.cli import _completion
 from cmtool.cli import _options as shared
 from cmtool.cli._output import emit, emit_json, joined, prepare_output, say, write_bytes
+from cmtool.cli._watching import showing
 from cmtool.errors import InputError, ResourceError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cmtool.cli._watching import OnProgress
     from cmtool.models import Model
-    from cmtool.sampling import Plan
+    from cmtool.sampling import OnDrawn, Plan
     from cmtool.system.dist import Group
 
 TIMEOUT = 600.0
@@ -47,6 +50,7 @@ class SampleOptions:
             "--class",
             help="Class of every image, or one per seed: 0,1,2. Default: each image's seed draws"
             " its class.",
+            autocompletion=_completion.classes,
         ),
     ] = None
     out: Annotated[
@@ -116,8 +120,8 @@ def _sample(options: SampleOptions) -> None:
     prepare_output(out, options.overwrite, ONE_FILE)
 
     drawing = options.drawing(seeds)
-    with joined(drawing.device, TIMEOUT, drawing.facts()) as group:
-        drawing = replace(drawing, group=group)
+    with joined(drawing.device, TIMEOUT, drawing.facts()) as group, showing() as progress:
+        drawing = replace(drawing, group=group, progress=progress)
         if out == "-" or Path(out).suffix.lower() in ONE_FILE:
             facts = write_one_file(drawing)
         else:
@@ -164,6 +168,7 @@ class Drawing:
     device: str
     to_uint8: Callable[[Tensor], Tensor]
     group: Group
+    progress: OnProgress | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return what must be the same in all processes; other words may mean the same."""
@@ -178,7 +183,7 @@ class Drawing:
             "precision": plan.precision, "classes": _brief(self.classes()),
         }  # fmt: skip
 
-    def draw(self, indices: Sequence[int]) -> Tensor:
+    def draw(self, indices: Sequence[int], on_drawn: OnDrawn | None = None) -> Tensor:
         """Return some of the images (n, C, H, W), at least one, in one batch."""
         import torch
 
@@ -188,7 +193,7 @@ class Drawing:
         labels = None if self.labels is None else self.labels[list(indices)]
         drawn = generate(
             self.model.f, self.model.preset, self.plan, seeds, labels=labels,
-            batch=self.options.batch, device=self.device,
+            batch=self.options.batch, device=self.device, on_drawn=on_drawn,
         )  # fmt: skip
         return self.to_uint8(torch.cat(list(drawn))).cpu()
 
@@ -200,12 +205,23 @@ class Drawing:
             start = first + batch * self.group.rank
             yield indices[start : min(start + batch, first + stride)]
 
+    def drawn_rounds(self, indices: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor | None]]:
+        """Yield this process's part of each round with its images, None for none; tell of each."""
+        mine, done = sum(map(len, self.rounds(indices))), 0
+
+        def tell(images: float, _: int) -> None:
+            if self.progress is not None:
+                self.progress("drawn", done + images, mine)
+
+        for part in self.rounds(indices):
+            yield part, self.draw(part, tell) if part else None
+            done += len(part)
+
     def everything(self) -> Iterator[Tensor]:
         """Yield the images (C, H, W) of all processes, in order, round by round."""
         import torch
 
-        for indices in self.rounds(range(len(self.seeds))):
-            drawn = self.draw(indices) if indices else None
+        for _, drawn in self.drawn_rounds(range(len(self.seeds))):
             yield from torch.cat([part for part in self.group.gather(drawn) if part is not None])
 
     def classes(self) -> list[int] | list[None]:
@@ -309,11 +325,10 @@ def write_folder(drawing: Drawing) -> dict[str, Any]:
                 emit(path)
 
     record(sorted(set(range(len(paths))) - set(missing)))
-    for indices in drawing.rounds(missing):
-        images = drawing.draw(indices) if indices else ()
+    for indices, images in drawing.drawn_rounds(missing):
         written = 0
         try:
-            for index, image in zip(indices, images, strict=True):
+            for index, image in zip(indices, () if images is None else images, strict=True):
                 info = {} if options.no_metadata else infos[index]
                 write_atomic(paths[index], png_bytes(image, info))
                 written += 1

@@ -106,7 +106,8 @@ def digits(split: str = "train") -> Dataset:
         parts.append((255 * (paper + (ink - paper) * amount)).round().astype(np.uint8))
     images = torch.from_numpy(np.concatenate(parts))
     repeated = torch.from_numpy(np.tile(labels[chosen], COLOURINGS).astype(np.int64))
-    return Dataset(f"digits:{split}", images, repeated, num_classes=10)
+    names = tuple(map(str, range(10)))
+    return Dataset(f"digits:{split}", images, repeated, num_classes=10, class_names=names)
 
 
 def _colours(index: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -162,6 +163,23 @@ def load_dataset(
     for index, image in enumerate(everything):
         image.copy_(lazy.image(index))
     return Dataset(name, everything, labels, count, "", class_names, notes)
+
+
+def examples(data: Dataset, count: int) -> Tensor:
+    """Return `count` images (count, C, H, W) of a set: of its classes in turn, else evenly spread.
+
+    A class without images has white ones.
+    """
+    spread = torch.arange(count) * len(data) // count
+    if data.labels is None:
+        return data.images[spread]
+    pictures = torch.full((count, *data.images.shape[1:]), 255, dtype=torch.uint8)
+    for label in range(min(data.num_classes, count)):
+        places = torch.arange(label, count, data.num_classes)
+        members = (data.labels == label).nonzero().flatten()
+        if len(members):
+            pictures[places] = data.images[members[torch.arange(len(places)) % len(members)]]
+    return pictures
 
 
 def listed_images(paths: Sequence[str]) -> Dataset:

@@ -35,7 +35,7 @@ from cmtool.evaluation.sets import (
 )
 from cmtool.models import Model
 from cmtool.presets.schema import Card
-from cmtool.sampling import Plan, generate
+from cmtool.sampling import OnDrawn, Plan, generate
 from cmtool.system.dist import ALONE, Group
 
 PUBLISHED_NUM = 50_000  # images that published numbers are of; a number of fewer is a proxy
@@ -215,16 +215,18 @@ def drawn_batches(
     batch: int,
     device: str,
     group: Group = ALONE,
+    on_drawn: OnDrawn | None = None,
 ) -> Iterator[Tensor]:
     """Yield this process's images of some seeds, as they would be written, uint8.
 
-    Every process calls the network equally often, as a sharded network needs; images of seeds
-    beyond the last are left out. Raises InputError for values that are not finite.
+    `on_drawn` is told of the progress of this process. Every process calls the network equally
+    often, as a sharded network needs; images of seeds beyond the last are left out. Raises
+    InputError for values that are not finite.
     """
     size = group.world_size
     share = -(-len(seeds) // size)
     mine = range(seeds[0] + group.rank, seeds[0] + share * size, size)
-    drawn = generate(f, preset, chosen, mine, batch=batch, device=device)
+    drawn = generate(f, preset, chosen, mine, batch=batch, device=device, on_drawn=on_drawn)
     for first, images in zip(itertools.count(0, batch), drawn, strict=False):
         wanted = sum(seed in seeds for seed in mine[first : first + batch])
         if wanted:
@@ -245,8 +247,9 @@ def _images(images: Source, needs: Needs, setup: Setup, num: int | None, turn: i
     model, chosen, first = images.model, images.plan, images.first_seed + turn * images.num
     seeds = range(first, first + images.num)
     draw = partial(drawn_batches, batch=setup.batch, device=setup.extractor.device)
-    drawn = draw(model.f, model.preset, chosen, seeds, group=setup.group)
-    found = extract(drawn, needs, setup, "drawn", images.num)
+    told = None if setup.progress is None else partial(setup.progress, "drawn")
+    drawn = draw(model.f, model.preset, chosen, seeds, group=setup.group, on_drawn=told)
+    found = extract(drawn, needs, setup._replace(progress=None), "drawn")
     about = {
         "model": {
             "source": model.source, "sha256": model.sha256, "weights": model.weights,

@@ -226,6 +226,9 @@ class RunSection(Section):
         2, description="checkpoints kept, the newest"
     )
     sample_every: Positive = Field(500, description="steps between two grids of samples")
+    sample_grid: Annotated[int, Field(gt=0, le=10_000)] = Field(
+        40, description="images in a grid of samples"
+    )
     tensorboard: bool = Field(False, description="write event files too (extra tensorboard)")
     eval_every: Count = Field(0, description="steps between two evaluations; 0: none")
     eval_num: Annotated[int, BeforeValidator(_count), Field(ge=2, le=MOST)] = Field(

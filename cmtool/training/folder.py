@@ -30,7 +30,10 @@ TEMPORARY = r"\..+\.[0-9]+\.tmp"
 """Pattern of the names that files have while they are written."""
 MADE_FIRST = {".lock", "checkpoints", "samples"}
 """What a run makes before its folder says that it is a run."""
-RESULTS = ("samples/step-*.png", "log*.jsonl", "preset.toml", "summary.png", "report.html")
+RESULTS = (
+    "samples/step-*.png", "log*.jsonl", "preset.toml", "training-images.png", "summary.png",
+    "report.html",
+)  # fmt: skip
 """Files of a run that overwriting it removes, beside its checkpoints."""
 
 

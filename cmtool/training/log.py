@@ -48,6 +48,9 @@ class Watcher(Protocol):
     def progress(self, news: Progress) -> None:
         """Show the progress after one step."""
 
+    def working(self, what: str, done: float, total: int) -> None:
+        """Show how far a longer piece of work between steps is; `done` is 0 at its start."""
+
     def note(self, text: str) -> None:
         """Show a remark."""
 

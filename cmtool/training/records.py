@@ -60,6 +60,7 @@ class Record(Facts):
     data: DataFacts | None = None
     teacher: ModelFacts | None = None
     init: ModelFacts | None = None
+    class_names: list[str] = Field([])
 
 
 class Unlogged(Facts):

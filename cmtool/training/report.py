@@ -14,11 +14,14 @@ from cmtool import __version__
 from cmtool.errors import InputError
 from cmtool.formats.checkpoints import best
 from cmtool.system.files import is_regular, read_own, write_atomic
-from cmtool.system.text import printable
+from cmtool.system.records import known_facts
+from cmtool.training.guide import good_loss, known_preset, next_commands, title
 from cmtool.training.lock import read_status
 from cmtool.training.log import read_log
 from cmtool.training.plots import run_plots, svgs
+from cmtool.training.records import Record
 
+TRAINING_IMAGES = "training-images.png"
 MAX_FRAMES = 12
 MAX_BYTES = 16 << 20
 MAX_PICTURE = 256 << 20
@@ -70,19 +73,25 @@ def write_run_report(out: Path) -> None:
     """Write report.html of a run from its folder: curves, samples, provenance."""
     log = read_log(out / "log.jsonl")
     status = read_status(out)
+    record = known_facts(out / "run.json", Record)
+    known = known_preset(out)
     preset = _text(out / "preset.toml")
     plots = run_plots(log)
     drawn = (data_uri("image/svg+xml", svg.encode()) for svg in svgs(plots))
-    summary = out / "summary.png"
+    summary, training = out / "summary.png", out / TRAINING_IMAGES
     left = status.seconds_left if status and status.state == "running" else None
     page = rendered(
         "report.html.jinja",
-        title=f"Run {printable(out.resolve().name)}",
+        title=title(out, known, record),
         description=_description(preset),
         state=status,
         left=None if left is None else str(timedelta(seconds=left)),
         facts=run_facts(log[-1] if log else {}, best(out / "checkpoints")),
         curves=[(plot.title, uri) for plot, uri in zip(plots, drawn, strict=True)],
+        good_loss=good_loss(known),
+        commands=next_commands(out, known, status),
+        training=training if is_regular(training) else None,
+        class_names=record.class_names if record else [],
         frames=frames(out / "samples"),
         summary=summary if is_regular(summary) else None,
         preset=preset,

@@ -116,6 +116,7 @@ def lead(run: Run, start: Start, stop: Stop) -> None:
         write_record(run, start.origins)
         write(step=state.step, steps=run.preset.train.steps)
         with make_saver(run) as saver, RunWriter(run, write) as writer:
+            writer.training_images()
             follow(run, stop, saver, writer)
         write(state="done", step=state.step, seconds_left=0, exit_code=0)
 
@@ -182,7 +183,7 @@ def follow(run: Run, stop: Stop, saver: Saver | None, writer: RunWriter | None) 
                 writer.write_status(step=info.step)
             raise stopped(news.stop_reason, info.step, saver.seconds if saver else 0.0, run.out)
     if group.has_models:
-        images = final_images(run)
+        images = final_images(run, tools.images)
         if writer:
             writer.summary(images)
 

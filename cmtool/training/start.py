@@ -42,7 +42,7 @@ from cmtool.system.devices import best_precision, shapes_only
 from cmtool.system.dist import Group
 from cmtool.system.files import read_own, write_atomic, write_json
 from cmtool.system.records import read_facts
-from cmtool.system.text import is_utf8
+from cmtool.system.text import is_utf8, printable
 from cmtool.training.cost import check_memory
 from cmtool.training.folder import (
     is_resumable,
@@ -55,6 +55,9 @@ from cmtool.training.log import Watcher, event_writer
 from cmtool.training.records import Record
 from cmtool.training.same import changes, described, run_inputs
 from cmtool.training.state import TrainState, build_state, not_taken
+
+MAX_NAMES = 100
+"""Classes whose names are recorded."""
 
 
 class Start(NamedTuple):
@@ -201,7 +204,7 @@ def set_up(
     check_components(preset)
     data = load_images(preset, watcher)
     check_fit(preset, data, teacher)
-    evaluation = build_evaluation(preset, data, device)
+    evaluation = build_evaluation(preset, data, device, watcher.working)
     if preset.run.tensorboard:
         event_writer()  # raises now, not at the first line, where TensorBoard is missing
     objective = build_objective(preset, teacher.f if teacher else None, device)
@@ -306,5 +309,11 @@ def write_record(run: Run, origins: Mapping[str, str]) -> None:
         "seed": preset.train.seed,
         "init": init,
         **run_inputs(run),
+        "class_names": shown_names(run.data),
     }
     write_json(run.out / "run.json", facts, durable=True)
+
+
+def shown_names(data: Dataset) -> list[str]:
+    """Return the names of the first classes, as reports show them."""
+    return [printable(name)[:80] for name in data.class_names[:MAX_NAMES]]

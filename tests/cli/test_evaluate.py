@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cmtool.cli.evaluate import ticker
+from cmtool.cli._watching import ticker
 from cmtool.data.decoding import read_image
 from cmtool.data.drawing import png_bytes
 from tests.published import write_detector
@@ -435,4 +435,4 @@ def test_a_pass_that_begins_after_a_long_one_has_a_rate_at_once(monkeypatch, cap
     progress = ticker()
     progress("reference", 5, 0)
     progress("drawn", 58, 0)
-    assert capsys.readouterr().err == "drawn: 58 images, 2 a second, this process\n"
+    assert capsys.readouterr().err == "drawn: 58 images, 2 a second\n"
