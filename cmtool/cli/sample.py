@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -11,7 +14,7 @@ from typer import Option
 
 from cmtool.cli import _options as shared
 from cmtool.cli._output import emit, emit_json, joined, prepare_output, say, write_bytes
-from cmtool.errors import InputError, ResourceError, UserError, nearest
+from cmtool.errors import InputError, ResourceError, Stopped, UserError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -186,17 +189,22 @@ class Drawing:
             start = first + batch * self.group.rank
             yield indices[start : min(start + batch, first + stride)]
 
-    def everything(self) -> Iterator[Tensor]:
-        """Yield the images (C, H, W) of all processes, in order, round by round."""
+    def everything(self, first: int = 0) -> Iterator[Tensor]:
+        """Yield the images (C, H, W) of all processes, in order from `first`, round by round."""
         import torch
 
-        for indices in self.rounds(range(len(self.seeds))):
+        for indices in self.rounds(range(first, len(self.seeds))):
             drawn = self.draw(indices) if indices else None
             yield from torch.cat([part for part in self.group.gather(drawn) if part is not None])
 
     def classes(self) -> list[int] | list[None]:
         """Return the class of each image."""
         return [None] * len(self.seeds) if self.labels is None else self.labels.tolist()
+
+    def key(self) -> str:
+        """Return a hash of all that the pixels of the images depend on."""
+        facts = [self.about(), self.options.rounding]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def about(self) -> list[dict[str, str]]:
         """Return what the PNG of each image says of how it was made."""
@@ -213,30 +221,78 @@ class Drawing:
 def write_one_file(drawing: Drawing) -> dict[str, Any]:
     """Write all images into one zip, npz or grid; return what to say of it."""
     out = drawing.options.out
-    if not drawing.group.leads:
+    if write := ARCHIVES.get(Path(out).suffix.lower()):
+        _write_archive(drawing, write)
+    elif drawing.group.leads:
+        _write_grid(out, drawing)
+    else:
         for _ in drawing.everything():
             pass
-        return {}
-    write = {".zip": _write_zip, ".npz": _write_npz}.get(Path(out).suffix.lower(), _write_grid)
-    write(out, drawing)
-    return {"path": out, "seeds": drawing.seeds}
+    return {"path": out, "seeds": drawing.seeds} if drawing.group.leads else {}
 
 
-def _write_zip(out: str, drawing: Drawing) -> None:
+def _write_archive(drawing: Drawing, write: Callable[[Drawing, Iterator[Tensor]], None]) -> None:
+    """Write all images into an archive. Until it is whole they are kept in a file beside it.
+
+    The same command goes on with them. Raises UserError where the file holds other images.
+    """
+    from cmtool.data.kept import KeptImages
+
+    options, model, total = drawing.options, drawing.model.preset.model, len(drawing.seeds)
+    part, shape = Path(f"{options.out}.part"), (model.channels, *model.image_size)
+    kept: list[KeptImages] = []  # of the leading process
+
+    def start() -> int:
+        kept.append(KeptImages(part, drawing.key(), shape, options.overwrite))
+        return len(kept[0])
+
+    first = drawing.group.agreed(start, "images that are kept")
+    if not kept:
+        for _ in drawing.everything(first):
+            pass
+        return
+    if first:
+        say(f"{first} of {total} images are there already, in {part}")
+    done = False
+    try:
+        with _told(lambda: len(kept[0]), total, str(part)):
+            write(drawing, kept[0].all(drawing.everything(first)))
+        done = True
+    finally:
+        kept[0].close(done)
+
+
+@contextmanager
+def _told(count: Callable[[], int], total: int, where: str) -> Iterator[None]:
+    """Let the error of a signal, or of a full disk, say how many images there are and go on."""
+    try:
+        yield
+    except (Stopped, ResourceError) as error:
+        if count():
+            error.what = f"{error.what}: {count()} of {total} images are there, in {where}"
+            go_on = "the same command draws the rest"
+            error.hint = f"{error.hint}; then {go_on}" if error.hint else go_on
+        raise
+
+
+def _write_zip(drawing: Drawing, images: Iterator[Tensor]) -> None:
     from cmtool.data.archives import write_zip
     from cmtool.data.drawing import png_bytes
 
     names = map(image_name, drawing.seeds)
     infos = [{}] * len(drawing.seeds) if drawing.options.no_metadata else drawing.about()
-    files = map(png_bytes, drawing.everything(), infos)
-    write_zip(Path(out), zip(names, files, drawing.classes(), strict=True))
+    files = map(png_bytes, images, infos)
+    write_zip(Path(drawing.options.out), zip(names, files, drawing.classes(), strict=True))
 
 
-def _write_npz(out: str, drawing: Drawing) -> None:
+def _write_npz(drawing: Drawing, images: Iterator[Tensor]) -> None:
     from cmtool.data.archives import write_npz
 
     classes = None if drawing.labels is None else drawing.classes()
-    write_npz(Path(out), drawing.everything(), len(drawing.seeds), classes)
+    write_npz(Path(drawing.options.out), images, len(drawing.seeds), classes)
+
+
+ARCHIVES = {".zip": _write_zip, ".npz": _write_npz}
 
 
 def _write_grid(out: str, drawing: Drawing) -> None:
@@ -286,21 +342,20 @@ def write_folder(drawing: Drawing) -> dict[str, Any]:
                 emit(path)
 
     record(sorted(set(range(len(paths))) - set(missing)))
-    for indices in drawing.rounds(missing):
-        images = drawing.draw(indices) if indices else ()
-        written = 0
-        try:
-            for index, image in zip(indices, images, strict=True):
-                info = {} if options.no_metadata else infos[index]
-                write_atomic(paths[index], png_bytes(image, info))
-                written += 1
-        except ResourceError as error:
-            record(indices[:written])
-            what = f"{error.what}: {len(records)} of {len(paths)} images are there"
-            hint = f"{error.hint}; then the same command draws the rest"
-            raise ResourceError(what, hint) from None
-        for part in drawing.group.gather(indices):
-            record(part)
+    with _told(lambda: len(records), len(paths), options.out):
+        for indices in drawing.rounds(missing):
+            written = 0
+            try:
+                images = drawing.draw(indices) if indices else ()
+                for index, image in zip(indices, images, strict=True):
+                    info = {} if options.no_metadata else infos[index]
+                    write_atomic(paths[index], png_bytes(image, info))
+                    written += 1
+            except (ResourceError, Stopped):
+                record(indices[:written])
+                raise
+            for part in drawing.group.gather(indices):
+                record(part)
     return {"images": records} if drawing.group.leads else {}
 
 
