@@ -1,6 +1,6 @@
 """`python -m cmtool`, and so `torchrun -m cmtool`."""
 
-from cmtool.cli import main
+from cmtool.cli import entry
 
 if __name__ == "__main__":
-    main()
+    entry()

@@ -270,7 +270,7 @@ def _with_searched_levels(card: Card, file: Path | None, found: Found) -> Card:
         levels = {str(n): [float(s) for s in sigmas] for n, sigmas in searched["levels"].items()}
         if searched["model"] != found.sha256:
             return card
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise InputError(f"{file} holds no searched levels", "remove it") from None
     sample = card.sample.model_copy(update={"levels": card.sample.levels | levels})
     return card.model_copy(update={"sample": sample})

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -31,6 +31,8 @@ Sigmas = Sequence[float] | None
 PUBLISHED_GRID = 40
 CHUNK_PIXELS, MAX_CHUNK = 4096, 16
 """Most pixels, and most images, that the network sees at once on a CPU: this is quickest."""
+OnDrawn = Callable[[float, int], None]
+"""Called with how many images' worth of network calls are done, and with the number of images."""
 
 
 class Plan(NamedTuple):
@@ -166,9 +168,47 @@ def steady(f: Denoiser, size: tuple[int, int], device: torch.device | str) -> De
 
     On a GPU it depends on the size of the batch, in the last bits of a float.
     """
+    chunk = chunk_size(size, device)
+    return f if chunk is None else samplers.in_chunks(f, chunk)
+
+
+def chunk_size(size: tuple[int, int], device: torch.device | str) -> int | None:
+    """Return how many images (H, W) the network sees at once; None for any number, on a GPU."""
     if torch.device(device).type != "cpu":
-        return f
-    return samplers.in_chunks(f, max(1, min(CHUNK_PIXELS // (size[0] * size[1]), MAX_CHUNK)))
+        return None
+    return max(1, min(CHUNK_PIXELS // (size[0] * size[1]), MAX_CHUNK))
+
+
+def counted(f: Denoiser, on_call: Callable[[int], None]) -> Denoiser:
+    """Return a denoiser that calls `on_call` after each call, with how many images it was for."""
+
+    def counting(x: Tensor, sigma: Tensor, *given: Tensor | None) -> Tensor:
+        x0 = f(x, sigma, *given)
+        on_call(len(x))
+        return x0
+
+    return counting
+
+
+def share_of(total: int, tell: Callable[[float], None]) -> Callable[[int], None]:
+    """Return a function that adds up its numbers, and tells which share of a total they are."""
+    done = 0
+
+    def add(number: int) -> None:
+        nonlocal done
+        done += number
+        tell(done / total)
+
+    return add
+
+
+def seen_by_network(num: int, batch: int, size: tuple[int, int], device: torch.device | str) -> int:
+    """Return how many images the network sees for `num` of them, with those that fill up chunks."""
+    chunk = chunk_size(size, device)
+    if chunk is None:
+        return num
+    whole, rest = divmod(num, batch)
+    return whole * -(-batch // chunk) * chunk + -(-rest // chunk) * chunk
 
 
 def _finite(x0: Tensor) -> Tensor:
@@ -249,14 +289,18 @@ def generate(
     batch: int = 256,
     device: str = "cpu",
     noise: RandnLike | None = None,
+    on_drawn: OnDrawn | None = None,
 ) -> Iterator[Tensor]:
     """Yield images (B, C, H, W) in [-1, 1] for consecutive batches of seeds.
 
     An image is a function of its seed, its label and the plan. Without `labels` a conditional
-    model draws each image's class from its seed. `noise` replaces the noise of the seeds. Raises
-    InputError for values that are not finite.
+    model draws each image's class from its seed. `noise` replaces the noise of the seeds.
+    `on_drawn` is told of the progress after each call of the network. Raises InputError for values
+    that are not finite.
     """
     denoiser = computing_in(f, chosen.precision, device)
+    if on_drawn is not None:
+        denoiser = _telling(denoiser, preset, chosen, len(seeds), batch, device, on_drawn)
     denoiser = samplers.clipped(steady(denoiser, preset.model.image_size, device))
     draw = build_sampler(chosen.sampler)
     shape = (preset.model.channels, *preset.model.image_size)
@@ -268,6 +312,15 @@ def generate(
         init = torch.zeros(len(part), *shape, device=device)
         own, sigma_min = noise or SeededNoise(part), preset.noise.sigma_min
         yield _finite(draw(denoiser, init, chosen.sigmas, own, sigma_min=sigma_min, labels=given))
+
+
+def _telling(
+    f: Denoiser, preset: Card, chosen: Plan, num: int, batch: int, device: str, on_drawn: OnDrawn
+) -> Denoiser:
+    """Return a denoiser that tells how much of the drawing of `num` images is done."""
+    on_drawn(0, num)
+    calls = seen_by_network(num, batch, preset.model.image_size, device) * chosen.evaluations
+    return counted(f, share_of(calls, lambda share: on_drawn(share * num, num)))
 
 
 @torch.no_grad()

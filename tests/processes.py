@@ -1,10 +1,11 @@
 """Processes of one run, as torchrun starts them, forked from one that has torch in memory already.
 
-`python -m tests.processes JOBS`, where JOBS is a JSON list of {"processes", "arguments", "fault",
-"patience"}: the jobs run one after the other, and the last line on stdout says for each its exit
-codes by rank, and the seconds between the first end and the last. A fault is [name, rank, step]: it
-befalls that rank before that step. When a process ends and the others do not within `patience`
-seconds, they are killed, as torchrun does after 30.
+`python -m tests.processes JOBS`, where JOBS is a JSON list of {"processes", "arguments", "others",
+"fault", "patience"}: the jobs run one after the other, and the last line on stdout says for each
+its exit codes by rank, and the seconds between the first end and the last. `others` are more
+arguments of all ranks but the first. A fault is [name, rank, step]: it befalls that rank before
+that step. When a process ends and the others do not within `patience` seconds, they are killed, as
+torchrun does after 30.
 """
 
 import contextlib
@@ -65,15 +66,16 @@ def befall(name, step):
     run_start.batches = faulty
 
 
-def forbid_writing(folder):
-    """Make every attempt of this process to change a run's folder an error, but for failed/."""
+def forbid_writing(folder, spared):
+    """Make every attempt of this process to change a run's folder an error, but for `spared`."""
+    spared = tuple(f"{folder}/{name}" for name in spared)
 
     def audit(event, arguments):
         changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
         if event == "open" and isinstance(arguments[1], str):
             changes = arguments[1][:1] in "wax" or "+" in arguments[1]
         path = str(arguments[0])
-        if changes and path.startswith(folder) and not path.startswith(f"{folder}/failed"):
+        if changes and path.startswith(folder) and not path.startswith(spared):
             raise PermissionError(f"{event} {arguments[0]} in rank {os.environ['RANK']}")
 
     sys.addaudithook(audit)
@@ -95,14 +97,16 @@ def start(job, rank, port):
         if job["processes"] > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
             os.environ |= {"WORLD_SIZE": str(job["processes"]), "MASTER_ADDR": "127.0.0.1"}
-        if rank:
-            forbid_writing(job["arguments"][job["arguments"].index("--out") + 1])
+        if rank and job["arguments"][0] in ("train", "distill"):
+            is_last = job.get("fault", [None])[:2] == ["killed", 0]  # then it writes the end
+            spared = ["failed", *(["status.json", ".status.json", ".lock"] if is_last else [])]
+            forbid_writing(job["arguments"][job["arguments"].index("--out") + 1], spared)
         if job.get("stream"):
             data.MAX_IN_MEMORY = data.MAX_CHECKED = 0
         name, where, step = job.get("fault") or (None, None, None)
         if where == rank:
             befall(name, step)
-        main(job["arguments"])
+        main([*job["arguments"], *(job.get("others", []) if rank else [])])
         code = 0
     except SystemExit as end:
         code = end.code or 0

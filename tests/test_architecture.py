@@ -25,7 +25,7 @@ ONE_IMPORTER = {
     "lmdb": "data/lsun.py",
     "matplotlib": "training/plots.py",
     "jinja2": "training/report.py",
-    "filelock": "training/folder.py",
+    "filelock": "training/lock.py",
     "torch.utils.tensorboard": "training/log.py",
 }
 NOT_IN_CORE = {"typer", "pydantic", "rich", "numpy"}

@@ -47,6 +47,18 @@ def commands():
 
 @pytest.mark.parametrize("words", list(commands()), ids=" ".join)
 def test_every_command_parses(words):
+    parse_words(words)
+
+
+def parse(line):
+    """Parse a line as someone would type it, which begins with cmtool."""
+    program, *words = shlex.split(line)
+    assert program == "cmtool"
+    parse_words(words)
+
+
+def parse_words(words):
+    """Parse what stands after `cmtool`, without running it."""
     group = get_command(app)
     context = group.make_context("cmtool", list(words), resilient_parsing=False)
     while hasattr(group, "commands"):

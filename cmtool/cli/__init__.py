@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 
@@ -12,8 +14,8 @@ import typer
 from typer import Option
 
 from cmtool import __version__
-from cmtool.cli import checkpoint, data, demo, edit, evaluate, explain, preset, sample, search
-from cmtool.cli._output import say
+from cmtool.cli import checkpoint, data, demo, edit, evaluate, explain, preset, runs, sample, search
+from cmtool.cli._output import keep_stderr, say
 from cmtool.cli._usage import UsageError, explained
 from cmtool.cli.train import distill, train
 from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError, is_full
@@ -45,6 +47,7 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(preset.app, name="preset")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
+app.add_typer(runs.app, name="runs")
 app.command("demo")(demo.demo)
 app.command("explain")(explain.explain)
 
@@ -69,17 +72,36 @@ def _stop(number: int, _: FrameType | None) -> None:
     raise Stopped(f"stopped by signal {number}", "", number)
 
 
+def entry() -> None:
+    """Run `main`, and end the process without taking torch apart, which takes up to 0.5 s."""
+    try:
+        main()
+    except SystemExit as ended:
+        if threading.active_count() > 1 or not isinstance(ended.code, int):
+            raise
+        atexit._run_exitfuncs()
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:  # a full disk or a closed pipe: Python says so
+            raise ended from None
+        os._exit(ended.code)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; a UserError becomes two lines on stderr and its exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, _stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _stop)
     # a stream the caller closed is None, and print(file=None) would write to the other one
     sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    keep_stderr()
     try:
         # not by itself: Typer would end the process, and draw a box around a wrong usage
-        code = app(argv, standalone_mode=False)
+        # by its name: --install-completion would make a script of `python -m cmtool`
+        code = app(argv, standalone_mode=False, prog_name="cmtool")
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from typer import Argument, Option
 
+from cmtool.cli import _completion
 from cmtool.cli import _options as shared
 from cmtool.cli._output import check_free, prepare_output, read_stdin, say, write_bytes
 from cmtool.errors import InputError, UserError
@@ -33,7 +34,11 @@ class ModelOptions:
     sigmas: shared.Sigmas = None
     class_: Annotated[
         int | None,
-        Option("--class", help="Class of a conditional model. Default: the class that fits best."),
+        Option(
+            "--class",
+            help="Class of a conditional model. Default: the class that fits best.",
+            autocompletion=_completion.classes,
+        ),
     ] = None
     overwrite: shared.Overwrite = False
     no_metadata: shared.NoMetadata = False
@@ -72,8 +77,8 @@ class EditOptions(ModelOptions):
     fit: Annotated[
         str,
         Option(
-            help="What to do with a picture of another size: exact refuses it, crop takes its"
-            " centre, pad fills it up, tile works in overlapping tiles."
+            help="What to do with a picture of another size: exact refuses it, resize brings it to"
+            " the model's, crop takes its centre, pad fills it up, tile works in overlapping tiles."
         ),
     ] = "exact"
     compare: Annotated[

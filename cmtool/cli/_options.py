@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from typer import Option
 
+from cmtool.cli import _completion
 from cmtool.cli._output import processes, say
 from cmtool.errors import InputError, ResourceError, UserError, nearest
 
@@ -29,19 +30,29 @@ Checkpoint = Annotated[
         "-c",
         help="Run, checkpoint, weight file of any format, or digits-cd, digits-edm (bundled)."
         " Default: the newest finished run under runs/, else digits-cd.",
+        autocompletion=_completion.models,
     ),
 ]
 Weights = Annotated[
-    str, Option(help="Weights of a checkpoint to use: ema, model, target, ema-NAME.")
+    str,
+    Option(
+        help="Weights of a checkpoint to use: ema, model, target, ema-NAME.",
+        autocompletion=_completion.weights,
+    ),
 ]
 Device = Annotated[
-    str, Option(help="Device: cpu, cuda, cuda:1, ..., or auto, which is a GPU if there is one.")
+    str,
+    Option(
+        help="Device: cpu, cuda, cuda:1, ..., or auto, which is a GPU if there is one.",
+        autocompletion=_completion.devices,
+    ),
 ]
 Precision = Annotated[
     str,
     Option(
         help="Precision of the network: fp32, bf16, fp16, or auto, which is bf16 where the device"
-        " computes in it. bf16 and fp16 are faster; images differ a little between precisions."
+        " computes in it. bf16 and fp16 are faster; images differ a little between precisions.",
+        autocompletion=_completion.precisions,
     ),
 ]
 Seeds = Annotated[str, Option(help="Seeds, one per image: 0-15, or 3,7,10-12.")]
@@ -62,7 +73,8 @@ Sampler = Annotated[
     str | None,
     Option(
         help="multistep for a consistency model; heun, euler, dpm2, dpmpp_2m, ancestral or"
-        " stochastic_heun for a teacher."
+        " stochastic_heun for a teacher.",
+        autocompletion=_completion.samplers,
     ),
 ]
 SamplerOptions = Annotated[
@@ -75,11 +87,16 @@ Batch = Annotated[
 ModelPreset = Annotated[
     str | None,
     Option(
-        help="Preset with what a file from elsewhere does not say: image size, kind, head width."
+        help="Preset with what a file from elsewhere does not say: image size, kind, head width.",
+        autocompletion=_completion.presets,
     ),
 ]
 KindOption = Annotated[
-    str | None, Option(help="teacher or consistency, for a file that does not say it.")
+    str | None,
+    Option(
+        help="teacher or consistency, for a file that does not say it.",
+        autocompletion=_completion.kinds,
+    ),
 ]
 NoMetadata = Annotated[
     bool, Option("--no-metadata", help="Do not write into the PNG how it was made.")
@@ -306,15 +323,20 @@ def pick_plan(
 def newest_run(kind: Kind | None = None) -> str | None:
     """Return the newest finished run folder under runs/ that holds a model of `kind`."""
     from cmtool.formats.checkpoints import kind_of_run
-    from cmtool.formats.native import read_table
+    from cmtool.training.lock import read_status
 
-    found = [(status.stat().st_mtime, status) for status in Path("runs").glob("*/status.json")]
-    for _, status in sorted(found, reverse=True):
+    def changed(run: Path) -> float:
         try:
-            done = read_table(status).get("state") == "done"
-            made = kind_of_run(status.parent) if done else None
+            return (run / "status.json").lstat().st_mtime
+        except OSError:  # another's folder, or no run
+            return 0.0
+
+    for run in sorted(Path("runs").glob("*/"), key=changed, reverse=True):
+        status = read_status(run)
+        try:
+            made = kind_of_run(run) if status and status.state == "done" else None
         except (OSError, ValueError, InputError):
             continue
         if made is not None and kind in (None, made):
-            return str(status.parent)
+            return str(run)
     return None

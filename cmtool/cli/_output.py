@@ -2,22 +2,64 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from cmtool import __version__
 from cmtool.errors import InputError, ResourceError, UserError, is_full
 
 if TYPE_CHECKING:
     from cmtool.system.dist import Group
 
-MAX_LINE = 700
+
+class Lasting(io.RawIOBase):
+    """stderr's descriptor. A write that fails is no error, and the next one is tried again.
+
+    A log on a full disk, a closed terminal, or a pipe without a reader must not end a run.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self.number
+
+    def isatty(self) -> bool:
+        """Tell whether it is a terminal."""
+        return os.isatty(self.number)
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def write(self, content: Any, /) -> int:
+        """Write what can be written."""
+        left = memoryview(content)
+        with suppress(OSError):
+            while left:
+                left = left[os.write(self.number, left) :]
+        return len(content)
+
+
+def keep_stderr() -> None:
+    """Make stderr one that lasts, also for warnings and tracebacks; do nothing if it is no file."""
+    stream = sys.stderr
+    if isinstance(getattr(stream, "buffer", None), Lasting):
+        return
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr = io.TextIOWrapper(
+            Lasting(stream.fileno()), stream.encoding, "backslashreplace",
+            line_buffering=True, write_through=True,
+        )  # fmt: skip
 
 
 def leads() -> bool:
@@ -31,11 +73,15 @@ def processes() -> tuple[int, int]:
 
 
 @contextmanager
-def joined(device: str, timeout: float) -> Iterator[Group]:
-    """Yield the group of torchrun's processes, and leave it after the block."""
+def joined(device: str, timeout: float, facts: Mapping[str, Any] | None = None) -> Iterator[Group]:
+    """Yield the group of torchrun's processes, and leave it after the block.
+
+    Raises UserError if the `facts` of another process, about what it is to do, differ.
+    """
     from cmtool.system import dist
 
-    group = dist.join(*processes(), device, timeout)
+    facts = {"cmtool": __version__, "--device": device.partition(":")[0], **(facts or {})}
+    group = dist.join(*processes(), device, timeout, facts=facts)
     try:
         yield group
     except RuntimeError as error:
@@ -45,32 +91,28 @@ def joined(device: str, timeout: float) -> Iterator[Group]:
 
 
 def say(text: str, any_rank: bool = False) -> None:
-    """Write one line to stderr, if this is the first process, or for `any_rank`.
-
-    A closed stderr is no reason to stop.
-    """
-    if not (any_rank or leads()):
-        return
-    try:
-        print(printable(text), file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  # kept for the rest of the process
+    """Write one line to stderr, if this is the first process, or for `any_rank`."""
+    if any_rank or leads():
+        print(shown(text), file=sys.stderr, flush=True)
 
 
-def printable(text: str) -> str:
-    """Return the text without the control characters that files may hold, and shortened."""
-    if len(text) > MAX_LINE:
-        text = f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def shown(text: str) -> str:
+    """Return the text as a terminal may show it. Every message passes here."""
+    from cmtool.system.text import printable
+
+    return printable(text)
 
 
 def emit(text: str) -> None:
-    """Write one line to stdout; if the reader is gone, end quietly with exit code 141.
+    """Write one line to stdout, a name of a file byte for byte, or as a terminal may show it.
 
-    A name that is no UTF-8 is written with its own bytes.
+    If the reader is gone, end quietly with exit code 141.
     """
     if leads():
         with _stdout():
+            if sys.stdout.isatty():
+                print(shown(text), flush=True)  # a bar may be there: it steps aside for print
+                return
             sys.stdout.flush()
             sys.stdout.buffer.write(os.fsencode(f"{text}\n"))
             sys.stdout.buffer.flush()
@@ -87,7 +129,8 @@ def _stdout() -> Iterator[None]:
             raise typer.Exit(141) from None
         if is_full(error):
             raise ResourceError("no room on the disk for stdout", "free disk space") from None
-        raise
+        what = f"cannot write to stdout: {error.strerror}"
+        raise ResourceError(what, "send stdout elsewhere; what --out names is written") from None
 
 
 def write_bytes(out: str, content: bytes, *, tell: bool = False) -> None:

@@ -1,15 +1,103 @@
-"""How a training run is shown while it goes: a bar on a terminal, plain lines in a pipe."""
+"""How long work is shown while it goes: a bar on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
 
-from cmtool.cli._output import leads, say
+from cmtool.cli._output import leads, processes, say, shown
 
 if TYPE_CHECKING:
     from cmtool.training.log import Progress
+
+EVERY = 10.0
+"""Seconds between two lines about one piece of work."""
+OnProgress = Callable[[str, float, int], None]
+"""Called with what is being done, how much of it is done, and of how much."""
+
+
+class Pace:
+    """The pace of one piece of work after another; each has a name, and begins with 0 done."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.start = self.now = time.monotonic()
+
+    def update(self, name: str, done: float) -> bool:
+        """Note what is done now; return whether this is another piece of work."""
+        last, self.now = self.now, time.monotonic()
+        is_new = name != self.name or done == 0
+        if is_new:  # what is done already took the time since the last call
+            self.name, self.start = name, self.now if done == 0 else last
+        return is_new
+
+    def a_second(self, done: float) -> float:
+        """Return how much is done a second."""
+        return done / max(self.now - self.start, 1e-9)
+
+    def left(self, done: float, total: int) -> str:
+        """Return the time left, - if it is not known."""
+        known = done > 0 and total > 0
+        return _clock((total - done) / self.a_second(done)) if known else "-"
+
+
+def ticker(unit: str = "images") -> OnProgress:
+    """Return a function that says, every ten seconds, how far the leading process is."""
+    pace = Pace()
+    said = pace.now
+
+    def progress(what: str, done: float, total: int) -> None:
+        nonlocal said
+        if pace.update(what, done) and done == 0:
+            said = pace.now
+        if pace.now - said >= EVERY:
+            said = pace.now
+            mine = ", this process" if processes()[1] > 1 else ""
+            left = f", {pace.left(done, total)} left" if total else ""
+            of = f" of {total:,}" if total else ""
+            rate = pace.a_second(done)
+            speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+            say(f"{what}: {done:,.0f}{of} {unit}, {speed} a second{left}{mine}")
+
+    return progress
+
+
+@contextmanager
+def showing(unit: str = "images") -> Iterator[OnProgress]:
+    """Yield a function that shows how far work is: a bar on a terminal, lines in a pipe."""
+    if not (sys.stderr.isatty() and leads()):
+        yield ticker(unit)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = TextColumn(WORK), BarColumn(), TextColumn("{task.fields[left]} left")
+    console, is_both = Console(stderr=True), sys.stdout.isatty()
+    with Progress(*columns, console=console, transient=True, redirect_stdout=is_both) as bar:
+        task, pace = bar.add_task("", visible=False, left="-"), Pace()
+
+        def progress(what: str, done: float, total: int) -> None:
+            pace.update(what, done)
+            bar.update(task, visible=True, **_work(what, done, total, unit, pace))
+
+        yield progress
+
+
+WORK = "{task.description} {task.fields[amount]}"
+"""The text beside a bar of work."""
+
+
+def _work(what: str, done: float, total: int, unit: str, pace: Pace) -> dict[str, Any]:
+    """Return what a bar shows of a piece of work."""
+    amount = f"{done:,.0f} of {total:,} {unit}" if total else f"{done:,.0f} {unit}"
+    left = pace.left(done, total)
+    return {
+        "description": what, "completed": done, "total": total or None, "amount": amount,
+        "left": left,
+    }  # fmt: skip
 
 
 def figures_of(news: Progress) -> dict[str, str]:
@@ -35,6 +123,9 @@ def figures_of(news: Progress) -> dict[str, str]:
 class LineWatcher(AbstractContextManager["LineWatcher"]):
     """Shows how a run goes in plain lines, for pipes and logs."""
 
+    def __init__(self) -> None:
+        self.working = ticker()
+
     def __exit__(self, *_: object) -> None:
         return None
 
@@ -58,12 +149,10 @@ class BarWatcher:
         from rich.progress import BarColumn, Progress, TextColumn
         from rich.text import Text
 
-        self.bar = Progress(
-            TextColumn("{task.completed}/{task.total}"),
-            BarColumn(),
-            TextColumn("{task.fields[left]} left"),
-        )
-        self.task = self.bar.add_task("", total=steps, left="-")
+        self.bar = Progress(TextColumn(WORK), BarColumn(), TextColumn("{task.fields[left]} left"))
+        self.task = self.bar.add_task("", total=steps, left="-", amount=f"0/{steps}")
+        self.work = self.bar.add_task("", visible=False, left="-", amount="")
+        self.pace = Pace()
         self.figures = Text()
         self.live = Live(Group(self.bar, self.figures), console=Console(stderr=True))
 
@@ -76,12 +165,19 @@ class BarWatcher:
 
     def progress(self, news: Progress) -> None:
         """Move the bar."""
-        self.bar.update(self.task, completed=news.step, left=_clock(news.seconds_left))
+        amount, left = f"{news.step}/{news.steps}", _clock(news.seconds_left)
+        self.bar.update(self.task, completed=news.step, amount=amount, left=left)
         self.figures.plain = "  ".join(f"{key} {value}" for key, value in figures_of(news).items())
+
+    def working(self, what: str, done: float, total: int) -> None:
+        """Show a second bar until the work is done."""
+        self.pace.update(what, done)
+        facts = _work(what, done, total, "images", self.pace)
+        self.bar.update(self.work, visible=done < total, **facts)
 
     def note(self, text: str) -> None:
         """Write a remark above the bar."""
-        self.live.console.print(text, markup=False)
+        self.live.console.print(shown(text), markup=False, highlight=False)
 
 
 def make_watcher(steps: int) -> LineWatcher | BarWatcher:

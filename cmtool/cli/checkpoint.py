@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from cmtool.cli import _completion
 from cmtool.cli._options import AsJson, KindOption, ModelPreset, Weights, parse_kind, tell_notes
-from cmtool.cli._output import emit, emit_json, make_folder, printable, say
+from cmtool.cli._output import emit, emit_json, make_folder, say, shown
 
 if TYPE_CHECKING:
     from cmtool.models import Model
@@ -21,6 +22,7 @@ Source = Annotated[
     Argument(
         metavar="PATH",
         help="Run, checkpoint, .safetensors; EDM .pkl, openai .pt, diffusers folder, JAX file.",
+        autocompletion=_completion.models,
     ),
 ]
 
@@ -53,7 +55,7 @@ def info(
     for key, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {_shown(v)}" for k, v in value.items())
-        emit(printable(f"{key.replace('_', ' '):<14} {_shown(value)}"))
+        emit(shown(f"{key.replace('_', ' '):<14} {_shown(value)}"))
 
 
 @app.command("convert")

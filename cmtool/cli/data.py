@@ -12,7 +12,7 @@ from typer import Argument, Option
 from typer.core import TyperCommand
 
 from cmtool.cli._options import AsJson
-from cmtool.cli._output import emit, emit_json, make_folder, printable, say
+from cmtool.cli._output import emit, emit_json, make_folder, say
 from cmtool.errors import InputError, UserError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def info(source: Source, as_json: AsJson = False) -> None:
     import torch
 
     from cmtool.data.datasets import load_dataset
+    from cmtool.data.decoding import WITH_ALPHA
     from cmtool.data.survey import Survey, surveys
 
     data = load_dataset(source, in_memory=False)
@@ -52,21 +53,23 @@ def info(source: Source, as_json: AsJson = False) -> None:
     for part in _with_progress(surveys(data, _workers(len(data))), len(data)):
         found.add(part)
     mean = found.mean / found.good if isinstance(found.mean, torch.Tensor) else torch.zeros(0)
-    variance = found.square / max(found.good, 1) - float(mean.square().mean() if len(mean) else 0)
     facts: dict[str, Any] = {
         "source": source,
         "images": len(data),
         "channels": len(mean),
         "sizes": dict(found.sizes.most_common()),
         "modes": dict(found.modes.most_common()),
+        "background": "white" if found.modes.keys() & {*WITH_ALPHA} else None,
         "classes": data.num_classes,
         "class_names": list(data.class_names) or None,
         "images_per_class": None if data.labels is None else torch.bincount(data.labels).tolist(),
         "mean": [round(m, 4) for m in mean.tolist()],
-        "sigma_data": round(max(variance, 0.0) ** 0.5, 4),
+        "sigma_data": round(found.sigma_data, 4),
         "unreadable": found.bad,
         "fingerprint": data.fingerprint(),
     }
+    if facts["background"]:
+        say("note: transparent parts are laid on white; --set data.background=black changes it")
     if as_json:
         emit_json(facts)
     else:
@@ -84,6 +87,8 @@ def _tell(data: Dataset) -> None:
 
 def _print_facts(facts: dict[str, Any]) -> None:
     """Print the facts, a line each; of long lists only the ends."""
+    from cmtool.system.text import printable
+
     for key, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{name} ({count})" for name, count in list(value.items())[:10])
@@ -121,6 +126,9 @@ def prepare(
             " box, or exact, which refuses other sizes."
         ),
     ] = "exact",
+    background: Annotated[
+        str, Option(help="Colour under transparent parts: a name, or #rrggbb.")
+    ] = "white",
     grey: Annotated[bool, Option("--grey", help="Write images of one channel.")] = False,
     skip_bad: Annotated[
         int,
@@ -156,7 +164,7 @@ def prepare(
     make_folder(out.parent)
     data = load_dataset(
         source, size=None if size is None else (size, size), channels=1 if grey else 3, fit=fit,
-        in_memory=False,
+        background=background, in_memory=False,
     )  # fmt: skip
     _tell(data)
     classes = [None] * len(data) if data.labels is None else data.labels.tolist()

@@ -6,8 +6,6 @@ import math
 import os
 import shlex
 import sys
-import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
+from cmtool.cli import _completion
 from cmtool.cli._options import (
     AsJson,
     Batch,
@@ -44,11 +43,11 @@ from cmtool.cli._output import (
     read_stdin,
     say,
 )
+from cmtool.cli._watching import showing
 from cmtool.errors import InputError, ThresholdError, UserError
 
 DRAWN = 2048  # images drawn from a model if the user gives no number
 TIMEOUT = 1800.0  # seconds without an answer after which another process counts as lost
-EVERY = 10.0  # seconds between two lines of progress
 SETS = (".zip", ".npz", ".pkl", ".tar", ".gz")  # names of files that hold more than one image
 OF_MODELS = {
     "runs": 1, "steps": None, "sigmas": None, "sampler": None, "preset": None, "kind": None,
@@ -91,14 +90,18 @@ Images = Annotated[
 NUM = ("--num-images", "--num")
 Reference = Annotated[
     str | None,
-    typer.Option(help="What to compare with: data, or statistics (npz, pkl). Default: digits."),
+    typer.Option(
+        help="What to compare with: data, or statistics (npz, pkl). Default: digits.",
+        autocompletion=_completion.data_sets,
+    ),
 ]
 ProtocolOption = Annotated[
     str | None,
     typer.Option(
         "--protocol",
-        help="edm, adm, clean, legacy-tf, digits, vgg16 (pr only)."
+        help="edm, adm, clean, legacy-tf, digits, pixels, vgg16 (pr only)."
         " Default: digits against the bundled digits, else edm.",
+        autocompletion=_completion.protocols,
     ),
 ]
 FeatureWeights = Annotated[
@@ -186,7 +189,7 @@ def metric_command(
         chosen = chosen._replace(precision=pick_precision(precision, where))
         return ModelImages(model, chosen, num or DRAWN, first_seed)
 
-    with joined(where, TIMEOUT) as group:
+    with joined(where, TIMEOUT) as group, showing() as progress:
         given = group.agreed(lambda: given_images(metric, images, checkpoint), "names of images")
         if given is not None:
             refuse_options(ctx.params)
@@ -195,7 +198,7 @@ def metric_command(
             reference="digits" if reference is None else reference, reference_num=reference_num,
             runs=runs, cross_check=cross_check, feature_weights=feature_weights, trust=trust,
             feature_precision=feature_precision, batch=batch, workers=workers, device=where,
-            group=group, progress=ticker(),
+            group=group, progress=progress,
         )  # fmt: skip
         content, notes = measure(request)
     for note in notes:
@@ -264,23 +267,6 @@ def given_images(metric: str, images: list[str] | None, checkpoint: str | None) 
     return images or None
 
 
-def ticker() -> Callable[[str, int, int], None]:
-    """Return a function that says, every ten seconds, how far the leading process is."""
-    start = last = said = time.monotonic()
-    current = ""
-
-    def progress(what: str, done: int, total: int) -> None:
-        nonlocal start, last, said, current
-        if what != current:
-            current, start = what, last  # its first images took the time since the last call
-        now = last = time.monotonic()
-        if now - said >= EVERY:
-            said, of = now, f" of {total:,}" if total else ""
-            say(f"{what}: {done:,}{of} images, {done / (now - start):,.0f} a second, this process")
-
-    return progress
-
-
 @app.command("reference")
 def reference_command(
     data: Annotated[str, typer.Argument(help="A folder, zip, npz, tarball, or a data set's name.")],
@@ -318,11 +304,11 @@ def reference_command(
     from cmtool.evaluation.measure import Request, save_reference
 
     where = pick_device(device)
-    with joined(where, TIMEOUT) as group:
+    with joined(where, TIMEOUT) as group, showing() as progress:
         request = Request(
             images=data, protocol=protocol, num=num, feature_weights=feature_weights, trust=trust,
             feature_precision=feature_precision, batch=batch, workers=workers, device=where,
-            group=group, progress=ticker(),
+            group=group, progress=progress,
         )  # fmt: skip
         count = save_reference(out, request, keep_features=keep_features)
     say(f"{count:,} images")
@@ -341,7 +327,11 @@ def check_plot(plot: Path, overwrite: bool) -> None:
 def consistency(
     checkpoint: Checkpoint = None,
     teacher: Annotated[
-        str, typer.Option(help="The teacher of the model: its paths are followed.")
+        str,
+        typer.Option(
+            help="The teacher of the model: its paths are followed.",
+            autocompletion=_completion.models,
+        ),
     ] = "digits-edm",
     num: Annotated[int, typer.Option(*NUM, min=1, help="Paths to follow.")] = 64,
     first_seed: FirstSeed = 0,
@@ -383,7 +373,8 @@ def consistency(
     where, seeds = pick_device(device), range(first_seed, first_seed + num)
     model = pick_model(checkpoint, weights, where, "consistency", preset=preset)
     guide = pick_model(teacher, "ema", where, "teacher", preset=preset)
-    found = measured.consistency(model, guide, seeds, levels, substeps, where)
+    with showing("network calls") as progress:
+        found = measured.consistency(model, guide, seeds, levels, substeps, where, progress)
     table = Table("sigma", "f to end", "f to next f", "teacher to end", box=None)
     for sigma, *distances in found:
         table.add_row(f"{sigma:.4g}", *(f"{distance:.4f}" for distance in distances))

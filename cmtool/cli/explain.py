@@ -8,6 +8,7 @@ from typing import Annotated
 
 from typer import Argument
 
+from cmtool.cli import _completion
 from cmtool.cli._output import emit
 
 MAX_WIDTH = 100
@@ -15,7 +16,10 @@ MAX_WIDTH = 100
 
 
 def explain(
-    topic: Annotated[str | None, Argument(help="Name of a page. Default: list them.")] = None,
+    topic: Annotated[
+        str | None,
+        Argument(help="Name of a page. Default: list them.", autocompletion=_completion.topics),
+    ] = None,
 ) -> None:
     """Explain a method or a task: print a page, or list all pages.
 

@@ -1,15 +1,21 @@
-"""cmtool preset: list the presets, or show one."""
+"""cmtool preset: list the presets, show one, or make one for your own images."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
-from cmtool.cli._output import emit
+from cmtool.cli._options import Device, Overwrite, pick_device
+from cmtool.cli._output import check_free, emit, say, write_bytes
+from cmtool.errors import UserError, nearest
 
-app = typer.Typer(no_args_is_help=True, help="List presets, or show one.")
+app = typer.Typer(
+    no_args_is_help=True, help="List presets, show one, or make one for your own images."
+)
 
 
 @app.command("list")
@@ -26,15 +32,95 @@ def list_() -> None:
 @app.command("show")
 def show(
     name: Annotated[str, Argument(help="A preset's name, or the path of a TOML file.")],
+    keys: Annotated[
+        list[str] | None,
+        Argument(metavar="[KEY]...", help="Keys to explain, such as loss.distance. Default: all."),
+    ] = None,
     set_: Annotated[
         list[str] | None, Option("--set", help="KEY=VALUE over the preset; repeatable.")
     ] = None,
 ) -> None:
-    """Print a resolved preset, with the origin of every value.
+    """Print a resolved preset: each value, where it comes from, and what it means.
 
     `cmtool preset show digits-cd --set train.lr=1e-4 > mine.toml`
+
+    `cmtool preset show digits-cd loss.distance train.lr`
+
+    With a key it prints what that key may be.
     """
-    from cmtool.presets.toml import parse_override, resolve, to_toml
+    from cmtool.presets.toml import flat, origin_of, parse_override, resolve, to_toml
 
     resolved = resolve(name, {"--set": dict(map(parse_override, set_ or []))})
-    emit(to_toml(resolved.preset, resolved.origins).rstrip())
+    if not keys:
+        emit(to_toml(resolved.preset, resolved.origins, explain=True).rstrip())
+        return
+    from cmtool.presets.manual import explained
+
+    values = dict(flat(resolved.preset.model_dump()))
+    for key in keys:
+        known = explained(key, values)
+        emit(f"{known.line} # {origin_of(known.key, resolved.origins)}")
+        for line in known.text:
+            emit(f"    {line}")
+
+
+@app.command("new")
+def new(
+    data: Annotated[str, Option(help="Your images: a folder, zip, npz, or another data set.")],
+    method: Annotated[
+        str, Option(help="Preset to extend: edm, cd, ct, ict, ect, pd.", show_default=True)
+    ] = "edm",
+    size: Annotated[
+        str | None,
+        Option(help="Size of the network: small, base, large. Default: small on a CPU, else base."),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        Option(min=4, help="Side of the images in pixels. Default: theirs, to 32 on a CPU or 64."),
+    ] = None,
+    hours: Annotated[float, Option(min=0, help="Hours that the training may take here.")] = 1.0,
+    out: Annotated[
+        Path | None, Option(help="File to write, or - for stdout. Default: DATA-METHOD.toml.")
+    ] = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a preset for your own images: it fits them, this device, and the time you have.
+
+    `cmtool preset new --data photos/`
+
+    `cmtool preset new --data photos/ --method ict --image-size 64 --hours 8 --out faces.toml`
+
+    Network and batch follow from the images and --size. The steps are those that --hours leaves
+    time for, by three short steps that are timed here. Prints the path of the file; stderr has the
+    next command.
+    """
+    from cmtool.presets.build import needs_teacher
+    from cmtool.presets.toml import extension, is_method_preset, preset_names
+    from cmtool.training.planning import Wish, facts_of, planned
+
+    methods = [name for name in preset_names() if is_method_preset(name)]
+    if method not in methods:
+        raise UserError(f"--method {method!r}", nearest(method, methods))
+    path = out or Path(f"{_plain(Path(data).stem)}-{method}.toml")
+    if str(path) != "-":
+        if path.suffix != ".toml":
+            raise UserError(f"{path} is not a .toml", "give the preset a name that ends in .toml")
+        check_free(path, overwrite)
+    where = data if data.partition(":")[0] == "digits" else str(Path(data).absolute())
+    wish = Wish(size, image_size, hours)
+    facts = facts_of(where)
+    resolved, layers = planned(method, pick_device(device), {}, facts=lambda: facts, wish=wish)
+    command = "distill --teacher RUN" if needs_teacher(resolved.preset) else "train"
+    text = extension(
+        method, f"{method} of {Path(data).name}", layers,
+        f"cmtool {command} --preset {path}\nA key that is not here: cmtool preset show {method}",
+    )  # fmt: skip
+    write_bytes(str(path), text.encode(), tell=True)
+    say(f"{facts.images:,} images, {facts.classes or 'no'} classes; {list(layers)[-1]}")
+    say(f"next: cmtool {command} --preset {path}")
+
+
+def _plain(name: str) -> str:
+    """Return a name of letters, digits and dashes for a file."""
+    return re.sub(r"[^\w-]+", "-", name).strip("-") or "images"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -12,8 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+from cmtool.cli import _completion
 from cmtool.cli import _options as shared
+from cmtool.cli._archive import ARCHIVES, image_name, told, write_archive
 from cmtool.cli._output import emit, emit_json, joined, prepare_output, say, write_bytes
+from cmtool.cli._watching import showing
 from cmtool.errors import InputError, ResourceError, Stopped, UserError, nearest
 
 if TYPE_CHECKING:
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cmtool.cli._watching import OnProgress
     from cmtool.models import Model
-    from cmtool.sampling import Plan
+    from cmtool.sampling import OnDrawn, Plan
     from cmtool.system.dist import Group
 
 TIMEOUT = 600.0
@@ -49,6 +52,7 @@ class SampleOptions:
             "--class",
             help="Class of every image, or one per seed: 0,1,2. Default: each image's seed draws"
             " its class.",
+            autocompletion=_completion.classes,
         ),
     ] = None
     out: Annotated[
@@ -118,8 +122,8 @@ def _sample(options: SampleOptions) -> None:
     prepare_output(out, options.overwrite, ONE_FILE)
 
     drawing = options.drawing(seeds)
-    with joined(drawing.device, TIMEOUT) as group:
-        drawing = replace(drawing, group=group)
+    with joined(drawing.device, TIMEOUT, drawing.facts()) as group, showing() as progress:
+        drawing = replace(drawing, group=group, progress=progress)
         if out == "-" or Path(out).suffix.lower() in ONE_FILE:
             facts = write_one_file(drawing)
         else:
@@ -166,8 +170,22 @@ class Drawing:
     device: str
     to_uint8: Callable[[Tensor], Tensor]
     group: Group
+    progress: OnProgress | None = None
 
-    def draw(self, indices: Sequence[int]) -> Tensor:
+    def facts(self) -> dict[str, Any]:
+        """Return what must be the same in all processes; other words may mean the same."""
+        options, plan = self.options, self.plan
+        return {
+            "--out": str(Path(options.out)), "--batch": options.batch,
+            "--seeds": _brief(self.seeds), "--rounding": options.rounding,
+            "--json": options.as_json,
+            "--overwrite": options.overwrite, "--no-metadata": options.no_metadata,
+            "model": self.model.sha256, "kind": self.model.kind,
+            "sampler": plan.sampler.model_dump(mode="json"), "sigmas": plan.sigmas,
+            "precision": plan.precision, "classes": _brief(self.classes()),
+        }  # fmt: skip
+
+    def draw(self, indices: Sequence[int], on_drawn: OnDrawn | None = None) -> Tensor:
         """Return some of the images (n, C, H, W), at least one, in one batch."""
         import torch
 
@@ -177,7 +195,7 @@ class Drawing:
         labels = None if self.labels is None else self.labels[list(indices)]
         drawn = generate(
             self.model.f, self.model.preset, self.plan, seeds, labels=labels,
-            batch=self.options.batch, device=self.device,
+            batch=self.options.batch, device=self.device, on_drawn=on_drawn,
         )  # fmt: skip
         return self.to_uint8(torch.cat(list(drawn))).cpu()
 
@@ -189,12 +207,23 @@ class Drawing:
             start = first + batch * self.group.rank
             yield indices[start : min(start + batch, first + stride)]
 
+    def drawn_rounds(self, indices: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor | None]]:
+        """Yield this process's part of each round with its images, None for none; tell of each."""
+        mine, done = sum(map(len, self.rounds(indices))), 0
+
+        def tell(images: float, _: int) -> None:
+            if self.progress is not None:
+                self.progress("drawn", done + images, mine)
+
+        for part in self.rounds(indices):
+            yield part, self.draw(part, tell) if part else None
+            done += len(part)
+
     def everything(self, first: int = 0) -> Iterator[Tensor]:
         """Yield the images (C, H, W) of all processes, in order from `first`, round by round."""
         import torch
 
-        for indices in self.rounds(range(first, len(self.seeds))):
-            drawn = self.draw(indices) if indices else None
+        for _, drawn in self.drawn_rounds(range(first, len(self.seeds))):
             yield from torch.cat([part for part in self.group.gather(drawn) if part is not None])
 
     def classes(self) -> list[int] | list[None]:
@@ -221,78 +250,14 @@ class Drawing:
 def write_one_file(drawing: Drawing) -> dict[str, Any]:
     """Write all images into one zip, npz or grid; return what to say of it."""
     out = drawing.options.out
-    if write := ARCHIVES.get(Path(out).suffix.lower()):
-        _write_archive(drawing, write)
+    if Path(out).suffix.lower() in ARCHIVES:
+        write_archive(drawing)
     elif drawing.group.leads:
         _write_grid(out, drawing)
     else:
         for _ in drawing.everything():
             pass
     return {"path": out, "seeds": drawing.seeds} if drawing.group.leads else {}
-
-
-def _write_archive(drawing: Drawing, write: Callable[[Drawing, Iterator[Tensor]], None]) -> None:
-    """Write all images into an archive. Until it is whole they are kept in a file beside it.
-
-    The same command goes on with them. Raises UserError where the file holds other images.
-    """
-    from cmtool.data.kept import KeptImages
-
-    options, model, total = drawing.options, drawing.model.preset.model, len(drawing.seeds)
-    part, shape = Path(f"{options.out}.part"), (model.channels, *model.image_size)
-    kept: list[KeptImages] = []  # of the leading process
-
-    def start() -> int:
-        kept.append(KeptImages(part, drawing.key(), shape, options.overwrite))
-        return len(kept[0])
-
-    first = drawing.group.agreed(start, "images that are kept")
-    if not kept:
-        for _ in drawing.everything(first):
-            pass
-        return
-    if first:
-        say(f"{first} of {total} images are there already, in {part}")
-    done = False
-    try:
-        with _told(lambda: len(kept[0]), total, str(part)):
-            write(drawing, kept[0].all(drawing.everything(first)))
-        done = True
-    finally:
-        kept[0].close(done)
-
-
-@contextmanager
-def _told(count: Callable[[], int], total: int, where: str) -> Iterator[None]:
-    """Let the error of a signal, or of a full disk, say how many images there are and go on."""
-    try:
-        yield
-    except (Stopped, ResourceError) as error:
-        if count():
-            error.what = f"{error.what}: {count()} of {total} images are there, in {where}"
-            go_on = "the same command draws the rest"
-            error.hint = f"{error.hint}; then {go_on}" if error.hint else go_on
-        raise
-
-
-def _write_zip(drawing: Drawing, images: Iterator[Tensor]) -> None:
-    from cmtool.data.archives import write_zip
-    from cmtool.data.drawing import png_bytes
-
-    names = map(image_name, drawing.seeds)
-    infos = [{}] * len(drawing.seeds) if drawing.options.no_metadata else drawing.about()
-    files = map(png_bytes, images, infos)
-    write_zip(Path(drawing.options.out), zip(names, files, drawing.classes(), strict=True))
-
-
-def _write_npz(drawing: Drawing, images: Iterator[Tensor]) -> None:
-    from cmtool.data.archives import write_npz
-
-    classes = None if drawing.labels is None else drawing.classes()
-    write_npz(Path(drawing.options.out), images, len(drawing.seeds), classes)
-
-
-ARCHIVES = {".zip": _write_zip, ".npz": _write_npz}
 
 
 def _write_grid(out: str, drawing: Drawing) -> None:
@@ -306,9 +271,13 @@ def _write_grid(out: str, drawing: Drawing) -> None:
     write_bytes(out, png_bytes(picture, {} if drawing.options.no_metadata else about))
 
 
-def image_name(seed: int) -> str:
-    """Return the file name of a seed's image."""
-    return f"seed{seed:06d}.png"
+def _brief(numbers: Sequence[int | None]) -> str:
+    """Return a text that is another for other numbers: all of them, or their count and a hash."""
+    if None in numbers:
+        return "none"
+    text = seed_ranges([number for number in numbers if number is not None])
+    many = f"{len(numbers)} from {text[:20]}..., {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return text if len(text) < 60 else many
 
 
 def seed_ranges(seeds: list[int]) -> str:
@@ -342,12 +311,11 @@ def write_folder(drawing: Drawing) -> dict[str, Any]:
                 emit(path)
 
     record(sorted(set(range(len(paths))) - set(missing)))
-    with _told(lambda: len(records), len(paths), options.out):
-        for indices in drawing.rounds(missing):
+    with told(lambda: len(records), len(paths), options.out):
+        for indices, images in drawing.drawn_rounds(missing):
             written = 0
             try:
-                images = drawing.draw(indices) if indices else ()
-                for index, image in zip(indices, images, strict=True):
+                for index, image in zip(indices, () if images is None else images, strict=True):
                     info = {} if options.no_metadata else infos[index]
                     write_atomic(paths[index], png_bytes(image, info))
                     written += 1

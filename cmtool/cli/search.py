@@ -19,6 +19,7 @@ from cmtool.cli._options import (
     pick_model,
 )
 from cmtool.cli._output import emit, emit_json, say
+from cmtool.cli._watching import showing
 from cmtool.errors import UserError, nearest
 
 
@@ -71,7 +72,8 @@ def search(
     if file is None:
         raise UserError(f"{model.source} comes with cmtool and is not changed", "give an --out")
     wanted = Search(model, metric, reference, num, first_seed, points, file, batch, where)
-    sigmas, value = wanted.levels(steps, say)
+    with showing() as progress:
+        sigmas, value = wanted.levels(steps, say, progress)
     say(f"written to {file}: --steps {steps} takes them from there")
     if as_json:
         emit_json({"sigmas": sigmas, "metric": metric, "value": value, "file": str(file)})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from cmtool.models import Model
     from cmtool.presets.toml import Resolved
 
-Preset = Annotated[str, Option("--preset", help="A preset's name or a TOML file.")]
+Preset = Annotated[
+    str | None,
+    Option(
+        "--preset",
+        help="A preset's name or a TOML file. One that names no data, such as edm or ect, is fitted"
+        " to yours, for an hour on this device: see it with --dry-run, or cmtool preset new.",
+    ),
+]
 DistanceOption = Annotated[
     str | None,
     Option(
@@ -81,9 +88,23 @@ class RunOptions:
     ] = False
     as_json: AsJson = False
 
-    def resolve(self, preset: str) -> Resolved:
-        """Return the preset with what the command line changes; a resumed run has its own."""
-        from cmtool.presets.toml import parse_override, resolve
+    @property
+    def stored(self) -> Path | None:
+        """The preset of the run that is resumed, if it has one already."""
+        if self.resume and self.out is None:
+            raise UserError("--resume without a run folder", "name it with --out runs/NAME")
+        if not self.resume or self.out is None:
+            return None
+        from cmtool.training.folder import refuse_special
+
+        refuse_special(self.out)
+        file = self.out / "preset.toml"
+        return file if file.is_file() else None
+
+    @property
+    def layers(self) -> dict[str, dict[str, Any]]:
+        """The values that the command line sets, by option: {option: {key: value}}."""
+        from cmtool.presets.toml import parse_override
 
         flags: dict[str, dict[str, Any]] = {
             "--data": {"data.path": self.data}, "--metric": {"loss.distance": self.metric},
@@ -93,31 +114,98 @@ class RunOptions:
             "--eval-every": {"run.eval_every": self.eval_every},
         }  # fmt: skip
         layers = {flag: given for flag, given in flags.items() if None not in given.values()}
-        layers["--set"] = dict(map(parse_override, self.set_ or []))
-        if self.resume and self.out is None:
-            raise UserError("--resume without a run folder", "name it with --out runs/NAME")
-        stored = self.out / "preset.toml" if self.resume and self.out is not None else None
-        return resolve(str(stored) if stored is not None and stored.is_file() else preset, layers)
+        return {**layers, "--set": dict(map(parse_override, self.set_ or []))}
+
+    def resolve(self, preset: str) -> Resolved:
+        """Return the preset with what the command line changes; a resumed run has its own."""
+        from cmtool.presets.toml import resolve
+
+        return resolve(str(self.stored or preset), self.layers)
 
 
-def _train(options: RunOptions, preset: Preset = "digits-edm") -> None:
+def _train(
+    options: RunOptions,
+    preset: Preset = None,
+    init: Annotated[
+        str | None,
+        Option(help="Model to start from: fine-tune it on other images. See the notes on stderr."),
+    ] = None,
+) -> None:
     """Train an EDM teacher, or a consistency model from scratch.
 
-    `cmtool train --preset digits-edm --out runs/teacher`
+    `cmtool train --data photos/ --out runs/teacher`
 
     `cmtool train --preset digits-ct --set train.steps=500`
 
+    `cmtool train --init runs/teacher --data drawings/ --out runs/tuned`
+
     `cmtool train --preset digits-edm --out runs/teacher --resume`
 
-    Prints the folder of the last checkpoint.
+    Without --preset your own images get an EDM teacher that fits them. Prints the folder of the
+    last checkpoint.
     """
-    resolved = options.resolve(preset)
     from cmtool.presets.build import needs_teacher
+    from cmtool.presets.toml import is_method_preset
+    from cmtool.training.planning import facts_of
 
+    start = _starting_model(options, init) if init is not None else None
+    name = preset or _default_preset(options, start)
+    resolved = options.resolve(name)
     if needs_teacher(resolved.preset):
-        what = f"preset {preset} distills a teacher, or starts from one"
-        raise UserError(what, f"cmtool distill --preset {preset}")
-    _run(options, preset, resolved, None)
+        what = f"preset {name} distills a teacher, or starts from one"
+        raise UserError(what, f"cmtool distill --preset {name}")
+    if not options.stored and is_method_preset(name):
+        path = resolved.preset.data.path
+        if not path:
+            what, hint = (
+                f"preset {name} names no images",
+                f"cmtool train --preset {name} --data DIR",
+            )
+            raise UserError(what, hint)
+        resolved = _fitted(options, name, path, facts=lambda: facts_of(path), start=start)
+    _run(options, name, resolved, None, start)
+
+
+def _default_preset(options: RunOptions, start: Model | None) -> str:
+    """Return the preset of a training for which none is named: by its images."""
+    if start is not None:
+        return "edm" if start.kind == "teacher" else "ict"
+    return "edm" if options.data and options.data.partition(":")[0] != "digits" else "digits-edm"
+
+
+def _starting_model(options: RunOptions, init: str) -> Model:
+    """Return the model of --init. Raises UserError where there is none to start from."""
+    from cmtool.models import load_model
+
+    if options.resume:
+        raise UserError("--init with --resume", "leave --init out: the run has its own weights")
+    model = load_model(init, device="cpu", otherwise="teacher")
+    tell_notes(model)
+    return model
+
+
+def _fitted(options: RunOptions, name: str, to: str, **given: Any) -> Resolved:
+    """Return a method's preset, fitted to images or a teacher, and tell what it became."""
+    from cmtool.training.planning import planned
+
+    if processes()[1] > 1:
+        what = f"preset {name} is fitted to {to} by one process"
+        raise UserError(what, f"cmtool preset new --method {name} --data DIR, then --preset FILE")
+    say(f"preset {name}, fitted to {to}")
+    resolved, layers = planned(name, pick_device(options.device), options.layers, **given)
+    _tell_plan(resolved, layers)
+    return resolved
+
+
+def _tell_plan(resolved: Resolved, layers: Mapping[str, object]) -> None:
+    """Print what a preset was fitted to, in a line."""
+    preset = resolved.preset
+    h, w = preset.model.image_size
+    classes = f"{preset.model.num_classes} classes" if preset.model.num_classes else "no classes"
+    say(
+        f"{w}x{h}, {classes}, {preset.train.steps:,} steps of {preset.train.batch}:"
+        f" {list(layers)[-1]}"
+    )
 
 
 def _distill(
@@ -128,7 +216,7 @@ def _distill(
             help="Teacher model. Default: the newest finished teacher under runs/, else digits-edm."
         ),
     ] = None,
-    preset: Preset = "digits-cd",
+    preset: Preset = None,
 ) -> None:
     """Distill a teacher into a consistency model that samples in one step.
 
@@ -136,13 +224,15 @@ def _distill(
 
     `cmtool distill --teacher runs/teacher --metric l1 --out runs/student`
 
-    The student has the teacher's architecture and starts from its weights. Prints the folder of
-    the last checkpoint.
+    The student has the teacher's architecture, starts from its weights, and learns from the same
+    images unless --data or the preset names others. Without --preset it is digits-cd for digits and
+    cd for your own images. Prints the folder of the last checkpoint.
     """
-    resolved = options.resolve(preset)
+    first = options.resolve(preset or "digits-cd")
     from cmtool.presets.build import needs_teacher
+    from cmtool.presets.toml import is_method_preset
 
-    if not needs_teacher(resolved.preset):
+    if not needs_teacher(first.preset):
         raise UserError(f"preset {preset} has no teacher", f"cmtool train --preset {preset}")
     from cmtool.models import load_model
     from cmtool.training.start import with_teacher
@@ -152,11 +242,38 @@ def _distill(
         teacher = teacher or newest_run("teacher") or "digits-edm"
         say(f"teacher: {teacher}")
     # a model that will be sharded is whole until then, in main memory
-    is_sharded = resolved.preset.run.sharding == "fsdp" and processes()[1] > 1
+    is_sharded = first.preset.run.sharding == "fsdp" and processes()[1] > 1
     home = "cpu" if is_sharded else pick_device(options.device)
     model = load_model(teacher, device=home, otherwise="teacher")
     tell_notes(model)
-    _run(options, preset, with_teacher(resolved, model), model)
+    name = preset or _preset_for(options, model)
+    if not options.stored and is_method_preset(name):
+        resolved = _fitted(options, name, f"the teacher {teacher}", teacher=model)
+    else:
+        resolved = with_teacher(_on_its_images(options, name, model), model)
+    _run(options, name, resolved, model)
+
+
+def _preset_for(options: RunOptions, teacher: Model) -> str:
+    """Return the preset of a distillation for which none is named: by the teacher's images."""
+    theirs = getattr(getattr(teacher.preset, "data", None), "path", "")
+    images = (options.data or theirs or "digits").partition(":")[0]
+    return "digits-cd" if images == "digits" else "cd"
+
+
+def _on_its_images(options: RunOptions, name: str, teacher: Model) -> Resolved:
+    """Return the preset on the teacher's images, unless the user or a file of theirs names some."""
+    from cmtool.presets.toml import packaged_value, resolve
+
+    resolved = options.resolve(name)
+    theirs, ours = getattr(teacher.preset, "data", None), resolved.preset.data
+    is_told = resolved.origins["data.path"].startswith("--") or options.stored
+    if theirs is None or is_told or ours.path != packaged_value(name, "data.path"):
+        return resolved
+    if theirs.path != ours.path:
+        say(f"images: {theirs.path}, the teacher's")
+    layer = {"data.path": theirs.path, "data.fit": theirs.fit}
+    return resolve(name, {f"teacher {teacher.source}": layer, **options.layers})
 
 
 train = with_options(_train, RunOptions)
@@ -164,13 +281,21 @@ distill = with_options(_distill, RunOptions)
 
 
 def _teacher_of(out: Path | None) -> str | None:
-    """Return the teacher that the run in `out` was started with."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((out / "run.json").read_text())["teacher"]["source"]) if out else None
-    return None
+    """Return the teacher that the run in `out` was started with. Raises InputError if damaged."""
+    from cmtool.system.records import read_facts
+    from cmtool.training.records import Record
+
+    record = read_facts(out / "run.json", Record) if out else None
+    return record.teacher.source if record and record.teacher else None
 
 
-def _run(options: RunOptions, preset: str, resolved: Resolved, teacher: Model | None) -> None:
+def _run(
+    options: RunOptions,
+    preset: str,
+    resolved: Resolved,
+    teacher: Model | None,
+    init: Model | None = None,
+) -> None:
     """Run a training, or print its preset; then print where the last checkpoint is."""
     if options.dry_run:
         from cmtool.presets.toml import to_toml
@@ -195,6 +320,7 @@ def _run(options: RunOptions, preset: str, resolved: Resolved, teacher: Model | 
                 folder,
                 watcher,
                 teacher=teacher,
+                init=init,
                 origins=resolved.origins,
                 device=pick_device(options.device),
                 resume=options.resume,

@@ -149,6 +149,8 @@ class MethodRow(NamedTuple):
     """Its training images may be warped (data.augment), and the network is told how."""
     owns: Callable[[], nn.Module] | None = None
     """Makes a module of the method's own: it is trained, saved and sharded with the student."""
+    good_loss: str = ""
+    """What the loss of a good run looks like, in a sentence or two for its report."""
 
 
 class LossBatch(NamedTuple):
@@ -205,17 +207,47 @@ def with_warps(network: Callable[..., Tensor], warps: Tensor) -> Denoiser:
     return denoiser
 
 
+_CONTINUOUS = (
+    "Training follows the gradient of the method and does not minimise this value: the curve may"
+    " rise. It should stay bounded, as the gradient norm should. Judge by the samples or a metric."
+)
 METHODS: dict[str, MethodRow] = {
-    "denoising": MethodRow(denoising, "teacher", targets=("none",), warps=True),
-    "consistency_training": MethodRow(consistency_training, "consistency"),
+    "denoising": MethodRow(
+        denoising,
+        "teacher",
+        targets=("none",),
+        warps=True,
+        good_loss="The loss falls fast at first, then ever more slowly, and never reaches 0: noise"
+        " cannot be guessed. Samples still improve when the curve looks flat.",
+    ),
+    "consistency_training": MethodRow(
+        consistency_training,
+        "consistency",
+        good_loss="The loss falls and flattens while the levels of a pair stay as far apart. Where"
+        " the grid gets finer (N grows, or a new stage begins) it may step up or down, as it is"
+        " another loss then: compare it within a stage, and the samples across stages.",
+    ),
     "consistency_distillation": MethodRow(
-        consistency_distillation, "consistency", needs_teacher=True
+        consistency_distillation,
+        "consistency",
+        needs_teacher=True,
+        good_loss="The loss falls fast at first and then flattens. It may rise a little later, as"
+        " the target becomes sharper: then judge by the samples, or by a metric.",
     ),
     "progressive_distillation": MethodRow(
-        progressive_distillation, "teacher", needs_teacher=True, targets=("previous",)
+        progressive_distillation,
+        "teacher",
+        needs_teacher=True,
+        targets=("previous",),
+        good_loss="The loss falls within each stage. It jumps up where a stage begins, as the"
+        " student then learns to do two steps in one anew, and its floor rises with each stage.",
     ),
     "continuous_training": MethodRow(
-        continuous_training, "consistency", targets=("student",), needs_curvature=True
+        continuous_training,
+        "consistency",
+        targets=("student",),
+        needs_curvature=True,
+        good_loss=_CONTINUOUS,
     ),
     "continuous_distillation": MethodRow(
         continuous_distillation,
@@ -223,6 +255,7 @@ METHODS: dict[str, MethodRow] = {
         needs_teacher=True,
         targets=("student",),
         needs_curvature=True,
+        good_loss=_CONTINUOUS,
     ),
     "live_distillation": MethodRow(
         live_distillation,
@@ -230,5 +263,7 @@ METHODS: dict[str, MethodRow] = {
         needs_teacher=True,
         targets=("student",),
         recomputes=False,
+        good_loss="The loss falls and flattens: it is the squared change of the model along the"
+        " teacher's path, and 0 for a model that is consistent.",
     ),
 }

@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmtool.data.decoding import WHITE, check_background
 from cmtool.data.sources import LazyImages, listed_entries, open_images
 from cmtool.errors import InputError, nearest
 from cmtool.system.files import expanded
@@ -68,9 +70,11 @@ class Dataset:
             yield self.images[torch.arange(first, min(first + size, len(self)))]
 
     def fingerprint(self) -> str:
-        """Return a hash of images and labels, which identifies the data."""
-        if self.known_hash:
-            return self.known_hash
+        """Return a hash of images and labels, which identifies the data; it is computed once."""
+        return self.known_hash or self._hash
+
+    @cached_property
+    def _hash(self) -> str:
         digest = hashlib.sha256()
         for chunk in self.chunks(4096):
             digest.update(chunk.numpy().tobytes())
@@ -102,7 +106,8 @@ def digits(split: str = "train") -> Dataset:
         parts.append((255 * (paper + (ink - paper) * amount)).round().astype(np.uint8))
     images = torch.from_numpy(np.concatenate(parts))
     repeated = torch.from_numpy(np.tile(labels[chosen], COLOURINGS).astype(np.int64))
-    return Dataset(f"digits:{split}", images, repeated, num_classes=10)
+    names = tuple(map(str, range(10)))
+    return Dataset(f"digits:{split}", images, repeated, num_classes=10, class_names=names)
 
 
 def _colours(index: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -123,19 +128,22 @@ def load_dataset(
     size: tuple[int, int] | None = None,
     channels: int = 3,
     fit: str = "exact",
+    background: str = WHITE,
     in_memory: bool = True,
     labelled: bool = True,
 ) -> Dataset:
     """Return a data set by name (`digits`, `digits:held-out`) or by path.
 
     A path is a folder or zip of images, an npz, CIFAR-10's python tarball, or an LSUN database;
-    images are brought to `size` (H, W) by the rule `fit`. Up to 256 MiB are decoded at once. More
-    are decoded on request, and so are all without `in_memory`. Unless `labelled`, what a table says
-    of the classes does not matter. Raises InputError naming the file that cannot be used.
+    images are brought to `size` (H, W) by the rule `fit`, with alpha laid on the `background`. Up
+    to 256 MiB are decoded at once. More are decoded on request, and so are all without `in_memory`.
+    Unless `labelled`, what a table says of the classes does not matter. Raises InputError naming
+    the file that cannot be used, UserError for a colour that is none.
     """
     known, _, split = name.partition(":")
     if known in DATASETS:
         return DATASETS[known](split or "train")
+    check_background(background)
     path = expanded(name)
     if not name or not path.exists():
         hint = f"{nearest(name, DATASETS)}, or give the path of a folder, zip, npz or tarball"
@@ -144,7 +152,7 @@ def load_dataset(
     if entries is None:
         hint = "give a folder or zip of images, an npz, or a tarball"
         raise InputError(f"{name} is not a data set", hint)
-    lazy = LazyImages(name, entries, channels, size, fit)
+    lazy = LazyImages(name, entries, channels, size, fit, background)
     classes, class_names, notes = entries.labels
     labels = None if classes is None else torch.tensor(classes)
     count = 0 if labels is None else int(labels.max()) + 1
@@ -155,6 +163,23 @@ def load_dataset(
     for index, image in enumerate(everything):
         image.copy_(lazy.image(index))
     return Dataset(name, everything, labels, count, "", class_names, notes)
+
+
+def examples(data: Dataset, count: int) -> Tensor:
+    """Return `count` images (count, C, H, W) of a set: of its classes in turn, else evenly spread.
+
+    A class without images has white ones.
+    """
+    spread = torch.arange(count) * len(data) // count
+    if data.labels is None:
+        return data.images[spread]
+    pictures = torch.full((count, *data.images.shape[1:]), 255, dtype=torch.uint8)
+    for label in range(min(data.num_classes, count)):
+        places = torch.arange(label, count, data.num_classes)
+        members = (data.labels == label).nonzero().flatten()
+        if len(members):
+            pictures[places] = data.images[members[torch.arange(len(places)) % len(members)]]
+    return pictures
 
 
 def listed_images(paths: Sequence[str]) -> Dataset:

@@ -39,6 +39,14 @@ class Survey:
         """How many images can be read."""
         return self.sizes.total()
 
+    @property
+    def sigma_data(self) -> float:
+        """The standard deviation of all images about the mean image colour, in [-1, 1]."""
+        if isinstance(self.mean, float):
+            return 0.0
+        mean = self.mean / self.good
+        return max(self.square / self.good - float(mean.square().mean()), 0.0) ** 0.5
+
     def add(self, other: Survey) -> None:
         """Add what other images hold."""
         self.sizes += other.sizes
@@ -48,9 +56,9 @@ class Survey:
         self.square += other.square
 
 
-def surveys(data: Dataset, workers: int = 0) -> Iterator[Survey]:
-    """Yield what each PART of the images holds, in their own sizes."""
-    return _map_parts(data, range(len(data)), workers, _survey)
+def surveys(data: Dataset, workers: int = 0, every: int = 1) -> Iterator[Survey]:
+    """Yield what each PART of the images holds, in their own sizes; of every image, or fewer."""
+    return _map_parts(data, range(0, len(data), every), workers, _survey)
 
 
 def pngs(data: Dataset, workers: int = 0) -> Iterator[list[bytes | InputError]]:

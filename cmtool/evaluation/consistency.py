@@ -15,17 +15,25 @@ from cmtool.core.rng import SeededNoise, seeded_labels
 from cmtool.core.samplers import sampling_levels
 from cmtool.core.solvers import heun
 from cmtool.errors import InputError, UserError
+from cmtool.evaluation.sets import OnProgress
 from cmtool.models import Model
-from cmtool.sampling import steady
+from cmtool.sampling import counted, seen_by_network, share_of, steady
 
 
 def consistency(
-    model: Model, teacher: Model, seeds: range, levels: int, substeps: int, device: str
+    model: Model,
+    teacher: Model,
+    seeds: range,
+    levels: int,
+    substeps: int,
+    device: str,
+    progress: OnProgress | None = None,
 ) -> list[Deviation]:
     """Return the deviations of a consistency model from its teacher's paths, by noise level.
 
-    Between two levels the teacher takes `substeps` Heun steps. Raises UserError for models of
-    different images or classes, InputError for values that are not finite.
+    Between two levels the teacher takes `substeps` Heun steps. `progress` is told how many calls of
+    the networks are done. Raises UserError for models of different images or classes, InputError
+    for values that are not finite.
     """
     ours, theirs = model.preset.model, teacher.preset.model
     for what in ("image_size", "channels", "num_classes"):
@@ -38,10 +46,16 @@ def consistency(
     grid = sampling_levels(levels * substeps + 1, known)
     labels = seeded_labels(seeds, ours.num_classes).to(device) if ours.num_classes else None
     like = torch.zeros(len(seeds), ours.channels, *ours.image_size, device=device)
-    guide = steady(teacher.f, theirs.image_size, device)
+    size = ours.image_size
+    calls = 2 * levels * substeps + 2 * (levels + 1)  # Heun's two a step, and two at each level
+    add = share_of(
+        calls * seen_by_network(len(seeds), len(seeds), size, device),
+        lambda share: None if progress is None else progress("paths", share * calls, calls),
+    )
+    f, guide = (steady(counted(each.f, add), size, device) for each in (model, teacher))
     walk = paths(guide, SeededNoise(seeds)(like), grid, heun, labels)
     points = list(itertools.islice(walk, 0, None, substeps))
-    found = deviations(steady(model.f, ours.image_size, device), guide, points, labels)
+    found = deviations(f, guide, points, labels)
     if not all(map(math.isfinite, itertools.chain(*found))):
         what = "the model or the teacher makes values that are not finite"
         raise InputError(what, "it diverged: take an earlier checkpoint")

@@ -14,10 +14,10 @@ from cmtool.errors import UserError
 from cmtool.evaluation.features import PROTOCOLS, build_extractor
 from cmtool.evaluation.measure import drawn_batches
 from cmtool.evaluation.metrics import METRICS, Features
-from cmtool.evaluation.sets import Setup, collect, extract
+from cmtool.evaluation.sets import OnProgress, Setup, collect, extract
 from cmtool.presets.build import pick
 from cmtool.presets.schema import Choice, Preset
-from cmtool.sampling import evaluating, plan
+from cmtool.sampling import OnDrawn, evaluating, plan
 from cmtool.system.dist import ALONE, Group
 
 BATCH = 256
@@ -51,24 +51,26 @@ def score_names() -> dict[str, tuple[str, str]]:
     return names
 
 
-def build_score(name: str, data: Dataset, device: str) -> Score:
+def build_score(name: str, data: Dataset, device: str, progress: OnProgress | None = None) -> Score:
     """Return the score `name` of images against a data set, whose features are taken once.
 
-    Raises UserError for data that the score is not for, MissingError for missing weights.
+    `progress` is told how far the features of the data are. Raises UserError for data that the
+    score is not for, MissingError for missing weights.
     """
     metric, protocol = score_names()[name]
     row, shape = METRICS[metric], tuple(data.images.shape[1:])
     if PROTOCOLS[protocol].shape not in (None, shape):
         channels, height, width = shape
         has = f"{data.name} has {width}x{height} with {channels} channels"
-        hint = "choose the metric fid, or measure the finished model with cmtool eval"
+        hint = "--set run.eval_metric=fd-pixels, which needs no weights, or fid, which does"
         raise UserError(f"{name} measures RGB images of 8x8; {has}", hint)
     extractor = build_extractor(protocol, device=device)
     setup = Setup(protocol, extractor)
 
     @cache
     def reference() -> Features:
-        return collect(data, row.reference, setup, side="reference")
+        told = setup._replace(progress=progress)
+        return collect(data, row.reference, told, side="reference")
 
     def score(batches: Iterable[Tensor], group: Group = ALONE, turn: int = 0) -> float:
         own = setup._replace(group=group, turn=str(turn))
@@ -79,13 +81,15 @@ def build_score(name: str, data: Dataset, device: str) -> Score:
     return score
 
 
-def pick_score(choice: Choice) -> Callable[[Dataset, str], Score]:
-    """Return what builds a score, of a data set on a device. Raises UserError for no such score."""
+def pick_score(choice: Choice) -> Callable[..., Score]:
+    """Return what builds a score, as `build_score` does. Raises UserError for no such score."""
     scores = {name: partial(build_score, name) for name in score_names()}
     return pick(scores, choice, "run.eval_metric")
 
 
-def build_evaluation(preset: Preset, data: Dataset, device: str) -> Evaluation | None:
+def build_evaluation(
+    preset: Preset, data: Dataset, device: str, progress: OnProgress | None = None
+) -> Evaluation | None:
     """Return how a run is evaluated; None if it is not.
 
     Raises UserError for a metric or data that cannot be, MissingError for missing weights.
@@ -93,11 +97,17 @@ def build_evaluation(preset: Preset, data: Dataset, device: str) -> Evaluation |
     if not preset.run.eval_every:
         return None
     choice = preset.run.eval_metric
-    return Evaluation(choice.name, pick_score(choice)(data, device), preset.run.eval_num)
+    return Evaluation(choice.name, pick_score(choice)(data, device, progress), preset.run.eval_num)
 
 
 def evaluate(
-    evaluation: Evaluation, f: Preconditioned, preset: Preset, step: int, group: Group, device: str
+    evaluation: Evaluation,
+    f: Preconditioned,
+    preset: Preset,
+    step: int,
+    group: Group,
+    device: str,
+    on_drawn: OnDrawn | None = None,
 ) -> Verdict:
     """Return the verdict over the images of seeds 0 to num - 1, sampled as the preset says.
 
@@ -105,6 +115,8 @@ def evaluate(
     """
     name, score, num = evaluation
     seeds, chosen = range(num), plan(preset)
-    drawn = drawn_batches(f, preset, chosen, seeds, batch=BATCH, device=device, group=group)
+    drawn = drawn_batches(
+        f, preset, chosen, seeds, batch=BATCH, device=device, group=group, on_drawn=on_drawn
+    )
     with evaluating(f):
         return Verdict(name, score(drawn, group, step), num, step)

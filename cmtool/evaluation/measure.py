@@ -35,7 +35,7 @@ from cmtool.evaluation.sets import (
 )
 from cmtool.models import Model
 from cmtool.presets.schema import Card
-from cmtool.sampling import Plan, generate
+from cmtool.sampling import OnDrawn, Plan, generate
 from cmtool.system.dist import ALONE, Group
 
 PUBLISHED_NUM = 50_000  # images that published numbers are of; a number of fewer is a proxy
@@ -124,6 +124,7 @@ def measure(request: Request) -> Result:
     setup = build_setup(request, compared)
     given = request.images() if callable(request.images) else request.images
     images = given if isinstance(given, ModelImages) else open_set(given)
+    request.group.alike(lambda: facts_of(request, setup, images, compared), "request")
     if request.cross_check and isinstance(images, Statistics):
         raise UserError(f"--cross-check of {images.name}, which holds statistics", "give images")
     reference = _reference(compared, row.reference, setup, request)
@@ -143,6 +144,33 @@ def measure(request: Request) -> Result:
         used = f"features of mode {checked['mode']}, {checked['distance']} distance"
         result.notes.append(f"{checked['tool']}: {checked['value']:.4f} ({used})")
     return result
+
+
+def facts_of(
+    request: Request, setup: Setup, images: Source, reference: Opened | None
+) -> dict[str, Any]:
+    """Return what must be the same in all processes of a measurement."""
+    same = ("metric", "num", "reference_num", "runs", "cross_check", "feature_precision", "batch")
+    about: dict[str, Any] = {"images": None if isinstance(images, ModelImages) else _mark(images)}
+    if isinstance(images, ModelImages):
+        model, chosen = images.model, images.plan
+        about = {
+            "model": model.sha256, "kind": model.kind, "sigmas": list(chosen.sigmas),
+            "sampler": chosen.sampler.model_dump(mode="json"), "precision": chosen.precision,
+            "images": [images.num, images.first_seed],
+        }  # fmt: skip
+    options = {f"--{key.replace('_', '-')}": getattr(request, key) for key in same}
+    return {**options, "--protocol": setup.protocol, "--reference": _mark(reference), **about}
+
+
+def _mark(opened: Opened | None) -> list[Any] | None:
+    """Return what tells a set, or statistics, from another at no cost."""
+    if opened is None:
+        return None
+    if isinstance(opened, Statistics):
+        found = opened.gaussian
+        return [found.num, float(found.mean.sum())] if found else []
+    return [len(opened), opened.known_hash]
 
 
 def save_reference(path: Path, request: Request, *, keep_features: bool) -> int:
@@ -187,16 +215,18 @@ def drawn_batches(
     batch: int,
     device: str,
     group: Group = ALONE,
+    on_drawn: OnDrawn | None = None,
 ) -> Iterator[Tensor]:
     """Yield this process's images of some seeds, as they would be written, uint8.
 
-    Every process calls the network equally often, as a sharded network needs; images of seeds
-    beyond the last are left out. Raises InputError for values that are not finite.
+    `on_drawn` is told of the progress of this process. Every process calls the network equally
+    often, as a sharded network needs; images of seeds beyond the last are left out. Raises
+    InputError for values that are not finite.
     """
     size = group.world_size
     share = -(-len(seeds) // size)
     mine = range(seeds[0] + group.rank, seeds[0] + share * size, size)
-    drawn = generate(f, preset, chosen, mine, batch=batch, device=device)
+    drawn = generate(f, preset, chosen, mine, batch=batch, device=device, on_drawn=on_drawn)
     for first, images in zip(itertools.count(0, batch), drawn, strict=False):
         wanted = sum(seed in seeds for seed in mine[first : first + batch])
         if wanted:
@@ -217,8 +247,9 @@ def _images(images: Source, needs: Needs, setup: Setup, num: int | None, turn: i
     model, chosen, first = images.model, images.plan, images.first_seed + turn * images.num
     seeds = range(first, first + images.num)
     draw = partial(drawn_batches, batch=setup.batch, device=setup.extractor.device)
-    drawn = draw(model.f, model.preset, chosen, seeds, group=setup.group)
-    found = extract(drawn, needs, setup, "drawn", images.num)
+    told = None if setup.progress is None else partial(setup.progress, "drawn")
+    drawn = draw(model.f, model.preset, chosen, seeds, group=setup.group, on_drawn=told)
+    found = extract(drawn, needs, setup._replace(progress=None), "drawn")
     about = {
         "model": {
             "source": model.source, "sha256": model.sha256, "weights": model.weights,

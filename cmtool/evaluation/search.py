@@ -12,6 +12,7 @@ from cmtool.data.datasets import load_dataset
 from cmtool.errors import UserError
 from cmtool.evaluation.during_training import build_score
 from cmtool.evaluation.measure import drawn_batches
+from cmtool.evaluation.sets import OnProgress
 from cmtool.formats.native import read_table
 from cmtool.models import Model
 from cmtool.sampling import indexed_levels, plan
@@ -71,17 +72,23 @@ class Search:
     batch: int = 256
     device: str = "cpu"
 
-    def levels(self, steps: int, tell: Callable[[str], None]) -> tuple[list[float], float]:
+    def levels(
+        self, steps: int, tell: Callable[[str], None], progress: OnProgress | None = None
+    ) -> tuple[list[float], float]:
         """Return the best levels for `steps`, and their score; write both to the file.
 
-        `tell` gets a line about each score. Raises UserError for a file of another model.
+        `tell` gets a line about each score, `progress` is told how far the images for it are.
+        Raises UserError for a file of another model.
         """
         kept = self._kept()
         scores: dict[str, float] = kept["evaluations"]
         preset, device = self.model.preset, self.device
-        score = build_score(self.metric, load_dataset(self.reference), device)
+        score = build_score(self.metric, load_dataset(self.reference), device, progress)
         seeds = range(self.first_seed, self.first_seed + self.num)
-        draw = partial(drawn_batches, self.model.f, preset, batch=self.batch, device=device)
+        told = None if progress is None else partial(progress, "drawn")
+        draw = partial(
+            drawn_batches, self.model.f, preset, batch=self.batch, device=device, on_drawn=told
+        )
 
         def levels_at(indices: tuple[int, ...]) -> list[float]:
             return indexed_levels(preset, (*indices, self.points - 1), self.points)

@@ -50,8 +50,8 @@ class Statistics(NamedTuple):
 
 
 Opened = Dataset | Statistics
-OnProgress = Callable[[str, int, int], None]
-"""Called with what is measured, the images done so far, and of how many (0: not known)."""
+OnProgress = Callable[[str, float, int], None]
+"""Called with what is measured, the images that this process has done, and of how many."""
 Given = Tensor | str | Path | Sequence[str | Path]
 """Images (N, C, H, W), uint8 or in [-1, 1]; a name or path; or paths of image files."""
 
@@ -101,7 +101,8 @@ def collect(
         index = torch.randperm(len(opened), generator=keyed_generator("subset"))[:num]
     opened.images[index[:1]]  # every process takes the size of all from this image
     parts = index.split(setup.batch)[setup.group.rank :: setup.group.world_size]
-    found = extract(decoded_ahead(opened.images, parts, setup.workers), needs, setup, side)
+    ahead = decoded_ahead(opened.images, parts, setup.workers)
+    found = extract(ahead, needs, setup, side, sum(map(len, parts)))
     about = {"name": opened.name, "images": found.num, "fingerprint": found.fingerprint}
     return found._replace(about=about)
 

@@ -14,12 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
+
+from pydantic import Field
 
 from cmtool.errors import InputError
 from cmtool.formats import diffusers_dir, identify
 from cmtool.formats.native import read_about, read_table
 from cmtool.system.files import file_sha256, write_json
+from cmtool.system.records import Facts, known_facts, read_facts
 
 MANIFEST = "manifest.json"
 BEST = "best.json"
@@ -173,6 +176,14 @@ def point_to(folder: Path, final: Path) -> None:
     write_json(folder / "latest.json", {"checkpoint": final.name}, durable=True)
 
 
+class Best(Facts):
+    """best.json: by which metric the best checkpoints were found, and their values."""
+
+    metric: str
+    num: int
+    best: dict[Annotated[str, Field(pattern="^step-[0-9]{1,18}$")], float]
+
+
 class Score(NamedTuple):
     """A checkpoint's value by some metric over `num` images; the lower the better."""
 
@@ -205,13 +216,15 @@ def best(folder: Path, like: Score | None = None) -> dict[str, float]:
     A checkpoint that is gone is left out. With `like`, scores by another metric or number of images
     are left out too.
     """
-    try:
-        facts = read_table(folder / BEST)
-        found = {str(name): float(value) for name, value in facts["best"].items()}
-        other = like and (facts["metric"], facts["num"]) != (like.metric, like.num)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    facts = known_facts(folder / BEST, Best)
+    if facts is None or (like and (facts.metric, facts.num) != (like.metric, like.num)):
         return {}
-    return {} if other else {n: v for n, v in found.items() if (folder / n / MANIFEST).is_file()}
+    return {n: v for n, v in facts.best.items() if (folder / n / MANIFEST).is_file()}
+
+
+def read_best(folder: Path) -> Best | None:
+    """Return what best.json says, None without one. Raises InputError for a damaged one."""
+    return read_facts(folder / BEST, Best)
 
 
 def prune(folder: Path, keep: int, newest: int | None = None) -> None:

@@ -75,12 +75,23 @@ class Choice(BaseModel):
 class ModelSection(Section):
     """The network and the images it knows."""
 
-    network: Choice
-    image_size: Annotated[tuple[Side, Side], BeforeValidator(_sequence)] = Field(description="H, W")
-    channels: Annotated[Positive, Field(le=1024)] = 3
-    num_classes: Annotated[Count, Field(le=1_000_000)] = 0
-    sigma_data: float = Field(0.5, gt=0, allow_inf_nan=False)
-    noise_label: Choice = Choice(name="log_1000")
+    network: Choice = Field(description="architecture, and its options")
+    image_size: Annotated[tuple[Side, Side], BeforeValidator(_sequence)] = Field(
+        description="height and width of the images, in pixels"
+    )
+    channels: Positive = Field(3, le=1024, description="3 for colour, 1 for grey")
+    num_classes: Count = Field(
+        0, le=1_000_000, description="classes of the images; 0 for a model without"
+    )
+    sigma_data: float = Field(
+        0.5,
+        gt=0,
+        allow_inf_nan=False,
+        description="standard deviation of the images in [-1, 1]; cmtool data info measures it",
+    )
+    noise_label: Choice = Field(
+        Choice(name="log_1000"), description="how the network is told the noise level"
+    )
     scalings: Choice = Field(
         Choice(name="edm"),
         description="edm, vp, ve or iddpm for teachers; students: consistency (f(x) = x at"
@@ -91,9 +102,15 @@ class ModelSection(Section):
 class NoiseSection(Section):
     """The range of noise levels."""
 
-    sigma_min: float = Field(0.002, gt=0, allow_inf_nan=False)
-    sigma_max: float = Field(80.0, gt=0, allow_inf_nan=False)
-    rho: float = Field(7.0, gt=0, allow_inf_nan=False)
+    sigma_min: float = Field(
+        0.002, gt=0, allow_inf_nan=False, description="lowest noise level: almost a clean image"
+    )
+    sigma_max: float = Field(
+        80.0, gt=0, allow_inf_nan=False, description="highest noise level, where sampling starts"
+    )
+    rho: float = Field(
+        7.0, gt=0, allow_inf_nan=False, description="spacing of the grid of levels (EDM, eq. 5)"
+    )
 
     @model_validator(mode="after")
     def _ascending(self) -> NoiseSection:
@@ -105,8 +122,13 @@ class NoiseSection(Section):
 class DataSection(Section):
     """The training images: a data set's name or a path, and how they are brought to size."""
 
-    path: str
-    fit: str = Field("exact", description="exact, edm, adm or box")
+    path: str = Field("", description="a data set's name or a path; a method's preset has none")
+    fit: str = Field(
+        "exact", description="how images are brought to size: exact (not at all), edm, adm or box"
+    )
+    background: str = Field(
+        "white", description="colour under transparent parts: a name, or #rrggbb"
+    )
     flip: bool = Field(False, description="mirror half of the images at random")
     augment: float = Field(0.0, ge=0, le=1, description="probability of each of EDM's warps")
     workers: Count = Field(
@@ -120,16 +142,18 @@ class DataSection(Section):
 class LossSection(Section):
     """A method, and its choices: which levels, which target, which distance, which weight."""
 
-    method: Choice
-    levels: Choice
+    method: Choice = Field(description="what a training step compares")
+    levels: Choice = Field(description="how the noise levels of a step are picked")
     solver: Choice = Field(Choice(name="heun"), description="step of the teacher's ODE")
     target: str = Field(
         "none",
         description="what the student is compared with: student (itself), ema, previous, or none",
     )
-    distance: Choice = Choice(name="l2")
-    weight: Choice = Choice(name="uniform")
-    curriculum: Choice = Choice(name="fixed")
+    distance: Choice = Field(Choice(name="l2"), description="distance d(x, y) of two images")
+    weight: Choice = Field(Choice(name="uniform"), description="weight of the loss by noise level")
+    curriculum: Choice = Field(
+        Choice(name="fixed"), description="points n of the grid, and rate mu of the target, by step"
+    )
 
 
 class EmaSection(Section):
@@ -150,25 +174,40 @@ class EmaSection(Section):
 class TrainSection(Section):
     """Optimisation."""
 
-    steps: Positive
-    batch: Annotated[Positive, Field(le=MAX_IMAGES)]
-    lr: float = Field(gt=0)
-    warmup_steps: Count = 0
-    decay_to: float = Field(1.0, ge=0, le=1)
-    optimizer: Choice = Choice(name="radam")
-    accumulate: Annotated[Positive, Field(le=MAX_IMAGES)] = 1
+    steps: Positive = Field(description="optimizer steps of the whole run")
+    batch: Positive = Field(
+        le=MAX_IMAGES, description="images a step, over all processes and parts"
+    )
+    lr: float = Field(gt=0, description="learning rate after the warm-up")
+    warmup_steps: Count = Field(0, description="steps in which the learning rate grows from 0")
+    decay_to: float = Field(
+        1.0, ge=0, le=1, description="learning rate at the last step, as a share of lr (a cosine)"
+    )
+    optimizer: Choice = Field(Choice(name="radam"), description="optimizer, and its options")
+    accumulate: Positive = Field(
+        1,
+        le=MAX_IMAGES,
+        description="parts that a process splits its batch into: less memory, the same result",
+    )
     from_teacher: bool = Field(False, description="start from a teacher where no loss needs one")
-    max_grad_norm: float | None = Field(None, gt=0)
-    max_bad_steps: Positive = 5
+    max_grad_norm: float | None = Field(None, gt=0, description="gradients are clipped to it")
+    max_bad_steps: Positive = Field(
+        5, description="steps in a row that are not finite and end the run"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="of the networks; auto is bf16 where the device computes in it"
+        "auto",
+        description="precision of the networks; auto is bf16 where the device computes in it",
     )
     compile: bool = Field(False, description="torch.compile; a minute or more, for GPUs")
     checkpoint_activations: bool = Field(
         False, description="compute residual blocks again in the backward pass: less memory"
     )
-    seed: Annotated[int, BeforeValidator(_count), Field(ge=0, lt=1 << 63)] = 0
-    ema: Annotated[tuple[EmaSection, ...], BeforeValidator(_sequence)] = ()
+    seed: Annotated[int, BeforeValidator(_count)] = Field(
+        0, ge=0, lt=1 << 63, description="seed of the weights, the order of images and the noise"
+    )
+    ema: Annotated[tuple[EmaSection, ...], BeforeValidator(_sequence)] = Field(
+        (), description="averages of the weights: rate a step, or halflife_images and rampup"
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> TrainSection:
@@ -181,24 +220,37 @@ class TrainSection(Section):
 class RunSection(Section):
     """How a run is run: nothing here changes its result, and a resumed run may change it."""
 
-    log_every: Positive = 50
-    checkpoint_every: Positive = 1000
-    keep: Annotated[int, Field(ge=2, le=MOST)] = 2
-    sample_every: Positive = 500
+    log_every: Positive = Field(50, description="steps between two lines of the log")
+    checkpoint_every: Positive = Field(1000, description="steps between two checkpoints")
+    keep: Annotated[int, Field(ge=2, le=MOST)] = Field(
+        2, description="checkpoints kept, the newest"
+    )
+    sample_every: Positive = Field(500, description="steps between two grids of samples")
+    sample_grid: Annotated[int, Field(gt=0, le=10_000)] = Field(
+        40, description="images in a grid of samples"
+    )
     tensorboard: bool = Field(False, description="write event files too (extra tensorboard)")
-    eval_every: Count = Field(0, description="0: no evaluation")
-    eval_num: Annotated[int, BeforeValidator(_count), Field(ge=2, le=MOST)] = 1024
-    eval_metric: Choice = Choice(name="fd-digits")
+    eval_every: Count = Field(0, description="steps between two evaluations; 0: none")
+    eval_num: Annotated[int, BeforeValidator(_count), Field(ge=2, le=MOST)] = Field(
+        1024, description="images of an evaluation"
+    )
+    eval_metric: Choice = Field(
+        Choice(name="fd-digits"), description="what is measured: a protocol, such as fd-digits"
+    )
     keep_best: Count = Field(1, description="checkpoints kept beside the newest, by their value")
-    sharding: Literal["none", "fsdp"] = Field("none", description="of models over processes")
-    timeout: float = Field(120, gt=0, le=86_400, description="of silent other processes")
+    sharding: Literal["none", "fsdp"] = Field(
+        "none", description="fsdp splits the models over processes, where memory is short"
+    )
+    timeout: float = Field(
+        120, gt=0, le=86_400, description="seconds after which a silent other process is given up"
+    )
 
 
 class SampleSection(Section):
     """How the model is sampled when nobody says otherwise."""
 
-    sampler: Choice
-    steps: Annotated[Positive, Field(le=MAX_LEVELS)] = 1
+    sampler: Choice = Field(description="how images are drawn")
+    steps: Positive = Field(1, le=MAX_LEVELS, description="steps of the sampler")
     levels: dict[str, list[float]] = Field({}, description="tuned levels by number of steps")
     grid: int | None = Field(
         None, ge=2, le=MAX_LEVELS, description="points of the grid trained on, if known"
@@ -208,7 +260,7 @@ class SampleSection(Section):
 class Card(Section):
     """What a model is: its kind, its network, its noise levels, and how to sample it."""
 
-    description: str = ""
+    description: str = Field("", description="what the preset is, in a line")
     kind: Kind = Field(description="teacher, consistency or flow map")
     model: ModelSection
     noise: NoiseSection = NoiseSection()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -20,6 +20,7 @@ from cmtool.errors import InputError, UserError, nearest
 from cmtool.presets.schema import Preset
 from cmtool.presets.upgrade import upgraded
 from cmtool.system.files import expanded, read_regular
+from cmtool.system.text import printable
 
 _PACKAGED = Path(__file__).parents[1] / "_presets"
 FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "presets"
@@ -33,6 +34,9 @@ MAX_DEPTH = 8
 MAX_DOTS = 100
 MAX_SHOWN = 200
 """Characters of a value that an error shows."""
+
+Comment = Callable[[str], str | None]
+"""What stands beside a dotted key."""
 
 
 class Resolved(NamedTuple):
@@ -58,12 +62,7 @@ def resolve(name_or_path: str, layers: Mapping[str, Mapping[str, Any]]) -> Resol
     origins: dict[str, str] = {}
     for path, table in _chain(name_or_path):
         _merge(tree, table, path.name, origins, "")
-    for origin, overrides in layers.items():
-        for dotted, value in overrides.items():
-            for key in reversed(dotted.split(".")):
-                value = {key: value}
-            _check_depth(value, f"--set {dotted[:60]}")
-            _merge(tree, value, origin, origins, "")
+    _merge_layers(tree, layers, origins)
     preset = _validated(upgraded(tree), name_or_path)
     found = {key: origin_of(key, origins) for key, _ in flat(preset.model_dump())}
     return Resolved(preset, found)
@@ -76,6 +75,11 @@ def packaged_value(name_or_path: str, key: str) -> Any:
         if path.parent == FOLDER:
             value = dict(flat(table)).get(key, value)
     return value
+
+
+def is_method_preset(name: str) -> bool:
+    """Tell whether a preset is one of cmtool's that name no data: they are fitted to some."""
+    return name in preset_names() and not packaged_value(name, "data.path")
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -188,6 +192,18 @@ def _merge(
         _merge(tree[key], value, origin, origins, f"{dotted}.")
 
 
+def _merge_layers(
+    tree: dict[str, Any], layers: Mapping[str, Mapping[str, Any]], origins: dict[str, str]
+) -> None:
+    """Put layers of dotted overrides {origin: {key: value}} over `tree`."""
+    for origin, overrides in layers.items():
+        for dotted, value in overrides.items():
+            for key in reversed(dotted.split(".")):
+                value = {key: value}
+            _check_depth(value, f"--set {dotted[:60]}")
+            _merge(tree, value, origin, origins, "")
+
+
 def origin_of(key: str, origins: Mapping[str, str]) -> str:
     """Return where a key, or the nearest table above or value below it, was set."""
     parts = key.split(".")
@@ -211,27 +227,76 @@ def _validated(tree: dict[str, Any], shown: str) -> Preset:
         hint = f"set it with --set {key}=VALUE, or in the file"
         if first["type"] == "extra_forbidden":
             what = f"unknown key {key!r} in preset {shown}"
-            hint = nearest(path[-1], _fields(path[:-1]))
+            hint = nearest(path[-1], list(_section(path[:-1]).model_fields))
         if first["type"] == "missing":
             what, hint = f"preset {shown} lacks {key!r}", "set it, or extend a preset"
         raise UserError(what, hint) from None
 
 
-def _fields(path: list[str]) -> list[str]:
-    """Return the names of the keys a preset may have under `path`."""
+def _section(path: list[str]) -> type[BaseModel]:
+    """Return the table of a preset at `path`."""
     model: type[BaseModel] = Preset
     for part in itertools.filterfalse(str.isdigit, path):
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *get_args(annotation)]
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
+    return model
 
 
-def to_toml(preset: Preset, origins: Mapping[str, str] | None = None) -> str:
-    """Return the preset as TOML that `--preset` takes again, origins as comments."""
+def to_toml(
+    preset: Preset, origins: Mapping[str, str] | None = None, *, explain: bool = False
+) -> str:
+    """Return the preset as TOML that `--preset` takes again, origins as comments.
+
+    With `explain` the comments say what the keys mean, too.
+    """
     document = tomlkit.document()
-    _fill(document, preset.model_dump(exclude_none=True), origins or {}, "")
+    comment = _comments(origins, explain) if origins else lambda _: None
+    _fill(document, preset.model_dump(exclude_none=True), comment, "")
     return tomlkit.dumps(document)
+
+
+def extension(
+    parent: str, description: str, layers: Mapping[str, Mapping[str, Any]], heading: str
+) -> str:
+    """Return a TOML file that extends a preset by layers {origin: {key: value}}, with comments."""
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    _merge_layers(tree, layers, origins)
+    document = tomlkit.document()
+    for line in heading.splitlines():
+        document.add(tomlkit.comment(line))
+    document.add("description", tomlkit.item(description))
+    document.add("extends", tomlkit.item(parent))
+    _fill(document, tree, _comments(origins, explain=True), "")
+    return tomlkit.dumps(document)
+
+
+def meaning(key: str) -> str:
+    """Return what a dotted key of a preset means, "" for an option of a component."""
+    *above, last = key.split(".")
+    try:
+        return _section(above).model_fields[last].description or ""
+    except (KeyError, StopIteration):
+        return ""
+
+
+def field_schema(key: str) -> dict[str, Any]:
+    """Return the JSON schema of a dotted key, empty for an option of a component."""
+    *above, last = key.split(".")
+    try:
+        properties: dict[str, dict[str, Any]] = _section(above).model_json_schema()["properties"]
+        return properties[last]
+    except (KeyError, StopIteration):
+        return {}
+
+
+def _comments(origins: Mapping[str, str], explain: bool) -> Comment:
+    def comment(key: str) -> str:
+        parts = [origin_of(key, origins), meaning(key) if explain else ""]
+        return ": ".join(filter(None, parts))
+
+    return comment
 
 
 def with_values(text: str, values: Mapping[str, tuple[Any, str]]) -> str:
@@ -246,7 +311,7 @@ def with_values(text: str, values: Mapping[str, tuple[Any, str]]) -> str:
     return tomlkit.dumps(document)
 
 
-def _fill(table: Any, tree: Mapping[str, Any], origins: Mapping[str, str], prefix: str) -> None:
+def _fill(table: Any, tree: Mapping[str, Any], comment: Comment, prefix: str) -> None:
     """Fill a TOML table: values first, then tables; a component without options is its name."""
     short = {
         k: v["name"] if isinstance(v, Mapping) and set(v) == {"name"} else v
@@ -256,17 +321,17 @@ def _fill(table: Any, tree: Mapping[str, Any], origins: Mapping[str, str], prefi
         dotted = f"{prefix}{key}"
         if isinstance(value, Mapping):
             table[key] = tomlkit.table()
-            _fill(table[key], value, origins, f"{dotted}.")
+            _fill(table[key], value, comment, f"{dotted}.")
         else:
-            table[key] = _item(value, origin_of(dotted, origins) if origins else None)
+            table[key] = _item(value, comment(dotted))
 
 
-def _item(value: Any, origin: str | None) -> Any:
-    """Return a TOML value with its origin as a comment; tables in a list are inline tables."""
+def _item(value: Any, comment: str | None) -> Any:
+    """Return a TOML value with a comment; tables in a list are inline tables."""
     many = isinstance(value, list | tuple)
     item: Any = tomlkit.array() if many else tomlkit.item(value)
     for entry in value if many else ():
         item.append(tomlkit.inline_table() | entry if isinstance(entry, dict) else entry)
-    if origin is not None:
-        item.comment(origin)
+    if comment is not None:
+        item.comment(printable(comment))
     return item

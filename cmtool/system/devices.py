@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -100,6 +101,39 @@ def keep_freed_memory() -> None:
     if set_option is not None:
         set_option(M_MMAP_THRESHOLD, KEPT_BYTES)
         set_option(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def synchronise(device: str) -> None:
+    """Wait until a GPU has done what it was given; a CPU has."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def free_memory(device: str) -> int | None:
+    """Return the bytes that this process may still take on a device; None where nobody says it.
+
+    Of main memory that is what the system has, and no more than a container is allowed (cgroup 2).
+    """
+    if device.startswith("cuda"):
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        system = int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, ValueError, KeyError):
+        return None
+    return int(min(system, _left_of_cgroup(Path("/sys/fs/cgroup"))))
+
+
+def _left_of_cgroup(folder: Path) -> float:
+    """Return the bytes that a container may still take; its cache of files can be given back."""
+    try:
+        limit = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
+        table = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return limit - used + int(table["inactive_file"]) + int(table["active_file"])
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
+        return float("inf")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

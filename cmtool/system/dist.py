@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from cmtool.errors import DivergedError, Paused, ResourceError, Stopped, UserError
+from cmtool.system.alike import Facts, check_alike, check_over_store
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -127,6 +128,11 @@ class Group(NamedTuple):
                 raise error
         return _returned(done)
 
+    def alike(self, facts: Callable[[], Facts], name: str) -> None:
+        """Raise UserError in all processes if what they say of themselves differs."""
+        found = self.gather(self.together(facts, name))
+        check_alike(found)
+
     def meet(self, name: str) -> None:
         """Wait until the leading process is here too; each meeting has a name of its own.
 
@@ -192,9 +198,17 @@ def _try_for(action: Callable[[], T], seconds: float = 2.0) -> T | None:
 
 
 def join(
-    rank: int, world_size: int, device: str, timeout: float, *, sharded: bool = False
+    rank: int,
+    world_size: int,
+    device: str,
+    timeout: float,
+    *,
+    sharded: bool = False,
+    facts: Facts | None = None,
 ) -> Group:
     """Join the processes that torchrun started; `sharded` models are spread over them.
+
+    The `facts` say what this process is about to do. Raises UserError if another one differs.
 
     `timeout` seconds without an answer is a failure. Numbers travel over gloo on CPUs, gradients
     of a GPU over NCCL, whose watchdog ends a process that waits a minute longer. Raises
@@ -206,6 +220,7 @@ def join(
     found, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT))))
     try:
         store = assemble(found, rank, world_size)
+        check_over_store(store, rank, world_size, facts or {})
     except dist.DistStoreError:
         what = f"not all of {world_size} processes are there after {JOIN_TIMEOUT:.0f} s"
         raise ResourceError(what, "read the messages of the other processes") from None

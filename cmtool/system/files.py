@@ -1,17 +1,64 @@
-"""Files that are read within bounds, and written whole or not at all; and their hashes."""
+"""Files that are read within bounds and without waiting, and written whole; and their hashes."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cmtool.errors import InputError, ResourceError, is_full
+
+SPECIAL = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)
+"""What opening says of a link that is not followed, a pipe without a reader, a socket, a device."""
+
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What file systems say that cannot wait for the list of files of a folder."""
+
+
+def opened(path: Path, mode: str = "rb", buffering: int = -1) -> IO[Any]:
+    """Open a regular file, in a binary mode.
+
+    The name must not be a link, and a pipe is not waited for. Raises InputError for these and every
+    other special file, OSError as `open` does.
+    """
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
+    what, hint = f"{path} is not a regular file", "remove it, or give another path"
+    try:
+        file = open(  # noqa: SIM115  # the caller closes it
+            path, mode, buffering, opener=lambda name, own: os.open(name, own | flags, 0o666)
+        )
+    except OSError as error:
+        if error.errno in SPECIAL:
+            raise InputError(what, hint) from None
+        raise
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InputError(what, hint)
+    return file
+
+
+def is_regular(path: Path) -> bool:
+    """Tell whether a path is a regular file itself, not by a link."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def read_own(path: Path, most: int = 1 << 20) -> bytes:
+    """Return what is in a regular file that is `opened`. Raises InputError if it is longer."""
+    with opened(path) as file:
+        content: bytes = file.read(most + 1)
+    if len(content) > most:
+        raise InputError(f"{path} has more than {most:,} bytes", "remove it, or give another path")
+    return content
 
 
 def file_facts(file: Path) -> dict[str, Any]:
@@ -77,23 +124,43 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = False) -> None:
         sync(path.parent)
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or the list of files of a folder, is on the disk."""
+def sync(path: Path) -> bool:
+    """Wait until a file, or the list of files of a folder, is on the disk.
+
+    Return False for a folder of a file system that cannot do it.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in NO_SYNC and stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            return False
+        raise
     finally:
         os.close(descriptor)
+    return True
+
+
+def check_temporary() -> None:
+    """Raise ResourceError if no folder takes temporary files, which torch and its workers need."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        what = "no folder for temporary files can be written to"
+        raise ResourceError(what, "name one that can: export TMPDIR=FOLDER") from None
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to; it becomes `path` if the block succeeds.
+    """Yield an empty file beside `path` to write to; it becomes `path` if the block succeeds.
 
     Raises ResourceError when the disk is full, and leaves nothing behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # a link of that name would be written through
+        with opened(temporary, "xb"):
+            pass
         yield temporary
         temporary.replace(path)
     except OSError as error:

@@ -6,7 +6,6 @@ It is written to a folder `.tmp-*`, which is renamed when all files are on the d
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -26,6 +25,8 @@ from cmtool.formats.native import read_weights, write_weights
 from cmtool.system.dist import Group
 from cmtool.system.files import file_facts, sync, write_json
 from cmtool.system.parallel import fill, whole
+from cmtool.system.records import read_facts
+from cmtool.training.records import Counters
 from cmtool.training.state import TrainState, counters, set_counters
 
 Note = Callable[[str], None]
@@ -290,7 +291,16 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         with torch.no_grad():
             for key, tensor in tensors.items():
                 fill(tensor, stored[key])
-    set_counters(state, json.loads((path / "state.json").read_text()))
+    set_counters(state, read_counters(path))
+
+
+def read_counters(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds beside tensors. Raises InputError that names the file."""
+    facts = read_facts(path / "state.json", Counters)
+    if facts is None or facts.step != int(path.name[5:]):
+        what = f"{path / 'state.json'} is not that of {path.name}"
+        raise InputError(what, "remove this checkpoint to go on from the one before it")
+    return facts.model_dump()
 
 
 def state_tensors(state: TrainState, *, fill_optimizer: bool = False) -> Files:

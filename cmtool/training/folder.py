@@ -1,4 +1,4 @@
-"""The folder of a run: who may use it, who holds it, its status.json, and what is removed."""
+"""The folder of a run: who may use it, its status.json, and what is removed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import os
 import platform
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock, Timeout
-
-from cmtool.errors import BusyError, InputError, Paused, ResourceError, Stopped, UserError
-from cmtool.formats.checkpoints import clear_temporary, prune_all
+from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError
+from cmtool.formats.checkpoints import clear_temporary, prune_all, read_best
 from cmtool.models import Model
-from cmtool.system.files import write_json
+from cmtool.system.files import is_regular, opened, write_json
+from cmtool.system.records import known_facts, read_facts
+from cmtool.system.text import is_utf8
+from cmtool.training.lock import beating
+from cmtool.training.records import Record, Status
 
 StatusWriter = Callable[..., None]
 """Writes status.json: the given fields replace those before."""
@@ -28,23 +30,53 @@ TEMPORARY = r"\..+\.[0-9]+\.tmp"
 """Pattern of the names that files have while they are written."""
 MADE_FIRST = {".lock", "checkpoints", "samples"}
 """What a run makes before its folder says that it is a run."""
-RESULTS = ("samples/step-*.png", "log*.jsonl", "preset.toml", "summary.png", "report.html")
+RESULTS = (
+    "samples/step-*.png", "log*.jsonl", "preset.toml", "training-images.png", "summary.png",
+    "report.html",
+)  # fmt: skip
 """Files of a run that overwriting it removes, beside its checkpoints."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, an empty one for a file that holds none."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def refuse_special(out: Path) -> None:
+    """Raise InputError for a run folder with a link, pipe, socket or device in it, at any depth.
+
+    Someone else may have made the folder: what is written to a link in it lands elsewhere. The
+    folder itself may be reached by a link.
+    """
+    for folder, folders, files in os.walk(out, onerror=_unreadable):
+        for path in (Path(folder, name) for name in sorted([*folders, *files])):
+            mode = path.lstat().st_mode
+            if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                kind = "a link" if stat.S_ISLNK(mode) else "a pipe, socket or device"
+                what = f"{path} is {kind}: a run folder holds regular files and folders only"
+                raise InputError(what, "remove it, or give another folder with --out")
+
+
+def _unreadable(error: OSError) -> None:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):  # no run yet
+        return
+    what = f"cannot look into {error.filename}: {error.strerror}"
+    raise InputError(what, "check its permissions, or give another folder with --out")
 
 
 def is_run(out: Path) -> bool:
     """Tell whether a folder holds a run of ours."""
-    versions = read_json(out / "run.json").get("versions")
-    return isinstance(versions, dict) and "cmtool" in versions
+    return known_facts(out / "run.json", Record) is not None
+
+
+def refuse_strange(out: Path, *, resume: bool) -> None:
+    """Raise InputError for a folder with special files, or damaged JSON files if it is resumed.
+
+    Raises UserError for a name that is not UTF-8, from which safetensors reads no weights again.
+    """
+    if not is_utf8(str(out)):
+        what = f"the name of the run folder {str(out)!r} is not UTF-8"
+        raise UserError(what, "give another folder with --out")
+    refuse_special(out)
+    if resume:
+        read_facts(out / "run.json", Record)
+        read_facts(out / "status.json", Status)
+        read_best(out / "checkpoints")
 
 
 def is_resumable(out: Path) -> bool:
@@ -62,8 +94,8 @@ def launched_by(out: Path, launchers: Sequence[str]) -> bool:
 
     Then its workers are not the first: it starts new ones when one fails (`--max-restarts`).
     """
-    before = read_json(out / "status.json").get("launchers")
-    return isinstance(before, list) and not {*before}.isdisjoint(filter(None, launchers))
+    before = known_facts(out / "status.json", Status)
+    return before is not None and not {*before.launchers}.isdisjoint(filter(None, launchers))
 
 
 def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model | None) -> None:
@@ -87,7 +119,8 @@ def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model |
 
 def _is_only_begun(out: Path) -> bool:
     """Tell whether a folder holds at most what a run makes before it is one."""
-    has_status = "pid" in read_json(out / "status.json")
+    status = known_facts(out / "status.json", Status)
+    has_status = status is not None and status.pid is not None
     ours = MADE_FIRST | ({"status.json", "preset.toml", "report.html"} if has_status else set())
     made = {p.name for p in out.iterdir() if not re.fullmatch(TEMPORARY, p.name)}
     return made <= ours and not any((*out.glob("checkpoints/*"), *out.glob("samples/*")))
@@ -118,30 +151,6 @@ def new_folder(name: str) -> Iterator[Path]:
             out.rmdir()
 
 
-def refuse_busy(out: Path) -> None:
-    """Raise BusyError while another process holds the run folder, before time is spent on data."""
-    if (out / ".lock").is_file():
-        with locked(out):
-            pass
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the run folder's lock. Raises BusyError naming the holder."""
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        holder = read_json(out / "status.json")
-        pid, host, since = (holder.get(key, "?") for key in ("pid", "host", "since"))
-        what = f"{out} is in use by process {pid} on {host} since {since}"
-        raise BusyError(what, "wait for it, or give another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 @contextmanager
 def keep_status(out: Path, launchers: Sequence[str] = ()) -> Iterator[StatusWriter]:
     """Keep status.json true during a block: running, done, stopped or failed, step, exit code."""
@@ -159,13 +168,14 @@ def keep_status(out: Path, launchers: Sequence[str] = ()) -> Iterator[StatusWrit
         try:
             write_json(out / "status.json", facts, durable=facts["state"] != "running")
         except ResourceError:  # the disk is full; to write over the old file needs no room
-            with (out / "status.json").open("r+") as file:
-                file.write(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+            with opened(out / "status.json", "r+b") as file:
+                file.write(json.dumps(facts, indent=1, sort_keys=True).encode() + b"\n")
                 file.truncate()
 
     write()
     try:
-        yield write
+        with beating(out / "status.json"):
+            yield write
     except BaseException as error:
         end: dict[str, object] = {"state": "failed", "exit_code": 1, "error": repr(error)}
         if isinstance(error, Stopped | Paused):
@@ -184,7 +194,7 @@ def clear_leftovers(out: Path) -> None:
     clear_temporary(out / "checkpoints")
     for folder in (out, out / "checkpoints", out / "samples"):
         for file in folder.glob(".*.tmp"):
-            if re.fullmatch(TEMPORARY, file.name):
+            if re.fullmatch(TEMPORARY, file.name) and is_regular(file):
                 file.unlink()
 
 
@@ -194,5 +204,5 @@ def clear_run(out: Path) -> None:
     for folder in ("failed", "tensorboard"):
         shutil.rmtree(out / folder, ignore_errors=True)
     for pattern in RESULTS:
-        for file in out.glob(pattern):
+        for file in filter(is_regular, out.glob(pattern)):
             file.unlink()

@@ -20,11 +20,16 @@ from cmtool.core.noise import NoiseRange
 from cmtool.errors import MissingError, ResourceError, is_full
 from cmtool.presets.schema import Preset
 from cmtool.system.dist import Group
-from cmtool.system.files import write_atomic
+from cmtool.system.files import opened, read_own, write_atomic
 from cmtool.training.fit import StepInfo
+from cmtool.training.records import LogLine
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+
+MAX_LOG = 1 << 30
+"""Bytes of a log that are read: two million lines."""
 
 
 class Progress(NamedTuple):
@@ -42,6 +47,9 @@ class Watcher(Protocol):
 
     def progress(self, news: Progress) -> None:
         """Show the progress after one step."""
+
+    def working(self, what: str, done: float, total: int) -> None:
+        """Show how far a longer piece of work between steps is; `done` is 0 at its start."""
 
     def note(self, text: str) -> None:
         """Show a remark."""
@@ -200,29 +208,31 @@ def peak_memory(device: str) -> int:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Return the lines of log.jsonl in the order of their steps, and the last line of each step.
 
-    A line that was cut short or is damaged is left out.
+    A line that was cut short, is damaged, or has values of other types is left out. Raises
+    InputError for what is no regular file, or is larger than a log can be.
     """
-    if not path.is_file():
+    try:
+        content = read_own(path, MAX_LOG)
+    except FileNotFoundError:
         return []
     lines: dict[int, dict[str, Any]] = {}
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError, TypeError, LookupError, RecursionError):
+    for text in content.decode(errors="replace").splitlines():
+        with suppress(ValueError, RecursionError):
             line = json.loads(text)
-            lines[int(line["step"])] = line
+            lines[LogLine.model_validate(line).step] = line
     return [lines[step] for step in sorted(lines)]
 
 
 def trim_log(out: Path, step: int) -> None:
     """Move the lines after a step, which will be written again, to log.superseded.jsonl."""
     log = out / "log.jsonl"
-    if not log.exists():
-        return
     texts = [(line["step"], json.dumps(line) + "\n") for line in read_log(log)]
     superseded = "".join(text for number, text in texts if number > step)
     if superseded:
-        with (out / "log.superseded.jsonl").open("a", encoding="utf-8") as file:
-            file.write(superseded)
-    write_atomic(log, "".join(text for number, text in texts if number <= step).encode())
+        with opened(out / "log.superseded.jsonl", "ab") as file:
+            file.write(superseded.encode())
+    if texts or log.exists():
+        write_atomic(log, "".join(text for number, text in texts if number <= step).encode())
 
 
 class LogFile:
@@ -240,7 +250,7 @@ class LogFile:
         """Append a line and the unwritten ones, or nothing. Raises ResourceError on a full disk."""
         self.unwritten.append(json.dumps(line) + "\n")
         content = "".join(self.unwritten).encode()
-        with self.path.open("ab", buffering=0) as file:
+        with opened(self.path, "ab", buffering=0) as file:
             end = file.tell()
             try:
                 written = file.write(content)

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cmtool.core.precond import Preconditioned
+from cmtool.data.datasets import examples
 from cmtool.data.drawing import png_bytes
-from cmtool.errors import ResourceError
+from cmtool.errors import InputError, ResourceError
 from cmtool.evaluation.during_training import Verdict, evaluate
 from cmtool.formats.checkpoints import Score
 from cmtool.presets.schema import Card
@@ -26,13 +28,13 @@ from cmtool.system.files import write_atomic
 from cmtool.training.checkpoint import Saver, take_part
 from cmtool.training.fit import Diverged, StepInfo
 from cmtool.training.folder import StatusWriter
+from cmtool.training.guide import about, short
 from cmtool.training.log import Clock, LogFile, Meter, Progress, event_writer, log_line, scalars
 from cmtool.training.plots import picture, write_summary
-from cmtool.training.report import write_run_report
+from cmtool.training.report import TRAINING_IMAGES, write_run_report
 from cmtool.training.start import Run
 from cmtool.training.state import TrainState
 
-GRID_SEEDS = range(40)
 COLUMNS = 10
 
 
@@ -70,6 +72,7 @@ class RunWriter:
         wanted = run.preset.run.tensorboard  # it drops what earlier files say from purge_step on
         self.events = event_writer()(folder, purge_step=step + 1) if wanted else None
         self.failing: set[str] = set()
+        self.examples: Tensor | None = None
 
     def __enter__(self) -> RunWriter:
         return self
@@ -85,7 +88,7 @@ class RunWriter:
         """Go on if something cannot be written; say so once until it can be written again."""
         try:
             yield
-        except (OSError, ResourceError) as error:
+        except (OSError, InputError, ResourceError) as error:
             if what not in self.failing:
                 self.run.watcher.note(f"{what} cannot be written: going on without it; {error}")
             self.failing.add(what)
@@ -116,27 +119,40 @@ class RunWriter:
                 self.events.add_image("samples", shown, step)
                 self.events.flush()
 
+    def training_images(self) -> None:
+        """Write training-images.png: as many images as a sample grid has, of the same classes."""
+        with self.expendable(TRAINING_IMAGES):
+            self.examples = examples(self.run.data, self.run.preset.run.sample_grid)
+            shown = png_bytes(picture(self.examples, COLUMNS))
+            write_atomic(self.run.out / TRAINING_IMAGES, shown)
+
     def report(self) -> None:
         """Write report.html, as the run stands."""
         with self.expendable("report.html"):
             write_run_report(self.run.out)
 
     def summary(self, panels: dict[str, Tensor]) -> None:
-        """Write summary.png: the curve, and images of teacher and model from the same noise."""
-        out, title = self.run.out, self.run.preset.description
+        """Write summary.png: the curve, training images, and the images of the panels by title."""
+        run, out = self.run, self.run.out
+        origin = run.teacher or run.init
+        source = origin.source if origin else None
+        title = "\n".join(about(run.preset, source, run.data.name))
+        if self.examples is not None:
+            panels = {"training images": self.examples, **panels}
         with self.expendable("summary.png"):
             write_summary(out / "summary.png", self.log_file.lines(), panels, title)
 
 
 @dataclass
 class Tools:
-    """What observers work with; `line` is the last log line."""
+    """What observers work with; `line` is the last log line, `images` the last sample grid's."""
 
     meter: Meter
     clock: Clock
     saver: Saver | None
     writer: RunWriter | None
     line: dict[str, Any]
+    images: Tensor | None = None
 
 
 def always(run: Run, news: News) -> bool:
@@ -173,8 +189,10 @@ def evaluate_model(run: Run, tools: Tools, news: News) -> None:
     """Evaluate the kept model."""
     assert run.evaluation is not None
     with tools.clock.pause():
-        f = kept_model(run.state)
-        news.verdict = evaluate(run.evaluation, f, run.preset, news.step, run.group, run.device)
+        news.verdict = evaluate(
+            run.evaluation, kept_model(run.state), run.preset, news.step, run.group, run.device,
+            on_drawn=partial(run.watcher.working, "images to evaluate"),
+        )  # fmt: skip
 
 
 def logs(run: Run, news: News) -> bool:
@@ -242,9 +260,9 @@ def draw_samples(run: Run, tools: Tools, news: News) -> None:
     """Draw and write the fixed images and the report, unless the run stops; meet the others."""
     if run.group.has_models and not news.stop_reason:
         with tools.clock.pause():
-            images = fixed_images(kept_model(run.state), run.preset, run.device)
+            tools.images = fixed_images(run, kept_model(run.state), run.preset, "samples")
             if tools.writer:
-                tools.writer.samples(images, news.step)
+                tools.writer.samples(tools.images, news.step)
                 if not news.is_last:  # the report is written at the end of the run anyway
                     tools.writer.report()
     run.group.meet(f"sampled {news.step}")
@@ -255,21 +273,39 @@ def kept_model(state: TrainState) -> Preconditioned:
     return next(iter(state.emas.values())).model if state.emas else state.student
 
 
-def fixed_images(model: Preconditioned, card: Card, device: str) -> Tensor:
-    """Return images of seeds 0 to 39, classes in turn: the same noise each time."""
-    classes = card.model.num_classes
-    labels = torch.arange(len(GRID_SEEDS)) % classes if classes else None
+def fixed_images(run: Run, model: Preconditioned, card: Card, what: str) -> Tensor:
+    """Return images of seeds 0, 1, ..., classes in turn: the same noise each time.
+
+    There are run.sample_grid of them. The watcher is told how far they are, under the name `what`.
+    """
+    seeds, classes = range(run.preset.run.sample_grid), card.model.num_classes
+    labels = torch.arange(len(seeds)) % classes if classes else None
+    tell = partial(run.watcher.working, what)
     with evaluating(model):
-        drawn = generate(model, card, plan(card), GRID_SEEDS, labels=labels, device=device)
+        drawn = generate(
+            model, card, plan(card), seeds, labels=labels, device=run.device, on_drawn=tell
+        )
         return torch.cat(list(drawn)).cpu()
 
 
-def final_images(run: Run) -> dict[str, Tensor]:
-    """Return the fixed images of the teacher, if there is one, and of the kept model, by title."""
-    preset, teacher = run.preset, run.teacher
-    title = "samples" if preset.kind == "teacher" else f"{preset.sample.steps} step"
-    drawn = {"teacher": fixed_images(teacher.f, teacher.preset, run.device)} if teacher else {}
-    return {**drawn, title: fixed_images(kept_model(run.state), preset, run.device)}
+def final_images(run: Run, last: Tensor | None) -> dict[str, Tensor]:
+    """Return the fixed images of the teacher, if there is one, and of the kept model, by title.
+
+    `last` are those of the kept model, if they are drawn already.
+    """
+    preset, teacher, drawn = run.preset, run.teacher, {}
+    if teacher:
+        title = f"teacher {short(teacher.source)}, {calls(teacher.preset)}"
+        drawn[title] = fixed_images(run, teacher.f, teacher.preset, "samples of the teacher")
+    if last is None:  # the run had no step left to take
+        last = fixed_images(run, kept_model(run.state), preset, "samples")
+    return {**drawn, f"{'student' if teacher else 'samples'}, {calls(preset)}": last}
+
+
+def calls(card: Card) -> str:
+    """Return how many network calls an image of a model takes, in words."""
+    number = plan(card).evaluations
+    return f"{number} network call{'s' * (number != 1)} an image"
 
 
 OBSERVERS: list[tuple[Callable[[Run, News], bool], Callable[[Run, Tools, News], None]]] = [

@@ -7,13 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from cmtool.data.drawing import display_scale, grid
 from cmtool.data.images import to_uint8
 from cmtool.system.files import replacing
+from cmtool.system.text import printable
 
 MAX_POINTS = 400
+LOWER = ", lower is better"
+STYLES = ("-", "--", ":", "-.")
+"""Lines of curves, by the ten: there are ten colours that are told apart easily."""
 Log = Sequence[Mapping[str, Any]]
 
 
@@ -34,22 +39,19 @@ class Plot(NamedTuple):
 
 
 def picture(images: Tensor, columns: int) -> Tensor:
-    """Return images (B, C, H, W) in [-1, 1] as one uint8 picture; small ones are enlarged."""
-    return grid(to_uint8(images), columns, scale=display_scale(images.shape[-1]))
+    """Return images (B, C, H, W), uint8 or in [-1, 1], as one picture; small ones are enlarged."""
+    shown = images if images.dtype == torch.uint8 else to_uint8(images)
+    return grid(shown, columns, scale=display_scale(images.shape[-1]))
 
 
 def run_plots(log: Log) -> list[Plot]:
     """Return the plots of a log, without those that would be empty."""
     bands = list(dict.fromkeys(band for line in log for band in line.get("loss_by_sigma", {})))
     losses = [{"step": line["step"], **line.get("loss_by_sigma", {})} for line in log]
-    evaluations: dict[str, list[tuple[float, float | None]]] = {}
-    for verdict in (line["eval"] for line in log if "eval" in line):
-        points = evaluations.setdefault(verdict["metric"], [])
-        points.append((verdict["step"], verdict["value"]))
     plots = [
         Plot("loss", [curve_of(log, "loss")], log_scale=True),
         Plot("loss by noise level sigma", [curve_of(losses, b) for b in bands], log_scale=True),
-        *(Plot(f"{m}, lower is better", [curve(m, found)]) for m, found in evaluations.items()),
+        *(Plot(f"{each.name}{LOWER}", [each]) for each in evaluation_curves(log)),
         Plot("gradient norm", [curve_of(log, "grad_norm")], log_scale=True),
         Plot("learning rate", [curve_of(log, "lr")]),
         Plot("points of the noise grid, N", varying(curve_of(log, "n"))),
@@ -57,8 +59,32 @@ def run_plots(log: Log) -> list[Plot]:
         Plot("images a second", [curve_of(log, "images_per_second")]),
         Plot("share of the peak (MFU)", [curve_of(log, "mfu")]),
     ]
+    return not_empty(plots)
+
+
+def not_empty(plots: Sequence[Plot]) -> list[Plot]:
+    """Return the plots and curves that have a point."""
     known = (plot._replace(curves=[c for c in plot.curves if c.values]) for plot in plots)
     return [plot for plot in known if plot.curves]
+
+
+def evaluation_curves(log: Log) -> list[Curve]:
+    """Return a curve for each metric that was measured."""
+    found: dict[str, list[tuple[float, float | None]]] = {}
+    for verdict in (line["eval"] for line in log if line.get("eval")):
+        found.setdefault(verdict["metric"], []).append((verdict["step"], verdict["value"]))
+    return [each for each in (curve(name, found[name]) for name in found) if each.values]
+
+
+def overlaid(logs: Mapping[str, Log]) -> list[Plot]:
+    """Return a plot of the loss of several runs, by name, and one of each metric; no empty ones."""
+    losses = [curve_of(log, "loss")._replace(name=name) for name, log in logs.items()]
+    plots = {"loss": Plot("loss", losses, log_scale=True)}
+    for name, log in logs.items():
+        for each in evaluation_curves(log):
+            plot = plots.setdefault(each.name, Plot(f"{each.name}{LOWER}", []))
+            plot.curves.append(each._replace(name=name))
+    return not_empty(list(plots.values()))
 
 
 def curve_of(log: Log, key: str) -> Curve:
@@ -80,6 +106,11 @@ def curve(name: str, points: Sequence[tuple[float, float | None]]) -> Curve:
     return Curve(name, steps, [sum(value for _, value in part) / len(part) for part in parts])
 
 
+def plain(text: str) -> str:
+    """Return text from elsewhere for matplotlib, which takes dollars for formulas."""
+    return printable(text).replace("$", r"\$")
+
+
 def svgs(plots: Sequence[Plot]) -> Iterator[str]:
     """Yield each plot as an SVG document."""
     from matplotlib import rc_context
@@ -91,13 +122,7 @@ def svgs(plots: Sequence[Plot]) -> Iterator[str]:
             several = len(plot.curves) > 1
             figure.subplots_adjust(0.14, 0.17, 0.8 if several else 0.97, 0.88)
             axis = figure.subplots()
-            for name, steps, values in plot.curves:
-                dots = "." if len(values) == 1 else ""
-                axis.plot(steps, values, label=name, linewidth=1.2, marker=dots)
-            positive = all(value > 0 for each in plot.curves for value in each.values)
-            scale = "log" if plot.log_scale and positive else "linear"
-            axis.set(title=plot.title, xlabel="step", yscale=scale)
-            axis.grid(alpha=0.3)
+            draw(axis, plot)
             if several:
                 axis.legend(
                     fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1),
@@ -108,6 +133,42 @@ def svgs(plots: Sequence[Plot]) -> Iterator[str]:
             yield svg.getvalue()
 
 
+def draw(axis: Any, plot: Plot, places: Mapping[str, int] | None = None) -> None:
+    """Draw the curves of a plot, in the colours of the `places` of their names, else in turn.
+
+    A scale that may be logarithmic is so if all values are above 0.
+    """
+    for number, (name, steps, values) in enumerate(plot.curves):
+        place = number if places is None else places[name]
+        axis.plot(
+            steps, values, label=plain(name), linewidth=1.2, marker="." if len(values) == 1 else "",
+            color=f"C{place % 10}", linestyle=STYLES[place // 10 % len(STYLES)],
+        )  # fmt: skip
+    positive = all(value > 0 for each in plot.curves for value in each.values)
+    scale = "log" if plot.log_scale and positive else "linear"
+    axis.set(title=plain(plot.title), xlabel="step", yscale=scale)
+    axis.grid(alpha=0.3)
+
+
+def write_comparison(path: Path, plots: Sequence[Plot]) -> None:
+    """Write a PNG of plots beside each other. A name has one colour in all, and one entry."""
+    from matplotlib.figure import Figure
+
+    names = dict.fromkeys(curve.name for plot in plots for curve in plot.curves)
+    places = {name: place for place, name in enumerate(names)}
+    figure = Figure(figsize=(max(5.6 * len(plots), 7), 4.4), layout="constrained")
+    for axis, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
+        draw(axis, plot, places)
+    lines = {line.get_label(): line for axis in figure.axes for line in axis.lines}
+    shown = [f" {name}" for name in lines]  # one that begins with _ would have no entry
+    figure.legend(
+        [*lines.values()], shown, loc="outside lower center", frameon=False,
+        ncols=min(len(lines), 3), fontsize=8,
+    )  # fmt: skip
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
 def write_summary(path: Path, log: Log, panels: dict[str, Tensor], title: str) -> None:
     """Write summary.png: the curve of the loss, and beside it the images (B, C, H, W) by title."""
     from matplotlib.figure import Figure
@@ -116,11 +177,12 @@ def write_summary(path: Path, log: Log, panels: dict[str, Tensor], title: str) -
     loss, *rest = plot.subplots(1, 1 + len(panels), squeeze=False)[0]
     known = curve_of(log, "loss")
     loss.plot(known.steps, known.values)
-    loss.set(xlabel="step", ylabel="loss", title=title, yscale="log")
+    lines = "\n".join(map(plain, title.split("\n")))
+    loss.set(xlabel="step", ylabel="loss", title=lines, yscale="log")
     loss.grid(alpha=0.3)
     for axis, (name, images) in zip(rest, panels.items(), strict=True):
         axis.imshow(picture(images, 10).permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set(title=name)
+        axis.set(title=plain(name))
         axis.set_axis_off()
     with replacing(path) as temporary:
         plot.savefig(temporary, dpi=110, format="png")
@@ -135,8 +197,8 @@ def write_curves(
     plot = Figure(figsize=(5.6, 3.6), layout="constrained")
     axis = plot.subplots()
     for name, points in curves.items():
-        axis.plot(*zip(*points, strict=True), label=name, marker=".", linewidth=1.2)
-    axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale="log")
+        axis.plot(*zip(*points, strict=True), label=plain(name), marker=".", linewidth=1.2)
+    axis.set(xlabel=plain(xlabel), ylabel=plain(ylabel), xscale="log", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, frameon=False)
     with replacing(path) as temporary:

@@ -8,19 +8,22 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cmtool import __version__
-from cmtool.errors import Stopped, UserError
+from cmtool.errors import ResourceError, Stopped, UserError
 from cmtool.models import Model
 from cmtool.presets.build import noise_range
 from cmtool.presets.schema import Preset
 from cmtool.system import dist
 from cmtool.system.dist import ALONE, Group
+from cmtool.system.files import check_temporary, sync
 from cmtool.training.checkpoint import Saver, load_newest
 from cmtool.training.fit import Diverged, StepInfo, fit
-from cmtool.training.folder import clear_leftovers, clear_run, keep_status, locked, prepare_folder
+from cmtool.training.folder import clear_leftovers, clear_run, keep_status, prepare_folder
+from cmtool.training.lock import locked, tell_killed
 from cmtool.training.log import Clock, Meter, Watcher, trim_log
 from cmtool.training.observers import OBSERVERS, News, RunWriter, Tools, final_images
 from cmtool.training.report import write_run_report
-from cmtool.training.start import Run, Start, check_same, decide_start, set_up, write_record
+from cmtool.training.same import check_same, data_facts, start_facts
+from cmtool.training.start import Run, Start, decide_start, set_up, write_record
 from cmtool.training.state import fit_settings
 from cmtool.training.stop import Stop, explained, stop_signals, stopped, with_dump
 from cmtool.training.utilisation import ideal_seconds
@@ -32,6 +35,7 @@ def train(
     watcher: Watcher,
     *,
     teacher: Model | None = None,
+    init: Model | None = None,
     origins: Mapping[str, str] | None = None,
     device: str = "cpu",
     resume: bool = False,
@@ -40,18 +44,28 @@ def train(
 ) -> Path:
     """Train in the run folder `out` and return the final checkpoint's folder.
 
-    Under torchrun every process calls this, and the first one writes. Raises UserError for an
-    existing run without `resume` or `overwrite` or with another preset, BusyError while another
-    process holds the folder, InputError for data or a teacher that do not fit, DivergedError,
-    ResourceError, and after saving Stopped (by a signal) or Paused (after `max_seconds`).
+    A new run without a teacher starts from the weights of `init`, as far as they fit.
+
+    Under torchrun every process calls this, and the first one writes. Raises UserError for
+    processes that differ, and for an existing run without `resume` or `overwrite` or with another
+    preset; BusyError while another process holds the folder, InputError for data or a teacher that
+    do not fit, DivergedError, ResourceError, and after saving Stopped (by a signal) or Paused
+    (after `max_seconds`).
     """
-    with stop_signals(max_seconds) as stop, joined(preset, device) as group, ExitStack() as claim:
+    check_temporary()
+    facts = start_facts(preset, teacher, init, device, resume=resume, overwrite=overwrite)
+    with (
+        stop_signals(max_seconds) as stop,
+        joined(preset, device, facts) as group,
+        ExitStack() as claim,
+    ):
         start = decide_start(
             preset, out, origins or {}, device, group, resume=resume, overwrite=overwrite
         )
-        if start.note is not None:
-            watcher.note(start.note)
-        run = group.together(lambda: set_up(start, watcher, teacher, device, group), "built")
+        for note in start.notes:
+            watcher.note(note)
+        run = group.together(lambda: set_up(start, watcher, teacher, init, device, group), "built")
+        group.alike(lambda: data_facts(run.data), "data")
         group.agreed(lambda: claim.enter_context(claimed(run, start)), "claimed")
         if group.leads:
             lead(run, start, stop)
@@ -61,11 +75,14 @@ def train(
 
 
 @contextmanager
-def joined(preset: Preset, device: str) -> Iterator[Group]:
-    """Join the processes that torchrun started, if it did, and leave them after the block."""
+def joined(preset: Preset, device: str, facts: Mapping[str, object]) -> Iterator[Group]:
+    """Join the processes that torchrun started, if it did, and leave them after the block.
+
+    Raises UserError if they are not all about to do the same.
+    """
     rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     is_sharded = preset.run.sharding == "fsdp"
-    group = dist.join(rank, world_size, device, preset.run.timeout, sharded=is_sharded)
+    group = dist.join(rank, world_size, device, preset.run.timeout, sharded=is_sharded, facts=facts)
     try:
         yield group
     finally:
@@ -75,8 +92,12 @@ def joined(preset: Preset, device: str) -> Iterator[Group]:
 @contextmanager
 def claimed(run: Run, start: Start) -> Iterator[None]:
     """Make the run folder and hold its lock. Raises UserError for one that must be left alone."""
-    prepare_folder(run.out, resume=start.resume, overwrite=start.overwrite, teacher=run.teacher)
-    with locked(run.out):
+    origin = run.teacher or run.init
+    prepare_folder(run.out, resume=start.resume, overwrite=start.overwrite, teacher=origin)
+    with locked(run.out, run.watcher.note):
+        if not sync(run.out):
+            lacks = f"{run.out} is on a file system that cannot sync folders"
+            run.watcher.note(f"{lacks}: after a power cut the newest checkpoint may be missing")
         if start.resume:
             check_same(run)
         yield
@@ -95,16 +116,21 @@ def lead(run: Run, start: Start, stop: Stop) -> None:
         write_record(run, start.origins)
         write(step=state.step, steps=run.preset.train.steps)
         with make_saver(run) as saver, RunWriter(run, write) as writer:
+            writer.training_images()
             follow(run, stop, saver, writer)
         write(state="done", step=state.step, seconds_left=0, exit_code=0)
 
 
 def assist(run: Run, start: Start, stop: Stop) -> None:
-    """Train as one of the other processes, which write nothing."""
-    with explained(run):
-        if start.resume:
-            load_newest(run.out / "checkpoints", run.state, run.group, run.watcher.note)
-        follow(run, stop, None, None)
+    """Train as one of the other processes, which write nothing while the leading one lives."""
+    try:
+        with explained(run):
+            if start.resume:
+                load_newest(run.out / "checkpoints", run.state, run.group, run.watcher.note)
+            follow(run, stop, None, None)
+    except ResourceError as error:
+        tell_killed(run.out, error)
+        raise
 
 
 @contextmanager
@@ -157,7 +183,7 @@ def follow(run: Run, stop: Stop, saver: Saver | None, writer: RunWriter | None) 
                 writer.write_status(step=info.step)
             raise stopped(news.stop_reason, info.step, saver.seconds if saver else 0.0, run.out)
     if group.has_models:
-        images = final_images(run)
+        images = final_images(run, tools.images)
         if writer:
             writer.summary(images)
 

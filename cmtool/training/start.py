@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -18,11 +18,11 @@ from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.samplers import check_levels
 from cmtool.data.batches import BatchFn, batches
 from cmtool.data.datasets import Dataset, load_dataset
+from cmtool.data.decoding import check_background
 from cmtool.data.images import check_fit_rule
 from cmtool.data.survey import check_images
 from cmtool.errors import InputError, UserError
 from cmtool.evaluation.during_training import Evaluation, build_evaluation, pick_score
-from cmtool.formats.checkpoints import checkpoints
 from cmtool.models import Model
 from cmtool.presets.build import (
     build_augment,
@@ -40,31 +40,30 @@ from cmtool.presets.toml import Resolved, flat, load_preset, origin_of, to_toml,
 from cmtool.sampling import plan
 from cmtool.system.devices import best_precision, shapes_only
 from cmtool.system.dist import Group
-from cmtool.system.files import write_atomic, write_json
-from cmtool.training.fit import learning_rate
-from cmtool.training.folder import is_resumable, launched_by, launcher, read_json, refuse_busy
+from cmtool.system.files import read_own, write_atomic, write_json
+from cmtool.system.records import read_facts
+from cmtool.system.text import is_utf8, printable
+from cmtool.training.cost import check_memory
+from cmtool.training.folder import (
+    is_resumable,
+    launched_by,
+    launcher,
+    refuse_strange,
+)
+from cmtool.training.lock import read_status, refuse_busy
 from cmtool.training.log import Watcher, event_writer
-from cmtool.training.state import TrainState, build_state, fit_settings
+from cmtool.training.records import Record
+from cmtool.training.same import changes, described, run_inputs
+from cmtool.training.state import TrainState, build_state, not_taken
 
-FREE_TO_CHANGE = {
-    "description", "run", "data.path", "data.workers", "data.timeout", "train.accumulate",
-    "train.max_bad_steps", "train.checkpoint_activations", "train.compile",
-}  # fmt: skip
-"""Keys that a resumed run may change: they do not affect the result, or only its rounding.
-
-The data may move: they are recognised by their fingerprint. `train.accumulate` changes the noise
-if the batch gets another number of parts, as another number of processes does.
-"""
-LOCATION = ("name", "source")
-"""Keys in run.json that say where data and teacher lie: a resumed run may change them."""
-PROBES = 1000
-"""Steps at which two lengths of a run are compared."""
+MAX_NAMES = 100
+"""Classes whose names are recorded."""
 
 
 class Start(NamedTuple):
     """How a run starts, the same in all its processes.
 
-    `preset` has its precision and the parts of its batch decided, of which `note` tells the user;
+    `preset` has its precision and the parts of its batch decided, of which `notes` tell the user;
     `launchers` are the torchruns of the processes, "" without one.
     """
 
@@ -74,7 +73,7 @@ class Start(NamedTuple):
     resume: bool
     overwrite: bool
     launchers: Sequence[str]
-    note: str | None
+    notes: Sequence[str]
 
 
 class Run(NamedTuple):
@@ -84,6 +83,7 @@ class Run(NamedTuple):
     out: Path
     watcher: Watcher
     teacher: Model | None
+    init: Model | None
     device: str
     group: Group
     data: Dataset
@@ -112,20 +112,31 @@ def decide_start(
     if resume and overwrite:
         raise UserError("--resume and --overwrite", "give one of them")
     out, launchers = group.tell(out), group.gather(launcher())
+    group.agreed(lambda: refuse_strange(out, resume=resume), "regular")
     best = group.tell(best_precision(device))
     if preset.train.precision == "auto":  # the run records the precision, and goes on in it
         origins = {**origins, "train.precision": "auto"}
         preset = _with_train(preset, precision=best)
     group.agreed(lambda: refuse_busy(out), "not busy")
     is_restart = group.tell(launched_by(out, launchers) and is_resumable(out))
-    note = None
+    notes: list[str] = []
     if resume or is_restart:
+        notes += group.agreed(lambda: remarks_on_end(out), "how it ended")
         asked = not is_restart and origins.get("train.accumulate", "").startswith("--")
         preset, note = group.agreed(
             lambda: split_as_before(out, preset, group.world_size, asked=asked), "split"
         )
+        notes += [note] if note is not None else []
     overwrite = overwrite and not is_restart
-    return Start(out, preset, origins, resume or is_restart, overwrite, launchers, note)
+    return Start(out, preset, origins, resume or is_restart, overwrite, launchers, notes)
+
+
+def remarks_on_end(out: Path) -> list[str]:
+    """Return what to say of how the run to be resumed ended, if it could not say so itself."""
+    status = read_status(out)
+    if status is None or status.state != "killed":
+        return []
+    return [f"the run in {out} was killed, or the machine went down, after step {status.step}"]
 
 
 def split_as_before(
@@ -137,8 +148,9 @@ def split_as_before(
     number of parts changes where the processes do not divide it, or where the user `asked` for
     another train.accumulate: then the noise is another from here on.
     """
-    stored = read_json(out / "run.json").get("processes")
-    if not isinstance(stored, int) or not is_resumable(out):
+    record = read_facts(out / "run.json", Record)
+    stored = record.processes if record else None
+    if stored is None or not is_resumable(out):
         return preset, None
     accumulate, batch = preset.train.accumulate, preset.train.batch
     before = load_preset(str(out / "preset.toml")).train.accumulate * stored
@@ -179,13 +191,20 @@ def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
     return Resolved(preset, resolved.origins | dict.fromkeys(taken, f"teacher {teacher.source}"))
 
 
-def set_up(start: Start, watcher: Watcher, teacher: Model | None, device: str, group: Group) -> Run:
+def set_up(
+    start: Start,
+    watcher: Watcher,
+    teacher: Model | None,
+    init: Model | None,
+    device: str,
+    group: Group,
+) -> Run:
     """Return a run, ready for its first step. Raises UserError or InputError if a part is wrong."""
     preset = start.preset
     check_components(preset)
     data = load_images(preset, watcher)
     check_fit(preset, data, teacher)
-    evaluation = build_evaluation(preset, data, device)
+    evaluation = build_evaluation(preset, data, device, watcher.working)
     if preset.run.tensorboard:
         event_writer()  # raises now, not at the first line, where TensorBoard is missing
     objective = build_objective(preset, teacher.f if teacher else None, device)
@@ -193,20 +212,31 @@ def set_up(start: Start, watcher: Watcher, teacher: Model | None, device: str, g
     if data.is_checked_first and not start.resume:
         watcher.note(f"decoding all {len(data):,} images once, to find bad ones before training")
         check_images(data, preset.data.workers, group.rank, group.world_size)
-    state = build_state(preset, teacher, device, group)
+    check_memory(preset, teacher, device, group)
+    state = build_state(preset, teacher, device, group, init)
+    if init is not None:
+        for left in not_taken(preset, init):
+            watcher.note(f"new, not from {init.source}: {left}")
     microbatch = batches(
         data, batch=preset.train.batch, shards=preset.train.accumulate * group.world_size,
         seed=preset.train.seed, device=device, flip=preset.data.flip, workers=preset.data.workers,
         timeout=preset.data.timeout, rank=group.rank, world_size=group.world_size,
     )  # fmt: skip
     return Run(
-        preset, start.out, watcher, teacher, device, group, data, evaluation, objective,
+        preset, start.out, watcher, teacher, init, device, group, data, evaluation, objective,
         curriculum, state, microbatch,
     )  # fmt: skip
 
 
 def check_components(preset: Preset) -> None:
-    """Raise UserError for a component or an option that does not exist, used or not."""
+    """Raise UserError for a component or an option that does not exist, used or not.
+
+    So it does for a name that preset.toml cannot hold.
+    """
+    for key, value in flat(preset.model_dump()):
+        if isinstance(value, str) and not is_utf8(value):
+            what = f"{key} = {value!r} is not UTF-8: preset.toml cannot hold it"
+            raise UserError(what, "rename it, or give a link to it that has a plain name")
     with shapes_only():
         build_denoiser(preset, build_network(preset.model))
     build_augment(preset, method_row(preset))
@@ -215,6 +245,7 @@ def check_components(preset: Preset) -> None:
     pick(OPTIMIZERS, preset.train.optimizer, "train.optimizer", ["lr"])
     pick_score(preset.run.eval_metric)
     check_fit_rule(preset.data.fit)
+    check_background(preset.data.background)
     chosen = plan(preset)  # of the sample grids
     build_sampler(chosen.sampler)
     check_levels(chosen.sigmas, preset.noise.sigma_min)
@@ -223,7 +254,10 @@ def check_components(preset: Preset) -> None:
 def load_images(preset: Preset, watcher: Watcher) -> Dataset:
     """Return the preset's data set; without its labels if the model has no classes."""
     size, channels = preset.model.image_size, preset.model.channels
-    data = load_dataset(preset.data.path, size=size, channels=channels, fit=preset.data.fit)
+    data = load_dataset(
+        preset.data.path, size=size, channels=channels, fit=preset.data.fit,
+        background=preset.data.background,
+    )  # fmt: skip
     for note in data.notes:
         watcher.note(note)
     if data.labels is None or preset.model.num_classes:
@@ -253,25 +287,18 @@ def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:
         raise InputError(what, ours if teacher is None else remedy)
 
 
-def run_inputs(run: Run) -> dict[str, object]:
-    """Return what run.json says of data and teacher; a resumed run compares it."""
-    data, teacher = run.data, run.teacher
-    return {
-        "data": {"name": data.name, "images": len(data), "fingerprint": data.fingerprint()},
-        "teacher": teacher and {"source": teacher.source, "sha256": teacher.sha256},
-    }
-
-
 def write_record(run: Run, origins: Mapping[str, str]) -> None:
     """Write preset.toml and run.json. In a resumed run, unchanged values keep their origins."""
     preset, path = run.preset, run.out / "preset.toml"
     if path.is_file():
         changed = changes(load_preset(str(path)), preset)
         updates = {key: (value, origin_of(key, origins)) for key, value in changed.items()}
-        text = with_values(path.read_text(), updates)
+        text = with_values(read_own(path).decode(), updates)
     else:
         text = to_toml(preset, origins)
     write_atomic(path, text.encode(), durable=True)
+    before = read_facts(run.out / "run.json", Record)
+    init = described(run.init) if run.init else before and before.model_dump()["init"]
     versions = {"cmtool": __version__, "python": platform.python_version()}
     facts = {
         "arguments": sys.argv[1:],
@@ -280,70 +307,13 @@ def write_record(run: Run, origins: Mapping[str, str]) -> None:
         "threads": torch.get_num_threads(),
         "precision": preset.train.precision,
         "seed": preset.train.seed,
+        "init": init,
         **run_inputs(run),
+        "class_names": shown_names(run.data),
     }
     write_json(run.out / "run.json", facts, durable=True)
 
 
-def check_same(run: Run) -> None:
-    """Raise UserError unless the run's folder is of a run with the same preset, data and teacher.
-
-    Keys that are FREE_TO_CHANGE may differ. So may train.steps, if the steps that both runs have
-    are the same.
-    """
-    recorded = read_json(run.out / "run.json")
-    for name, now in run_inputs(run).items():
-        before = recorded.get(name)
-        if isinstance(before, dict) and isinstance(now, dict):
-            before, now = ({k: v for k, v in d.items() if k not in LOCATION} for d in (before, now))
-        if before is not None and before != now:
-            raise _other(run.out, name, "", before, now)
-    stored = load_preset(str(run.out / "preset.toml"))
-    for key in sorted(changes(stored, run.preset)):
-        section = key.partition(".")[0]
-        if key == "train.steps":
-            check_steps(run.out, stored, run.preset)
-        elif key not in FREE_TO_CHANGE and section not in FREE_TO_CHANGE:
-            before, now = (preset.model_dump()[section] for preset in (stored, run.preset))
-            raise _other(run.out, "preset", f"{section} had ", before, now)
-
-
-def _other(out: Path, what: str, where: str, before: object, now: object) -> UserError:
-    """Return the error for an input that differs; of two tables it shows what differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        differing = [k for k in {**before, **now} if before.get(k) != now.get(k)]
-        before, now = ({k: d.get(k) for k in differing} for d in (before, now))
-    text = f"the run in {out} was started with another {what}: {where}{before}, now {now}"
-    return UserError(text, f"resume with the same {what}, or start a new run with another --out")
-
-
-def check_steps(out: Path, stored: Preset, preset: Preset) -> None:
-    """Raise UserError unless the run in `out` may have another number of steps."""
-    before, now = stored.train.steps, preset.train.steps
-    found = checkpoints(out / "checkpoints")
-    done = int(found[-1].name[5:]) if found else 0
-    if now < done:
-        raise UserError(f"train.steps = {now}: {out} is at step {done}", "give more steps")
-    if not same_so_far(stored, preset):
-        what = f"the run in {out} was started with train.steps = {before}, now {now}"
-        why = "N(k), mu(k) or the learning rate of its finished steps would have been different"
-        hint = "resume without changing it, or start a new run with another --out"
-        raise UserError(f"{what}: {why}", hint)
-
-
-def same_so_far(a: Preset, b: Preset) -> bool:
-    """Tell whether two presets, alike but for train.steps, are one run as far as both go."""
-    curriculum, common = build_curriculum(a), min(a.train.steps, b.train.steps)
-    probes = {*range(0, common, max(common // PROBES, 1)), common - 1}
-    sides = []
-    for settings in (fit_settings(a), fit_settings(b)):
-        stages = {step: curriculum(step, settings.steps) for step in probes}
-        rates = [learning_rate(settings, step, stage.progress) for step, stage in stages.items()]
-        sides.append(([stage._replace(progress=0.0) for stage in stages.values()], rates))
-    return sides[0] == sides[1]
-
-
-def changes(before: Preset, now: Preset) -> dict[str, Any]:
-    """Return the dotted keys whose values differ, with those of `now`; None where it has none."""
-    old, new = (dict(flat(preset.model_dump())) for preset in (before, now))
-    return {key: new.get(key) for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+def shown_names(data: Dataset) -> list[str]:
+    """Return the names of the first classes, as reports show them."""
+    return [printable(name)[:80] for name in data.class_names[:MAX_NAMES]]

@@ -16,19 +16,25 @@ from cmtool.core.networks import NETWORKS
 from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import keyed_generator, seeded
-from cmtool.errors import UserError
+from cmtool.errors import InputError, UserError
 from cmtool.models import Model
 from cmtool.presets.build import build_denoiser, build_network, method_row, pick
 from cmtool.presets.schema import Preset
-from cmtool.system.devices import on_device
+from cmtool.system.devices import on_device, shapes_only
 from cmtool.system.dist import ALONE, Group
 from cmtool.system.parallel import shard
 
 
 def build_state(
-    preset: Preset, teacher: Model | None, device: str, group: Group = ALONE
+    preset: Preset,
+    teacher: Model | None,
+    device: str,
+    group: Group = ALONE,
+    init: Model | None = None,
 ) -> TrainState:
     """Return the start of a run: the student has the teacher's weights, or random ones without.
+
+    Of `init` it has the weights that fit its network.
 
     The networks, the teacher's too, are put where and how the device, `preset.train` and the group
     want them: sharded ones go to the device block by block, and in main memory is one whole copy
@@ -50,6 +56,11 @@ def build_state(
     if teacher is not None:
         student.network.load_state_dict(teacher.f.network.state_dict())
         spread(teacher.f)
+    elif init is not None:
+        fitting = init.f.network.state_dict()
+        for name in not_taken(preset, init):
+            fitting.pop(name.partition(" ")[0], None)
+        network.load_state_dict(fitting, strict=False)
     student = on_device(student, device if group.mesh is None else "cpu").requires_grad_(True)
     if train.checkpoint_activations:
         recompute_activations(network, preset.model.network.name)
@@ -71,6 +82,27 @@ def build_state(
             if model is not None:
                 model.network.compile()  # in place: the names of its tensors stay
     return TrainState(student, target, emas, optimizer, scaler, own)
+
+
+def not_taken(preset: Preset, init: Model) -> list[str]:
+    """Return the tensors of a preset's network that a model has otherwise or not, with shapes.
+
+    Raises InputError for a model of which no tensor fits.
+    """
+    with shapes_only():
+        wanted = build_network(preset.model).state_dict()
+    found = init.f.network.state_dict()
+    left = []
+    for name, tensor in wanted.items():
+        shape = tuple(tensor.shape)
+        if name not in found:
+            left.append(f"{name} {shape}")
+        elif found[name].shape != tensor.shape:
+            left.append(f"{name} {shape}, there {tuple(found[name].shape)}")
+    if len(left) == len(wanted):
+        what = f"no weight of {init.source} fits the network of the preset"
+        raise InputError(what, "leave --preset out: its network is then the model's")
+    return left
 
 
 def build_own(preset: Preset, device: str, group: Group) -> nn.Module | None:
@@ -130,12 +162,20 @@ def counters(state: TrainState) -> dict[str, Any]:
 
 
 def set_counters(state: TrainState, facts: Mapping[str, Any]) -> None:
-    """Set what `counters` returned; what an older version did not know is as at the start."""
+    """Set what `counters` returned; what an older version did not know is as at the start.
+
+    Raises InputError for a state of the scaler that is none.
+    """
     state.step = facts["step"]
     state.bad_steps = facts.get("bad_steps", 0)
     state.unlogged = facts.get("unlogged")
     if state.scaler is not None and facts.get("scaler") is not None:
-        state.scaler.load_state_dict(facts["scaler"])
+        try:
+            state.scaler.load_state_dict(facts["scaler"])
+            state.scaler.scale(torch.zeros(()))
+        except (KeyError, TypeError, RuntimeError):
+            what = f"the checkpoint of step {state.step} holds no state of the scaler of fp16"
+            raise InputError(what, "remove it to go on from the one before it") from None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from cmtool.training.fit import Diverged
 from cmtool.training.plots import picture
 from cmtool.training.start import Run
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PAUSE = 1000
 """A reason to stop that is not a signal: the time is up."""
 
@@ -88,11 +88,13 @@ class Stop:
 def stop_signals(max_seconds: float | None) -> Iterator[Stop]:
     """Handle the signals that stop a run, and the end of its time, during a block."""
     stop = Stop(None if max_seconds is None else time.monotonic() + max_seconds)
-    before = [signal.signal(number, stop.note) for number in SIGNALS]
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    handled = [number for number in SIGNALS if not (is_nohup and number == signal.SIGHUP)]
+    before = [signal.signal(number, stop.note) for number in handled]
     try:
         yield stop
     finally:
-        for number, handler in zip(SIGNALS, before, strict=True):
+        for number, handler in zip(handled, before, strict=True):
             signal.signal(number, handler)
 
 

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,21 +34,39 @@ def step_flops(preset: Preset, teacher: Model | None) -> int | None:
     of LPIPS as the method uses them. An operation the counter does not know counts as nothing.
     """
     with suppress(Exception):  # a network that the meta device cannot run is trained all the same
-        student = shape_of(preset).requires_grad_(True).train()
-        frozen = shape_of(teacher.preset) if teacher else None
-        objective = build.build_objective(preset, frozen, "meta")
-        x0 = torch.empty(1, preset.model.channels, *preset.model.image_size, device="meta")
-        classes = preset.model.num_classes
-        labels = torch.empty(1, dtype=torch.int64, device="meta") if classes else None
-        stage = build.build_curriculum(preset)(0, preset.train.steps)
+        step = shapes_of_step(preset, teacher)
         with FlopCounterMode(display=False) as counter:
-            target = shape_of(preset) if preset.loss.target in ("ema", "previous") else student
-            own = build.method_row(preset).owns
-            models = Models(student, target, own=own().to("meta") if own else None)
-            loss, _ = objective(models, x0, labels, stage, step_generator(0, 0, 0))
-            loss.sum().backward()
+            step.loss().sum().backward()
         return counter.get_total_flops() * preset.train.batch or None
     return None
+
+
+class ShapesOfStep(NamedTuple):
+    """The models of a step on one image, on the meta device; `loss` computes its loss (1,)."""
+
+    student: Preconditioned
+    teacher: Preconditioned | None
+    models: Models
+    loss: Callable[[], Tensor]
+
+
+def shapes_of_step(preset: Preset, teacher: Model | None) -> ShapesOfStep:
+    """Return a training step on one image, of shapes without numbers."""
+    student = shape_of(preset).requires_grad_(True).train()
+    frozen = shape_of(teacher.preset) if teacher else None
+    objective = build.build_objective(preset, frozen, "meta")
+    x0 = torch.empty(1, preset.model.channels, *preset.model.image_size, device="meta")
+    classes = preset.model.num_classes
+    labels = torch.empty(1, dtype=torch.int64, device="meta") if classes else None
+    stage = build.build_curriculum(preset)(0, preset.train.steps)
+    target = shape_of(preset) if preset.loss.target in ("ema", "previous") else student
+    own = build.method_row(preset).owns
+    models = Models(student, target, own=own().to("meta") if own else None)
+
+    def loss() -> Tensor:
+        return objective(models, x0, labels, stage, step_generator(0, 0, 0)).loss
+
+    return ShapesOfStep(student, frozen, models, loss)
 
 
 def shape_of(card: Card) -> Preconditioned:

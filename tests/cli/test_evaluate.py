@@ -1,5 +1,6 @@
 import json
 import os
+import statistics
 from importlib.resources import files
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cmtool.cli.evaluate import ticker
+from cmtool.cli._watching import ticker
 from cmtool.data.decoding import read_image
 from cmtool.data.drawing import png_bytes
 from tests.published import write_detector
@@ -160,7 +161,8 @@ def test_runs_give_the_least_value_and_their_spread(cmtool):
     assert content["runs"] == each
     assert content["value"] == min(each)
     assert content["value_is"] == "minimum of 3 runs"
-    assert content["spread"] > 0
+    assert content["mean"] == pytest.approx(statistics.fmean(each))
+    assert content["spread"] == pytest.approx(statistics.stdev(each))
     assert content["seeds"] == "0-191"
     assert len(content["fingerprint"].split(",")) == 3
     assert cmtool("eval", "fid", "digits", "--runs", "2").code == 2
@@ -433,4 +435,4 @@ def test_a_pass_that_begins_after_a_long_one_has_a_rate_at_once(monkeypatch, cap
     progress = ticker()
     progress("reference", 5, 0)
     progress("drawn", 58, 0)
-    assert capsys.readouterr().err == "drawn: 58 images, 2 a second, this process\n"
+    assert capsys.readouterr().err == "drawn: 58 images, 2 a second\n"

@@ -1,6 +1,13 @@
 import tomllib
 
-from cmtool.presets.toml import preset_names
+import pytest
+import torch
+
+from cmtool.data.drawing import png_bytes
+from cmtool.presets.manual import REGISTRIES, explained
+from cmtool.presets.schema import Preset, Section
+from cmtool.presets.toml import flat, load_preset, meaning, preset_names
+from cmtool.training import planning
 
 
 def test_list_names_every_preset_with_its_description(cmtool):
@@ -15,6 +22,70 @@ def test_show_gives_toml_with_origins_that_can_be_used_again(cmtool, tmp_path):
     assert "lr = 0.5 # --set" in first.text
     assert "# digits-edm.toml" in first.text
     assert "# default" in first.text
+    assert "learning rate after the warm-up" in first.text
     (tmp_path / "mine.toml").write_text(first.text)
     again = cmtool("preset", "show", "mine.toml")
     assert tomllib.loads(again.text) == tomllib.loads(first.text)
+
+
+def test_show_explains_a_key(cmtool):
+    shown = cmtool("preset", "show", "digits-ict", "loss.distance", "train.lr", "train.precision")
+    assert 'loss.distance = "pseudo_huber" # digits-ict.toml' in shown.text
+    assert "  lpips: " in shown.text
+    assert "Options: c." in shown.text
+    assert "A number above 0." in shown.text
+    assert "One of auto, fp32, bf16, fp16." in shown.text
+    unknown = cmtool("preset", "show", "digits-ict", "loss.distanc")
+    assert unknown.code == 2
+    assert "loss.distance" in unknown.err
+
+
+def test_every_key_of_a_preset_has_a_meaning():
+    tables = {
+        key: section.annotation for key, section in Preset.model_fields.items()
+        if isinstance(section.annotation, type) and issubclass(section.annotation, Section)
+    }  # fmt: skip
+    assert len(tables) >= 7
+    for table, section in tables.items():
+        for key in section.model_fields:
+            assert meaning(f"{table}.{key}"), f"{table}.{key}"
+
+
+@pytest.mark.parametrize("key", REGISTRIES)
+def test_what_a_key_may_be_is_said_in_sentences(key):
+    values = dict(flat(load_preset("digits-cd").model_dump()))
+    for line in explained(key, values).text:
+        assert "partial(" not in line
+        assert len(line) > 4
+
+
+def test_new_writes_a_preset_that_fits_the_images(cmtool, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "seconds_a_step", lambda *_: 0.1)
+    for name in ("cats/a", "cats/b", "dogs/c"):
+        file = tmp_path / "my pets" / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png_bytes(torch.full((3, 20, 24), 9, dtype=torch.uint8)))
+    made = cmtool("preset", "new", "--data", "my pets", "--hours", "0.5")
+    assert made.code == 0, made.err
+    assert made.text == "my-pets-edm.toml\n"
+    assert "next: cmtool train --preset my-pets-edm.toml" in made.err
+    preset = load_preset(str(tmp_path / "my-pets-edm.toml"))
+    assert preset.model.num_classes == 2
+    assert preset.model.image_size == (20, 24)
+    assert preset.train.steps == 18_000
+    assert preset.data.path == str(tmp_path / "my pets")
+    text = (tmp_path / "my-pets-edm.toml").read_text()
+    assert all(
+        "#" in line
+        for line in text.splitlines()
+        if " = " in line and "extends" not in line and "description" not in line
+    )
+    again = cmtool("preset", "new", "--data", "my pets")
+    assert again.code == 2
+    assert "--overwrite" in again.err
+    piped = cmtool("preset", "new", "--data", "my pets", "--out", "-")
+    assert tomllib.loads(piped.text)["train"]["steps"] == 36_000
+
+
+def test_a_new_preset_names_what_it_cannot_extend(cmtool, tmp_path):
+    assert "edm" in cmtool("preset", "new", "--data", "digits", "--method", "emd").err

@@ -297,11 +297,11 @@ def test_a_stopped_command_goes_on_when_it_is_typed_again(
     whole = (tmp_path / out).rename(tmp_path / f"whole{Path(out).suffix}")
     drawn, draw = [], Drawing.draw
 
-    def stopped(self, indices):
+    def stopped(self, indices, *more):
         if len(drawn) == 4:
             os.kill(os.getpid(), number)
         drawn.extend(indices)
-        return draw(self, indices)
+        return draw(self, indices, *more)
 
     with monkeypatch.context() as patched:
         patched.setattr(Drawing, "draw", stopped)
@@ -312,7 +312,9 @@ def test_a_stopped_command_goes_on_when_it_is_typed_again(
     assert "hint: the same command draws the rest" in result.err
     assert [p.name for p in tmp_path.iterdir() if p != whole] == [where]
     drawn.clear()
-    monkeypatch.setattr(Drawing, "draw", lambda self, i: (drawn.extend(i), draw(self, i))[1])
+    monkeypatch.setattr(
+        Drawing, "draw", lambda self, i, *m: (drawn.extend(i), draw(self, i, *m))[1]
+    )
     other = cmtool(*command, "--sigmas", "80,0.5")
     assert other.code == 2
     assert not drawn
@@ -325,7 +327,7 @@ def test_a_stopped_command_goes_on_when_it_is_typed_again(
 
 
 def test_an_archive_that_is_stopped_before_an_image_leaves_nothing(cmtool, tmp_path, monkeypatch):
-    monkeypatch.setattr(Drawing, "draw", lambda self, _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(Drawing, "draw", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     result = cmtool(*SMALL, "--seeds", "0-6", "--out", "a.zip")
     assert result.code == 130
     assert list(tmp_path.iterdir()) == []

@@ -11,16 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from cmtool.cli.train import DistanceOption, note_batch
 from cmtool.core.distances import DISTANCES
 from cmtool.data.decoding import read_image
 from cmtool.data.drawing import png_bytes
-from cmtool.models import ASSETS
+from cmtool.errors import InputError
+from cmtool.models import ASSETS, load_model
 from cmtool.presets.toml import load_preset, resolve, to_toml
+from cmtool.training import cost
 from cmtool.training.folder import new_folder
-from cmtool.training.start import same_so_far
+from cmtool.training.same import same_so_far
+from cmtool.training.start import load_images
+from cmtool.training.state import build_state, not_taken
 from cmtool.training.stop import Stop
 from tests.cli.conftest import TINY
 
@@ -458,3 +463,111 @@ def test_new_workers_of_one_torchrun_find_the_folder_that_the_first_ones_began(
     with new_folder("x") as out:
         assert out == Path("runs/x-2")
     assert not Path("runs/x-3").exists()
+
+
+QUICK = ["--set", "train.steps=2", "--set", "train.batch=4", "--device", "cpu"]
+NARROW = [
+    "--set", "model.network.model_channels=8", "--set", "model.network.norm_groups=4",
+    "--set", "model.network.head_channels=8", "--set", "sample.steps=2",
+]  # fmt: skip
+
+
+def own_images(folder, classes=("a", "b"), size=(8, 8), count=4):
+    for label in classes:
+        (folder / label).mkdir(parents=True)
+        for index in range(count):
+            image = torch.full((3, *size), 40 * index, dtype=torch.uint8)
+            (folder / label / f"{index}.png").write_bytes(png_bytes(image))
+    return folder
+
+
+def test_own_images_need_no_preset(cmtool, tmp_path):
+    """A teacher, its student without a word about the data, and a fine-tuned one."""
+    own_images(tmp_path / "pets")
+    taught = cmtool("train", "--data", "pets", "--out", "runs/t", *QUICK, *NARROW)
+    assert taught.code == 0, taught.err
+    assert "8x8, 2 classes, 2 steps of 4" in taught.err
+    student = cmtool("distill", "--teacher", "runs/t", "--out", "runs/s", *QUICK)
+    assert student.code == 0, student.err
+    preset = load_preset(str(tmp_path / "runs/s/preset.toml"))
+    assert preset.loss.method.name == "consistency_distillation"
+    assert preset.data.path == "pets"
+    own_images(tmp_path / "drawings", classes=("x", "y", "z"))
+    tuned = cmtool("train", "--init", "runs/t", "--data", "drawings", "--out", "runs/u", *QUICK)
+    assert tuned.code == 0, tuned.err
+    assert "note: new, not from runs/t: " in tuned.err
+    assert "(3, 32), there (2, 32)" in tuned.err
+    facts = json.loads((tmp_path / "runs/u/run.json").read_text())
+    assert facts["init"]["source"] == "runs/t"
+    again = cmtool(
+        "train", "--out", "runs/u", "--resume", "--set", "train.steps=2", "--device", "cpu"
+    )
+    assert again.code == 0, again.err
+    assert json.loads((tmp_path / "runs/u/run.json").read_text())["init"]["source"] == "runs/t"
+
+
+def test_a_training_that_starts_from_a_model_has_its_weights(tmp_path):
+    model = load_model("digits-edm")
+    other = load_preset("digits-edm", {"model.num_classes": 7})
+    state = build_state(other, None, "cpu", init=model)
+    ours, theirs = state.student.network.state_dict(), model.f.network.state_dict()
+    different = [name for name in ours if ours[name].shape != theirs[name].shape]
+    assert different == ["label_emb.weight"]
+    assert [text.split()[0] for text in not_taken(other, model)] == different
+    for name in ours.keys() - set(different):
+        assert (ours[name] == theirs[name]).all(), name
+    song = load_preset("cifar10-edm", {"model.network.model_channels": 16})
+    with pytest.raises(InputError, match="no weight of digits-edm fits"):
+        not_taken(song, model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--preset", "edm"], "preset edm names no images"),
+        (["train", "--preset", "cd", "--data", "pets"], "cmtool distill --preset cd"),
+        (["train", "--init", "digits-edm", "--out", "r", "--resume"], "leave --init out"),
+        (["train", "--init", "nothing", "--data", "pets"], "no model 'nothing'"),
+    ],
+)
+def test_what_cannot_be_fitted_is_said(cmtool, tmp_path, arguments, message):
+    own_images(tmp_path / "pets")
+    refused = cmtool(*arguments)
+    assert refused.code in (2, 3)
+    assert message in refused.err
+
+
+def test_several_processes_want_a_preset_that_is_fitted_already(cmtool, tmp_path, monkeypatch):
+    own_images(tmp_path / "pets")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = cmtool("train", "--data", "pets")
+    assert refused.code == 2
+    assert "cmtool preset new" in refused.err
+
+
+def test_a_run_that_memory_does_not_hold_is_refused_before_its_first_step(cmtool, monkeypatch):
+    monkeypatch.setattr(cost, "free_memory", lambda _: 20 << 20)
+    refused = cmtool("train", "--preset", "digits-edm", "--out", "r", "--device", "cpu")
+    assert refused.code == 5
+    assert "hint: split the batch, with the same result: --accumulate " in refused.err
+
+
+def test_alpha_of_training_images_lies_on_the_presets_background(cmtool, tmp_path):
+    (tmp_path / "pets").mkdir()
+    for index in range(3):
+        picture = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
+        picture.paste((0, 0, 0, 0), (0, 0, 8, 4))
+        picture.save(tmp_path / "pets" / f"{index}.png")
+    told = cmtool("data", "info", "pets")
+    assert "transparent parts are laid on white; --set data.background=black" in told.err
+    assert "background        white" in told.text
+    for colour in ("white", "black"):
+        preset = load_preset(
+            "edm", {"data.path": "pets", "data.background": colour, "model.image_size": [8, 8]}
+        )
+        images = load_images(preset, None).images
+        assert images[0, :, 0, 0].tolist() == [255 if colour == "white" else 0] * 3
+    wrong = cmtool("train", "--data", "pets", "--set", "data.background=wite", *QUICK)
+    assert wrong.code == 2
+    assert "white, black, grey or #ffeedd" in wrong.err

@@ -54,4 +54,4 @@ def test_progress_counts_the_images(setup):
     seen = []
     counting = setup._replace(batch=100, progress=lambda *call: seen.append(call))
     collect(open_set(pictures(600)), GAUSSIAN, counting)
-    assert seen == [("images", 300, 0), ("images", 600, 0)]  # in groups that fill the network
+    assert seen == [("images", 300, 600), ("images", 600, 600)]  # in groups that fill the network

@@ -69,7 +69,9 @@ def test_an_observer_is_a_function_and_a_line(tmp_path):
             "train.steps": 7, "train.batch": 8, "train.precision": "fp32", "run.log_every": 2,
             "model.network.model_channels": 16,
         })  # fmt: skip
-        watcher = SimpleNamespace(progress=lambda news: None, note=lambda text: None)
+        watcher = SimpleNamespace(
+            progress=lambda news: None, note=lambda text: None, working=lambda *news: None
+        )
         final = run.train(preset, tmp_path / "run", watcher)
     finally:
         OBSERVERS.pop()

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from cmtool.data.batches import permutation
+from cmtool.formats.native import read_about, read_weights, write_weights
+from cmtool.models import ASSETS
 from cmtool.training.log import read_log
 from tests.cli.conftest import TINY
 from tests.training.test_torchrun import tensors
@@ -22,6 +24,7 @@ ROOT = str(Path(__file__).parents[2])
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
 
 
+BUNDLED = str(ASSETS / "digits-cd.safetensors")
 METHODS = {
     "ct": ["train", "--preset", "digits-ct", *TINY],
     "cd": [
@@ -99,6 +102,18 @@ def test_a_damaged_image_that_one_process_meets_ends_both_and_is_named_by_both(t
     assert status(out)["exit_code"] == 5
     assert damaged.name in status(out)["error"]
     assert "Traceback" not in stderr
+
+
+def test_when_the_leading_process_is_killed_another_says_so_in_its_place(tmp_path):
+    out = tmp_path / "run"
+    steps = ["--set", "train.steps=100000", "--set", "run.checkpoint_every=3"]
+    ((codes, _),), stderr = run(job(out, *steps, fault=["killed", 0, 7]))
+    assert codes == [-9, 5]
+    (told,) = errors(stderr)
+    assert told.startswith("error: rank 1: no contact with another process after step 7: ")
+    assert (status(out)["state"], status(out)["exit_code"]) == ("failed", 5)
+    assert status(out)["error"] in told
+    assert status(out)["step"] == 6
 
 
 def test_a_process_that_hangs_is_given_up_after_the_time_that_was_set(tmp_path):
@@ -202,3 +217,66 @@ def test_a_disk_slower_than_the_timeout_ends_no_sharded_run(tmp_path):
     ((codes, _),), stderr = run(job(out, *more, *SHARDED, fault=["slow disk", 0, 1]))
     assert codes == [0, 0], stderr
     assert checkpoints(out) == ["latest.json", "step-0000002", "step-0000003"]
+
+
+DISAGREEING = {
+    "rate": (["--set", "train.lr=0.5"], "train.lr: 0.001 in rank 0, 0.5 in rank 1"),
+    "start": (["--overwrite"], "--overwrite: false in rank 0, true in rank 1"),
+    "sharding": (SHARDED, 'run.sharding: "none" in rank 0, "fsdp" in rank 1'),
+    "data": (["--data", "digits:held-out"], "number of images: 11536 in rank 0, 2840 in rank 1"),
+}
+
+
+@pytest.mark.parametrize("what", DISAGREEING)
+def test_processes_that_were_started_differently_are_told_before_a_step(tmp_path, what):
+    others, told = DISAGREEING[what]
+    out = tmp_path / "run"
+    ((codes, seconds),), stderr = run(job(out, "--set", "train.steps=3", others=others))
+    assert codes == [2, 2], stderr
+    (error,) = errors(stderr)
+    assert error.startswith(f"error: the processes differ in {told}")
+    assert seconds < 15
+    assert not (out / "run.json").exists()
+
+
+def test_processes_with_other_teachers_are_told(tmp_path):
+    weights = read_weights(ASSETS / "digits-edm.safetensors")
+    name = next(name for name, tensor in weights.items() if tensor.is_floating_point())
+    other = {**weights, name: weights[name] * 1.01}
+    write_weights(tmp_path / "t.safetensors", other, read_about(ASSETS / "digits-edm.safetensors"))
+    others = ["--teacher", str(tmp_path / "t.safetensors")]
+    disagreeing = job(tmp_path / "run", "--set", "train.steps=3", method="cd", others=others)
+    ((codes, _),), stderr = run(disagreeing)
+    assert codes == [2, 2], stderr
+    (told,) = errors(stderr)
+    assert told.startswith('error: the processes differ in teacher: "')
+
+
+def drawing(tmp_path, *arguments, others=()):
+    out = str(tmp_path / "images")
+    arguments = ["sample", "-c", "digits-cd", "--device", "cpu", "--out", out, *arguments]
+    return {"processes": 2, "arguments": arguments, "others": list(others)}
+
+
+def test_processes_that_draw_compare_what_they_mean_and_not_its_words(tmp_path):
+    same = drawing(tmp_path, "--seeds", "0-3", others=["--seeds", "0,1,2,3", "-c", BUNDLED])
+    models = drawing(tmp_path / "b", "--seeds", "0-3", others=["-c", "digits-edm"])
+    levels = drawing(tmp_path / "c", "--sigmas", "80,1", others=["--sigmas", "80,2"])
+    ends, stderr = run(same, models, levels)
+    assert [codes for codes, _ in ends] == [[0, 0], [2, 2], [2, 2]], stderr
+    assert len(list((tmp_path / "images").iterdir())) == 4
+    first, second = errors(stderr)
+    assert "sigmas: [80.0, 1.0] in rank 0, [80.0, 2.0] in rank 1" in first + second
+    assert 'model: "' in first + second
+
+
+def test_processes_that_measure_compare_what_they_measure(tmp_path):
+    arguments = ["eval", "fid", "-c", "digits-cd", "--num-images", "8", "--device", "cpu"]
+    jobs = [
+        {"processes": 2, "arguments": [*arguments, "--first-seed", "0"], "others": others}
+        for others in (["-c", "digits-edm"], ["--first-seed", "8"], ["--reference", "digits"])
+    ]
+    ends, stderr = run(*jobs)
+    assert [codes for codes, _ in ends] == [[2, 2], [2, 2], [0, 0]], stderr
+    assert len(errors(stderr)) == 2
+    assert "images: [8, 0] in rank 0, [8, 8] in rank 1" in stderr

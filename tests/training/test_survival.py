@@ -44,7 +44,7 @@ from cmtool.formats.checkpoints import verify
 from cmtool.formats.native import write_weights
 from cmtool.presets.build import build_network
 from cmtool.presets.toml import load_preset
-from cmtool.training.folder import locked
+from cmtool.training.lock import locked
 from tests.cli.conftest import TINY
 from tests.faults import (
     Command,
@@ -437,7 +437,9 @@ def test_fault_11_a_resumed_run_with_another_preset_is_refused(copied, place, ch
     assert contents(copied) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
+)
 def test_fault_12_a_signal_saves_and_ends_with_its_code(place, methods, number):
     command = running(methods, place)
     start = time.monotonic()

@@ -1,0 +1,258 @@
+"""A recipe for images of the user's own: what they hold, the device and the time decide it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from cmtool.data.datasets import load_dataset
+from cmtool.data.survey import Survey, surveys
+from cmtool.errors import InputError, UserError, nearest
+from cmtool.models import Model
+from cmtool.presets.schema import Preset
+from cmtool.presets.toml import Resolved, flat, load_preset, packaged_value, resolve
+from cmtool.system.devices import free_memory
+from cmtool.training.cost import fitting_parts, seconds_a_step, step_memory
+from cmtool.training.start import with_teacher
+
+Layers = Mapping[str, Mapping[str, Any]]
+"""Dotted keys with values, by their origin."""
+SURVEYED = 4096
+"""Images of a data set that are looked at, evenly spread."""
+MOST_SIDE = {"cpu": 32, "cuda": 64}
+"""Larger images are made smaller, unless the user gives a size."""
+SHARE_OF_MEMORY = 0.7
+EDM_SIGMA_DATA = 0.5
+"""For images that are all alike, where nothing can be measured."""
+LEAST_STEPS = 100
+
+
+class Size(NamedTuple):
+    """A size of network: options of `adm`, the batch, and the rate as a share of the method's."""
+
+    model_channels: int
+    num_res_blocks: int
+    head_channels: int
+    norm_groups: int
+    dropout: float
+    channel_mult: tuple[int, ...]
+    batch: int
+    rate: float
+
+
+SIZES = {
+    "small": Size(32, 1, 32, 8, 0.05, (1, 2, 2, 2, 2, 2), 64, 1.0),
+    "base": Size(128, 2, 64, 32, 0.1, (1, 2, 2, 2, 2, 2), 256, 0.4),
+    "large": Size(192, 3, 64, 32, 0.1, (1, 2, 3, 4, 4, 4), 512, 0.1),
+}
+
+
+class Facts(NamedTuple):
+    """What a recipe needs to know of a data set; `size` (H, W) is None for images of many sizes."""
+
+    path: str
+    images: int
+    size: tuple[int, int] | None
+    shortest: int
+    channels: int
+    classes: int
+    sigma_data: float
+
+
+class Wish(NamedTuple):
+    """What the user asks of a recipe: a size of network, a side of the images, hours."""
+
+    size: str | None = None
+    image_size: int | None = None
+    hours: float = 1.0
+
+
+WISH = Wish()
+
+
+def facts_of(path: str) -> Facts:
+    """Return what a data set holds. Raises InputError for one without images that can be read."""
+    data, found = load_dataset(path, in_memory=False), Survey()
+    for part in surveys(data, every=max(len(data) // SURVEYED, 1)):
+        found.add(part)
+    if not found.good:
+        raise InputError(f"no image of {path} can be read", f"cmtool data info {path}")
+    sides = [(int(w), int(h)) for w, h in (size.split("x") for size in found.sizes)]
+    w, h = sides[0]
+    return Facts(
+        path=path, images=len(data), size=(h, w) if len(sides) == 1 else None,
+        shortest=min(map(min, sides)), channels=1 if set(found.modes) <= GREY else 3,
+        classes=data.num_classes, sigma_data=round(found.sigma_data, 3) or EDM_SIGMA_DATA,
+    )  # fmt: skip
+
+
+GREY = {"1", "L", "LA", "I", "I;16", "I;16B"}
+"""Modes of pictures without colours."""
+
+
+def picture_size(facts: Facts, device: str, side: int | None) -> tuple[int, int]:
+    """Return the size (H, W) of the images to train on: their own, if the device can take it.
+
+    Otherwise a square, of a side that halves twice.
+    """
+    most = side or MOST_SIDE[device.partition(":")[0]]
+    if facts.size and max(facts.size) <= most and not side and all(s % 4 == 0 for s in facts.size):
+        return facts.size
+    chosen = min(most, facts.shortest) if side is None else side
+    chosen = max(chosen - chosen % 4, 4)
+    return chosen, chosen
+
+
+def network_for(size: tuple[int, int], chosen: Size) -> dict[str, Any]:
+    """Return the network of a preset: each level halves the images, down to 8 pixels or fewer."""
+    depth = 2
+    while min(size) >> (depth - 1) > 8 and depth < len(chosen.channel_mult):
+        depth += 1
+    while depth > 1 and any(side % (1 << (depth - 1)) for side in size):
+        depth -= 1
+    small = [level for level in range(depth) if max(size) >> level <= 16]
+    return {
+        "name": "adm",
+        "model_channels": chosen.model_channels,
+        "channel_mult": list(chosen.channel_mult[:depth]),
+        "num_res_blocks": chosen.num_res_blocks,
+        "attention_levels": small or [depth - 1],
+        "head_channels": chosen.head_channels,
+        "norm_groups": chosen.norm_groups,
+    }
+
+
+def data_layers(preset: str, facts: Facts, device: str, wish: Wish) -> Layers:
+    """Return what the images and the size of the network decide."""
+    name = wish.size or ("base" if device.startswith("cuda") else "small")
+    if name not in SIZES:
+        raise UserError(f"--size {name!r}", nearest(name, SIZES))
+    chosen, size = SIZES[name], picture_size(facts, device, wish.image_size)
+    is_one_size = facts.size == size
+    network = network_for(size, chosen)
+    if not packaged_value(preset, "train.from_teacher"):
+        network["dropout"] = packaged_value(preset, "model.network.dropout") and chosen.dropout
+    return {
+        "the images": {
+            "data.path": facts.path,
+            "data.fit": "exact" if is_one_size else "adm",
+            "model.image_size": list(size),
+            "model.channels": facts.channels,
+            "model.num_classes": facts.classes,
+            "model.sigma_data": facts.sigma_data,
+        },
+        f"size {name}": {
+            "model.network": network,
+            "train.batch": chosen.batch,
+            "train.lr": packaged_value(preset, "train.lr") * chosen.rate,
+        },
+    }
+
+
+def teacher_layers(preset: str, teacher: Model) -> Layers:
+    """Return what a student takes of its teacher's own training: images, batch and rate."""
+    theirs = teacher.preset
+    lr = packaged_value(preset, "train.lr")
+    if not isinstance(theirs, Preset):
+        return {"size large": {"train.lr": lr * SIZES["large"].rate}}
+    return {
+        f"teacher {teacher.source}": {
+            "data.path": theirs.data.path,
+            "data.fit": "adm" if theirs.data.fit == "exact" else theirs.data.fit,
+            "data.background": theirs.data.background,
+            "data.flip": theirs.data.flip,
+            "train.batch": theirs.train.batch,
+            "train.lr": lr * min(theirs.train.lr / packaged_value("edm", "train.lr"), 1.0),
+        }
+    }
+
+
+def start_layers(start: Model, facts: Facts) -> Layers:
+    """Return what a training that starts from a model's weights takes of that model.
+
+    Only its classes are those of the images.
+    """
+    card, about = start.preset, f"model {start.source}"
+    network = {"name": card.model.network.name, **card.model.network.options}
+    layer = {
+        **{f"noise.{key}": value for key, value in card.noise.model_dump().items()},
+        "model.network": network,
+        "model.image_size": list(card.model.image_size),
+        "model.channels": card.model.channels,
+        "model.sigma_data": card.model.sigma_data,
+        "model.noise_label": card.model.noise_label.model_dump(),
+        "data.fit": "adm",
+    }
+    if isinstance(card, Preset):
+        layer |= {"train.batch": card.train.batch, "train.lr": card.train.lr}
+    return {
+        "the images": {"data.path": facts.path, "model.num_classes": facts.classes},
+        about: layer,
+    }
+
+
+def scaled(preset: Preset, steps: int, images: int) -> dict[str, Any]:
+    """Return what a preset counts in steps or images, for another run: each keeps its share."""
+    by_steps = steps / preset.train.steps
+    by_images = images / (preset.train.steps * preset.train.batch)
+    values: dict[str, Any] = {"train.steps": steps}
+    for key, value in flat(preset.model_dump(exclude_none=True)):
+        if key.endswith("_images"):
+            values[key] = max(round(value * by_images), 1)
+        if key.endswith((".stage_steps", ".warmup_steps")):
+            values[key] = max(round(value * by_steps), 1) if value else 0
+    values["train.ema"] = [
+        {k: round(v * by_images) if k == "halflife_images" else v for k, v in average.items()}
+        for average in preset.model_dump(exclude_none=True)["train"]["ema"]
+    ]
+    tenth = max(steps // 10, 1)
+    return values | {"run.checkpoint_every": tenth, "run.sample_every": tenth}
+
+
+def planned(
+    name: str,
+    device: str,
+    own: Layers,
+    *,
+    facts: Callable[[], Facts] | None = None,
+    teacher: Model | None = None,
+    start: Model | None = None,
+    wish: Wish = WISH,
+) -> tuple[Resolved, Layers]:
+    """Return a method's preset, fitted to images or a teacher, the device and the time, and how.
+
+    `own` are the user's values, which go over all others. The layers returned are those between
+    the method's preset and the user's values.
+    """
+    layers: dict[str, Mapping[str, Any]] = {}
+    if facts is not None:
+        found = facts()
+        layers |= start_layers(start, found) if start else data_layers(name, found, device, wish)
+    if teacher is not None:
+        layers |= teacher_layers(name, teacher)
+
+    def resolved() -> Resolved:
+        fitted = resolve(name, {**layers, **own})
+        return with_teacher(fitted, teacher) if teacher else fitted
+
+    preset = resolved().preset
+    if not preset.data.path:
+        raise UserError(f"preset {name} names no images, nor does the teacher", "give --data DIR")
+    free = free_memory(device)
+    memory = step_memory(preset, teacher, device)
+    if free is not None and memory is not None:
+        parts = fitting_parts(preset, memory, round(free * SHARE_OF_MEMORY)) or preset.train.batch
+        layers |= {"memory at hand": {"train.accumulate": parts}} if parts > 1 else {}
+    if not any("train.steps" in layer for layer in own.values()):
+        seconds = seconds_a_step(preset, teacher, device)
+        steps = max(rounded(wish.hours * 3600 / seconds), LEAST_STEPS)
+        why = f"about {steps * seconds / 3600:.1f} hours on this {device}"
+        layers[why] = scaled(load_preset(name), steps, steps * preset.train.batch)
+    return resolved(), layers
+
+
+def rounded(number: float) -> int:
+    """Return a number with two digits, as people write it."""
+    unit = 10 ** max(math.floor(math.log10(max(number, 1))) - 1, 0)
+    return round(number / unit) * unit

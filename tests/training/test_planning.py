@@ -1,0 +1,148 @@
+import pytest
+import torch
+
+from cmtool.data.drawing import png_bytes
+from cmtool.errors import UserError
+from cmtool.models import load_model
+from cmtool.presets.toml import is_method_preset, load_preset, preset_names
+from cmtool.training import planning
+from cmtool.training.planning import (
+    SIZES,
+    Facts,
+    Wish,
+    facts_of,
+    network_for,
+    picture_size,
+    planned,
+    rounded,
+    scaled,
+)
+from cmtool.training.start import check_components
+
+METHODS = [name for name in preset_names() if is_method_preset(name)]
+FACTS = Facts("photos", 1000, None, 300, 3, 4, 0.43)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Two seconds a step, and 16 GiB free."""
+    monkeypatch.setattr(planning, "seconds_a_step", lambda *_: 2.0)
+    monkeypatch.setattr(planning, "free_memory", lambda _: 16 << 30)
+
+
+def test_there_is_a_preset_for_each_method_that_users_start_with():
+    assert {"edm", "cd", "ct", "ict", "ect", "pd"} <= set(METHODS)
+
+
+def write(folder, shape, count=3, grey=False):
+    folder.mkdir(parents=True)
+    for index in range(count):
+        image = torch.full((1 if grey else 3, *shape), 50 * index, dtype=torch.uint8)
+        (folder / f"{index}.png").write_bytes(png_bytes(image))
+
+
+def test_facts_are_those_of_the_images(tmp_path):
+    write(tmp_path / "a" / "cat", (16, 20))
+    write(tmp_path / "a" / "dog", (16, 20))
+    facts = facts_of(str(tmp_path / "a"))
+    assert facts[1:6] == (6, (16, 20), 16, 3, 2)
+    assert facts.sigma_data == pytest.approx(50 / 127.5 * (2 / 3) ** 0.5, abs=1e-3)
+    write(tmp_path / "b" / "one", (16, 20), grey=True)
+    write(tmp_path / "b" / "two", (40, 12), grey=True)
+    assert facts_of(str(tmp_path / "b"))[1:5] == (6, None, 12, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "shortest", "device", "side", "expected"),
+    [
+        ((28, 28), 28, "cpu", None, (28, 28)),
+        ((24, 32), 24, "cpu", None, (24, 32)),
+        ((64, 64), 64, "cpu", None, (32, 32)),
+        ((64, 64), 64, "cuda:1", None, (64, 64)),
+        ((64, 64), 64, "cpu", 64, (64, 64)),
+        (None, 300, "cpu", None, (32, 32)),
+        (None, 30, "cpu", None, (28, 28)),
+        ((25, 25), 25, "cpu", None, (24, 24)),
+        (None, 300, "cpu", 50, (48, 48)),
+    ],
+)
+def test_pictures_keep_their_size_where_the_device_can_take_it(
+    size, shortest, device, side, expected
+):
+    facts = FACTS._replace(size=size, shortest=shortest)
+    assert picture_size(facts, device, side) == expected
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("side", [4, 12, 28, 32, 48, 100])
+def test_a_network_halves_down_to_few_pixels_and_can_be_built(size, side):
+    network = network_for((side, side), SIZES[size])
+    depth = len(network["channel_mult"])
+    assert side % 2 ** (depth - 1) == 0
+    assert side >> (depth - 1) <= 12 or depth == 6 or side % 2**depth
+    assert all(side >> level <= 16 or level == depth - 1 for level in network["attention_levels"])
+    preset = load_preset("edm", {"model.network": network, "model.image_size": [side, side]})
+    check_components(preset)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_plan_takes_the_time_it_is_given(name, quick):
+    given = (
+        {"facts": lambda: FACTS}
+        if name in ("edm", "ct", "ict")
+        else {"teacher": load_model("digits-edm")}
+    )
+    fitted, _ = planned(name, "cpu", {}, wish=Wish(hours=5), **given)
+    assert fitted.preset.train.steps == 9000
+    assert fitted.origins["train.steps"] == "about 5.0 hours on this cpu"
+    check_components(fitted.preset)
+    own = {"--set": {"train.steps": 7, "train.lr": 0.5}}
+    again, _ = planned(name, "cpu", own, **given)
+    assert (again.preset.train.steps, again.preset.train.lr) == (7, 0.5)
+
+
+def test_a_plan_is_that_of_the_images(quick):
+    preset = planned("edm", "cpu", {}, facts=lambda: FACTS)[0].preset
+    assert (preset.model.num_classes, preset.model.sigma_data) == (4, 0.43)
+    assert (preset.data.path, preset.data.fit) == ("photos", "adm")
+    exact = planned("edm", "cpu", {}, facts=lambda: FACTS._replace(size=(32, 32)))[0].preset
+    assert exact.data.fit == "exact"
+
+
+def test_a_student_takes_images_and_batch_of_its_teacher(quick):
+    teacher = load_model("digits-edm")
+    preset = planned("ect", "cpu", {}, teacher=teacher)[0].preset
+    assert preset.data.path == "digits"
+    assert preset.train.batch == teacher.preset.train.batch
+    assert preset.model.image_size == (8, 8)
+    other = planned("ect", "cpu", {"--data": {"data.path": "x"}}, teacher=teacher)[0].preset
+    assert other.data.path == "x"
+
+
+def test_little_memory_splits_the_batch(quick, monkeypatch):
+    monkeypatch.setattr(planning, "free_memory", lambda _: 400 << 20)
+    fitted, _ = planned("edm", "cpu", {}, facts=lambda: FACTS)
+    assert fitted.preset.train.accumulate > 1
+    assert fitted.origins["train.accumulate"] == "memory at hand"
+
+
+def test_what_is_counted_in_steps_or_images_keeps_its_share():
+    preset = load_preset("ect", {"train.warmup_steps": 80})
+    values = scaled(preset, 4000, 4000 * 32)
+    assert values["train.steps"] == 4000
+    assert values["train.warmup_steps"] == 40
+    assert values["loss.levels.stage_images"] == 16_000
+    assert values["train.ema"] == [{"name": "ema", "halflife_images": 12_500, "rampup": 0.1}]
+    assert scaled(load_preset("pd"), 800, 64 * 800)["loss.curriculum.stage_steps"] == 160
+
+
+def test_wrong_wishes_are_refused(quick):
+    with pytest.raises(UserError, match="--size 'tiny'"):
+        planned("edm", "cpu", {}, facts=lambda: FACTS, wish=Wish(size="tiny"))
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0.4, 0), (7.6, 8), (87, 87), (1234, 1200), (98765, 99000)]
+)
+def test_steps_have_two_digits(number, text):
+    assert rounded(number) == text
