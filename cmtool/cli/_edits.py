@@ -77,8 +77,8 @@ class EditOptions(ModelOptions):
     fit: Annotated[
         str,
         Option(
-            help="What to do with a picture of another size: exact refuses it, crop takes its"
-            " centre, pad fills it up, tile works in overlapping tiles."
+            help="What to do with a picture of another size: exact refuses it, resize brings it to"
+            " the model's, crop takes its centre, pad fills it up, tile works in overlapping tiles."
         ),
     ] = "exact"
     compare: Annotated[

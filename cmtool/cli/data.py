@@ -45,6 +45,7 @@ def info(source: Source, as_json: AsJson = False) -> None:
     import torch
 
     from cmtool.data.datasets import load_dataset
+    from cmtool.data.decoding import WITH_ALPHA
     from cmtool.data.survey import Survey, surveys
 
     data = load_dataset(source, in_memory=False)
@@ -59,6 +60,7 @@ def info(source: Source, as_json: AsJson = False) -> None:
         "channels": len(mean),
         "sizes": dict(found.sizes.most_common()),
         "modes": dict(found.modes.most_common()),
+        "background": "white" if found.modes.keys() & {*WITH_ALPHA} else None,
         "classes": data.num_classes,
         "class_names": list(data.class_names) or None,
         "images_per_class": None if data.labels is None else torch.bincount(data.labels).tolist(),
@@ -67,6 +69,8 @@ def info(source: Source, as_json: AsJson = False) -> None:
         "unreadable": found.bad,
         "fingerprint": data.fingerprint(),
     }
+    if facts["background"]:
+        say("note: transparent parts are laid on white; --set data.background=black changes it")
     if as_json:
         emit_json(facts)
     else:
@@ -121,6 +125,9 @@ def prepare(
             " box, or exact, which refuses other sizes."
         ),
     ] = "exact",
+    background: Annotated[
+        str, Option(help="Colour under transparent parts: a name, or #rrggbb.")
+    ] = "white",
     grey: Annotated[bool, Option("--grey", help="Write images of one channel.")] = False,
     skip_bad: Annotated[
         int,
@@ -156,7 +163,7 @@ def prepare(
     make_folder(out.parent)
     data = load_dataset(
         source, size=None if size is None else (size, size), channels=1 if grey else 3, fit=fit,
-        in_memory=False,
+        background=background, in_memory=False,
     )  # fmt: skip
     _tell(data)
     classes = [None] * len(data) if data.labels is None else data.labels.tolist()

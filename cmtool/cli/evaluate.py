@@ -99,7 +99,7 @@ ProtocolOption = Annotated[
     str | None,
     typer.Option(
         "--protocol",
-        help="edm, adm, clean, legacy-tf, digits, vgg16 (pr only)."
+        help="edm, adm, clean, legacy-tf, digits, pixels, vgg16 (pr only)."
         " Default: digits against the bundled digits, else edm.",
         autocompletion=_completion.protocols,
     ),

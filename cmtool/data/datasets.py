@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmtool.data.decoding import WHITE, check_background
 from cmtool.data.sources import LazyImages, listed_entries, open_images
 from cmtool.errors import InputError, nearest
 from cmtool.system.files import expanded
@@ -127,19 +128,22 @@ def load_dataset(
     size: tuple[int, int] | None = None,
     channels: int = 3,
     fit: str = "exact",
+    background: str = WHITE,
     in_memory: bool = True,
     labelled: bool = True,
 ) -> Dataset:
     """Return a data set by name (`digits`, `digits:held-out`) or by path.
 
     A path is a folder or zip of images, an npz, CIFAR-10's python tarball, or an LSUN database;
-    images are brought to `size` (H, W) by the rule `fit`. Up to 256 MiB are decoded at once. More
-    are decoded on request, and so are all without `in_memory`. Unless `labelled`, what a table says
-    of the classes does not matter. Raises InputError naming the file that cannot be used.
+    images are brought to `size` (H, W) by the rule `fit`, with alpha laid on the `background`. Up
+    to 256 MiB are decoded at once. More are decoded on request, and so are all without `in_memory`.
+    Unless `labelled`, what a table says of the classes does not matter. Raises InputError naming
+    the file that cannot be used, UserError for a colour that is none.
     """
     known, _, split = name.partition(":")
     if known in DATASETS:
         return DATASETS[known](split or "train")
+    check_background(background)
     path = expanded(name)
     if not name or not path.exists():
         hint = f"{nearest(name, DATASETS)}, or give the path of a folder, zip, npz or tarball"
@@ -148,7 +152,7 @@ def load_dataset(
     if entries is None:
         hint = "give a folder or zip of images, an npz, or a tarball"
         raise InputError(f"{name} is not a data set", hint)
-    lazy = LazyImages(name, entries, channels, size, fit)
+    lazy = LazyImages(name, entries, channels, size, fit, background)
     classes, class_names, notes = entries.labels
     labels = None if classes is None else torch.tensor(classes)
     count = 0 if labels is None else int(labels.max()) + 1

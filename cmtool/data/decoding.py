@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
 
 from cmtool.data.images import tensor_of
 from cmtool.data.parts import check_parts
-from cmtool.errors import InputError
+from cmtool.errors import InputError, UserError
 from cmtool.system.files import read_regular
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
@@ -38,18 +38,34 @@ DAMAGE = (
     Image.DecompressionBombError,
 )  # fmt: skip
 """What Pillow raises for a damaged file."""
+WITH_ALPHA = ("RGBA", "LA", "PA")
+WHITE = "white"
+"""What lies under transparent parts, unless a preset says another colour."""
 T = TypeVar("T")
 Turn = Callable[[Tensor], Tensor]
 
 
-def read_image(source: Path | bytes, name: str = "", mode: str = "RGB") -> Tensor:
+def read_image(
+    source: Path | bytes, name: str = "", mode: str = "RGB", background: str = WHITE
+) -> Tensor:
     """Return one image file as (C, H, W) uint8, in RGB or (mode "L") grey.
 
-    EXIF rotation is applied, transparent parts become white, 16-bit grey is scaled to 8 bits.
+    EXIF rotation is applied, alpha is laid on the `background`, 16-bit grey is scaled to 8 bits.
     Raises InputError naming a file that is missing, not an image, truncated, or over 64 megapixels.
     """
-    pixels, turn = _use_image(source, name, lambda image: _read(image, mode))
+    pixels, turn = _use_image(source, name, lambda image: _read(image, mode, background))
     return turn(pixels).contiguous()  # here, where Pillow's copy is gone
+
+
+def check_background(colour: str) -> None:
+    """Raise UserError unless Pillow knows the colour, and nothing shines through it."""
+    try:
+        known = len(ImageColor.getrgb(colour)) == 3
+    except ValueError:
+        known = False
+    if not known:
+        hint = "give a colour such as white, black, grey or #ffeedd"
+        raise UserError(f"data.background = {colour!r} is no colour", hint)
 
 
 def read_mask(path: Path) -> Tensor:
@@ -61,7 +77,7 @@ def read_mask(path: Path) -> Tensor:
     """
 
     def mask(image: Image.Image) -> tuple[Tensor, Turn]:
-        grey, turn = _read(image, "L")
+        grey, turn = _read(image, "L", WHITE)
         white = grey >= 128
         if not image.has_transparency_data:
             return white, turn
@@ -153,14 +169,14 @@ TURNS: dict[int, Turn] = {
 """How to make an image (C, H, W) upright, by EXIF's orientation."""
 
 
-def _read(image: Image.Image, mode: str) -> tuple[Tensor, Turn]:
+def _read(image: Image.Image, mode: str, background: str) -> tuple[Tensor, Turn]:
     """Return an image (C, H, W) as it is stored, and how to turn it. Raises ValueError for several.
 
     A phone's picture may hold others beside itself, such as a map of depths: they are left out.
     """
     if image.format != "MPO" and (frames := _frames(image)) > 1:
         raise ValueError(f"it has {frames} frames: give a single picture")
-    pixels = _by_strips(image, mode, lambda strip: _flat(strip, mode, image))
+    pixels = _by_strips(image, mode, lambda strip: _flat(strip, mode, image, background))
     return pixels, TURNS[_orientation(image)]
 
 
@@ -189,15 +205,15 @@ def _by_strips(
     return pixels
 
 
-def _flat(strip: Image.Image, mode: str, image: Image.Image) -> Image.Image:
+def _flat(strip: Image.Image, mode: str, image: Image.Image, background: str) -> Image.Image:
     """Return a strip of the image without alpha or palette, 8 bits a channel, in `mode`."""
     if image.mode == "F":
         raise ValueError("its pixels are floats of an unknown range")
     if image.mode.startswith("I"):
         return _eight_bits(strip, image).convert(mode)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in WITH_ALPHA or "transparency" in image.info:
         rgba = strip.convert("RGBA")
-        strip = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        strip = Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba)
         return strip.convert("RGB").convert(mode)
     return strip.convert(mode)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from cmtool.errors import InputError, UserError, nearest
 
@@ -124,36 +125,47 @@ FITS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 class Canvas(NamedTuple):
     """How a picture is brought to a size that a model can edit.
 
-    `crop` (top, left, height, width) is the part that is used, `pad` (bottom, right) is added.
+    `crop` (top, left, height, width) is the part that is used, `pad` (bottom, right) is added to
+    it. With a `size` (H, W) it is resized to that instead.
     """
 
     crop: tuple[int, int, int, int]
     pad: tuple[int, int]
+    size: tuple[int, int] | None = None
 
     def place(self, image: Tensor) -> Tensor:
-        """Return the image (B, C, H, W) cropped and padded; the padding repeats its edge."""
+        """Return the image (B, C, H, W), or a mask, cropped, and padded or resized.
+
+        The padding repeats its edge. What is half covered by a mask is in it.
+        """
         top, left, h, w = self.crop
         part = image[..., top : top + h, left : left + w]
+        if self.size is not None:
+            how: dict[str, Any] = {"mode": "bilinear", "antialias": True, "align_corners": False}
+            resized = F.interpolate(part.float(), self.size, **how)
+            return resized >= 0.5 if image.dtype == torch.bool else resized
         rows = torch.arange(h + self.pad[0]).clamp(max=h - 1)
         columns = torch.arange(w + self.pad[1]).clamp(max=w - 1)
         return part[..., rows, :][..., columns]
 
     def unpad(self, result: Tensor) -> Tensor:
         """Return the part (B, C, h, w) of a result that is not padding."""
-        return result[..., : self.crop[2], : self.crop[3]]
+        return result if self.size else result[..., : self.crop[2], : self.crop[3]]
 
     def scaled(self, factor: int) -> Canvas:
         """Return the canvas of the picture `factor` times as large."""
         top, left, h, w = (factor * side for side in self.crop)
-        return Canvas((top, left, h, w), (factor * self.pad[0], factor * self.pad[1]))
+        size = (factor * self.size[0], factor * self.size[1]) if self.size else None
+        return Canvas((top, left, h, w), (factor * self.pad[0], factor * self.pad[1]), size)
 
 
 def canvas(h: int, w: int, size: tuple[int, int], how: str, name: str = "the image") -> Canvas:
     """Return how a picture of h x w becomes one that a model of `size` (H, W) can edit.
 
-    The rule `how` is "exact": the picture has this size; "crop": use its centre; "pad": fill up a
-    smaller picture; "tile": work in overlapping tiles, and fill up if need be. Raises InputError
-    for a picture that the rule does not suit, UserError for an unknown rule.
+    The rule `how` is "exact": the picture has this size; "resize": its largest centre of the
+    model's shape, resized; "crop": use its centre; "pad": fill up a smaller picture; "tile": work
+    in overlapping tiles, and fill up if need be. Raises InputError for a picture that the rule does
+    not suit, UserError for an unknown rule.
     """
     if how not in CANVASES:
         raise UserError(f"--fit {how!r}", nearest(how, CANVASES))
@@ -161,13 +173,17 @@ def canvas(h: int, w: int, size: tuple[int, int], how: str, name: str = "the ima
     is_small = h <= size[0] and w <= size[1]
     if (h, w) == size or how == "tile" or (how == "pad" and is_small):
         return Canvas((0, 0, h, w), (max(size[0] - h, 0), max(size[1] - w, 0)))
+    if how == "resize":
+        scale = min(h / size[0], w / size[1])
+        ch, cw = min(max(round(size[0] * scale), 1), h), min(max(round(size[1] * scale), 1), w)
+        return Canvas(((h - ch) // 2, (w - cw) // 2, ch, cw), (0, 0), size)
     if how == "crop" and is_large:
         return Canvas(((h - size[0]) // 2, (w - size[1]) // 2, *size), (0, 0))
     good = ["tile", *["crop"] * is_large, *["pad"] * is_small]
     raise InputError(
         f"{name} is {w}x{h}, the model makes {size[1]}x{size[0]}",
-        f"resize it to {size[1]}x{size[0]}, or choose --fit {' or '.join(good)}",
+        f"make it that size with --fit resize, or choose --fit {' or '.join(good)}",
     )
 
 
-CANVASES = ("exact", "crop", "pad", "tile")
+CANVASES = ("exact", "resize", "crop", "pad", "tile")

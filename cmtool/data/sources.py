@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cmtool.data.archives import npz_entries, zip_entries
 from cmtool.data.cifar import cifar_entries, is_tarball
-from cmtool.data.decoding import MAX_FILE, SUFFIXES, image_mode, read_image
+from cmtool.data.decoding import MAX_FILE, SUFFIXES, WHITE, image_mode, read_image
 from cmtool.data.entries import Entries, Labels, Names, fingerprint, is_image, left_out
 from cmtool.data.images import fitted, recoloured
 from cmtool.data.labels import find_labels, max_table
@@ -107,6 +107,7 @@ class LazyImages:
     channels: int
     size: tuple[int, int] | None
     fit: str
+    background: str = WHITE
     first: tuple[str, tuple[int, int]] | None = None
     """The name and the size of the image that was asked for first."""
 
@@ -154,7 +155,8 @@ class LazyImages:
         content = self.entries.read(index)
         if isinstance(content, Tensor):
             return recoloured(content, self.channels)
-        return read_image(content, self.shown(index), mode="L" if self.channels == 1 else "RGB")
+        mode = "L" if self.channels == 1 else "RGB"
+        return read_image(content, self.shown(index), mode, self.background)
 
     def mode(self, index: int) -> str:
         """Return how an image stores its pixels. Raises InputError naming it."""

@@ -62,7 +62,7 @@ def build_score(name: str, data: Dataset, device: str, progress: OnProgress | No
     if PROTOCOLS[protocol].shape not in (None, shape):
         channels, height, width = shape
         has = f"{data.name} has {width}x{height} with {channels} channels"
-        hint = "choose the metric fid, or measure the finished model with cmtool eval"
+        hint = "--set run.eval_metric=fd-pixels, which needs no weights, or fid, which does"
         raise UserError(f"{name} measures RGB images of 8x8; {has}", hint)
     extractor = build_extractor(protocol, device=device)
     setup = Setup(protocol, extractor)

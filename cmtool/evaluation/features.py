@@ -6,6 +6,7 @@ No file is ever downloaded: an error says what is missing, where it comes from, 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
 import warnings
@@ -16,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cmtool.core.tensors import chunks_of
 from cmtool.data.images import from_uint8
@@ -29,6 +31,7 @@ from cmtool.system.files import file_sha256
 Resize = Literal["tf", "clean"]
 CLEAN_FID_MODES: dict[str, str] = {"clean": "clean", "tf": "legacy_tensorflow"}
 VGG_WIDTH = 4096
+PIXELS_SIDE = 8
 AGREEMENT = 1e-3  # how far folded features may be from the file's own, relative to their norm
 NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
 TERMS = "NVIDIA's terms for research"
@@ -110,6 +113,20 @@ def digits_extractor(network: DigitsFeatures, sha256: str, device: str = "cpu") 
         "digits-features", sha256, network.WIDTH, lambda images: network(from_uint8(images)),
         network.classes, 256, device,
     )  # fmt: skip
+
+
+def pixels_extractor(device: str = "cpu") -> Extractor:
+    """Return the features of fd-pixels: an image averaged to 8x8, RGB in [-1, 1], (B, 192).
+
+    They need no weights. They see colours and coarse shapes, and nothing finer.
+    """
+
+    def features(images: Tensor) -> Tensor:
+        side = PIXELS_SIDE
+        return F.adaptive_avg_pool2d(from_uint8(images), side).flatten(1)
+
+    sha256 = hashlib.sha256(f"pixels {PIXELS_SIDE}".encode()).hexdigest()  # there is no file
+    return Extractor("pixels-8x8", sha256, 3 * PIXELS_SIDE**2, features, None, 256, device)
 
 
 def inception_extractor(
@@ -216,7 +233,7 @@ class Protocol(NamedTuple):
     `metric` is the only metric that takes them, `shape` (C, H, W) the only shape of the images.
     """
 
-    network: Literal["digits", "inception", "vgg16"]
+    network: Literal["digits", "inception", "pixels", "vgg16"]
     resize: Resize | None = None
     metric: str | None = None
     shape: tuple[int, int, int] | None = None
@@ -228,6 +245,7 @@ PROTOCOLS = {
     "digits": Protocol("digits", shape=(3, 8, 8)),  # the classifier of the bundled digits, 8x8
     "edm": Protocol("inception", "tf"),  # EDM's fid.py
     "legacy-tf": Protocol("inception", "tf"),  # clean-fid's legacy_tensorflow, as the JAX release
+    "pixels": Protocol("pixels"),  # the pixels of the image at 8x8: no weights, and no fine detail
     "vgg16": Protocol("vgg16", metric="pr"),  # improved precision and recall, as ECT and StyleGAN
 }
 """`adm`, `edm` and `legacy-tf` make the same features; their references differ."""
@@ -274,11 +292,13 @@ def build_extractor(
     network, resize = PROTOCOLS[protocol][:2]
     if network != "inception" and precision != "fp32":
         raise UserError(f"--feature-precision {precision} of --protocol {protocol}", "leave it out")
-    if network == "digits":
-        if file is None and not trust:
-            return digits_extractor(*load_digits_features(), device)
-        what = "--feature-weights or --trust with --protocol digits, whose features are bundled"
-        raise UserError(what, "leave them out, or choose another --protocol")
+    if network in ("digits", "pixels"):
+        if file is not None or trust:
+            what = f"--feature-weights or --trust with --protocol {protocol}, which needs no file"
+            raise UserError(what, "leave them out, or choose another --protocol")
+        if network == "pixels":
+            return pixels_extractor(device)
+        return digits_extractor(*load_digits_features(), device)
     path = find_file(VGG16 if network == "vgg16" else INCEPTION, file, trust)
     sha256 = file_sha256(path)
     if resize is None:
@@ -314,4 +334,5 @@ def find_file(wanted: WeightFile, given: Path | None = None, trust: bool = False
     known = "" if wanted.sha256 is None else f", sha256 {wanted.sha256[:12]}..."
     hint = f"put it at {own[0]}, or give --feature-weights FILE; it comes from {wanted.url}"
     hint += f" ({wanted.megabytes} MB{known}; {TERMS})"
+    hint += ", or --protocol pixels: a coarse number that needs no file" * (wanted is INCEPTION)
     raise MissingError(f"{wanted.name} is not there: {wanted.what}", hint)

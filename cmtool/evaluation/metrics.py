@@ -241,7 +241,8 @@ NOTHING, GAUSSIAN, ROWS, BOTH = Needs(), Needs(gaussian=True), Needs(rows=True),
 
 METRICS: dict[str, Metric] = {
     "fid": Metric(
-        fid, ("fid",), GAUSSIAN, GAUSSIAN, names={"digits": "fd-digits"}, lowest_is_best=True,
+        fid, ("fid",), GAUSSIAN, GAUSSIAN, lowest_is_best=True,
+        names={"digits": "fd-digits", "pixels": "fd-pixels"},
         help="""Print the Frechet distance between images and a reference, as one JSON object.
 
         `cmtool eval fid -c digits-cd`
@@ -256,7 +257,9 @@ METRICS: dict[str, Metric] = {
 
         Against the bundled digits the features are those of the bundled classifier: the number is
         fd-digits, not the FID of papers. A FID falls with the number of images: compare equal
-        numbers only. With --cross-check the JSON object also has the number of clean-fid.""",
+        numbers only. --protocol pixels needs no weights: fd-pixels compares the images at 8x8, so
+        it sees colours and coarse shapes, and nothing finer. With --cross-check the JSON object
+        also has the number of clean-fid.""",
     ),
     "kid": Metric(
         kid, ("kid",), ROWS, ROWS, settings=KID, lowest_is_best=True,

@@ -126,6 +126,9 @@ class DataSection(Section):
     fit: str = Field(
         "exact", description="how images are brought to size: exact (not at all), edm, adm or box"
     )
+    background: str = Field(
+        "white", description="colour under transparent parts: a name, or #rrggbb"
+    )
     flip: bool = Field(False, description="mirror half of the images at random")
     augment: float = Field(0.0, ge=0, le=1, description="probability of each of EDM's warps")
     workers: Count = Field(

@@ -160,6 +160,7 @@ def teacher_layers(preset: str, teacher: Model) -> Layers:
         f"teacher {teacher.source}": {
             "data.path": theirs.data.path,
             "data.fit": "adm" if theirs.data.fit == "exact" else theirs.data.fit,
+            "data.background": theirs.data.background,
             "data.flip": theirs.data.flip,
             "train.batch": theirs.train.batch,
             "train.lr": lr * min(theirs.train.lr / packaged_value("edm", "train.lr"), 1.0),

@@ -18,6 +18,7 @@ from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.samplers import check_levels
 from cmtool.data.batches import BatchFn, batches
 from cmtool.data.datasets import Dataset, load_dataset
+from cmtool.data.decoding import check_background
 from cmtool.data.images import check_fit_rule
 from cmtool.data.survey import check_images
 from cmtool.errors import InputError, UserError
@@ -244,6 +245,7 @@ def check_components(preset: Preset) -> None:
     pick(OPTIMIZERS, preset.train.optimizer, "train.optimizer", ["lr"])
     pick_score(preset.run.eval_metric)
     check_fit_rule(preset.data.fit)
+    check_background(preset.data.background)
     chosen = plan(preset)  # of the sample grids
     build_sampler(chosen.sampler)
     check_levels(chosen.sigmas, preset.noise.sigma_min)
@@ -252,7 +254,10 @@ def check_components(preset: Preset) -> None:
 def load_images(preset: Preset, watcher: Watcher) -> Dataset:
     """Return the preset's data set; without its labels if the model has no classes."""
     size, channels = preset.model.image_size, preset.model.channels
-    data = load_dataset(preset.data.path, size=size, channels=channels, fit=preset.data.fit)
+    data = load_dataset(
+        preset.data.path, size=size, channels=channels, fit=preset.data.fit,
+        background=preset.data.background,
+    )  # fmt: skip
     for note in data.notes:
         watcher.note(note)
     if data.labels is None or preset.model.num_classes:

@@ -32,6 +32,17 @@ def test_info_counts_what_is_there(cmtool, tmp_path):
     assert "8x8 (11536)" in text
 
 
+def test_info_tells_the_deviation_of_a_set_about_its_mean(cmtool, tmp_path):
+    """Of each channel about its own mean: grey levels of 51 are 0.4 in [-1, 1]."""
+    (tmp_path / "x").mkdir()
+    for name, levels in (("a", (255, 102, 0)), ("b", (255, 204, 255))):
+        picture = torch.tensor(levels, dtype=torch.uint8)[:, None, None].expand(3, 2, 2)
+        (tmp_path / "x" / f"{name}.png").write_bytes(png_bytes(picture))
+    told = json.loads(cmtool("data", "info", "x", "--json").out)
+    assert told["mean"] == [1.0, 0.2, 0.0]
+    assert told["sigma_data"] == round(((0 + 0.4**2 + 1) / 3) ** 0.5, 4)
+
+
 def test_info_names_every_unreadable_image_and_counts_sizes(cmtool, tmp_path):
     root = folder(tmp_path / "x")
     (root / "c0" / "0.png").write_bytes(b"not a picture")

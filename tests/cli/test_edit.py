@@ -226,7 +226,7 @@ def test_many_pictures_go_to_a_folder_and_say_how_they_were_made(cmtool, tmp_pat
 
 @pytest.mark.parametrize(
     ("size", "fit", "answer"),
-    [((16, 12), "crop", (8, 8)), ((6, 5), "pad", (6, 5)), ((20, 9), "tile", (20, 9)),
+    [((16, 12), "crop", (8, 8)), ((16, 12), "resize", (8, 8)), ((6, 5), "pad", (6, 5)), ((20, 9), "tile", (20, 9)),
      ((5, 20), "tile", (5, 20))],
 )  # fmt: skip
 def test_pictures_of_other_sizes_are_fitted_by_a_named_rule(cmtool, tmp_path, size, fit, answer):
@@ -235,12 +235,12 @@ def test_pictures_of_other_sizes_are_fitted_by_a_named_rule(cmtool, tmp_path, si
     arguments = ["edit", "inpaint", "p.png", "--box", "1,1,2,3", "--class", "1", "--out"]
     refused = cmtool(*arguments, "a.png")
     assert refused.code == 3
-    assert f"--fit {'tile or crop' if fit == 'crop' else 'tile'}" in refused.err
+    assert f"--fit {'tile or crop' if size == (16, 12) else 'tile'}" in refused.err
     result = cmtool(*arguments, "b.png", "--fit", fit)
     assert result.code == 0, result.err
     out = read_image(tmp_path / "b.png")
     assert out.shape == (3, *answer)
-    if fit != "crop":
+    if fit not in ("crop", "resize"):
         mask = torch.zeros(size, dtype=torch.bool)
         mask[1:4, 1:3] = True
         assert torch.equal(out[:, ~mask], picture[:, ~mask].to(torch.uint8))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from cmtool.cli.train import DistanceOption, note_batch
@@ -23,6 +24,7 @@ from cmtool.presets.toml import load_preset, resolve, to_toml
 from cmtool.training import cost
 from cmtool.training.folder import new_folder
 from cmtool.training.same import same_so_far
+from cmtool.training.start import load_images
 from cmtool.training.state import build_state, not_taken
 from cmtool.training.stop import Stop
 from tests.cli.conftest import TINY
@@ -549,3 +551,23 @@ def test_a_run_that_memory_does_not_hold_is_refused_before_its_first_step(cmtool
     refused = cmtool("train", "--preset", "digits-edm", "--out", "r", "--device", "cpu")
     assert refused.code == 5
     assert "hint: split the batch, with the same result: --accumulate " in refused.err
+
+
+def test_alpha_of_training_images_lies_on_the_presets_background(cmtool, tmp_path):
+    (tmp_path / "pets").mkdir()
+    for index in range(3):
+        picture = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
+        picture.paste((0, 0, 0, 0), (0, 0, 8, 4))
+        picture.save(tmp_path / "pets" / f"{index}.png")
+    told = cmtool("data", "info", "pets")
+    assert "transparent parts are laid on white; --set data.background=black" in told.err
+    assert "background        white" in told.text
+    for colour in ("white", "black"):
+        preset = load_preset(
+            "edm", {"data.path": "pets", "data.background": colour, "model.image_size": [8, 8]}
+        )
+        images = load_images(preset, None).images
+        assert images[0, :, 0, 0].tolist() == [255 if colour == "white" else 0] * 3
+    wrong = cmtool("train", "--data", "pets", "--set", "data.background=wite", *QUICK)
+    assert wrong.code == 2
+    assert "white, black, grey or #ffeedd" in wrong.err

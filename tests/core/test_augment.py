@@ -65,6 +65,15 @@ def test_nothing_drawn_changes_nothing(size, channels):
     assert torch.allclose(out, x, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", [name for name in Warps._fields if name != "axis"])
+def test_each_warp_alone_moves_its_images_and_no_other(name):
+    x = noise(3, 3, 8, 8)
+    one = still(3, **{name: True if name.startswith("flip") else 0.7})
+    one = Warps(*(w * torch.tensor([False, True, False]) for w in one))
+    moved = warped(x, one)
+    assert [torch.equal(a, b) for a, b in zip(moved, x, strict=True)] == [True, False, True]
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_flips_are_exact(size):
     x = noise(3, 3, *size)
@@ -117,6 +126,17 @@ def test_the_warps_together_are_one_affine_map_of_smooth_pictures():
     wanted = (place @ torch.linalg.inv(forward).T).permute(2, 0, 1).float()
     inside = (slice(None), slice(9, -9), slice(12, -12))
     assert torch.allclose(out[inside], wanted[inside], atol=0.05)
+
+
+def test_warps_are_as_strong_as_edms():
+    """Deviations of 0.2 in log2 of the scales and of an eighth of the side (its AugmentPipe)."""
+    inverse, shift = affine(still(shift_x=1.0, shift_y=-2.0), 32, 16)
+    assert shift.tolist() == [[4, -4]]
+    assert torch.equal(inverse[0], torch.eye(2, dtype=torch.float64))
+    inverse, _ = affine(still(octaves=5.0), 32, 16)
+    torch.testing.assert_close(inverse[0], torch.eye(2, dtype=torch.float64) / 2)
+    inverse, _ = affine(still(stretch=5.0), 32, 16)
+    torch.testing.assert_close(inverse[0], torch.diag(torch.tensor([0.5, 2]).double()))
 
 
 def test_labels_have_edms_order():

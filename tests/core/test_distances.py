@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cmtool.core.distances import DISTANCES, TRUNKS, l1, l2, l2_32, linf, lpips, pseudo_huber
+from cmtool.core.distances import (
+    DISTANCES,
+    TRUNKS,
+    is_norm,
+    l1,
+    l2,
+    l2_32,
+    linf,
+    lpips,
+    pseudo_huber,
+)
 from cmtool.core.tangents import curvature, half_square
 from cmtool.errors import MissingError
 
@@ -57,6 +67,20 @@ def test_values_by_hand():
     assert float(pseudo_huber(x, y, c=0.3)) == pytest.approx(expected)
 
 
+def test_pseudo_huber_without_c_is_the_norm_and_has_no_gradient_where_both_are_equal():
+    x = torch.zeros(2, 1, 1, 2, requires_grad=True)
+    d = pseudo_huber(x, torch.tensor([[3.0, 4.0], [0.0, 0.0]]).reshape(2, 1, 1, 2), c=0)
+    assert d.tolist() == [5, 0]
+    d.sum().backward()
+    torch.testing.assert_close(x.grad.flatten(), torch.tensor([-0.6, -0.8, 0, 0]))
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_norms_are_told_apart_with_options_or_without(name):
+    wanted = name in ("l1", "linf")
+    assert is_norm(DISTANCES[name]) == is_norm(partial(DISTANCES[name])) == wanted
+
+
 def test_l2_32_compares_small_pictures():
     """Bilinear by two keeps each output pixel's mean of four, so a checkerboard is invisible."""
     x = torch.zeros(1, 3, 64, 64)
@@ -65,6 +89,13 @@ def test_l2_32_compares_small_pictures():
     torch.testing.assert_close(l2_32(x, x + 0.5), torch.full((1,), 0.25))
     small, other = images()[:, :, :, :32]
     torch.testing.assert_close(l2_32(small, other), l2(small, other))
+
+
+def test_l2_32_enlarges_as_it_shrinks_by_the_centres_of_pixels():
+    x = torch.zeros(1, 1, 16, 16)
+    y = torch.arange(16.0).expand(1, 1, 16, 16)
+    ramp = ((torch.arange(32) + 0.5) / 2 - 0.5).clamp(0, 15)
+    assert float(l2_32(x, y)) == pytest.approx(float(ramp.square().mean()))
 
 
 def test_pseudo_huber_takes_its_norm_over_the_image_with_the_published_constant():
@@ -96,6 +127,20 @@ def test_lpips_is_the_packages_with_the_resize_and_pooling_of_each_source():
     same = [lpips(*large, net="squeeze", resize=how) for how in ("below_256", "never")]
     assert torch.equal(*same)
     assert not torch.equal(same[0], lpips(*large, net="squeeze", resize="always"))
+
+
+@pytest.mark.parametrize(
+    ("side", "how", "seen"),
+    [(32, "below_256", 224), (240, "below_256", 224), (255, "below_256", 224),
+     (256, "below_256", 256), (300, "below_256", 300), (300, "always", 224), (32, "never", 32)],
+)  # fmt: skip
+def test_lpips_is_of_pictures_of_224_below_256(side, how, seen, monkeypatch):
+    def sides(x, y):
+        return (x[0, 0] + y[0, 0]).numel() * torch.ones(len(x), 1, 1, 1)
+
+    monkeypatch.setattr("cmtool.core.distances._lpips_network", lambda *_: sides)
+    x = torch.zeros(2, 3, side, side)
+    assert lpips(x, x, resize=how).tolist() == [seen**2] * 2
 
 
 @pytest.mark.usefixtures("squeeze")

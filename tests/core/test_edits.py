@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,10 +108,23 @@ def test_colours_orthogonal_to_the_luma_are_free():
                                torch.zeros(3, 3, 3), atol=1e-6, rtol=0)  # fmt: skip
 
 
-def test_a_factor_that_does_not_divide_names_those_that_do():
-    with pytest.raises(UserError, match="factor of 5 does not divide 8x12") as error:
-        block_means(torch.zeros(1, 3, 12, 8), 5)
-    assert error.value.hint == "use 2, 4"
+@pytest.mark.parametrize(
+    ("size", "factor", "good"),
+    [((12, 8), 5, "use 2, 4"), ((12, 8), 3, "use 2, 4"), ((8, 12), 3, "use 2, 4"),
+     ((9, 8), 2, "crop the picture")],
+)  # fmt: skip
+def test_a_factor_that_does_not_divide_names_those_that_do(size, factor, good):
+    shown = f"factor of {factor} does not divide {size[1]}x{size[0]}"
+    with pytest.raises(UserError, match=shown) as error:
+        block_means(torch.zeros(1, 3, *size), factor)
+    assert error.value.hint == good
+
+
+def test_a_factor_below_one_is_refused():
+    with pytest.raises(UserError, match="factor of 0"):
+        superres(torch.zeros(1, 3, 4, 4), 0)
+    x = torch.randn(1, 3, 4, 4)
+    assert torch.equal(superres(x, 1).project(torch.zeros_like(x)), x)
 
 
 def test_interpolation_keeps_the_norm_and_reaches_both_ends():
@@ -123,6 +138,17 @@ def test_interpolation_keeps_the_norm_and_reaches_both_ends():
     torch.testing.assert_close(norms, a.norm().expand(9), rtol=1e-5, atol=0)
     angles = torch.nn.functional.cosine_similarity(path[:-1].flatten(1), path[1:].flatten(1)).acos()
     torch.testing.assert_close(angles, angles[:1].expand(8), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("degrees", [0.1, 1, 30, 60, 89, 120, 179])
+def test_interpolation_turns_at_one_speed_whatever_the_angle(degrees):
+    g = torch.Generator().manual_seed(0)
+    first, other = torch.linalg.qr(torch.randn(48, 2, generator=g).double()).Q.T * 48**0.5
+    w, angle = torch.linspace(0, 1, 7).double(), math.radians(degrees)
+    a, across = first.reshape(1, 3, 4, 4), other.reshape(1, 3, 4, 4)
+    path = interpolate(a, math.cos(angle) * a + math.sin(angle) * across, w)
+    turned = (w * angle).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(path, turned.cos() * a + turned.sin() * across)
 
 
 def test_equal_ends_stay_where_they_are():
@@ -139,11 +165,25 @@ def test_the_first_draw_for_a_noisy_image_is_none():
 def test_denoising_one_level_is_the_exact_map():
     problem, noisy = Gaussian(), torch.randn(2, 1, 3, 3, dtype=torch.float64)
     edit = denoise(noisy)
+    assert edit.is_noisy
     x0 = multistep(
         problem.consistency, edit.init, [2.0], none_at_first(randn_like_from(0)),
         sigma_min=problem.eps, project=edit.project,
     )  # fmt: skip
     torch.testing.assert_close(x0, problem.at(noisy, 2.0, problem.eps))
+
+
+def test_the_noise_level_is_the_median_of_the_fine_details_over_its_share_in_a_deviation():
+    """Donoho & Johnstone: half of a normal law lies within 0.6745 deviations."""
+    parts = torch.tensor([[1.0, 0.0], [0.0, 0.0]])  # each block's diagonal detail is half of it
+    block = torch.cat([2 * c * parts for c in (0.1, -0.2, 0.3, 0.4, -5.0)], 1)
+    image = torch.zeros(2, 1, 3, 11)  # the odd row and column are in no block
+    image[1, 0, :2, :10] = block
+    image[:, :, 2], image[:, :, :, 10] = 9, 9
+    assert estimate_sigma(image).tolist() == pytest.approx([0, 0.3 / 0.6745])
+    lines = torch.arange(4.0).expand(1, 1, 4, 4)
+    for smooth in (lines, lines.mT, lines.square() + lines.mT.square()):
+        assert float(estimate_sigma(smooth)) == 0
 
 
 @pytest.mark.parametrize("sigma", [0.02, 0.2, 1.0])
@@ -174,6 +214,7 @@ def test_inpainting_keeps_known_pixels_through_sampling():
     assert not torch.equal(x0[~where], reference[~where])
 
 
-def test_a_mask_of_another_size_names_both():
-    with pytest.raises(InputError, match="mask is 4x5 but the image is 6x7"):
-        inpaint(torch.zeros(1, 3, 7, 6), torch.ones(1, 1, 5, 4, dtype=torch.bool))
+@pytest.mark.parametrize(("h", "w"), [(5, 4), (7, 4), (5, 6), (1, 6)])
+def test_a_mask_of_another_size_names_both(h, w):
+    with pytest.raises(InputError, match=f"mask is {w}x{h} but the image is 6x7"):
+        inpaint(torch.zeros(1, 3, 7, 6), torch.ones(1, 1, h, w, dtype=torch.bool))

@@ -12,8 +12,8 @@ from cmtool.core.losses import (
     denoising_loss,
     karras,
     noise_pair,
+    progressive_loss,
     teacher_pair,
-    truncated_snr,
     uniform_weight,
 )
 from cmtool.core.noise import NoiseRange, Stage, karras_sigmas, lognormal
@@ -129,6 +129,27 @@ def test_denoising_loss_by_hand():
     assert float(loss) == pytest.approx((1 / 4 + 4) * 0.2**2)
 
 
+def test_progressive_loss_by_hand():
+    """Of a previous student that says x / 2, and a student that says 3 x."""
+    hi, mid, lo = 5.0, 2.0, 0.5
+    x = torch.tensor([1.0, -2.0]).reshape(1, 1, 1, 2)
+    asked = []
+
+    def student(x, sigma, labels):
+        asked.append(float(sigma))
+        return 3 * x
+
+    loss = progressive_loss(
+        student, lambda x, sigma, labels: x / 2, x, *(torch.tensor([s]) for s in (hi, mid, lo)),
+        None, l2, lambda hi, lo: hi + 10 * lo,
+    )  # fmt: skip
+    x_mid = (hi + mid) / (2 * hi)  # of x = 1: x + (mid - hi) x / (2 hi)
+    x_lo = x_mid * (mid + lo) / (2 * mid)
+    x0 = 1 - hi * (1 - x_lo) / (hi - lo)
+    assert asked == [hi]
+    assert float(loss) == pytest.approx((hi + 10 * lo) * (3 - x0) ** 2 * 2.5, rel=1e-5)
+
+
 def test_the_posterior_mean_minimises_the_denoising_loss():
     problem, n = Gaussian(), 200_000
     x0 = problem.m + problem.s * drawn(n, 1, 1, 1)
@@ -153,8 +174,21 @@ def test_every_weighting_is_positive_and_per_image(name):
     assert (weight > 0).all()
 
 
-def test_truncated_snr_is_cut_at_one():
-    assert truncated_snr(torch.tensor([0.5, 4.0]), torch.zeros(2)).tolist() == [4.0, 1.0]
+@pytest.mark.parametrize(
+    ("name", "options", "values"),
+    [
+        ("uniform", {}, [1, 1]),
+        ("inverse_gap", {}, [1 / 0.25, 1 / 3]),
+        ("karras", {}, [4 + 4, 1 / 16 + 4]),
+        ("karras", {"sigma_data": 0.2}, [4 + 25, 1 / 16 + 25]),
+        ("snr", {}, [4, 1 / 16]),
+        ("snr_plus_one", {}, [5, 17 / 16]),
+        ("truncated_snr", {}, [4, 1]),
+    ],
+)
+def test_weightings_by_hand(name, options, values):
+    hi, lo = torch.tensor([0.5, 4.0]), torch.tensor([0.25, 1.0])
+    assert WEIGHTINGS[name](hi, lo, **options).tolist() == pytest.approx(values)
 
 
 def test_objectives_are_functions_of_their_generator():

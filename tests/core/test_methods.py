@@ -12,7 +12,15 @@ from cmtool.core.distances import l2
 from cmtool.core.losses import consistency_loss, noise_pair, uniform_weight
 from cmtool.core.methods import METHODS, Given, MethodRow, Models, make_objective
 from cmtool.core.networks.mlp import Mlp, MlpOptions
-from cmtool.core.noise import Levels, NoiseRange, Stage, lognormal, ramp, uniform
+from cmtool.core.noise import (
+    Levels,
+    NoiseRange,
+    Stage,
+    karras_sigmas,
+    lognormal,
+    ramp,
+    uniform,
+)
 from cmtool.core.precond import Preconditioned, edm_scalings, log_label
 from cmtool.core.rng import step_generator
 from cmtool.core.samplers import multistep
@@ -45,6 +53,80 @@ def test_every_method_gives_a_loss_per_image_that_the_student_learns_from(name):
     loss.mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
     assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_model_hears_the_labels_and_the_loss_is_filed_under_the_higher_level(name):
+    heard, labels = {"student": [], "target": [], "teacher": []}, torch.tensor([4, 2, 0])
+
+    def listener(who):
+        def f(x, sigma, labels=None):
+            heard[who].append(labels)
+            return x * expand(sigma, x).cos()
+
+        return f
+
+    models = {who: listener(who) for who in heard}
+    objective = objective_of(name, LEVELS.get(name, uniform), teacher=models["teacher"])
+    given = (torch.randn(3, 2, 1, 1), labels, Stage(n=9), step_generator(0, 0, 0))
+    loss, sigma = objective(Models(models["student"], models["target"]), *given)
+    hi, lo = LEVELS.get(name, uniform)(3, Stage(n=9), NoiseRange(), step_generator(0, 0, 0))
+    assert torch.equal(sigma, hi)
+    assert loss.shape == lo.shape
+    asked = [given for each in heard.values() for given in each]
+    assert all(torch.equal(given, labels[: len(given)]) for given in asked)
+    is_taught = METHODS[name].needs_teacher and name != "progressive_distillation"
+    has_target = METHODS[name].targets != ("none",)
+    assert [bool(each) for each in heard.values()] == [True, has_target, is_taught]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_student_alone_learns_but_in_live_distillation_its_module_does(name):
+    """There the wrapped student is asked once only, and `target` is its module."""
+    models = {who: mlp() for who in ("student", "target", "teacher")}
+    objective = objective_of(name, LEVELS.get(name, uniform), teacher=models["teacher"])
+    given = (torch.randn(3, 2, 1, 1), None, Stage(n=9), step_generator(0, 0, 0))
+    loss, _ = objective(Models(models["student"], models["target"]), *given)
+    loss.mean().backward()
+    learns = {who for who, f in models.items() if any(p.grad is not None for p in f.parameters())}
+    assert learns == {"target" if name == "live_distillation" else "student"}
+
+
+@pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
+def test_a_progressive_step_is_halved_by_the_grid_twice_as_fine(rho):
+    span = NoiseRange(0.3, 10.0, rho)
+    coarse, fine = karras_sigmas(5, *span), karras_sigmas(9, *span)
+    x0, noise = torch.randn(2, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    asked = []
+
+    def previous(x, sigma, labels=None):
+        asked.append((x, sigma))
+        return 0 * x
+
+    given = Given(x0, None, noise, coarse[1:], coarse[:-1], Stage(n=5))
+    methods.progressive_distillation(
+        Models(previous, previous), given, noise_range=span, distance=l2, weight=uniform_weight
+    )
+    torch.testing.assert_close(asked[0][0], x0 + expand(coarse[1:], x0) * noise)
+    torch.testing.assert_close(asked[0][1], coarse[1:])
+    torch.testing.assert_close(asked[1][1], fine[1::2])
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_a_method_of_one_level_weighs_its_images_by_that_level(name):
+    """The other level, which a weight may ask for, is 0: the clean image."""
+
+    def f(x, sigma, labels=None):
+        return x * expand(sigma, x).cos()
+
+    def loss_of(weight):
+        objective = objective_of(name, LEVELS[name], teacher=Gaussian().denoiser, weight=weight)
+        x0 = torch.randn(5, 2, 1, 1, generator=torch.Generator().manual_seed(1))
+        return objective(alone(f), x0, None, Stage(), step_generator(0, 0, 0))
+
+    plain, sigma = loss_of(uniform_weight)
+    weighed, _ = loss_of(lambda hi, lo: 3 * hi + 10 * lo)
+    torch.testing.assert_close(weighed, (3 * sigma).to(plain) * plain)
 
 
 def test_where_the_lower_level_is_zero_the_target_is_the_clean_image():

@@ -31,6 +31,15 @@ def test_grid_ascends_and_its_ends_are_exact(n):
     assert (sigmas.diff() > 0).all()
 
 
+@pytest.mark.parametrize("rho", [1.0, 3.0, 7.0, 9.0])
+@pytest.mark.parametrize("ends", [(0.002, 80.0), (0.3, 10.0), (0.01, 50.0), (0.05, 79.7)])
+def test_ends_are_exact_whatever_they_are_and_between_them_the_roots_are_even(ends, rho):
+    sigmas = karras_sigmas(6, *ends, rho)
+    assert (float(sigmas[0]), float(sigmas[-1])) == ends
+    steps = (sigmas ** (1 / rho)).diff()
+    torch.testing.assert_close(steps, steps[:1].expand(5), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize(("index", "n", "sigma"), [(22, 40, 1.382368), (11, 18, 0.585348)])
 def test_published_two_step_levels(index, n, sigma):
     assert float(karras_sigmas(n).flip(0)[index]) == pytest.approx(sigma, rel=1e-5)
@@ -67,6 +76,73 @@ def test_lognormal_has_the_asked_moments():
     logs = draw.sigma_hi.log()
     assert float(logs.mean()) == pytest.approx(-1.2, abs=0.01)
     assert float(logs.std()) == pytest.approx(1.2, abs=0.01)
+
+
+PICKED = {
+    "lognormal": {"mean": -1.2, "std": 1.2},  # EDM, Table 1
+    "lognormal_mass": {"mean": -1.1, "std": 2.0},  # iCT, sec. 3.5
+    "ramp": {},
+    "tightening": {"mean": -1.1, "std": 2.0, "q": 2.0, "k": 8.0, "b": 1.0,
+                   "stage_images": 3_200_000},
+    "uniform": {},
+}  # fmt: skip
+"""What the papers pick levels by."""
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels_are_by_default_those_of_the_papers(name):
+    def draw(**options):
+        stage, generator = Stage(n=18, images=6_400_000), torch.Generator().manual_seed(3)
+        return LEVELS[name](99, stage, NoiseRange(), generator, **options)
+
+    assert all(map(torch.equal, draw(), draw(**PICKED[name])))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_tightening_in_closed_form(stage):
+    levels = LEVELS["tightening"](
+        20_000, Stage(images=10 * stage + 9), NoiseRange(), torch.Generator().manual_seed(0),
+        mean=0.3, std=0.5, q=3.0, k=5.0, b=0.7, stage_images=10,
+    )  # fmt: skip
+    logs = levels.sigma_hi.log()
+    assert float(logs.mean()) == pytest.approx(0.3, abs=0.02)
+    assert float(logs.std()) == pytest.approx(0.5, abs=0.02)
+    n = 1 + 5 / (1 + torch.exp(0.7 * levels.sigma_hi))
+    wanted = levels.sigma_hi * (1 - n / 3 ** (stage + 1))
+    torch.testing.assert_close(levels.sigma_lo, wanted.clamp_min(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fixed", {"n": 1}), ("fixed", {"mu": 1.0}), ("fixed", {"mu": -0.1}),
+        ("consistency_training", {"s0": 1}), ("consistency_training", {"s0": 9, "s1": 8}),
+        ("consistency_training", {"mu0": 1.0}), ("consistency_training", {"mu0": 0.0}),
+        ("doubling", {"s0": 0}), ("doubling", {"s0": 9, "s1": 8}),
+        ("halving", {"stage_steps": 0}), ("halving", {"start": 6}),
+    ],
+)  # fmt: skip
+def test_a_curriculum_without_sense_is_refused(name, options):
+    with pytest.raises(UserError):
+        CURRICULA[name](0, 10, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("fixed", {"n": 2}), ("consistency_training", {"s0": 2, "s1": 2}),
+     ("doubling", {"s0": 1, "s1": 1}), ("halving", {"start": 2, "stage_steps": 1})],
+)  # fmt: skip
+def test_the_smallest_curriculum_has_sense(name, options):
+    assert CURRICULA[name](0, 10, **options).n >= 2
+
+
+def test_doubling_counts_its_stages():
+    """Eight of them and their rest, s1 / s0 rounded down: 10, 20, ..., 1,280 intervals."""
+    stages = [CURRICULA["doubling"](k, 800) for k in range(0, 800, 100)]
+    assert [stage.stage for stage in stages] == list(range(8))
+    assert [stage.n - 1 for stage in stages] == [10 << k for k in range(8)]
+    odd = [CURRICULA["doubling"](k, 400, s0=10, s1=79) for k in (104, 105, 209, 210, 315)]
+    assert [stage.n - 1 for stage in odd] == [10, 20, 20, 40, 79]
 
 
 CT = {
@@ -144,7 +220,8 @@ def test_progressive_stages_halve_and_hand_over_at_their_last_step():
     stages = [halving(k, 10**6) for k in (0, 49_999, 50_000, 549_999, 550_000, 649_999, 650_000)]
     assert [stage.mu for stage in stages] == [1, 0, 1, 0, 1, 0, 1]
     assert [stage.fresh for stage in stages] == [False, False, True, False, True, False, True]
-    assert stages[1].progress == pytest.approx(1, abs=1e-4)
+    assert [stages[i].progress for i in (1, 3, 5)] == pytest.approx([1, 1, 1], abs=1e-4)
+    assert halving(600_000, 10**6).progress == 0.5
     assert halving(749_999, 750_000).mu == 1  # the last stage has nobody to hand over to
     assert not halving(750_000, 10**6).fresh
 

@@ -1,3 +1,4 @@
+import math
 from itertools import pairwise
 
 import pytest
@@ -50,6 +51,8 @@ def test_noise_labels_differ_by_a_thousand():
     sigma = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64)
     torch.testing.assert_close(log_label_1000(sigma), 1000 * log_label(sigma))
     assert float(log_label_1000(sigma)[1]) == pytest.approx(-173.286795, abs=1e-6)
+    least = log_label_1000(torch.tensor([0.0]))  # which diffusers asks for, and EDM's never does
+    assert float(least) == pytest.approx(250 * math.log(1e-44), rel=1e-3)
 
 
 def test_vp_label_inverts_the_schedule():
@@ -74,6 +77,8 @@ def test_iddpm_label_counts_from_the_nearest_level():
     assert all(a > b for a, b in pairwise(levels))
     some = torch.tensor([levels[0], levels[500], levels[998] * 1.0001], dtype=torch.float64)
     assert iddpm_label(some).tolist() == [999, 499, 1]
+    between = [levels[501] + share * (levels[500] - levels[501]) for share in (0.49, 0.51)]
+    assert iddpm_label(torch.tensor(between, dtype=torch.float64)).tolist() == [498, 499]
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -93,6 +98,27 @@ def test_scalings_are_those_of_table_1(name):
     if raw is None:
         raw = (0.25 * -noise + sigma * x0) / (0.5 * (sigma**2 + 0.25).sqrt())
     torch.testing.assert_close(c_skip * x + c_out * raw, torch.full_like(sigma, x0))
+
+
+def test_a_network_of_two_levels_hears_both_and_the_end_is_sigma_min():
+    heard = []
+
+    class TwoTime(nn.Module):
+        two_time = True
+
+        def forward(self, x, label, labels, *, label_to):
+            heard.append((label.tolist(), labels, label_to.tolist()))
+            return x
+
+    f = Preconditioned(TwoTime(), edm_scalings, log_label, sigma_data=0.5, sigma_min=0.3)
+    x, sigma, labels = torch.ones(3, 1, 1, 1), torch.tensor([5.0, 2.0, 4.0]), torch.arange(3)
+    f(x, sigma, labels, torch.tensor([0.0, 1.5, 0.1]))
+    f(x, sigma, labels)
+    at = pytest.approx([math.log(s) / 4 for s in (5, 2, 4)])
+    ends = [[math.log(s) / 4 for s in to] for to in ((0.3, 1.5, 0.3), (0.3, 0.3, 0.3))]
+    assert [each[0] for each in heard] == [at, at]
+    assert all(each[1] is labels for each in heard)
+    assert [each[2] for each in heard] == [pytest.approx(to) for to in ends]
 
 
 @pytest.mark.parametrize("name", NOISE_LABELS)

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -93,6 +94,21 @@ def test_ode_samplers_near_the_end_of_the_path_at_their_order(name):
     assert slope(sizes, errors) == pytest.approx(ORDER[name], abs=0.1)
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_call_hears_the_labels_and_the_end_is_projected(name):
+    heard, labels = [], torch.tensor([3, 1])
+
+    def f(x, sigma, labels=None):
+        heard.append(labels)
+        return x
+
+    init = torch.zeros(2, 1, 1, 1).double()
+    x0 = SAMPLERS[name](f, init, [80.0, 2.0, 0.5], torch.ones_like, sigma_min=0.002,
+                        labels=labels, project=lambda x0: 0 * x0 + 0.25)  # fmt: skip
+    assert all(given is labels for given in heard)
+    assert x0.flatten().tolist() == [0.25, 0.25]
+
+
 @pytest.mark.parametrize(
     ("name", "calls"),
     [("multistep", 3), ("euler", 3), ("heun", 5), ("dpm2", 6), ("dpmpp_2m", 3), ("ancestral", 3),
@@ -147,6 +163,71 @@ def test_churn_is_of_the_middle_levels_but_a_noise_is_drawn_at_each():
     assert len(draws) == 4
 
 
+@pytest.mark.parametrize(
+    ("sigma", "gamma"), [(50.0, 0.1), (50.01, 0.0), (0.05, 0.1), (0.0499, 0.0)]
+)
+def test_churn_by_default_is_edms_and_its_range_has_both_its_ends(sigma, gamma):
+    """S_churn 40 over 400 levels, S_tmin 0.05, S_tmax 50, S_noise 1.003 (EDM, Table 5)."""
+    seen = []
+
+    def f(x, sigma, labels=None):
+        seen.append((float(sigma), float(x)))
+        return x
+
+    levels = [sigma * 0.99**i for i in range(400)]
+    stochastic_heun(f, torch.zeros(1, 1, 1, 1).double(), levels, torch.ones_like, sigma_min=0)
+    raised = sigma * (1 + gamma)
+    noisy = sigma + 1.003 * (raised**2 - sigma**2) ** 0.5
+    assert seen[0] == pytest.approx((raised, noisy), rel=1e-12)
+
+
+def test_the_second_order_takes_the_middle_of_each_step_whatever_the_steps():
+    """Of a D that is a line in ln sigma: the steps of this grid are far from equal."""
+    levels = [80.0, 10.0, 7.0, 0.5, 0.3]
+
+    def line(x, sigma, labels=None):
+        return sigma.log().reshape(-1, 1, 1, 1).expand_as(x)
+
+    x = 80.0
+    for i, (hi, lo) in enumerate(itertools.pairwise(levels)):
+        at = hi if i == 0 else (hi * lo) ** 0.5  # nothing is known before the first
+        x = lo / hi * x + (1 - lo / hi) * math.log(at)
+    seen = []
+
+    def recorded(x, sigma, labels=None):
+        seen.append(float(x))
+        return line(x, sigma)
+
+    SAMPLERS["dpmpp_2m"](recorded, torch.zeros(1, 1, 1, 1).double(), levels, torch.ones_like,
+                         sigma_min=0.002)  # fmt: skip
+    assert seen[-1] == pytest.approx(x, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("side", "tile", "places"),
+    [(8, 8, [0]), (9, 8, [0, 1]), (12, 8, [0, 4]), (20, 8, [0, 4, 8, 12]),
+     (21, 8, [0, 3, 6, 10, 13]), (11, 7, [0, 2, 4])],
+)  # fmt: skip
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_tiles_overlap_by_half_and_every_pixel_is_the_mean_of_its_tiles(
+    side, tile, places, is_wide
+):
+    labels, seen = torch.tensor([5]), []
+
+    def place_of(x, sigma, labels=None):
+        seen.append((int(x[0, 0, 0, 0]), labels))
+        return x[..., :1, :1].square().expand_as(x)
+
+    shape = (1, 1, 1, side) if is_wide else (1, 1, side, 1)
+    size = (1, tile) if is_wide else (tile, 1)
+    picture = torch.arange(side).reshape(shape).float()
+    answer = tiled(place_of, size)(picture, torch.ones(1), labels)
+    assert [place for place, _ in seen] == places
+    assert all(given is labels for _, given in seen)
+    over = [[p**2 for p in places if p <= i < p + tile] for i in range(side)]
+    assert answer.flatten().tolist() == pytest.approx([sum(each) / len(each) for each in over])
+
+
 @pytest.mark.parametrize("size", [(8, 8), (16, 8), (9, 20), (11, 11)])
 def test_tiles_cover_a_picture_and_agree_on_what_is_local(size):
     shapes = set()
@@ -160,7 +241,9 @@ def test_tiles_cover_a_picture_and_agree_on_what_is_local(size):
     assert shapes == {(2, 3, 8, 8)}
 
 
-@pytest.mark.parametrize("bad", [[], [1.0, 2.0], [1.0, 1.0], [1.0, 0.001]])
+@pytest.mark.parametrize(
+    "bad", [[], [1.0, 2.0], [1.0, 1.0], [1.0, 0.001], [math.inf, 1.0], [math.nan]]
+)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_bad_levels_are_refused(name, bad):
     with pytest.raises(UserError):
@@ -189,9 +272,18 @@ def test_projection_follows_every_call():
     assert float(result) == 0.25
 
 
+@pytest.mark.parametrize("n", [1, 2, 18])
+def test_levels_of_a_teacher_begin_with_the_most_noise(n):
+    levels = sampling_levels(n, NoiseRange(0.3, 50.0))
+    assert len(levels) == n
+    assert levels[0] == 50.0
+    assert n == 1 or levels[-1] == 0.3
+
+
 def test_clipped_clamps_the_answer():
     f = clipped(lambda x, sigma, labels=None: x * 5)
-    assert f(torch.ones(1, 1, 1, 1), torch.ones(1)).item() == 1.0
+    x = torch.tensor([-1.0, -0.1, 0.1, 1.0]).reshape(4, 1, 1, 1)
+    assert f(x, torch.ones(4)).flatten().tolist() == [-1.0, -0.5, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 9])

@@ -79,6 +79,20 @@ def test_images_kept_on_a_gpu_are_those_kept_in_memory(flip):
                 assert torch.equal(a, b.cpu())
 
 
+def test_half_of_the_images_are_mirrored_from_left_to_right():
+    n = 10_000
+    image = torch.tensor([[10, 20], [30, 40]], dtype=torch.uint8)
+    data = Dataset("one", image.expand(n, 1, 2, 2), None, 0)
+    draw = batches(data, batch=2 * n, shards=2, seed=0, device="cpu", flip=True)
+    both = [draw(0, shard)[0] for shard in range(2)]
+    mirrored = [(x == from_uint8(image.flip(1))).flatten(1).all(1) for x in both]
+    plain = (both[0] == from_uint8(image)).flatten(1).all(1)
+    assert torch.equal(plain, ~mirrored[0])
+    assert float(torch.cat(mirrored).float().mean()) == pytest.approx(0.5, abs=5 * 0.5 / 141)
+    alike = float((mirrored[0] == mirrored[1]).float().mean())  # a shard has draws of its own
+    assert alike == pytest.approx(0.5, abs=5 * 0.5 / 100)
+
+
 def test_shards_are_the_parts_of_the_same_batch():
     whole = batches(tiny(), batch=6, shards=1, seed=3, device="cpu")
     parts = batches(tiny(), batch=6, shards=3, seed=3, device="cpu")

@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageOps
 
 from cmtool.data import decoding
-from cmtool.data.decoding import image_mode, png_info, read_image, read_mask
+from cmtool.data.decoding import check_background, image_mode, png_info, read_image, read_mask
 from cmtool.data.drawing import png_bytes
-from cmtool.errors import InputError
+from cmtool.errors import InputError, UserError
 from tests.data.pictures import VALID, bmp_of_runs, chunk, damaged, png, saved, tiff
 
 
@@ -36,6 +36,23 @@ def test_alpha_lies_on_white():
     assert read_image(saved(rgba)).unique().tolist() == [255]
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_alpha_lies_on_the_colour_that_is_named(mode):
+    picture = Image.new("RGBA", (2, 1), (9, 9, 9, 0))
+    picture.putpixel((1, 0), (9, 9, 9, 255))
+    if mode == "P":
+        picture = picture.quantize(2)
+    content = saved(picture.convert(mode))
+    assert read_image(content, background="#102030")[:, 0].T.tolist() == [[16, 32, 48], [9, 9, 9]]
+    assert read_image(content, mode="L", background="black").tolist() == [[[0, 9]]]
+
+
+@pytest.mark.parametrize("colour", ["wite", "", "#12", "#10203040", "rgba(1,2,3,4)", "\0"])
+def test_a_background_that_is_no_colour_is_refused(colour):
+    with pytest.raises(UserError, match="is no colour"):
+        check_background(colour)
+
+
 def test_rotation_is_applied():
     image = Image.new("RGB", (4, 2))
     exif = Image.Exif()
@@ -57,8 +74,9 @@ def test_every_orientation_is_what_pillow_makes_of_it(orientation):
 def test_pixels_of_an_unknown_range_are_refused():
     with pytest.raises(InputError, match="pixels are floats"):
         read_image(saved(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"))
-    with pytest.raises(InputError, match="more than 16 bits"):
-        read_image(saved(Image.fromarray(np.full((2, 2), 70_000, np.int32)), "TIFF"))
+    for value in (-1, 65536, 70_000):
+        with pytest.raises(InputError, match="more than 16 bits"):
+            read_image(saved(Image.fromarray(np.full((2, 2), value, np.int32)), "TIFF"))
 
 
 def test_grey_palette_and_cmyk_become_rgb():
@@ -167,3 +185,51 @@ def test_grey_of_a_tiff_is_scaled_by_its_own_bits():
 def test_grey_of_no_known_range_is_refused(bits, sign):
     with pytest.raises(InputError, match=r"range|is not an image"):
         read_image(tiff(3, 1, TWO_16 * 2, bits=bits, sign=sign))
+
+
+@pytest.mark.parametrize(("off", "gain"), [(-128, 0), (0, 0), (128, 0), (129, 1), (256, 1)])
+def test_sixteen_bit_grey_is_rounded_to_the_nearest_level(off, gain):
+    """Level v of 255 is 257 v of 65,535."""
+    levels = np.arange(1, 255)
+    deep = (257 * levels + off).astype(np.uint16).reshape(2, 127)
+    assert read_image(saved(Image.fromarray(deep)), mode="L").flatten().tolist() == [
+        v + gain for v in range(1, 255)
+    ]
+
+
+def test_sixteen_bit_grey_reaches_both_ends():
+    ends = np.array([[0, 65535]], np.uint16)
+    assert read_image(saved(Image.fromarray(ends)), mode="L").tolist() == [[[0, 255]]]
+
+
+@pytest.mark.parametrize(
+    ("grey", "alpha", "wanted"),
+    [(128, 255, [True, False]), (127, 255, [False, False]),  # white is half a picture or more
+     (240, 128, [True, False]), (239, 128, [False, True]), (255, 127, None)],
+)  # fmt: skip
+def test_a_mask_is_told_by_half_of_each_level(grey, alpha, wanted, tmp_path):
+    """Two pixels: one of this grey and alpha, and one that is black and opaque, or nothing."""
+    other = [0, 0, 0, 255] if alpha == 255 else [0, 0, 0, 0]
+    pixels = np.array([[[grey] * 3 + [alpha], other]], np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "m.png")
+    if wanted is None:  # all is nothing
+        assert read_mask(tmp_path / "m.png").all()
+    else:
+        assert read_mask(tmp_path / "m.png").tolist() == [[wanted]]
+
+
+@pytest.mark.parametrize(("dark", "is_refused"), [(15, True), (16, False)])
+def test_a_mask_of_two_meanings_has_white_and_black_paint_on_nothing(dark, is_refused, tmp_path):
+    pixels = np.array([[[255] * 4, [dark] * 3 + [255], [0] * 4]], np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "m.png")
+    if is_refused:
+        with pytest.raises(InputError, match="black, white and transparent"):
+            read_mask(tmp_path / "m.png")
+    else:
+        assert read_mask(tmp_path / "m.png").tolist() == [[[False, False, True]]]
+
+
+def test_the_limit_is_64_million_pixels():
+    assert image_mode(saved(Image.new("1", (8000, 8000)))) == "1"
+    with pytest.raises(InputError, match="8001x8000 pixels"):
+        image_mode(saved(Image.new("1", (8001, 8000))))

@@ -1,13 +1,16 @@
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from cmtool.errors import InputError, MissingError
+from cmtool.data.images import from_uint8
+from cmtool.errors import InputError, MissingError, UserError
 from cmtool.evaluation.features import (
     DigitsFeatures,
+    build_extractor,
     digits_extractor,
     inception_extractor,
     vgg16_extractor,
@@ -42,6 +45,19 @@ def test_digits_features_have_their_width_and_refuse_other_sizes():
         network(torch.zeros(1, 3, 8, 9))
     with pytest.raises(InputError, match="2 channels"):
         extractor(torch.zeros(1, 2, 8, 8, dtype=torch.uint8))
+
+
+def test_pixels_are_the_means_of_the_parts_of_an_image():
+    extractor = build_extractor("pixels")
+    images = pictures(3, 16)
+    blocks = from_uint8(images).reshape(3, 3, 8, 2, 8, 2).mean((3, 5)).flatten(1)
+    torch.testing.assert_close(extractor(images), blocks)
+    odd = torch.full((2, 3, 13, 6), 255, dtype=torch.uint8)
+    assert extractor(odd).eq(1).all()
+    assert extractor.width == 192
+    for refused in ({"trust": True}, {"file": Path("x")}):
+        with pytest.raises(UserError, match="needs no file"):
+            build_extractor("pixels", **refused)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -111,6 +111,16 @@ def test_rows_that_come_often_cover_themselves_and_nothing_else():
         assert precision_recall(often, rows + 1e-4, chunk=chunk).precision == 0
 
 
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+@pytest.mark.parametrize("width", [50, 300])
+def test_equal_rows_have_no_distance_whatever_they_are_multiplied_with(width, shift):
+    """Rounding differs by the shape of a product: any rest of it is more than a radius of 0."""
+    rows = features(n=40, d=width, seed=1, shift=shift)
+    often = rows.repeat(5, 1)[torch.randperm(200, generator=torch.Generator().manual_seed(1))]
+    found = [precision_recall(often, rows[:n], chunk=64).precision for n in range(4, 40)]
+    assert found == [1.0] * 36
+
+
 def test_a_neighbourhood_needs_more_images_than_neighbours():
     for real, made in ((3, 9), (9, 3)):
         with pytest.raises(InputError, match="3 images to evaluate"):
@@ -154,6 +164,36 @@ def test_the_score_is_of_splits_of_5000():
     made = Features(None, logits, len(logits))
     found = METRICS["is"].compute(made, Features(), extractor)["is"]
     assert found.value == pytest.approx(2)
+    few = Features(None, logits[:6250], 6250)  # the last split is of one class
+    found = METRICS["is"].compute(few, Features(), extractor)["is"]
+    assert found.value == pytest.approx((2 + 1) / 2)
+
+
+def test_metrics_have_the_settings_of_their_papers():
+    """KID of 100 subsets of 1,000 (Binkowski et al.); k = 3 (Kynkaanniemi et al.)."""
+    extractor = build_extractor("digits")
+    images, reference = features(n=60, seed=1).float(), features(n=50, seed=2, scale=1.2).float()
+    sides = Features(None, images, 60), Features(None, reference, 50)
+    found = METRICS["kid"].compute(*sides, extractor)["kid"]
+    assert found == kernel_distance(reference, images, subsets=100, size=1000, seed=0)
+    found = METRICS["pr"].compute(*sides, extractor)
+    expected = precision_recall(reference, images, k=3)
+    assert (found["precision"].value, found["recall"].value) == expected
+    sides = Features(of(images)), Features(of(reference))
+    found = METRICS["fid"].compute(*sides, extractor)["fid"].value
+    assert found == frechet_distance(of(images), of(reference)) > 0.1
+    settings = {name: METRICS[name].settings for name in ("kid", "is", "pr")}
+    assert settings == {
+        "kid": {"subsets": 100, "size": 1000, "seed": 0}, "is": {"split": 5000}, "pr": {"k": 3},
+    }  # fmt: skip
+    assert {name for name, row in METRICS.items() if row.lowest_is_best} == {"fid", "kid"}
+
+
+def test_subsets_are_no_larger_than_the_smaller_set():
+    few, many = features(n=20, seed=1), features(n=50, seed=2)
+    for a, b in ((few, many), (many, few)):
+        found = kernel_distance(a, b, subsets=3, size=30)
+        assert found == kernel_distance(a, b, subsets=3, size=20)
 
 
 @pytest.mark.parametrize("name", METRICS)
