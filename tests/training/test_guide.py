@@ -99,7 +99,7 @@ def test_a_report_says_what_was_distilled_and_shows_what_was_learned_from(tmp_pa
 
 def test_a_student_that_starts_from_a_teacher_is_from_it(tmp_path):
     page = report(tmp_path / "r", "digits-ect", teacher={"source": "x" * 99, "sha256": ""})
-    assert f"Run r: consistency training from ...{'x' * 37}<" in page
+    assert f"Run r: consistency training from ...{'x' * 27}<" in page
 
 
 def test_names_that_are_no_text_are_shown_all_the_same(tmp_path):
