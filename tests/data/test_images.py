@@ -207,7 +207,7 @@ def test_letters_lie_in_the_middle():
 @pytest.mark.parametrize(
     ("grey", "alpha", "wanted"),
     [(128, 255, [True, False]), (127, 255, [False, False]),  # white is half a picture or more
-     (240, 128, [True, False]), (255, 127, None), (100, 128, [False, True])],
+     (240, 128, [True, False]), (239, 128, [False, True]), (255, 127, None)],
 )  # fmt: skip
 def test_a_mask_is_told_by_half_of_each_level(grey, alpha, wanted, tmp_path):
     """Two pixels: one of this grey and alpha, and one that is black and opaque, or nothing."""
@@ -218,6 +218,17 @@ def test_a_mask_is_told_by_half_of_each_level(grey, alpha, wanted, tmp_path):
         assert read_mask(tmp_path / "m.png").all()
     else:
         assert read_mask(tmp_path / "m.png").tolist() == [[wanted]]
+
+
+@pytest.mark.parametrize(("dark", "is_refused"), [(15, True), (16, False)])
+def test_a_mask_of_two_meanings_has_white_and_black_paint_on_nothing(dark, is_refused, tmp_path):
+    pixels = np.array([[[255] * 4, [dark] * 3 + [255], [0] * 4]], np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "m.png")
+    if is_refused:
+        with pytest.raises(InputError, match="black, white and transparent"):
+            read_mask(tmp_path / "m.png")
+    else:
+        assert read_mask(tmp_path / "m.png").tolist() == [[[False, False, True]]]
 
 
 def test_the_limit_is_64_million_pixels():

@@ -164,6 +164,9 @@ def test_the_score_is_of_splits_of_5000():
     made = Features(None, logits, len(logits))
     found = METRICS["is"].compute(made, Features(), extractor)["is"]
     assert found.value == pytest.approx(2)
+    few = Features(None, logits[:7500], 7500)  # the last split is of one class
+    found = METRICS["is"].compute(few, Features(), extractor)["is"]
+    assert found.value == pytest.approx((2 + 1) / 2)
 
 
 def test_metrics_have_the_settings_of_their_papers():
@@ -176,6 +179,9 @@ def test_metrics_have_the_settings_of_their_papers():
     found = METRICS["pr"].compute(*sides, extractor)
     expected = precision_recall(reference, images, k=3)
     assert (found["precision"].value, found["recall"].value) == expected
+    sides = Features(of(images)), Features(of(reference))
+    found = METRICS["fid"].compute(*sides, extractor)["fid"].value
+    assert found == frechet_distance(of(images), of(reference)) > 0.1
     settings = {name: METRICS[name].settings for name in ("kid", "is", "pr")}
     assert settings == {
         "kid": {"subsets": 100, "size": 1000, "seed": 0}, "is": {"split": 5000}, "pr": {"k": 3},
