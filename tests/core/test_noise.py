@@ -31,6 +31,15 @@ def test_grid_ascends_and_its_ends_are_exact(n):
     assert (sigmas.diff() > 0).all()
 
 
+@pytest.mark.parametrize("rho", [1.0, 3.0, 7.0, 9.0])
+@pytest.mark.parametrize("ends", [(0.002, 80.0), (0.3, 10.0), (0.01, 50.0), (0.05, 79.7)])
+def test_ends_are_exact_whatever_they_are_and_between_them_the_roots_are_even(ends, rho):
+    sigmas = karras_sigmas(6, *ends, rho)
+    assert (float(sigmas[0]), float(sigmas[-1])) == ends
+    steps = (sigmas ** (1 / rho)).diff()
+    torch.testing.assert_close(steps, steps[:1].expand(5), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize(("index", "n", "sigma"), [(22, 40, 1.382368), (11, 18, 0.585348)])
 def test_published_two_step_levels(index, n, sigma):
     assert float(karras_sigmas(n).flip(0)[index]) == pytest.approx(sigma, rel=1e-5)

@@ -96,6 +96,23 @@ def test_what_is_no_covariance_is_refused_and_rounding_is_not():
     assert frechet_distance(nothing, Gaussian(zero + 1, 0 * one, 9)) == 3
 
 
+@pytest.mark.parametrize(("share", "is_refused"), [(0.9, False), (1.1, True)])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_the_bounds_of_rounding_are_relative_to_the_largest_value(size, share, is_refused):
+    """1e-4 of it between the two halves of a covariance, 1e-3 of it below an eigenvalue of 0."""
+    zero = torch.zeros(3).double()
+    good = Gaussian(zero, size * torch.diag(torch.tensor([2.0, 1.0, 0.5]).double()), 9)
+    skew, below = good.covariance.clone(), good.covariance.clone()
+    skew[0, 1] += share * 1e-4 * 2 * size
+    below[2, 2] = -share * 1e-3 * 2 * size
+    for bad, message in ((skew, "not symmetric"), (below, "negative eigenvalues")):
+        if is_refused:
+            with pytest.raises(InputError, match=message):
+                frechet_distance(Gaussian(zero, bad, 9), good)
+        else:
+            assert frechet_distance(Gaussian(zero, bad, 9), good) < size
+
+
 def test_sums_do_not_depend_on_order_batches_or_processes():
     rows = features(n=900, d=5, shift=3.3).float()
     order = torch.randperm(900, generator=torch.Generator().manual_seed(9))

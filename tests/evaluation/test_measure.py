@@ -16,10 +16,10 @@ from packaging import version
 from cmtool.data.archives import write_npz
 from cmtool.data.images import png_bytes, to_uint8
 from cmtool.errors import UserError
-from cmtool.evaluation.features import build_extractor
-from cmtool.evaluation.gaussian import GaussianSums, frechet_distance
+from cmtool.evaluation.features import Extractor, build_extractor
+from cmtool.evaluation.gaussian import Gaussian, GaussianSums, frechet_distance
 from cmtool.evaluation.measure import drawn_batches, evaluate
-from cmtool.evaluation.metrics import BOTH, fid, kid
+from cmtool.evaluation.metrics import BOTH, Features, fid, kid
 from cmtool.evaluation.sets import Setup, collect, open_set
 from cmtool.system.dist import Group
 
@@ -90,6 +90,39 @@ def test_evaluate_is_the_eval_command_for_notebooks(tmp_path):
     assert ours == theirs
     with pytest.raises(UserError, match="metric 'fud'"):
         evaluate(images, "fud")
+
+
+@pytest.fixture
+def means(monkeypatch):
+    """A feature network that takes no time: the mean of each channel."""
+    network = Extractor("means", "", 3, lambda x: x.float().mean((2, 3)), None, 8192, "cpu")
+    monkeypatch.setattr("cmtool.evaluation.measure.build_extractor", lambda *_, **__: network)
+
+
+@pytest.mark.usefixtures("means")
+@pytest.mark.parametrize("num", [49_999, 50_000])
+def test_a_number_of_fewer_than_50_000_images_is_a_proxy(num, monkeypatch):
+    gaussian = Gaussian(torch.zeros(3).double(), torch.eye(3).double(), num)
+    many = Features(gaussian, num=num)
+    monkeypatch.setattr("cmtool.evaluation.measure.collect", lambda *_, **__: many)
+    images = torch.zeros(2, 3, 1, 1)
+    assert evaluate(images, reference=images)["proxy"] == (num == 49_999)
+
+
+@pytest.mark.usefixtures("means")
+@pytest.mark.parametrize(("num", "reference"), [(3, 9), (9, 3), (4, 9), (9, 4)])
+def test_a_covariance_of_no_more_images_than_features_is_singular(num, reference):
+    images = torch.rand(9, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    content = evaluate(images[:num], reference=images[:reference])
+    assert content["rank_deficient"] == (min(num, reference) <= 3)
+
+
+@pytest.mark.usefixtures("means")
+@pytest.mark.parametrize(("num", "reference"), [(20, 30), (30, 20)])
+def test_subsets_are_told_as_large_as_the_smaller_set(num, reference):
+    images = torch.rand(30, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    content = evaluate(images[:num], "kid", images[:reference])
+    assert content["settings"] == {"subsets": 100, "size": 20, "seed": 0}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from cmtool.errors import UserError
 from cmtool.evaluation.search import search_indices, ternary_search
@@ -22,10 +23,14 @@ def test_the_bottom_of_a_valley_is_found_in_few_steps(high):
 
 
 def test_the_published_search_ends_where_it_ended():
+    asked = []
+
     def fid(i):
-        return TRACE.get(i, 4.0 + 0.1 * abs(i - 11))
+        asked.append(i)
+        return TRACE[i]
 
     assert ternary_search(fid, 0, 17) == 11
+    assert set(asked) == TRACE.keys()
 
 
 def test_the_best_of_all_that_were_asked_is_returned():
@@ -38,6 +43,20 @@ def test_the_best_of_all_that_were_asked_is_returned():
 
     found = ternary_search(value, 0, 8)
     assert values[found] == min(values[i] for i in asked)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_of_all_is_returned_of_scores_without_order(seed):
+    scores = torch.randperm(30, generator=torch.Generator().manual_seed(seed)).tolist()
+    asked = []
+    found = ternary_search(lambda i: asked.append(i) or scores[i], 0, 29)
+    assert scores[found] == min(scores[i] for i in asked)
+
+
+def test_an_interval_of_three_levels_is_halved_before_all_are_asked():
+    asked = []
+    assert ternary_search(lambda i: asked.append(i) or i, 0, 4) == 1
+    assert asked == [1, 2]
 
 
 @pytest.mark.parametrize("high", range(2, 40))
@@ -62,6 +81,7 @@ def test_levels_are_added_one_at_a_time():
 
     assert search_indices(score, 3, 18) == (0, 7, 12)
     assert {len(i) for i in asked} == {2, 3}
+    assert all(i[-2] < i[-1] < 17 for i in asked)
     assert all(i[:2] == (0, 7) for i in asked if len(i) == 3)
 
 
