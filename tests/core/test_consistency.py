@@ -26,6 +26,20 @@ def test_the_exact_map_deviates_by_the_solvers_error_alone():
     assert [row.sigma for row in fine] == sorted((row.sigma for row in fine), reverse=True)
 
 
+def test_paths_and_deviations_are_of_the_images_classes():
+    heard, labels = [], torch.tensor([3, 1])
+
+    def f(x, sigma, labels=None):
+        heard.append(labels)
+        return 0.5 * x
+
+    noise = torch.ones(2, 1, 1, 1).double()
+    points = list(paths(f, noise, [4.0, 2.0, 1.0], heun, labels))
+    deviations(f, f, points, labels)
+    assert len(heard) == 2 * 2 + 2 * 3
+    assert all(given is labels for given in heard)
+
+
 def test_deviations_in_closed_form():
     points = followed(64)
     end = points[-1].x
