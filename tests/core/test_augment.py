@@ -65,6 +65,15 @@ def test_nothing_drawn_changes_nothing(size, channels):
     assert torch.allclose(out, x, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", [name for name in Warps._fields if name != "axis"])
+def test_each_warp_alone_moves_its_images_and_no_other(name):
+    x = noise(3, 3, 8, 8)
+    one = still(3, **{name: True if name.startswith("flip") else 0.7})
+    one = Warps(*(w * torch.tensor([False, True, False]) for w in one))
+    moved = warped(x, one)
+    assert [torch.equal(a, b) for a, b in zip(moved, x, strict=True)] == [True, False, True]
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_flips_are_exact(size):
     x = noise(3, 3, *size)
