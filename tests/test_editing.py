@@ -72,6 +72,18 @@ def test_a_picture_is_enlarged_by_a_factor_that_does_not_divide_the_models_size(
         edit.superres(model, small, 1, fit="pad")
 
 
+@pytest.mark.parametrize(("h", "w"), [(6, 5), (8, 3)])
+def test_an_answer_is_as_large_as_what_was_given(model, images, h, w):
+    """Padding is taken off again; known pixels are where they were."""
+    picture = images[0, :, :h, :w]
+    mask = torch.zeros(h, w, dtype=torch.bool)
+    mask[1, 1:3] = True
+    answer = edit.inpaint(model, picture, mask, fit="pad", steps=1, label=3)
+    assert answer.shape == picture.shape
+    assert torch.equal(answer[:, ~mask], picture[:, ~mask])
+    assert not torch.equal(answer[:, mask], picture[:, mask])
+
+
 def test_the_way_between_images_is_straight_and_under_one_noise(model, images):
     a, b = images[:2]
     frames = edit.interpolate(model, a, b, frames=5, label=4, seed=7)

@@ -108,10 +108,23 @@ def test_colours_orthogonal_to_the_luma_are_free():
                                torch.zeros(3, 3, 3), atol=1e-6, rtol=0)  # fmt: skip
 
 
-def test_a_factor_that_does_not_divide_names_those_that_do():
-    with pytest.raises(UserError, match="factor of 5 does not divide 8x12") as error:
-        block_means(torch.zeros(1, 3, 12, 8), 5)
-    assert error.value.hint == "use 2, 4"
+@pytest.mark.parametrize(
+    ("size", "factor", "good"),
+    [((12, 8), 5, "use 2, 4"), ((12, 8), 3, "use 2, 4"), ((8, 12), 3, "use 2, 4"),
+     ((9, 8), 2, "crop the picture")],
+)  # fmt: skip
+def test_a_factor_that_does_not_divide_names_those_that_do(size, factor, good):
+    shown = f"factor of {factor} does not divide {size[1]}x{size[0]}"
+    with pytest.raises(UserError, match=shown) as error:
+        block_means(torch.zeros(1, 3, *size), factor)
+    assert error.value.hint == good
+
+
+def test_a_factor_below_one_is_refused():
+    with pytest.raises(UserError, match="factor of 0"):
+        superres(torch.zeros(1, 3, 4, 4), 0)
+    x = torch.randn(1, 3, 4, 4)
+    assert torch.equal(superres(x, 1).project(torch.zeros_like(x)), x)
 
 
 def test_interpolation_keeps_the_norm_and_reaches_both_ends():
@@ -201,6 +214,7 @@ def test_inpainting_keeps_known_pixels_through_sampling():
     assert not torch.equal(x0[~where], reference[~where])
 
 
-def test_a_mask_of_another_size_names_both():
-    with pytest.raises(InputError, match="mask is 4x5 but the image is 6x7"):
-        inpaint(torch.zeros(1, 3, 7, 6), torch.ones(1, 1, 5, 4, dtype=torch.bool))
+@pytest.mark.parametrize(("h", "w"), [(5, 4), (7, 4), (5, 6), (1, 6)])
+def test_a_mask_of_another_size_names_both(h, w):
+    with pytest.raises(InputError, match=f"mask is {w}x{h} but the image is 6x7"):
+        inpaint(torch.zeros(1, 3, 7, 6), torch.ones(1, 1, h, w, dtype=torch.bool))
