@@ -141,7 +141,7 @@ def test_sums_are_exact_of_the_largest_features_in_the_largest_batch():
     assert all(map(torch.equal, once.sums, split.sums))
 
 
-@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 17_000.0])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 17_000.0, 16_384.0, -16_384.0])
 def test_features_that_cannot_be_summed_are_refused(bad):
     rows = features(n=3)
     rows[1, 2] = bad
