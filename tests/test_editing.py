@@ -13,7 +13,7 @@ from cmtool.core.noise import karras_sigmas
 from cmtool.core.rng import SeededNoise, seeded_labels
 from cmtool.data.datasets import digits
 from cmtool.data.images import from_uint8
-from cmtool.errors import UserError
+from cmtool.errors import InputError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,12 @@ def test_a_picture_is_enlarged_by_a_factor_that_does_not_divide_the_models_size(
     torch.testing.assert_close(block_means(answer[None], 3)[0], small, atol=2e-3, rtol=0)
     with pytest.raises(UserError, match="factor 1"):
         edit.superres(model, small, 1, fit="pad")
+
+
+def test_a_model_of_grey_pictures_makes_no_colours(model, images):
+    grey = with_card(model, "model", channels=1)
+    with pytest.raises(InputError, match="makes grey pictures"):
+        editing.prepare_colorize(grey, images, fit="exact", name="it")
 
 
 @pytest.mark.parametrize(("h", "w"), [(6, 5), (8, 3)])

@@ -135,6 +135,8 @@ def ramp(h, w):
     [((11, 8), "crop", (slice(1, 9), slice(1, 6)), (0, 0)),
      ((8, 5), "exact", (slice(0, 8), slice(0, 5)), (0, 0)),
      ((6, 4), "pad", (slice(0, 6), slice(0, 4)), (2, 1)),
+     ((8, 4), "pad", (slice(0, 8), slice(0, 4)), (0, 1)),
+     ((6, 5), "pad", (slice(0, 6), slice(0, 5)), (2, 0)),
      ((6, 9), "tile", (slice(0, 6), slice(0, 9)), (2, 0))],
 )  # fmt: skip
 def test_a_canvas_is_the_centre_or_the_whole_with_its_edge_repeated(side, how, kept, pad):
@@ -204,6 +206,11 @@ def test_letters_lie_in_the_middle():
     assert int(columns[-1] - columns[0]) > 36
 
 
+def test_a_letter_is_as_high_as_the_picture():
+    rows = (text_mask("I", 64, 48) > 128)[0].any(1).nonzero()
+    assert int(rows[-1] - rows[0]) >= 60
+
+
 @pytest.mark.parametrize(
     ("grey", "alpha", "wanted"),
     [(128, 255, [True, False]), (127, 255, [False, False]),  # white is half a picture or more
@@ -238,8 +245,9 @@ def test_the_limit_is_64_million_pixels():
 
 
 def test_the_releases_rounding_cuts():
-    x = from_uint8(torch.tensor([7, 7], dtype=torch.uint8)) + torch.tensor([0.9, 1.1]) / 127.5
-    assert floored(x).tolist() == [7, 8]
+    levels = torch.tensor([7, 7, 250, 250], dtype=torch.uint8)
+    x = from_uint8(levels) + torch.tensor([0.9, 1.1, 0.9, 1.1]) / 127.5
+    assert floored(x).tolist() == [7, 8, 250, 251]
     assert floored(torch.tensor([-2.0, -1, 1, 2])).tolist() == [0, 0, 255, 255]
 
 

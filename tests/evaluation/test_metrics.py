@@ -164,7 +164,7 @@ def test_the_score_is_of_splits_of_5000():
     made = Features(None, logits, len(logits))
     found = METRICS["is"].compute(made, Features(), extractor)["is"]
     assert found.value == pytest.approx(2)
-    few = Features(None, logits[:7500], 7500)  # the last split is of one class
+    few = Features(None, logits[:6250], 6250)  # the last split is of one class
     found = METRICS["is"].compute(few, Features(), extractor)["is"]
     assert found.value == pytest.approx((2 + 1) / 2)
 
