@@ -455,7 +455,7 @@ def test_new_workers_of_one_torchrun_find_the_folder_that_the_first_ones_began(
     monkeypatch.chdir(tmp_path)
     for name, begun_by in (("x", "elsewhere:1"), ("x-2", f"{platform.node()}:{os.getppid()}")):
         (tmp_path / "runs" / name).mkdir(parents=True)
-        content = json.dumps({"launchers": [begun_by]})
+        content = json.dumps({"state": "running", "launchers": [begun_by]})
         (tmp_path / "runs" / name / "status.json").write_text(content)
     with new_folder("x") as out:
         assert out == Path("runs/x-3")
