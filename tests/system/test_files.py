@@ -63,9 +63,10 @@ def test_what_is_read_has_a_bound(tmp_path):
 
 
 def test_without_a_folder_for_temporary_files_a_run_does_not_start(tmp_path, monkeypatch, cmtool):  # noqa: F811
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
-    result = cmtool("train", *TINY, "--set", "train.steps=1", "--out", "r")
+    with monkeypatch.context() as patched:  # pytest's own capturing takes such files later
+        patched.setattr(tempfile, "tempdir", None)
+        patched.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+        result = cmtool("train", *TINY, "--set", "train.steps=1", "--out", "r")
     assert result.code == 5, result.err
     assert result.err.endswith("hint: name one that can: export TMPDIR=FOLDER\n")
     assert not (tmp_path / "r").exists()
