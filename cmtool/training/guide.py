@@ -20,7 +20,7 @@ GOOD_LOSS = (
     " samples to say, or for a metric."
 )
 """For methods whose row says nothing else."""
-LONGEST = 40
+LONGEST = 30
 """Characters of a name in a title."""
 
 

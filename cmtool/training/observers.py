@@ -295,11 +295,11 @@ def final_images(run: Run, last: Tensor | None) -> dict[str, Tensor]:
     """
     preset, teacher, drawn = run.preset, run.teacher, {}
     if teacher:
-        title = f"teacher {short(teacher.source)}, {calls(teacher.preset)}"
+        title = f"teacher {short(teacher.source)}\n{calls(teacher.preset)}"
         drawn[title] = fixed_images(run, teacher.f, teacher.preset, "samples of the teacher")
     if last is None:  # the run had no step left to take
         last = fixed_images(run, kept_model(run.state), preset, "samples")
-    return {**drawn, f"{'student' if teacher else 'samples'}, {calls(preset)}": last}
+    return {**drawn, f"{'student' if teacher else 'samples'}\n{calls(preset)}": last}
 
 
 def calls(card: Card) -> str:

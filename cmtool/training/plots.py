@@ -133,6 +133,11 @@ def svgs(plots: Sequence[Plot]) -> Iterator[str]:
             yield svg.getvalue()
 
 
+def plain_lines(text: str) -> str:
+    """Return text of several lines for matplotlib."""
+    return "\n".join(map(plain, text.split("\n")))
+
+
 def draw(axis: Any, plot: Plot, places: Mapping[str, int] | None = None) -> None:
     """Draw the curves of a plot, in the colours of the `places` of their names, else in turn.
 
@@ -177,12 +182,12 @@ def write_summary(path: Path, log: Log, panels: dict[str, Tensor], title: str) -
     loss, *rest = plot.subplots(1, 1 + len(panels), squeeze=False)[0]
     known = curve_of(log, "loss")
     loss.plot(known.steps, known.values)
-    lines = "\n".join(map(plain, title.split("\n")))
-    loss.set(xlabel="step", ylabel="loss", title=lines, yscale="log")
+    loss.set(xlabel="step", ylabel="loss", yscale="log")
+    loss.set_title(plain_lines(title), fontsize=10)
     loss.grid(alpha=0.3)
     for axis, (name, images) in zip(rest, panels.items(), strict=True):
         axis.imshow(picture(images, 10).permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set(title=plain(name))
+        axis.set_title(plain_lines(name), fontsize=10)
         axis.set_axis_off()
     with replacing(path) as temporary:
         plot.savefig(temporary, dpi=110, format="png")

@@ -7,7 +7,7 @@ import torch
 
 from cmtool.cli import _watching
 from cmtool.cli._watching import BarWatcher, LineWatcher, ticker
-from cmtool.data.images import read_image
+from cmtool.data.decoding import read_image
 from cmtool.presets.toml import load_preset
 from cmtool.training import observers
 

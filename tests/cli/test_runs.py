@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from cmtool.cli.runs import AGES, SIZES, rounded
-from cmtool.data.images import read_image
+from cmtool.data.decoding import read_image
 from cmtool.presets.toml import resolve, to_toml
 from cmtool.training import plots
 from cmtool.training.history import read_history
