@@ -117,6 +117,8 @@ def find_model(name_or_path: str | Path, weights: str = "ema") -> tuple[Found, l
         return Found(ASSETS / f"{name_or_path}.safetensors"), []
     if not path.exists():
         hint = f"give a run folder, a weight file, or one of {', '.join(BUNDLED)}"
+        if re.match(r"https?://|hf:|[\w.-]+/[\w.-]+$", str(name_or_path)):
+            hint += "; nothing is downloaded: fetch the file first, and give its path"
         raise InputError(f"no model {str(name_or_path)!r}", hint)
     return find(path, weights)
 

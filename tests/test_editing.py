@@ -38,12 +38,14 @@ def with_card(model, part, **changes):
      ((128, 256), (2.69, 1.12)), ((256, 128), (2.69, 1.12)), ((8, 8), (1.0, 0.4)),
      ((45, 45), (1.0, 0.4))],
 )  # fmt: skip
-def test_levels_of_strokes_shrink_with_the_side_down_to_a_least_one(model, size, wanted):
+@pytest.mark.parametrize("points", [4, 5, 18, 2000])
+def test_levels_of_strokes_shrink_with_the_side_down_to_a_least_one(model, size, wanted, points):
     """The paper's for 256 pixels; of the training grid the ones nearest by their ratio."""
-    shown = with_card(model, "model", image_size=size)
-    grid = karras_sigmas(sampling.grid_size(model.preset), *model.noise_range)[1:].tolist()
+    shown = with_card(with_card(model, "model", image_size=size), "sample", grid=points)
+    grid = karras_sigmas(points, *model.noise_range)[1:].tolist()
     nearest = [min(grid, key=lambda k, s=s: abs(math.log(k / s))) for s in wanted]
     assert editing.stroke_levels(shown) == pytest.approx(sorted(set(nearest), reverse=True))
+    assert points < 2000 or nearest == pytest.approx(wanted, rel=0.01)
 
 
 def test_levels_of_strokes_are_never_the_last_of_the_grid(model):

@@ -14,7 +14,6 @@ from typer.core import TyperCommand
 from cmtool.cli._options import AsJson
 from cmtool.cli._output import emit, emit_json, make_folder, say
 from cmtool.errors import InputError, UserError
-from cmtool.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,6 +87,8 @@ def _tell(data: Dataset) -> None:
 
 def _print_facts(facts: dict[str, Any]) -> None:
     """Print the facts, a line each; of long lists only the ends."""
+    from cmtool.system.text import printable
+
     for key, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{name} ({count})" for name, count in list(value.items())[:10])

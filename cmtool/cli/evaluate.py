@@ -257,14 +257,20 @@ def given_images(metric: str, images: list[str] | None, checkpoint: str | None) 
         if images and not listed:
             raise InputError("no paths on stdin", "pipe them in, one a line")
         return listed or None
-    sets = [name for name in images or [] if Path(name).is_dir() or name.endswith(SETS)]
-    if images and sets and len(images) > 1:
+    if images and len(images) > 1 and any(map(_is_set, images)):
         first, second, *more = map(shlex.quote, images)
         hint = "give one folder, zip or npz, or image files alone"
         if not more:
             hint = f"cmtool eval {metric} {first} --reference {second}"
         raise UserError(f"{len(images)} sets of images to measure", hint)
     return images or None
+
+
+def _is_set(name: str) -> bool:
+    """Tell whether a name is that of many images: a folder, an archive, a bundled data set."""
+    from cmtool.data.datasets import DATASETS
+
+    return Path(name).is_dir() or name.endswith(SETS) or name.partition(":")[0] in DATASETS
 
 
 @app.command("reference")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -12,9 +13,10 @@ from typer import Option
 
 from cmtool.cli import _completion
 from cmtool.cli import _options as shared
+from cmtool.cli._archive import ARCHIVES, image_name, told, write_archive
 from cmtool.cli._output import emit, emit_json, joined, prepare_output, say, write_bytes
 from cmtool.cli._watching import showing
-from cmtool.errors import InputError, ResourceError, UserError, nearest
+from cmtool.errors import InputError, ResourceError, Stopped, UserError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -217,16 +219,21 @@ class Drawing:
             yield part, self.draw(part, tell) if part else None
             done += len(part)
 
-    def everything(self) -> Iterator[Tensor]:
-        """Yield the images (C, H, W) of all processes, in order, round by round."""
+    def everything(self, first: int = 0) -> Iterator[Tensor]:
+        """Yield the images (C, H, W) of all processes, in order from `first`, round by round."""
         import torch
 
-        for _, drawn in self.drawn_rounds(range(len(self.seeds))):
+        for _, drawn in self.drawn_rounds(range(first, len(self.seeds))):
             yield from torch.cat([part for part in self.group.gather(drawn) if part is not None])
 
     def classes(self) -> list[int] | list[None]:
         """Return the class of each image."""
         return [None] * len(self.seeds) if self.labels is None else self.labels.tolist()
+
+    def key(self) -> str:
+        """Return a hash of all that the pixels of the images depend on."""
+        facts = [self.about(), self.options.rounding]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def about(self) -> list[dict[str, str]]:
         """Return what the PNG of each image says of how it was made."""
@@ -243,30 +250,14 @@ class Drawing:
 def write_one_file(drawing: Drawing) -> dict[str, Any]:
     """Write all images into one zip, npz or grid; return what to say of it."""
     out = drawing.options.out
-    if not drawing.group.leads:
+    if Path(out).suffix.lower() in ARCHIVES:
+        write_archive(drawing)
+    elif drawing.group.leads:
+        _write_grid(out, drawing)
+    else:
         for _ in drawing.everything():
             pass
-        return {}
-    write = {".zip": _write_zip, ".npz": _write_npz}.get(Path(out).suffix.lower(), _write_grid)
-    write(out, drawing)
-    return {"path": out, "seeds": drawing.seeds}
-
-
-def _write_zip(out: str, drawing: Drawing) -> None:
-    from cmtool.data.archives import write_zip
-    from cmtool.data.drawing import png_bytes
-
-    names = map(image_name, drawing.seeds)
-    infos = [{}] * len(drawing.seeds) if drawing.options.no_metadata else drawing.about()
-    files = map(png_bytes, drawing.everything(), infos)
-    write_zip(Path(out), zip(names, files, drawing.classes(), strict=True))
-
-
-def _write_npz(out: str, drawing: Drawing) -> None:
-    from cmtool.data.archives import write_npz
-
-    classes = None if drawing.labels is None else drawing.classes()
-    write_npz(Path(out), drawing.everything(), len(drawing.seeds), classes)
+    return {"path": out, "seeds": drawing.seeds} if drawing.group.leads else {}
 
 
 def _write_grid(out: str, drawing: Drawing) -> None:
@@ -287,11 +278,6 @@ def _brief(numbers: Sequence[int | None]) -> str:
     text = seed_ranges([number for number in numbers if number is not None])
     many = f"{len(numbers)} from {text[:20]}..., {hashlib.sha256(text.encode()).hexdigest()[:12]}"
     return text if len(text) < 60 else many
-
-
-def image_name(seed: int) -> str:
-    """Return the file name of a seed's image."""
-    return f"seed{seed:06d}.png"
 
 
 def seed_ranges(seeds: list[int]) -> str:
@@ -325,20 +311,19 @@ def write_folder(drawing: Drawing) -> dict[str, Any]:
                 emit(path)
 
     record(sorted(set(range(len(paths))) - set(missing)))
-    for indices, images in drawing.drawn_rounds(missing):
-        written = 0
-        try:
-            for index, image in zip(indices, () if images is None else images, strict=True):
-                info = {} if options.no_metadata else infos[index]
-                write_atomic(paths[index], png_bytes(image, info))
-                written += 1
-        except ResourceError as error:
-            record(indices[:written])
-            what = f"{error.what}: {len(records)} of {len(paths)} images are there"
-            hint = f"{error.hint}; then the same command draws the rest"
-            raise ResourceError(what, hint) from None
-        for part in drawing.group.gather(indices):
-            record(part)
+    with told(lambda: len(records), len(paths), options.out):
+        for indices, images in drawing.drawn_rounds(missing):
+            written = 0
+            try:
+                for index, image in zip(indices, () if images is None else images, strict=True):
+                    info = {} if options.no_metadata else infos[index]
+                    write_atomic(paths[index], png_bytes(image, info))
+                    written += 1
+            except (ResourceError, Stopped):
+                record(indices[:written])
+                raise
+            for part in drawing.group.gather(indices):
+                record(part)
     return {"images": records} if drawing.group.leads else {}
 
 

@@ -6,6 +6,7 @@ A source is opened by its content and name. It is never extracted: images are de
 from __future__ import annotations
 
 import os
+import shlex
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -137,8 +138,8 @@ class LazyImages:
         if (h, w) != (fh, fw):
             raise InputError(
                 f"{shown} is {w}x{h} but {name} is {fw}x{fh}",
-                f"bring them to one size: cmtool data prepare DATA one.zip --size {min(fh, fw)}"
-                " --fit box; in training: --set data.fit=box",
+                f"bring them to one size: cmtool data prepare {shlex.quote(self.source or 'DATA')}"
+                f" one.zip --size {min(fh, fw)} --fit box; in training: --set data.fit=box",
             )
         return image
 

@@ -227,10 +227,25 @@ def _validated(tree: dict[str, Any], shown: str) -> Preset:
         hint = f"set it with --set {key}=VALUE, or in the file"
         if first["type"] == "extra_forbidden":
             what = f"unknown key {key!r} in preset {shown}"
-            hint = nearest(path[-1], list(_section(path[:-1]).model_fields))
+            known = [name for name in _known(tree) if name.rpartition(".")[2] == path[-1]]
+            here = nearest(path[-1], list(_section(path[:-1]).model_fields))
+            hint = f"did you mean {' or '.join(known)}?" if known else here
         if first["type"] == "missing":
             what, hint = f"preset {shown} lacks {key!r}", "set it, or extend a preset"
         raise UserError(what, hint) from None
+
+
+def _known(tree: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys that presets may have, and the options in a tree of this one."""
+    tables = [name for name in Preset.model_fields if _is_table(name)]
+    keys = [f"{table}.{key}" for table in tables for key in _section([table]).model_fields]
+    ours = [key for key, _ in flat(tree) if key.count(".") > 1]  # options of components
+    return keys + ours
+
+
+def _is_table(name: str) -> bool:
+    kind = Preset.model_fields[name].annotation
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _section(path: list[str]) -> type[BaseModel]:

@@ -226,8 +226,8 @@ def test_many_pictures_go_to_a_folder_and_say_how_they_were_made(cmtool, tmp_pat
 
 @pytest.mark.parametrize(
     ("size", "fit", "answer"),
-    [((16, 12), "crop", (8, 8)), ((16, 12), "resize", (8, 8)), ((6, 5), "pad", (6, 5)), ((20, 9), "tile", (20, 9)),
-     ((5, 20), "tile", (5, 20))],
+    [((16, 12), "crop", (8, 8)), ((16, 12), "resize", (8, 8)), ((6, 5), "pad", (6, 5)),
+     ((20, 9), "tile", (20, 9)), ((5, 20), "tile", (5, 20))],
 )  # fmt: skip
 def test_pictures_of_other_sizes_are_fitted_by_a_named_rule(cmtool, tmp_path, size, fit, answer):
     picture = torch.randint(256, (3, *size), generator=torch.Generator().manual_seed(0))

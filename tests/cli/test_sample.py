@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cmtool.cli.sample import Drawing
 from cmtool.core.samplers import SAMPLERS
 from cmtool.data.datasets import load_dataset
 from cmtool.data.decoding import png_info, read_image
@@ -20,6 +22,12 @@ SMALL = ["sample", "-c", "digits-cd", "--device", "cpu"]
 
 
 def files(folder):
+    """Return the images of a folder, the bytes of a zip, or the arrays of an npz."""
+    if folder.suffix == ".npz":  # zipfile writes down the time
+        with np.load(folder) as arrays:
+            return {name: arrays[name].tobytes() for name in arrays}
+    if folder.is_file():
+        return folder.read_bytes()
     return {p.name: p.read_bytes() for p in folder.glob("*.png")}
 
 
@@ -277,6 +285,52 @@ def test_the_bundled_model_is_not_changed(cmtool):
     result = cmtool("search", "-c", "digits-cd")
     assert result.code == 2
     assert "give an --out" in result.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("out", ["a", "a.zip", "a.npz"])
+def test_a_stopped_command_goes_on_when_it_is_typed_again(
+    cmtool, tmp_path, monkeypatch, out, number
+):
+    command = [*SMALL, "--seeds", "0-6", "--batch", "2", "--out", out]
+    assert cmtool(*command).code == 0
+    whole = (tmp_path / out).rename(tmp_path / f"whole{Path(out).suffix}")
+    drawn, draw = [], Drawing.draw
+
+    def stopped(self, indices, *more):
+        if len(drawn) == 4:
+            os.kill(os.getpid(), number)
+        drawn.extend(indices)
+        return draw(self, indices, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Drawing, "draw", stopped)
+        result = cmtool(*command)
+    assert result.code == 128 + number
+    where = "a" if out == "a" else f"{out}.part"
+    assert f"stopped by signal {number}: 4 of 7 images are there, in {where}" in result.err
+    assert "hint: the same command draws the rest" in result.err
+    assert [p.name for p in tmp_path.iterdir() if p != whole] == [where]
+    drawn.clear()
+    monkeypatch.setattr(
+        Drawing, "draw", lambda self, i, *m: (drawn.extend(i), draw(self, i, *m))[1]
+    )
+    other = cmtool(*command, "--sigmas", "80,0.5")
+    assert other.code == 2
+    assert not drawn
+    result = cmtool(*command)
+    assert result.code == 0
+    assert "4 of 7 images are there already" in result.err
+    assert drawn == [4, 5, 6]
+    assert files(tmp_path / out) == files(whole)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [out, whole.name]
+
+
+def test_an_archive_that_is_stopped_before_an_image_leaves_nothing(cmtool, tmp_path, monkeypatch):
+    monkeypatch.setattr(Drawing, "draw", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    result = cmtool(*SMALL, "--seeds", "0-6", "--out", "a.zip")
+    assert result.code == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

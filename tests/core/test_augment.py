@@ -173,6 +173,16 @@ def test_each_warp_comes_as_often_and_as_far_as_it_should(p):
     assert labels.tolist() == pytest.approx(wanted, abs=6 / math.sqrt(n))
 
 
+@pytest.mark.parametrize("p", [0.5, 1.0])
+def test_no_warp_tells_of_another(p):
+    n = 40_000
+    w = draw_warps(n, p, torch.Generator().manual_seed(0))
+    drawn = [w.octaves != 0, w.angle != 0, w.stretch != 0, w.shift_x != 0] if p < 1 else []
+    values = torch.stack([each.double() for each in (*w, *drawn)])
+    related = torch.corrcoef(values) - torch.eye(len(values), dtype=torch.float64)
+    assert float(related.abs().max()) < 5 / math.sqrt(n)
+
+
 def test_warps_are_a_function_of_the_generator_alone_and_belong_to_one_image_each():
     x = noise(6, 3, 8, 8)
     a, said = augmented(x, step_generator(1, 2, 3), p=0.5)

@@ -53,6 +53,8 @@ def test_every_distance_is_one_number_per_image_symmetric_and_zero_on_itself(nam
     assert (d(x, y) > 0).all()
     torch.testing.assert_close(d(x, y), d(y, x))
     torch.testing.assert_close(d(x, x), torch.zeros(5), atol=1e-7, rtol=0)
+    alone = torch.cat([d(x[i : i + 1], y[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(d(x, y), alone)
 
 
 def test_values_by_hand():

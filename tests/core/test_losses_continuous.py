@@ -22,7 +22,7 @@ from cmtool.core.losses import (
 from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import NoiseRange, Stage, karras_sigmas, ramp
 from cmtool.core.precond import edm_scalings
-from cmtool.core.rng import same_dropout
+from cmtool.core.rng import same_dropout, seeded
 from cmtool.core.solvers import SOLVERS
 from cmtool.core.tangents import OdePoint, curvature, half_square, tangent
 from cmtool.core.tensors import expand
@@ -153,6 +153,23 @@ def test_the_target_is_held_fixed_and_live_is_not():
         lambda x, s, y: student(x), lambda x, s, y: target(x), point, None, l2, uniform_weight,
     ).sum().backward()  # fmt: skip
     assert target.weight.grad is not None
+
+
+def test_both_passes_drop_the_same_units():
+    """Of f = w x with some units dropped the loss is then w times half of its gradient."""
+    drop, w = nn.Dropout(0.5), torch.tensor(3.0, requires_grad=True)
+
+    def f(x, sigma, labels=None):
+        return drop(w * x)
+
+    one = torch.ones(1, 1, 16, 16)
+    with seeded(torch.Generator().manual_seed(0)):
+        loss = continuous_loss(
+            f, f, OdePoint(one, torch.ones(1), one), None, l2, uniform_weight
+        ).sum()
+    (gradient,) = torch.autograd.grad(loss, w)
+    assert loss.item() > 0
+    assert gradient.item() == pytest.approx(2 * loss.item() / 3)
 
 
 STEPS = [2.0**-k for k in range(8, 12)]

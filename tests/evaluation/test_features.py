@@ -60,6 +60,14 @@ def test_pixels_are_the_means_of_the_parts_of_an_image():
             build_extractor("pixels", **refused)
 
 
+def test_digits_features_are_of_images_from_minus_one_to_one():
+    """As the classifier learned: level 0 is -1, level 255 is 1."""
+    network, images = DigitsFeatures().eval(), pictures(3, 8)
+    with torch.no_grad():
+        expected = network(images / 127.5 - 1)
+    torch.testing.assert_close(digits_extractor(network, "")(images), expected)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_network_is_that_of_clean_fids_own_port(monkeypatch):
     from cleanfid import inception_pytorch

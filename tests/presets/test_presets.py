@@ -331,3 +331,16 @@ def test_an_empty_table_empties_the_one_it_extends_and_an_empty_section_does_not
     assert found.preset.sample.levels == {}
     assert found.origins["sample.levels"] == "own.toml"
     assert found.preset.train == load_preset("digits-cd").train
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("lr", "train.lr"), ("steps", "sample.steps or train.steps"),
+     ("model_channels", "model.network.model_channels"), ("train.sigma_max", "noise.sigma_max"),
+     ("loss.path", "data.path"), ("metric", None), ("train.stpes", None)],
+)  # fmt: skip
+def test_a_key_in_the_wrong_table_is_told_where_it_belongs(key, meant):
+    with pytest.raises(UserError, match=f"unknown key '{key}'") as caught:
+        load_preset("digits-cd", {key: 1})
+    wanted = f"did you mean {meant}?" if meant else "choose from "
+    assert wanted in caught.value.hint

@@ -6,8 +6,10 @@ import tempfile
 
 import pytest
 
-from cmtool.errors import InputError
-from cmtool.system.files import opened, read_own, read_regular, sync, write_atomic
+from cmtool.errors import InputError, ResourceError
+from cmtool.presets.toml import load_preset
+from cmtool.system.files import check_temporary, opened, read_own, read_regular, sync, write_atomic
+from cmtool.training.run import train
 from tests.cli.conftest import TINY, cmtool  # noqa: F401  # a fixture
 
 
@@ -62,12 +64,14 @@ def test_what_is_read_has_a_bound(tmp_path):
         opened(tmp_path)
 
 
-def test_without_a_folder_for_temporary_files_a_run_does_not_start(tmp_path, monkeypatch, cmtool):  # noqa: F811
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
-    result = cmtool("train", *TINY, "--set", "train.steps=1", "--out", "r")
-    assert result.code == 5, result.err
-    assert result.err.endswith("hint: name one that can: export TMPDIR=FOLDER\n")
+def test_without_a_folder_for_temporary_files_a_run_does_not_start(tmp_path, monkeypatch):
+    check_temporary()
+    with monkeypatch.context() as patch:  # pytest needs such a folder too
+        patch.setattr(tempfile, "tempdir", None)
+        patch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+        with pytest.raises(ResourceError, match="no folder for temporary files") as caught:
+            train(load_preset("digits-ct"), tmp_path / "r", None)
+    assert caught.value.hint == "name one that can: export TMPDIR=FOLDER"
     assert not (tmp_path / "r").exists()
 
 
