@@ -104,14 +104,14 @@ def shown(text: str) -> str:
 
 
 def emit(text: str) -> None:
-    """Write one line to stdout, a name of a file byte for byte, or as a terminal may show it.
+    """Write one line to stdout, a name of a file byte for byte.
 
     If the reader is gone, end quietly with exit code 141.
     """
     if leads():
         with _stdout():
-            if sys.stdout.isatty():
-                print(shown(text), flush=True)  # a bar may be there: it steps aside for print
+            if hasattr(sys.stdout, "rich_proxied_file"):  # a bar is there: it steps aside for print
+                print(text.encode(errors="backslashreplace").decode(), flush=True)
                 return
             sys.stdout.flush()
             sys.stdout.buffer.write(os.fsencode(f"{text}\n"))

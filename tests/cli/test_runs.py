@@ -123,19 +123,38 @@ def test_names_cannot_write_to_the_terminal(cmtool, tmp_path):
     assert cells(cmtool("runs", "list"))[0][0] == r"a\x1b[31m\t[b]\n"
 
 
-def test_a_terminal_gets_a_table(tmp_path):
-    make(tmp_path / "runs" / "[b]a")
+def on_a_terminal(folder, *arguments):
+    """What a command writes to a terminal on stdout and stderr."""
     ours, theirs = pty.openpty()
     written = []
     reader = threading.Thread(target=lambda: written.append(read_all(ours)), daemon=True)
     reader.start()
     subprocess.run(
-        [sys.executable, "-m", "cmtool", "runs", "list"], cwd=tmp_path, stdout=theirs, timeout=100,
-        check=True, env=os.environ | {"TERM": "xterm", "COLUMNS": "160"},
+        [sys.executable, "-m", "cmtool", *arguments], cwd=folder, stdout=theirs, stderr=theirs,
+        timeout=100, check=True, env=os.environ | {"TERM": "xterm", "COLUMNS": "160"},
     )  # fmt: skip
     os.close(theirs)
     reader.join(10)
-    text = written[0].decode()
+    return written[0].decode()
+
+
+@pytest.mark.slow
+def test_paths_stand_above_the_bar_on_a_terminal(tmp_path):
+    text = on_a_terminal(tmp_path, "sample", "--seeds", "0-3", "--batch", "2", "--out", "o")
+    assert "drawn 2 of 4 images" in text
+    lines = [line.rpartition("\x1b[2K")[2].strip() for line in text.splitlines()]
+    assert [line for line in lines if line.endswith(".png")] == [
+        f"o/seed00000{seed}.png" for seed in range(4)
+    ]  # fmt: skip
+
+
+def test_text_of_many_lines_is_whole_on_a_terminal(tmp_path):
+    assert len(on_a_terminal(tmp_path, "preset", "show", "digits-cd").splitlines()) > 40
+
+
+def test_a_terminal_gets_a_table(tmp_path):
+    make(tmp_path / "runs" / "[b]a")
+    text = on_a_terminal(tmp_path, "runs", "list")
     assert "loss or best" in text
     assert "[b]a" in text
     assert "\t" not in text
