@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-import tomlkit
-
 from cmtool.core.distances import DISTANCES
 from cmtool.core.losses import WEIGHTINGS
 from cmtool.core.methods import METHODS
@@ -20,7 +18,7 @@ from cmtool.core.samplers import SAMPLERS
 from cmtool.core.solvers import SOLVERS
 from cmtool.data.images import FITS
 from cmtool.errors import UserError, nearest
-from cmtool.presets.toml import field_schema, meaning
+from cmtool.presets.toml import as_toml, field_schema, meaning
 
 REGISTRIES: dict[str, Mapping[str, Any]] = {
     "model.network": NETWORKS,
@@ -78,7 +76,7 @@ def explained(key: str, values: Mapping[str, Any]) -> Entry:
     if shown not in values:
         raise UserError(f"no key {key!r}", nearest(key, [k.removesuffix(".name") for k in values]))
     value = values[shown]
-    text = tomlkit.item(list(value) if isinstance(value, tuple) else value).as_string()
+    text = as_toml(value)
     registry = REGISTRIES.get(key)
     choices = [_choice(name, row) for name, row in sorted(registry.items())] if registry else []
     says = meaning(key)

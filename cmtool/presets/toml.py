@@ -341,6 +341,12 @@ def _fill(table: Any, tree: Mapping[str, Any], comment: Comment, prefix: str) ->
             table[key] = _item(value, comment(dotted))
 
 
+def as_toml(value: Any) -> str:
+    """Return a value as it is written in TOML."""
+    text: str = _item(value, None).as_string()
+    return text
+
+
 def _item(value: Any, comment: str | None) -> Any:
     """Return a TOML value with a comment; tables in a list are inline tables."""
     many = isinstance(value, list | tuple)
