@@ -106,7 +106,7 @@ class SkipsBad(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Return what is left of the arguments after they were read."""
-        for at, (word, value) in enumerate(zip(args, [*args[1:], ""], strict=True)):
+        for at, (word, value) in enumerate(zip(args, [*args[1:], ""], strict=False)):
             if word == "--skip-bad" and not value.lstrip("-").isdecimal():
                 args[at] = f"{word}={ALL}"
         return super().parse_args(ctx, args)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from cmtool.cli import _completion
 from cmtool.cli._options import Device, Overwrite, pick_device
 from cmtool.cli._output import check_free, emit, say, write_bytes
 from cmtool.errors import UserError, nearest
@@ -31,7 +32,13 @@ def list_() -> None:
 
 @app.command("show")
 def show(
-    name: Annotated[str, Argument(help="A preset's name, or the path of a TOML file.")],
+    name: Annotated[
+        str,
+        Argument(
+            autocompletion=_completion.presets,
+            help="A preset's name, or the path of a TOML file.",
+        ),
+    ],
     keys: Annotated[
         list[str] | None,
         Argument(metavar="[KEY]...", help="Keys to explain, such as loss.distance. Default: all."),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+from cmtool.cli import _completion
 from cmtool.cli._options import AsJson, Device, newest_run, pick_device, tell_notes, with_options
 from cmtool.cli._output import emit, emit_json, processes, say
 from cmtool.cli._watching import make_watcher
@@ -25,6 +26,7 @@ Preset = Annotated[
     str | None,
     Option(
         "--preset",
+        autocompletion=_completion.presets,
         help="A preset's name or a TOML file. One that names no data, such as edm or ect, is fitted"
         " to yours, for an hour on this device: see it with --dry-run, or cmtool preset new.",
     ),
@@ -32,8 +34,9 @@ Preset = Annotated[
 DistanceOption = Annotated[
     str | None,
     Option(
+        autocompletion=_completion.distances,
         help="Distance d(x, y) of the loss, loss.distance in a preset:"
-        " l1, l2, l2_32, linf, lpips, pseudo_huber."
+        " l1, l2, l2_32, linf, lpips, pseudo_huber.",
     ),
 ]
 
@@ -45,10 +48,19 @@ class RunOptions:
     set_: Annotated[
         list[str] | None, Option("--set", help="KEY=VALUE over the preset; repeatable.")
     ] = None
-    data: Annotated[str | None, Option(help="Data set: its name, or a path of images.")] = None
+    data: Annotated[
+        str | None,
+        Option(
+            autocompletion=_completion.data_sets, help="Data set: its name, or a path of images."
+        ),
+    ] = None
     metric: DistanceOption = None
     out: Annotated[
-        Path | None, Option(help="Run folder. Default: runs/PRESET, numbered if taken.")
+        Path | None,
+        Option(
+            autocompletion=_completion.runs,
+            help="Run folder. Default: runs/PRESET, numbered if taken.",
+        ),
     ] = None
     seed: Annotated[int | None, Option(help="Seed of the run.")] = None
     accumulate: Annotated[
@@ -58,8 +70,9 @@ class RunOptions:
     precision: Annotated[
         str | None,
         Option(
+            autocompletion=_completion.precisions,
             help="Precision of the networks: fp32, bf16, fp16, or auto, which is bf16 where the"
-            " device computes in it."
+            " device computes in it.",
         ),
     ] = None
     compile_: Annotated[
@@ -128,7 +141,10 @@ def _train(
     preset: Preset = None,
     init: Annotated[
         str | None,
-        Option(help="Model to start from: fine-tune it on other images. See the notes on stderr."),
+        Option(
+            autocompletion=_completion.models,
+            help="Model to start from, to fine-tune it on other images.",
+        ),
     ] = None,
 ) -> None:
     """Train an EDM teacher, or a consistency model from scratch.
@@ -213,7 +229,8 @@ def _distill(
     teacher: Annotated[
         str | None,
         Option(
-            help="Teacher model. Default: the newest finished teacher under runs/, else digits-edm."
+            autocompletion=_completion.models,
+            help="Teacher model. Default: the newest finished teacher under runs/, else digits-edm.",
         ),
     ] = None,
     preset: Preset = None,

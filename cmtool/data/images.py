@@ -182,7 +182,7 @@ def canvas(h: int, w: int, size: tuple[int, int], how: str, name: str = "the ima
     good = ["tile", *["crop"] * is_large, *["pad"] * is_small]
     raise InputError(
         f"{name} is {w}x{h}, the model makes {size[1]}x{size[0]}",
-        f"make it that size with --fit resize, or choose --fit {' or '.join(good)}",
+        f"resize it to {size[1]}x{size[0]} by --fit resize, or choose --fit {' or '.join(good)}",
     )
 
 

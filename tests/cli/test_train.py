@@ -495,7 +495,7 @@ def test_own_images_need_no_preset(cmtool, tmp_path):
     own_images(tmp_path / "drawings", classes=("x", "y", "z"))
     tuned = cmtool("train", "--init", "runs/t", "--data", "drawings", "--out", "runs/u", *QUICK)
     assert tuned.code == 0, tuned.err
-    assert "note: new, not from runs/t: " in tuned.err
+    assert "new, not from runs/t: " in tuned.err
     assert "(3, 32), there (2, 32)" in tuned.err
     facts = json.loads((tmp_path / "runs/u/run.json").read_text())
     assert facts["init"]["source"] == "runs/t"
