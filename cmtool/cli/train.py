@@ -230,7 +230,7 @@ def _distill(
         str | None,
         Option(
             autocompletion=_completion.models,
-            help="Teacher model. Default: the newest finished teacher under runs/, else digits-edm.",
+            help="Teacher model. Default: the newest finished teacher in runs/, else digits-edm.",
         ),
     ] = None,
     preset: Preset = None,
