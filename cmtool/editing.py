@@ -184,7 +184,7 @@ def prepare_superres(
     """
     size = model.preset.model.image_size
     if factor < 2:
-        raise UserError(f"--factor {factor}", "give 2 or more")
+        raise UserError(f"--factor {factor} enlarges nothing", "give 2 or more")
     if fit == "exact":
         edits.block_means(torch.zeros(1, 1, *size), factor)  # the factor divides
     if fit == "exact" and tuple(images.shape[2:]) == size:
@@ -230,7 +230,8 @@ def prepare_denoise(
     if sigma is None:
         sigma = min(max(float(edits.estimate_sigma(x)), low), high)
     if not low <= sigma <= high:
-        raise UserError(f"--sigma {sigma:g}", f"the model knows {low:g} to {high:g}")
+        what = f"--sigma {sigma:g} is none of the model's noise levels"
+        raise UserError(what, f"the model knows {low:g} to {high:g}")
     return PreparedEdit(edits.denoise(x), layout, (layout.unpad(x),), (sigma,))
 
 

@@ -241,7 +241,7 @@ def pick_precision(name: str, device: str) -> str:
     if name == "auto":
         return best_precision(device)
     if name not in ("fp32", *HALF):
-        raise UserError(f"--precision {name!r}", nearest(name, ["auto", "fp32", *HALF]))
+        raise UserError(f"unknown --precision {name!r}", nearest(name, ["auto", "fp32", *HALF]))
     return name
 
 
@@ -250,7 +250,7 @@ def parse_kind(text: str | None) -> Kind | None:
     match text:
         case None | "teacher" | "consistency":
             return text
-    raise UserError(f"--kind {text!r}", nearest(text, ["teacher", "consistency"]))
+    raise UserError(f"unknown --kind {text!r}", nearest(text, ["teacher", "consistency"]))
 
 
 def tell_notes(model: Model) -> None:

@@ -61,7 +61,7 @@ def inpaint(
     known pixels best.
     """
     if sum(given is not None for given in (mask, box, text)) != 1:
-        raise UserError("which part to regenerate", "give one of --mask, --box and --text")
+        raise UserError("no part to regenerate is named", "give one of --mask, --box and --text")
 
     def prepare(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
         from cmtool.data.decoding import read_mask
@@ -162,9 +162,12 @@ def box_mask(box: str, h: int, w: int) -> Tensor:
     try:
         left, top, width, height = map(int, box.split(","))
     except ValueError:
-        raise UserError(f"--box {box!r}", "LEFT,TOP,WIDTH,HEIGHT, for example 4,0,4,8") from None
+        what = f"--box {box!r} is not four whole numbers"
+        raise UserError(what, "give LEFT,TOP,WIDTH,HEIGHT, for example 4,0,4,8") from None
     if not (0 <= left < left + width <= w and 0 <= top < top + height <= h):
-        raise UserError(f"--box {box} is not within {w}x{h}", "LEFT,TOP,WIDTH,HEIGHT in pixels")
+        raise UserError(
+            f"--box {box} is not within {w}x{h}", "give LEFT,TOP,WIDTH,HEIGHT in pixels"
+        )
     mask = torch.zeros(1, h, w, dtype=torch.uint8)
     mask[:, top : top + height, left : left + width] = 255
     return mask

@@ -236,7 +236,8 @@ def refuse_options(given: dict[str, Any]) -> None:
     for name, default in OF_MODELS.items():
         if given[name] != default:
             option = f"--{name.replace('_', '-')} {given[name]}"
-            raise UserError(f"{option} of images that are there", "it is for --checkpoint")
+            what = f"{option} says how a model draws, and images were given"
+            raise UserError(what, "leave it out, or measure a model with --checkpoint")
 
 
 def given_images(metric: str, images: list[str] | None, checkpoint: str | None) -> list[str] | None:
@@ -324,7 +325,7 @@ def reference_command(
 def check_plot(plot: Path, overwrite: bool) -> None:
     """Raise UserError for a file that no plot can be written to."""
     if plot.suffix.lower() not in (".png", ".svg"):
-        raise UserError(f"--plot {plot}", "end it with .png or .svg")
+        raise UserError(f"--plot {plot}: the plot is a picture", "end its name with .png or .svg")
     check_free(plot, overwrite)
     make_folder(plot.parent)
 

@@ -108,7 +108,7 @@ def new(
 
     methods = [name for name in preset_names() if is_method_preset(name)]
     if method not in methods:
-        raise UserError(f"--method {method!r}", nearest(method, methods))
+        raise UserError(f"unknown --method {method!r}", nearest(method, methods))
     path = out or Path(f"{_plain(Path(data).stem)}-{method}.toml")
     if str(path) != "-":
         if path.suffix != ".toml":

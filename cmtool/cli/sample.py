@@ -83,7 +83,9 @@ class SampleOptions:
         from cmtool.system.dist import ALONE
 
         if self.rounding not in ROUNDINGS:
-            raise UserError(f"--rounding {self.rounding!r}", nearest(self.rounding, ROUNDINGS))
+            raise UserError(
+                f"unknown --rounding {self.rounding!r}", nearest(self.rounding, ROUNDINGS)
+            )
         where = shared.pick_device(self.device)
         precision = shared.pick_precision(self.precision, where)
         model = shared.pick_model(

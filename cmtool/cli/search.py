@@ -62,12 +62,12 @@ def search(
     from cmtool.sampling import grid_size
 
     if metric not in score_names():
-        raise UserError(f"--metric {metric!r}", nearest(metric, score_names()))
+        raise UserError(f"unknown --metric {metric!r}", nearest(metric, score_names()))
     where = pick_device(device)
     model = pick_model(checkpoint, weights, where, "consistency", said=kind, preset=preset)
     points = grid or grid_size(model.preset)
     if points - 1 < steps:
-        raise UserError(f"--steps {steps} on a grid of {points}", f"at most {points - 1}")
+        raise UserError(f"--steps {steps} on a grid of {points}", f"give at most {points - 1}")
     file = out or model.levels_file
     if file is None:
         raise UserError(f"{model.source} comes with cmtool and is not changed", "give an --out")

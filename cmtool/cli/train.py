@@ -28,7 +28,8 @@ Preset = Annotated[
         "--preset",
         autocompletion=_completion.presets,
         help="A preset's name or a TOML file. One that names no data, such as edm or ect, is fitted"
-        " to yours, for an hour on this device: see it with --dry-run, or cmtool preset new.",
+        " to yours, for an hour on this device: see it with --dry-run, or cmtool preset new."
+        " Default: for digits those of digits, for your own images edm in train and cd in distill.",
     ),
 ]
 DistanceOption = Annotated[

@@ -57,7 +57,7 @@ def recoloured(image: Tensor, channels: int) -> Tensor:
 def check_fit_rule(how: str) -> None:
     """Raise UserError unless the rule is one of FITS."""
     if how not in FITS:
-        raise UserError(f"data.fit = {how!r}", nearest(how, FITS))
+        raise UserError(f"data.fit = {how!r} is unknown", nearest(how, FITS))
 
 
 def fitted(image: Tensor, size: tuple[int, int], how: str, name: str = "the image") -> Tensor:
@@ -75,7 +75,10 @@ def fitted(image: Tensor, size: tuple[int, int], how: str, name: str = "the imag
             "choose how to fit it: data.fit = edm, adm or box, or cmtool data prepare",
         )
     if size[0] != size[1]:
-        raise InputError(f"data.fit = {how} to {size[1]}x{size[0]}", "it makes squares only")
+        raise InputError(
+            f"data.fit = {how} makes squares, not {size[1]}x{size[0]}",
+            "give a square size, or data.fit = exact",
+        )
     return tensor_of(FITS[how](picture_of(image), size[0]))
 
 
@@ -168,7 +171,7 @@ def canvas(h: int, w: int, size: tuple[int, int], how: str, name: str = "the ima
     not suit, UserError for an unknown rule.
     """
     if how not in CANVASES:
-        raise UserError(f"--fit {how!r}", nearest(how, CANVASES))
+        raise UserError(f"unknown --fit {how!r}", nearest(how, CANVASES))
     is_large = h >= size[0] and w >= size[1]
     is_small = h <= size[0] and w <= size[1]
     if (h, w) == size or how == "tile" or (how == "pad" and is_small):

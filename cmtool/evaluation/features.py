@@ -286,9 +286,11 @@ def build_extractor(
     unknown sha256. Raises UserError, and MissingError for the file.
     """
     if protocol not in PROTOCOLS:
-        raise UserError(f"--protocol {protocol!r}", nearest(protocol, PROTOCOLS))
+        raise UserError(f"unknown --protocol {protocol!r}", nearest(protocol, PROTOCOLS))
     if precision not in ("fp32", "bf16"):
-        raise UserError(f"--feature-precision {precision!r}", nearest(precision, ["fp32", "bf16"]))
+        raise UserError(
+            f"unknown --feature-precision {precision!r}", nearest(precision, ["fp32", "bf16"])
+        )
     network, resize = PROTOCOLS[protocol][:2]
     if network != "inception" and precision != "fp32":
         raise UserError(f"--feature-precision {precision} of --protocol {protocol}", "leave it out")

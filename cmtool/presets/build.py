@@ -47,7 +47,7 @@ SAMPLING: dict[Kind, SampleSection] = {
 def _row(registry: Mapping[str, T], name: str, key: str) -> T:
     """Return the entry of a registry. Raises UserError for an unknown name, with the good ones."""
     if name not in registry:
-        raise UserError(f"{key} = {name!r}", nearest(name, registry))
+        raise UserError(f"{key} = {name!r} is unknown", nearest(name, registry))
     return registry[name]
 
 
@@ -73,7 +73,9 @@ def pick(
             options[option] = TypeAdapter(types[option]).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"].lower()
-            raise UserError(f"{key}.{option} = {value!r}: {reason}", "mend its type") from None
+            raise UserError(
+                f"{key}.{option} = {value!r}: {reason}", "give it a value of the right type"
+            ) from None
     if isinstance(given, Mapping):
         options |= {name: value for name, value in given.items() if name in types}
     return partial(component, **options) if options else component
@@ -99,12 +101,12 @@ def build_network(model: ModelSection) -> nn.Module:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         what = f"model.network.{key} = {first['input']!r}: {first['msg'].lower()}"
-        raise UserError(what, "mend its type") from None
+        raise UserError(what, "give it a value of the right type") from None
     try:
         return kind.build(options, model.channels, model.num_classes)
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         what = f"network {choice.name!r} cannot be built: {error}"
-        raise UserError(what, "mend model.network") from None
+        raise UserError(what, "change the options of model.network") from None
 
 
 def noise_range(preset: Card) -> NoiseRange:

@@ -127,7 +127,7 @@ def data_layers(preset: str, facts: Facts, device: str, wish: Wish) -> Layers:
     """Return what the images and the size of the network decide."""
     name = wish.size or ("base" if device.startswith("cuda") else "small")
     if name not in SIZES:
-        raise UserError(f"--size {name!r}", nearest(name, SIZES))
+        raise UserError(f"unknown --size {name!r}", nearest(name, SIZES))
     chosen, size = SIZES[name], picture_size(facts, device, wish.image_size)
     is_one_size = facts.size == size
     network = network_for(size, chosen)

@@ -42,7 +42,11 @@ from cmtool.formats import diffusers_dir, jcm_msgpack
 from cmtool.formats.edm_pkl import adm_rules, song_rules
 from cmtool.formats.foreign import translate_back
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # as long as it takes if many hang
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.timeout(900),
+]  # as long as it takes if many hang
 
 ROOT = Path(__file__).parents[2]
 CANARY = "canary"  # in the child's working folder

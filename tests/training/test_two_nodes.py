@@ -14,7 +14,7 @@ import pytest
 from tests.cli.conftest import TINY
 from tests.training.test_torchrun import ENVIRONMENT, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 TIMEOUT = 5
 NODES = "ab"
