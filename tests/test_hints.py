@@ -120,7 +120,7 @@ def followed(arguments, hint):
     if command := re.search(r"\bcmtool [^;]+", hint):
         return shlex.split(command[0].split(", then")[0].rstrip("."))[1:]
     hint = re.sub(r"another --[\w-]+,? or ", "", hint)
-    added = re.findall(r"--[\w-]+(?: (?!or |and |to )[^\s,;]+)?", hint)
+    added = re.findall(r"--[\w-]+(?: (?!or |and |to )[^\s,;:]+)?", hint)
     assert added, hint
     first = [word for part in added[:1] for word in shlex.split(part)]
     return [*arguments, *first]

@@ -174,11 +174,7 @@ def _train(
     if not options.stored and is_method_preset(name):
         path = resolved.preset.data.path
         if not path:
-            what, hint = (
-                f"preset {name} names no images",
-                f"cmtool train --preset {name} --data DIR",
-            )
-            raise UserError(what, hint)
+            raise UserError(f"preset {name} names no images", "add --data DIR: your images")
         resolved = _fitted(options, name, path, facts=lambda: facts_of(path), start=start)
     _run(options, name, resolved, None, start)
 
