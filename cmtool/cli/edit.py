@@ -61,7 +61,7 @@ def inpaint(
     known pixels best.
     """
     if sum(given is not None for given in (mask, box, text)) != 1:
-        raise UserError("no part to regenerate is named", "give one of --mask, --box and --text")
+        raise UserError("it is not said which part to regenerate", "give one of --mask, --box and --text")
 
     def prepare(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
         from cmtool.data.decoding import read_mask
