@@ -61,7 +61,8 @@ def inpaint(
     known pixels best.
     """
     if sum(given is not None for given in (mask, box, text)) != 1:
-        raise UserError("it is not said which part to regenerate", "give one of --mask, --box and --text")
+        what = "it is not said which part to regenerate"
+        raise UserError(what, "give one of --mask, --box and --text")
 
     def prepare(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
         from cmtool.data.decoding import read_mask
