@@ -55,7 +55,8 @@ def is_regular(path: Path) -> bool:
 def read_own(path: Path, most: int = 1 << 20) -> bytes:
     """Return what is in a regular file that is `opened`. Raises InputError if it is longer."""
     with opened(path) as file:
-        content: bytes = file.read(most + 1)
+        size = os.fstat(file.fileno()).st_size  # Python takes all the memory that it is asked for
+        content: bytes = file.read(min(size, most) + 1)
     if len(content) > most:
         raise InputError(f"{path} has more than {most:,} bytes", "remove it, or give another path")
     return content

@@ -124,14 +124,14 @@ def test_a_batch_that_does_not_fit_ends_with_5_and_proposes_to_split_it(tmp_path
 
     command = [
         sys.executable, "-m", "cmtool", "train", "--preset", "digits-ct", "--device", "cpu",
-        "--out", str(tmp_path / "r"), "--set", "train.batch=12000", "--precision", "fp32",
+        "--out", str(tmp_path / "r"), "--set", "train.batch=30000", "--precision", "fp32",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, preexec_fn=limit, timeout=200
     )
     assert result.returncode == 5, result.stderr
-    assert "error: out of memory after step 0, with 12000 images at a time" in result.stderr
+    assert "error: out of memory after step 0, with 30000 images at a time" in result.stderr
     assert "hint: split the batch: --accumulate 2" in result.stderr
     assert "Traceback" not in result.stderr
     status = json.loads((tmp_path / "r/status.json").read_text())

@@ -121,3 +121,8 @@ def test_a_regular_file_is_read_whole(tmp_path):
     assert b"cpu" in read_regular("/proc/cpuinfo", 1 << 20).lower()
     with pytest.raises(InputError, match="null byte"):
         read_regular("a\0b", 10)
+
+
+def test_a_bound_takes_no_memory(tmp_path):
+    (tmp_path / "small").write_bytes(b"ours")
+    assert read_own(tmp_path / "small", 1 << 60) == b"ours"
