@@ -6,6 +6,7 @@ code attack makes a file, the canary. What is tested is the command, `cmtool che
 """
 
 import contextlib
+import gc
 import io
 import json
 import lzma
@@ -2326,6 +2327,7 @@ def child(wanted):
 
     for name, path in wanted["controls"].items():
         tell(loaded=name, **attempt(path))
+    gc.freeze()  # as a command leaves what it has imported (`importing_torch`)
     for name, path in wanted["attacks"].items():
         tell(start=name)
         before = peak()
