@@ -9,7 +9,15 @@ import typer
 from typer import Argument, Option
 
 from cmtool.cli import _completion
-from cmtool.cli._options import AsJson, KindOption, ModelPreset, Weights, parse_kind, tell_notes
+from cmtool.cli._options import (
+    AsJson,
+    KindOption,
+    ModelPreset,
+    Weights,
+    importing_torch,
+    parse_kind,
+    tell_notes,
+)
 from cmtool.cli._output import emit, emit_json, make_folder, say, shown
 
 if TYPE_CHECKING:
@@ -43,7 +51,8 @@ def info(
 
     No code in the file is executed.
     """
-    from cmtool.models import load_model
+    with importing_torch():
+        from cmtool.models import load_model
 
     said = parse_kind(kind)
     model = load_model(path, weights=weights, preset=preset, kind=said, otherwise="teacher")
@@ -83,7 +92,8 @@ def convert(
     """
     from cmtool.convert import check_out
     from cmtool.convert import convert as convert_model
-    from cmtool.models import load_model
+    with importing_torch():
+        from cmtool.models import load_model
 
     check_out(out, overwrite=overwrite)
     make_folder(out.parent)

@@ -51,3 +51,11 @@ def test_a_process_that_ends_early_loses_no_output_and_tells_how_it_ended(tmp_pa
 def test_a_process_waits_for_its_threads():
     late = "threading.Timer(0.3, lambda: print('late')).start()"
     assert "late" in ends(["--version"], subprocess.PIPE, late).stdout
+
+
+def test_checkpoint_info_reads_a_file_with_its_imports_left_out_of_collections():
+    """Files of 200,000 lists are refused in half of the time."""
+    told = "atexit.register(lambda: print(__import__('gc').get_freeze_count()))"
+    ended = ends(["checkpoint", "info", "/dev/null"], subprocess.PIPE, told)
+    assert ended.returncode == 3
+    assert int(ended.stdout) > 100_000

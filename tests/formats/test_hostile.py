@@ -2327,7 +2327,7 @@ def child(wanted):
 
     for name, path in wanted["controls"].items():
         tell(loaded=name, **attempt(path))
-    gc.freeze()  # as a command leaves what it has imported (`importing_torch`)
+    gc.freeze()  # as `checkpoint info` does with what it imports (`importing_torch`)
     for name, path in wanted["attacks"].items():
         tell(start=name)
         before = peak()
