@@ -92,6 +92,7 @@ def convert(
     """
     from cmtool.convert import check_out
     from cmtool.convert import convert as convert_model
+
     with importing_torch():
         from cmtool.models import load_model
 
