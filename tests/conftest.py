@@ -2,6 +2,8 @@ import os
 import shutil
 import subprocess
 
+import pytest
+
 TWO_NODES = "test_two_nodes.py"
 
 
@@ -24,3 +26,20 @@ def pytest_ignore_collect(collection_path):
 
 def pytest_report_header():
     return None if POSSIBLE else f"{TWO_NODES} is left out: it needs root and `ip netns`"
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The bundled one-step model."""
+    from cmtool.models import load_model
+
+    return load_model("digits-cd")
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Three digits that it has not seen, in [-1, 1]."""
+    from cmtool.data.datasets import digits
+    from cmtool.data.images import from_uint8
+
+    return from_uint8(digits("held-out").images[:3])

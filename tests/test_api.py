@@ -7,13 +7,12 @@ import pytest
 import torch
 
 import cmtool as api
-from cmtool import edit, load_model, sample
+from cmtool import edit, sample
 from cmtool.cli import main
 from cmtool.core.rng import SeededNoise
-from cmtool.data.datasets import digits
 from cmtool.data.decoding import read_image
 from cmtool.data.drawing import png_bytes
-from cmtool.data.images import from_uint8, to_uint8
+from cmtool.data.images import to_uint8
 from cmtool.errors import InputError, UserError
 
 
@@ -27,16 +26,6 @@ def command(monkeypatch, tmp_path):
         assert not end.value.code
 
     return run
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model("digits-cd")
-
-
-@pytest.fixture(scope="module")
-def images():
-    return from_uint8(digits("held-out").images[:3])
 
 
 def test_importing_cmtool_imports_neither_torch_nor_pydantic():

@@ -6,24 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cmtool import edit, editing, load_model, sampling
+from cmtool import edit, editing, sampling
 from cmtool.core import edits
 from cmtool.core.edits import block_means
 from cmtool.core.noise import karras_sigmas
 from cmtool.core.rng import SeededNoise, seeded_labels
-from cmtool.data.datasets import digits
-from cmtool.data.images import from_uint8
 from cmtool.errors import InputError, UserError
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model("digits-cd")
-
-
-@pytest.fixture(scope="module")
-def images():
-    return from_uint8(digits("held-out").images[:3])
 
 
 def with_card(model, part, **changes):

@@ -117,14 +117,16 @@ def new(
     where = data if data.partition(":")[0] == "digits" else str(Path(data).absolute())
     wish = Wish(size, image_size, hours)
     facts = facts_of(where)
-    resolved, layers = planned(method, pick_device(device), {}, facts=lambda: facts, wish=wish)
+    resolved, layers = planned(method, pick_device(device), {}, facts=facts, wish=wish)
     command = "distill --teacher RUN" if needs_teacher(resolved.preset) else "train"
     text = extension(
-        method, f"{method} of {Path(data).name}", layers,
+        method, layers,
         f"cmtool {command} --preset {path}\nA key that is not here: cmtool preset show {method}",
     )  # fmt: skip
     write_bytes(str(path), text.encode(), tell=True)
-    say(f"{facts.images:,} images, {facts.classes or 'no'} classes; {list(layers)[-1]}")
+    say(
+        f"{facts.images:,} images, {facts.classes or 'no'} classes; {resolved.origins['train.steps']}"
+    )
     say(f"next: cmtool {command} --preset {path}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +162,6 @@ def _train(
     """
     from cmtool.presets.build import needs_teacher
     from cmtool.presets.toml import is_method_preset
-    from cmtool.training.planning import facts_of
 
     start = _starting_model(options, init) if init is not None else None
     name = preset or _default_preset(options, start)
@@ -175,7 +173,7 @@ def _train(
         path = resolved.preset.data.path
         if not path:
             raise UserError(f"preset {name} names no images", "add --data DIR: your images")
-        resolved = _fitted(options, name, path, facts=lambda: facts_of(path), start=start)
+        resolved = _fitted(options, name, path, images=path, start=start)
     _run(options, name, resolved, None, start)
 
 
@@ -197,28 +195,36 @@ def _starting_model(options: RunOptions, init: str) -> Model:
     return model
 
 
-def _fitted(options: RunOptions, name: str, to: str, **given: Any) -> Resolved:
+def _fitted(
+    options: RunOptions,
+    name: str,
+    to: str,
+    *,
+    images: str | None = None,
+    teacher: Model | None = None,
+    start: Model | None = None,
+) -> Resolved:
     """Return a method's preset, fitted to images or a teacher, and tell what it became."""
-    from cmtool.training.planning import planned
+    from cmtool.training.planning import facts_of, planned
 
     if processes()[1] > 1:
         what = f"preset {name} is fitted to {to} by one process"
         raise UserError(what, f"cmtool preset new --method {name} --data DIR, then --preset FILE")
     say(f"preset {name}, fitted to {to}")
-    resolved, layers = planned(name, pick_device(options.device), options.layers, **given)
-    _tell_plan(resolved, layers)
+    resolved, _ = planned(
+        name, pick_device(options.device), options.layers,
+        facts=None if images is None else facts_of(images), teacher=teacher, start=start,
+    )  # fmt: skip
+    _tell_plan(resolved)
     return resolved
 
 
-def _tell_plan(resolved: Resolved, layers: Mapping[str, object]) -> None:
+def _tell_plan(resolved: Resolved) -> None:
     """Print what a preset was fitted to, in a line."""
-    preset = resolved.preset
+    preset, why = resolved.preset, resolved.origins["train.steps"]
     h, w = preset.model.image_size
     classes = f"{preset.model.num_classes} classes" if preset.model.num_classes else "no classes"
-    say(
-        f"{w}x{h}, {classes}, {preset.train.steps:,} steps of {preset.train.batch}:"
-        f" {list(layers)[-1]}"
-    )
+    say(f"{w}x{h}, {classes}, {preset.train.steps:,} steps of {preset.train.batch}: {why}")
 
 
 def _distill(

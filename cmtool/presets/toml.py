@@ -271,9 +271,7 @@ def to_toml(
     return tomlkit.dumps(document)
 
 
-def extension(
-    parent: str, description: str, layers: Mapping[str, Mapping[str, Any]], heading: str
-) -> str:
+def extension(parent: str, layers: Mapping[str, Mapping[str, Any]], heading: str) -> str:
     """Return a TOML file that extends a preset by layers {origin: {key: value}}, with comments."""
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -281,7 +279,6 @@ def extension(
     document = tomlkit.document()
     for line in heading.splitlines():
         document.add(tomlkit.comment(line))
-    document.add("description", tomlkit.item(description))
     document.add("extends", tomlkit.item(parent))
     _fill(document, tree, _comments(origins, explain=True), "")
     return tomlkit.dumps(document)

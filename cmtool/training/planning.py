@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmtool.data.datasets import load_dataset
@@ -13,6 +14,7 @@ from cmtool.models import Model
 from cmtool.presets.schema import Preset
 from cmtool.presets.toml import Resolved, flat, load_preset, packaged_value, resolve
 from cmtool.system.devices import free_memory
+from cmtool.system.text import printable
 from cmtool.training.cost import fitting_parts, seconds_a_step, step_memory
 from cmtool.training.start import with_teacher
 
@@ -215,7 +217,7 @@ def planned(
     device: str,
     own: Layers,
     *,
-    facts: Callable[[], Facts] | None = None,
+    facts: Facts | None = None,
     teacher: Model | None = None,
     start: Model | None = None,
     wish: Wish = WISH,
@@ -227,8 +229,7 @@ def planned(
     """
     layers: dict[str, Mapping[str, Any]] = {}
     if facts is not None:
-        found = facts()
-        layers |= start_layers(start, found) if start else data_layers(name, found, device, wish)
+        layers |= start_layers(start, facts) if start else data_layers(name, facts, device, wish)
     if teacher is not None:
         layers |= teacher_layers(name, teacher)
 
@@ -239,6 +240,10 @@ def planned(
     preset = resolved().preset
     if not preset.data.path:
         raise UserError(f"preset {name} names no images, nor does the teacher", "give --data DIR")
+    layers["the images"] = {
+        "description": f"{name} of {printable(Path(preset.data.path).name)}",
+        **layers.get("the images", {}),
+    }
     free = free_memory(device)
     memory = step_memory(preset, teacher, device)
     if free is not None and memory is not None:

@@ -180,11 +180,9 @@ def write_summary(path: Path, log: Log, panels: dict[str, Tensor], title: str) -
 
     plot = Figure(figsize=(4.6 + 4.2 * len(panels), 3.4), layout="constrained")
     loss, *rest = plot.subplots(1, 1 + len(panels), squeeze=False)[0]
-    known = curve_of(log, "loss")
-    loss.plot(known.steps, known.values)
-    loss.set(xlabel="step", ylabel="loss", yscale="log")
+    draw(loss, Plot("loss", [curve_of(log, "loss")], log_scale=True))
+    loss.set_ylabel("loss")
     loss.set_title(plain_lines(title), fontsize=10)
-    loss.grid(alpha=0.3)
     for axis, (name, images) in zip(rest, panels.items(), strict=True):
         axis.imshow(picture(images, 10).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(plain_lines(name), fontsize=10)

@@ -88,9 +88,7 @@ def test_a_network_halves_down_to_few_pixels_and_can_be_built(size, side):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_plan_takes_the_time_it_is_given(name, quick):
     given = (
-        {"facts": lambda: FACTS}
-        if name in ("edm", "ct", "ict")
-        else {"teacher": load_model("digits-edm")}
+        {"facts": FACTS} if name in ("edm", "ct", "ict") else {"teacher": load_model("digits-edm")}
     )
     fitted, _ = planned(name, "cpu", {}, wish=Wish(hours=5), **given)
     assert fitted.preset.train.steps == 9000
@@ -102,10 +100,11 @@ def test_a_plan_takes_the_time_it_is_given(name, quick):
 
 
 def test_a_plan_is_that_of_the_images(quick):
-    preset = planned("edm", "cpu", {}, facts=lambda: FACTS)[0].preset
+    preset = planned("edm", "cpu", {}, facts=FACTS)[0].preset
     assert (preset.model.num_classes, preset.model.sigma_data) == (4, 0.43)
     assert (preset.data.path, preset.data.fit) == ("photos", "adm")
-    exact = planned("edm", "cpu", {}, facts=lambda: FACTS._replace(size=(32, 32)))[0].preset
+    assert preset.description == "edm of photos"
+    exact = planned("edm", "cpu", {}, facts=FACTS._replace(size=(32, 32)))[0].preset
     assert exact.data.fit == "exact"
 
 
@@ -121,7 +120,7 @@ def test_a_student_takes_images_and_batch_of_its_teacher(quick):
 
 def test_little_memory_splits_the_batch(quick, monkeypatch):
     monkeypatch.setattr(planning, "free_memory", lambda _: 400 << 20)
-    fitted, _ = planned("edm", "cpu", {}, facts=lambda: FACTS)
+    fitted, _ = planned("edm", "cpu", {}, facts=FACTS)
     assert fitted.preset.train.accumulate > 1
     assert fitted.origins["train.accumulate"] == "memory at hand"
 
@@ -138,7 +137,7 @@ def test_what_is_counted_in_steps_or_images_keeps_its_share():
 
 def test_wrong_wishes_are_refused(quick):
     with pytest.raises(UserError, match="--size 'tiny'"):
-        planned("edm", "cpu", {}, facts=lambda: FACTS, wish=Wish(size="tiny"))
+        planned("edm", "cpu", {}, facts=FACTS, wish=Wish(size="tiny"))
 
 
 @pytest.mark.parametrize(
