@@ -124,9 +124,8 @@ def new(
         f"cmtool {command} --preset {path}\nA key that is not here: cmtool preset show {method}",
     )  # fmt: skip
     write_bytes(str(path), text.encode(), tell=True)
-    say(
-        f"{facts.images:,} images, {facts.classes or 'no'} classes; {resolved.origins['train.steps']}"
-    )
+    classes = f"{facts.classes or 'no'} classes"
+    say(f"{facts.images:,} images, {classes}; {resolved.origins['train.steps']}")
     say(f"next: cmtool {command} --preset {path}")
 
 
