@@ -110,7 +110,8 @@ def emit(text: str) -> None:
     """
     if leads():
         with _stdout():
-            if hasattr(sys.stdout, "rich_proxied_file"):  # a bar is there: it steps aside for print
+            # a bar steps aside for print, and a stream of text (io.StringIO) takes no bytes
+            if hasattr(sys.stdout, "rich_proxied_file") or not hasattr(sys.stdout, "buffer"):
                 print(text.encode(errors="backslashreplace").decode(), flush=True)
                 return
             sys.stdout.flush()

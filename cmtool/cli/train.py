@@ -27,7 +27,7 @@ Preset = Annotated[
         "--preset",
         autocompletion=_completion.presets,
         help="A preset's name or a TOML file. One that names no data, such as edm or ect, is fitted"
-        " to yours, for an hour on this device: see it with --dry-run, or cmtool preset new."
+        " to yours, for an hour or --max-time on this device: see it with --dry-run."
         " Default: for digits those of digits, for your own images edm in train and cd in distill.",
     ),
 ]
@@ -85,7 +85,10 @@ class RunOptions:
     ] = None
     max_time: Annotated[
         str | None,
-        Option(help="Save and stop after this time, with exit code 75: 3600, 90m, 11h30m."),
+        Option(
+            help="Save and stop after this time, with exit code 75: 3600, 90m, 11h30m. A preset"
+            " that is fitted takes the steps for it."
+        ),
     ] = None
     eval_every: Annotated[
         int | None,
@@ -177,6 +180,10 @@ def _train(
     _run(options, name, resolved, None, start)
 
 
+SHARE_OF_TIME = 0.85
+"""What the steps of a fitted preset take of --max-time; samples and checkpoints take some too."""
+
+
 def _default_preset(options: RunOptions, start: Model | None) -> str:
     """Return the preset of a training for which none is named: by its images."""
     if start is not None:
@@ -205,15 +212,17 @@ def _fitted(
     start: Model | None = None,
 ) -> Resolved:
     """Return a method's preset, fitted to images or a teacher, and tell what it became."""
-    from cmtool.training.planning import facts_of, planned
+    from cmtool.training.planning import WISH, facts_of, planned
 
+    most = parse_time(options.max_time)
+    wish = WISH if most is None else WISH._replace(hours=most / 3600 * SHARE_OF_TIME)
     if processes()[1] > 1:
         what = f"preset {name} is fitted to {to} by one process"
         raise UserError(what, f"cmtool preset new --method {name} --data DIR, then --preset FILE")
     say(f"preset {name}, fitted to {to}")
     resolved, _ = planned(
         name, pick_device(options.device), options.layers,
-        facts=None if images is None else facts_of(images), teacher=teacher, start=start,
+        facts=None if images is None else facts_of(images), teacher=teacher, start=start, wish=wish,
     )  # fmt: skip
     _tell_plan(resolved)
     return resolved

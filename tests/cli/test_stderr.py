@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 
 import pytest
 
-from cmtool.cli._output import Lasting, keep_stderr, say
+from cmtool.cli._output import Lasting, emit, keep_stderr, say
 from tests.cli.conftest import TINY
 
 CMTOOL = [sys.executable, "-m", "cmtool"]
@@ -139,3 +139,9 @@ def test_a_terminal_that_is_closed_saves_and_ends_a_run_unless_by_nohup(tmp_path
         run.kill()
         run.wait()
     assert list((tmp_path / "r/checkpoints").glob("step-*"))
+
+
+def test_a_line_for_stdout_may_be_captured_as_text():
+    with redirect_stdout(io.StringIO()) as captured:
+        emit("runs/caf\udce9")
+    assert captured.getvalue() == "runs/caf\\udce9\n"

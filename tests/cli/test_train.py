@@ -21,7 +21,7 @@ from cmtool.data.drawing import png_bytes
 from cmtool.errors import InputError
 from cmtool.models import ASSETS, load_model
 from cmtool.presets.toml import load_preset, resolve, to_toml
-from cmtool.training import cost
+from cmtool.training import cost, planning
 from cmtool.training.folder import new_folder
 from cmtool.training.same import same_so_far
 from cmtool.training.start import load_images
@@ -519,6 +519,14 @@ def test_a_training_that_starts_from_a_model_has_its_weights(tmp_path):
     song = load_preset("cifar10-edm", {"model.network.model_channels": 16})
     with pytest.raises(InputError, match="no weight of digits-edm fits"):
         not_taken(song, model)
+
+
+@pytest.mark.parametrize(("times", "steps"), [([], 1800), (["--max-time", "40m"], 1000)])
+def test_a_fitted_preset_fills_the_time_that_is_given(cmtool, tmp_path, monkeypatch, times, steps):
+    monkeypatch.setattr(planning, "seconds_a_step", lambda *_: 2.0)
+    own_images(tmp_path / "pets")
+    told = cmtool("train", "--data", "pets", "--dry-run", *NARROW, *times)
+    assert f"\nsteps = {steps} #" in told.out.decode()
 
 
 @pytest.mark.parametrize(

@@ -96,3 +96,10 @@ def test_a_canvas_that_resizes_takes_the_largest_part_of_the_models_shape():
     large = canvas(2, 2, (4, 4), "resize").place(torch.ones(1, 3, 2, 2))
     assert large.shape == (1, 3, 4, 4)
     assert large.eq(1).all()
+
+
+def test_resizing_takes_the_means_of_all_pixels():
+    stripes = torch.zeros(1, 1, 16, 16)
+    stripes[..., ::4] = 1.0
+    placed = canvas(16, 16, (4, 4), "resize").place(stripes)
+    assert placed[..., 1:3].flatten().tolist() == pytest.approx([0.25] * 8, abs=0.07)

@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from cmtool.core.methods import Models
+from cmtool.core.networks import NETWORKS
 from cmtool.core.rng import step_generator
 from cmtool.errors import ResourceError
 from cmtool.models import load_model
-from cmtool.presets.build import build_curriculum, build_objective
+from cmtool.presets.build import build_curriculum, build_network, build_objective
 from cmtool.presets.toml import load_preset
 from cmtool.system import devices
 from cmtool.system.dist import ALONE
@@ -59,6 +60,19 @@ def test_an_image_takes_what_the_backward_pass_needs(name):
     assert step_memory(preset, None, "cpu").image * 4 == pytest.approx(
         kept_by_a_real_step(preset), rel=0.1
     )
+
+
+def test_blocks_that_are_computed_again_keep_their_inputs():
+    again = load_preset("digits-edm", {"train.checkpoint_activations": True})
+    network, inputs = build_network(again.model), {}
+    for block in network.modules():
+        if isinstance(block, NETWORKS["adm"].blocks):
+            block.register_forward_pre_hook(
+                lambda _, given: inputs.update({id(given[0]): given[0]})
+            )
+    network(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    kept = sum(x.numel() * 4 for x in inputs.values())
+    assert step_memory(again, None, "cuda").image > kept > 50_000
 
 
 def test_recomputed_blocks_and_half_precision_take_less():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -6,6 +8,7 @@ from cmtool.errors import UserError
 from cmtool.models import load_model
 from cmtool.presets.toml import is_method_preset, load_preset, preset_names
 from cmtool.training import planning
+from cmtool.training.cost import step_memory
 from cmtool.training.planning import (
     SIZES,
     Facts,
@@ -145,3 +148,46 @@ def test_wrong_wishes_are_refused(quick):
 )
 def test_steps_have_two_digits(number, text):
     assert rounded(number) == text
+
+
+def digits_teacher(**changes):
+    model = load_model("digits-edm")
+    return dataclasses.replace(model, preset=load_preset("digits-edm", changes))
+
+
+def test_a_student_learns_as_its_teacher_did(quick):
+    teacher = digits_teacher(**{"data.flip": True, "data.background": "black", "train.lr": 5e-4})
+    preset = planned("cd", "cpu", {}, teacher=teacher)[0].preset
+    assert (preset.data.flip, preset.data.background) == (True, "black")
+    assert preset.train.lr == load_preset("cd").train.lr / 2  # as its teacher's to that of edm
+    assert planned("cd", "cpu", {}, teacher=digits_teacher())[0].preset.train.lr == 5e-4
+
+
+def test_fine_tuning_keeps_what_the_model_is_but_for_its_classes(quick):
+    changes = {
+        "model.sigma_data": 0.7,
+        "noise.sigma_max": 50.0,
+        "train.batch": 12,
+        "train.lr": 3e-4,
+    }
+    preset = planned("edm", "cpu", {}, facts=FACTS, start=digits_teacher(**changes))[0].preset
+    assert (preset.model.sigma_data, preset.noise.sigma_max) == (0.7, 50.0)
+    assert (preset.train.batch, preset.train.lr) == (12, 3e-4)
+    assert (preset.model.image_size, preset.model.num_classes) == ((8, 8), FACTS.classes)
+    assert preset.model.network.options["channel_mult"] == [1, 2]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_larger_networks_learn_at_lower_rates(quick, size):
+    preset = planned("edm", "cpu", {}, facts=FACTS, wish=Wish(size=size))[0].preset
+    assert preset.train.lr == pytest.approx(1e-3 * SIZES[size].rate)
+    assert preset.train.batch == SIZES[size].batch
+    assert preset.model.network.options["dropout"] == SIZES[size].dropout
+
+
+def test_a_plan_leaves_memory_to_others(quick, monkeypatch):
+    whole = planned("edm", "cpu", {}, facts=FACTS)[0].preset
+    needed = step_memory(whole, None, "cpu").of(whole.train.batch)
+    for free, parts in ((needed, 2), (2 * needed, 1)):
+        monkeypatch.setattr(planning, "free_memory", lambda _, free=free: free)
+        assert planned("edm", "cpu", {}, facts=FACTS)[0].preset.train.accumulate == parts
