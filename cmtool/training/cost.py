@@ -10,9 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from cmtool.core.networks import NETWORKS
+from cmtool.core.paths import PathPoints
 from cmtool.errors import ResourceError, UserError
 from cmtool.models import Model
-from cmtool.presets.build import build_curriculum, build_objective
+from cmtool.presets.build import (
+    build_curriculum,
+    build_method,
+    build_objective,
+    build_source,
+)
 from cmtool.presets.schema import Preset
 from cmtool.system.devices import HALF, best_precision, free_memory, synchronise
 from cmtool.system.dist import Group
@@ -135,9 +141,13 @@ def seconds_a_step(preset: Preset, teacher: Model | None, device: str) -> float:
     objective = build_objective(preset, teacher.f if teacher else None, device)
     laps, began = [], time.perf_counter()
     curriculum, settings = build_curriculum(preset), fit_settings(preset)
-    for _ in fit(state, objective, lambda *_: (x0, classes), curriculum, settings):
+    draw = build_source(preset, lambda *_: (x0, classes), teacher.f if teacher else None)
+    for _ in fit(state, objective, draw, curriculum, settings, build_method(preset).before):
         synchronise(device)
         now = time.perf_counter()
         laps.append(now - began)
         began = now
-    return min(laps[1:]) * whole / images
+    seconds = min(laps[1:])
+    if isinstance(draw, PathPoints):  # the first step walked the paths of as many as points
+        seconds += max(laps[0] - seconds, 0.0) / draw.points
+    return seconds * whole / images
