@@ -30,7 +30,7 @@ def adaptive_step(
 
     It is not bounded: as f becomes consistent, v vanishes and the step grows.
     """
-    point = noise_point(x0, level(sigma, x0), noise)
+    point = noise_point(x0, level(sigma, x0).contiguous(), noise)
     with torch.no_grad():
         f0, v = tangent(f, point, labels)
     fall, square = (v * (f0 - x0)).double().sum(), v.double().square().sum()
