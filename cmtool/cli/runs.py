@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,8 @@ from typer import Argument, Option
 
 from cmtool.cli import _completion
 from cmtool.cli._options import AsJson, importing_torch
-from cmtool.cli._output import check_free, emit, emit_json, make_folder, say, shown
+from cmtool.cli._output import check_free, emit_json, make_folder, say
+from cmtool.cli._table import show_table
 from cmtool.errors import InputError, UserError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def list_(
     if as_json:
         emit_json({"runs": facts})
     else:
-        show(COLUMNS, map(row_of, facts), with_head=False)
+        show_table(COLUMNS, map(row_of, facts), with_head=False)
 
 
 def kept(runs: Iterable[History | InputError]) -> list[History]:
@@ -88,23 +88,6 @@ def rounded(number: float, units: Sequence[tuple[int, str]]) -> str:
     """Return a number in the largest of the units that it has one of: 90 s are 1.5 min."""
     size, unit = next((row for row in units if number >= row[0]), units[-1])
     return f"{number / size:.1f}".removesuffix(".0") + f" {unit}"
-
-
-def show(head: Sequence[str], rows: Iterable[Sequence[str]], *, with_head: bool = True) -> None:
-    """Print a table: for people on a terminal, else cells apart by tabs, the head if wanted."""
-    if not sys.stdout.isatty():
-        for row in [head, *rows] if with_head else rows:
-            emit("\t".join(map(shown, row)))
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*map(escape, map(shown, head)), box=None)
-    for row in rows:
-        table.add_row(*(Text(shown(cell)) for cell in row))
-    Console().print(table)
 
 
 @app.command("compare")
@@ -156,7 +139,7 @@ def compare(
         emit_json({"runs": paths, "presets": differing, "numbers": numbers})
     else:
         rows = [[key, *map(cell, values)] for key, values in {**differing, **numbers}.items()]
-        show(["", *history.labels(found)], rows)
+        show_table(["", *history.labels(found)], rows)
 
 
 def read(path: Path) -> History | InputError:

@@ -246,12 +246,21 @@ def _distill(
         ),
     ] = None,
     preset: Preset = None,
+    init: Annotated[
+        str | None,
+        Option(
+            autocompletion=_completion.models,
+            help="Model to start from in place of the teacher, for example one of digits-cmt.",
+        ),
+    ] = None,
 ) -> None:
     """Distill a teacher into a consistency model that samples in one step.
 
     `cmtool distill`
 
     `cmtool distill --teacher runs/teacher --metric l1 --out runs/student`
+
+    `cmtool distill --preset digits-ecd --init runs/cmt --out runs/ecd`
 
     The student has the teacher's architecture, starts from its weights, and learns from the same
     images unless --data or the preset names others. Without --preset it is digits-cd for digits and
@@ -275,12 +284,13 @@ def _distill(
     home = "cpu" if is_sharded else pick_device(options.device)
     model = load_model(teacher, device=home, otherwise="teacher")
     tell_notes(model)
+    start = _starting_model(options, init) if init is not None else None
     name = preset or _preset_for(options, model)
     if not options.stored and is_method_preset(name):
         resolved = _fitted(options, name, f"the teacher {teacher}", teacher=model)
     else:
         resolved = with_teacher(_on_its_images(options, name, model), model)
-    _run(options, name, resolved, model)
+    _run(options, name, resolved, model, start)
 
 
 def _preset_for(options: RunOptions, teacher: Model) -> str:

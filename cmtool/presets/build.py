@@ -110,7 +110,8 @@ def build_network(model: ModelSection) -> nn.Module:
         if model.transition is None:
             return made
         noise_label = pick(NOISE_LABELS, model.noise_label, "model.noise_label")
-        label = float(noise_label(torch.tensor(model.transition, dtype=torch.float64)))
+        with torch.device("cpu"):  # a number, also where networks are but shapes
+            label = float(noise_label(torch.tensor(model.transition, dtype=torch.float64)))
         return Truncated(made, kind.build(options, model.channels, model.num_classes), label)
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         what = f"network {choice.name!r} cannot be built: {error}"

@@ -277,6 +277,17 @@ class Card(Section):
     sample: SampleSection
 
 
+class Published(Section):
+    """What the authors of a method report for a preset: FID of 50,000 images, and GPU hours.
+
+    A preset does not inherit it from the one that it extends.
+    """
+
+    fid_1: float | None = Field(None, gt=0, description="FID of samples in one step")
+    fid_2: float | None = Field(None, gt=0, description="FID of samples in two steps")
+    gpu_hours: float | None = Field(None, gt=0, description="hours of training on one GPU")
+
+
 class Preset(Card):
     """A whole recipe: a card, and how to train such a model."""
 

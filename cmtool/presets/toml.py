@@ -17,7 +17,7 @@ import tomlkit
 from pydantic import BaseModel, ValidationError
 
 from cmtool.errors import InputError, UserError, nearest
-from cmtool.presets.schema import Preset
+from cmtool.presets.schema import Preset, Published
 from cmtool.presets.upgrade import upgraded
 from cmtool.system.files import expanded, read_regular
 from cmtool.system.text import printable
@@ -61,11 +61,23 @@ def resolve(name_or_path: str, layers: Mapping[str, Mapping[str, Any]]) -> Resol
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for path, table in _chain(name_or_path):
+        table.pop("published", None)
         _merge(tree, table, path.name, origins, "")
     _merge_layers(tree, layers, origins)
     preset = _validated(upgraded(tree), name_or_path)
     found = {key: origin_of(key, origins) for key, _ in flat(preset.model_dump())}
     return Resolved(preset, found)
+
+
+def published(name_or_path: str) -> Published:
+    """Return what the authors report for this very preset. Raises UserError."""
+    *_, (_, table) = _chain(name_or_path)
+    try:
+        return Published.model_validate(table.get("published", {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(("published", *map(str, first["loc"])))
+        raise UserError(f"{name_or_path}: {key}: {first['msg'].lower()}", "correct it") from None
 
 
 def packaged_value(name_or_path: str, key: str) -> Any:

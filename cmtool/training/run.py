@@ -44,7 +44,7 @@ def train(
 ) -> Path:
     """Train in the run folder `out` and return the final checkpoint's folder.
 
-    A new run without a teacher starts from the weights of `init`, as far as they fit.
+    A new run starts from the weights of `init`, as far as they fit, else from the teacher's.
 
     Under torchrun every process calls this, and the first one writes. Raises UserError for
     processes that differ, and for an existing run without `resume` or `overwrite` or with another

@@ -35,7 +35,7 @@ def build_state(
 ) -> TrainState:
     """Return the start of a run: the student has the teacher's weights, or random ones without.
 
-    Of `init` it has the weights that fit its network.
+    If `init` is given, it has the weights of that model that fit its network instead.
 
     The networks, the teacher's too, are put where and how the device, `preset.train` and the group
     want them: sharded ones go to the device block by block, and in main memory is one whole copy
@@ -54,14 +54,15 @@ def build_state(
     with seeded(keyed_generator("init", train.seed)):
         network = build_network(preset.model)
     student = build_denoiser(preset, network)
-    if teacher is not None:
-        take_weights(network, teacher.f.network.state_dict())
-        spread(teacher.f)
-    elif init is not None:
+    if init is not None:
         fitting = init.f.network.state_dict()
         for name in not_taken(preset, init):
             fitting.pop(name.partition(" ")[0], None)
         network.load_state_dict(fitting, strict=False)
+    elif teacher is not None:
+        take_weights(network, teacher.f.network.state_dict())
+    if teacher is not None:
+        spread(teacher.f)
     student = on_device(student, device if group.mesh is None else "cpu").requires_grad_(True)
     if isinstance(network, Truncated):
         network.below.requires_grad_(False)

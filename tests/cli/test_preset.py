@@ -1,19 +1,46 @@
+import json
 import tomllib
 
 import pytest
 import torch
 
 from cmtool.data.drawing import png_bytes
+from cmtool.errors import UserError
 from cmtool.presets.manual import REGISTRIES, explained
 from cmtool.presets.schema import Preset, Section
-from cmtool.presets.toml import flat, load_preset, meaning, preset_names
+from cmtool.presets.toml import flat, load_preset, meaning, preset_names, published
 from cmtool.training import planning
 
 
 def test_list_names_every_preset_with_its_description(cmtool):
-    lines = cmtool("preset", "list").text.splitlines()
-    assert [line.split()[0] for line in lines] == preset_names()
-    assert all(len(line.split()) > 3 for line in lines)
+    rows = [line.split("\t") for line in cmtool("preset", "list").text.splitlines()]
+    assert [row[0] for row in rows] == preset_names()
+    assert all(len(row) == 7 and all(row) for row in rows)
+    ect = next(row for row in rows if row[0] == "cifar10-ect")
+    assert ect[1:6] == ["consistency_training", "cifar10", "3.86", "2.15", "25.6"]
+
+
+def test_the_list_is_sorted_by_what_the_papers_report(cmtool):
+    by_fid = [
+        line.split("\t") for line in cmtool("preset", "list", "--sort", "fid").text.splitlines()
+    ]
+    values = [float(row[3]) for row in by_fid if row[3] != "-"]
+    assert values == sorted(values)
+    assert by_fid[0][0] == "cifar10-tcm"
+    told = json.loads(cmtool("preset", "list", "--sort", "mimg", "--json").text)["presets"]
+    assert [row["mimg"] for row in told] == sorted(row["mimg"] for row in told)
+    wrong = cmtool("preset", "list", "--sort", "fdi")
+    assert wrong.code == 2
+    assert "fid" in wrong.err
+
+
+def test_a_preset_does_not_inherit_what_another_reports(tmp_path):
+    assert published("cifar10-ect").fid_1 == 3.86
+    assert published("cifar10-ecd").fid_1 is None
+    mine = tmp_path / "mine.toml"
+    mine.write_text('extends = "cifar10-ect"\n[published]\nfid_1 = -1.0\n')
+    with pytest.raises(UserError, match="published.fid_1"):
+        published(str(mine))
 
 
 def test_show_gives_toml_with_origins_that_can_be_used_again(cmtool, tmp_path):
