@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,8 @@ MOMENTS = 2
 """Tensors that an optimizer keeps for each parameter."""
 PROBE = 16
 """Images of a step that is timed."""
+MOST_TIMED = 10_000
+"""Steps that may be timed in a row."""
 GIB = 1 << 30
 
 
@@ -118,13 +122,18 @@ def check_memory(preset: Preset, teacher: Model | None, device: str, group: Grou
 def seconds_a_step(preset: Preset, teacher: Model | None, device: str) -> float:
     """Return the seconds that a step takes on a device, from three short ones.
 
-    They take PROBE images each, random ones; a step of more takes as many times longer.
+    They take PROBE images each; a step of more takes as many times longer.
     """
-    whole = preset.train.batch
-    images = min(whole, PROBE)
+    images = min(preset.train.batch, PROBE)
+    laps = list(itertools.islice(step_times(preset, teacher, device, images), 3))
+    return min(laps[1:]) * preset.train.batch / images
+
+
+def step_times(preset: Preset, teacher: Model | None, device: str, images: int) -> Iterator[float]:
+    """Yield the seconds of one step after another, of so many random images; the first is slow."""
     precision = preset.train.precision
     short = {
-        "batch": images, "accumulate": 1, "steps": 3, "compile": False,
+        "batch": images, "accumulate": 1, "steps": MOST_TIMED, "compile": False,
         "precision": best_precision(device) if precision == "auto" else precision,
     }  # fmt: skip
     preset = preset.model_copy(update={"train": preset.train.model_copy(update=short)})
@@ -133,11 +142,9 @@ def seconds_a_step(preset: Preset, teacher: Model | None, device: str) -> float:
     classes = labels if preset.model.num_classes else None
     state = build_state(preset, teacher, device)
     objective = build_objective(preset, teacher.f if teacher else None, device)
-    laps, began = [], time.perf_counter()
     curriculum, settings = build_curriculum(preset), fit_settings(preset)
+    began = time.perf_counter()
     for _ in fit(state, objective, lambda *_: (x0, classes), curriculum, settings):
         synchronise(device)
-        now = time.perf_counter()
-        laps.append(now - began)
-        began = now
-    return min(laps[1:]) * whole / images
+        yield time.perf_counter() - began
+        began = time.perf_counter()

@@ -212,6 +212,16 @@ def scaled(preset: Preset, steps: int, images: int) -> dict[str, Any]:
     return values | {"run.checkpoint_every": tenth, "run.sample_every": tenth}
 
 
+def memory_layers(preset: Preset, teacher: Model | None, device: str) -> Layers:
+    """Return into how many parts the free memory splits the batch; nothing if it need not be."""
+    free = free_memory(device)
+    memory = step_memory(preset, teacher, device)
+    if free is None or memory is None:
+        return {}
+    parts = fitting_parts(preset, memory, round(free * SHARE_OF_MEMORY)) or preset.train.batch
+    return {"memory at hand": {"train.accumulate": parts}} if parts > 1 else {}
+
+
 def planned(
     name: str,
     device: str,
@@ -244,11 +254,7 @@ def planned(
         "description": f"{name} of {printable(Path(preset.data.path).name)}",
         **layers.get("the images", {}),
     }
-    free = free_memory(device)
-    memory = step_memory(preset, teacher, device)
-    if free is not None and memory is not None:
-        parts = fitting_parts(preset, memory, round(free * SHARE_OF_MEMORY)) or preset.train.batch
-        layers |= {"memory at hand": {"train.accumulate": parts}} if parts > 1 else {}
+    layers |= memory_layers(preset, teacher, device)
     if not any("train.steps" in layer for layer in own.values()):
         seconds = seconds_a_step(preset, teacher, device)
         steps = max(rounded(wish.hours * 3600 / seconds), LEAST_STEPS)
