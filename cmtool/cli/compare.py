@@ -104,31 +104,33 @@ def compare(
         from cmtool.models import load_model
         from cmtool.presets.toml import parse_override
         from cmtool.training import compare as comparing
+        from cmtool.training.comparison import Asked, content_of, teacher_of
+        from cmtool.training.fair import Terms
 
     seconds = parse_time(max_time)
     if not seconds:
         raise UserError(f"--max-time {max_time} leaves no time to train", "for example 3m")
-    asked = comparing.Asked(
+    asked = Asked(
         presets=presets or comparing.default_presets(), teacher=teacher, data=data,
         seeds=parse_seeds(seeds), seconds=seconds, num=num, protocol=protocol,
         values=dict(map(parse_override, set_ or [])),
     )  # fmt: skip
     comparing.check_presets(asked)
     if teacher is None:
-        kept = None if overwrite else comparing.teacher_of(out)
+        kept = None if overwrite else teacher_of(out)
         teacher = kept or newest_run("teacher") or "digits-edm"
         say(f"teacher: {teacher}")
     where = pick_device(device)
     model = load_model(teacher, device=where, otherwise="teacher")
     tell_notes(model)
     bench = comparing.Bench(
-        out=out, asked=asked, teacher=model, device=where, note=say, watching=make_watcher,
+        out=out, terms=Terms(asked, model, where), note=say, watching=make_watcher,
         showing=showing,
     )  # fmt: skip
     comparison = comparing.compare(bench, overwrite=overwrite)
     say(f"picture: {out / 'compare.png'}")
     if as_json:
-        emit_json(comparing.content_of(comparison))
+        emit_json(content_of(comparison))
     else:
         print_table(comparison)
 
@@ -147,6 +149,8 @@ def print_table(comparison: Comparison) -> None:
 def cells(row: Row) -> list[str]:
     """Return the cells of a method's row."""
     values = [number(value, row.spread[n]) for n, value in row.values.items()]
+    calls = [f" ({count} calls)" if int(n) != count else "" for n, count in row.calls.items()]
+    values = [value + more for value, more in zip(values, calls, strict=True)]
     if row.state != "done":
         values[0] = row.state
     times = [number(row.seconds), number(row.cpu_seconds)]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,19 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmtool import __version__
 from cmtool.core.precond import Preconditioned
-from cmtool.data.datasets import DATASETS, Dataset, load_dataset
-from cmtool.errors import DivergedError, Stopped, UserError, nearest
+from cmtool.data.datasets import Dataset
+from cmtool.errors import DivergedError, Stopped, UserError
 from cmtool.evaluation.during_training import BATCH, Score, score_of
-from cmtool.evaluation.features import PROTOCOLS
 from cmtool.evaluation.measure import drawn_batches
 from cmtool.evaluation.metrics import METRICS
 from cmtool.evaluation.sets import OnProgress
 from cmtool.models import Model, load_model
-from cmtool.presets.build import needs_teacher
 from cmtool.presets.schema import Card, Preset
-from cmtool.presets.toml import Resolved, is_method_preset, load_preset, preset_names, resolve
+from cmtool.presets.toml import is_method_preset, load_preset, preset_names
 from cmtool.sampling import OnDrawn, Plan, evaluating, generate, plan
 from cmtool.training import run as runs
 from cmtool.training.comparison import (
@@ -49,24 +43,19 @@ from cmtool.training.comparison import (
     with_run,
     write_comparison,
 )
-from cmtool.training.cost import step_times
+from cmtool.training.fair import METRIC, Terms, lap_times, own_teacher, picked_protocol, resolved
 from cmtool.training.folder import clear_run, is_resumable, is_run
 from cmtool.training.history import time_spent
 from cmtool.training.lock import locked
 from cmtool.training.log import Watcher, read_log
 from cmtool.training.observers import News, Observer, Tools, kept_model
-from cmtool.training.planning import Layers, memory_layers, scaled, teacher_layers
 from cmtool.training.plots import Reached, write_methods
-from cmtool.training.start import Run, check_components, with_teacher
+from cmtool.training.records import DataFacts
+from cmtool.training.start import Run, check_components, check_fit, load_images, versions
 
-METRIC = "fid"
-"""The metric of METRICS that is measured, under its name by the protocol."""
 POINTS = 6
 FIRST_SHARE = 0.05
 """Part of a run at its first point; the others follow evenly in the logarithm."""
-TIMED_SHARE, ROUNDS, LEAST_LAPS = 0.01, 2, 3
-"""Part of the time of a run for which its steps are timed in a round; rounds; steps in a round."""
-LOG_LINES = 50
 SHOWN = 16
 """Images of a method in the picture."""
 
@@ -80,9 +69,7 @@ class Bench:
     """
 
     out: Path
-    asked: Asked
-    teacher: Model
-    device: str
+    terms: Terms
     note: Callable[[str], None]
     watching: Callable[[int], AbstractContextManager[Watcher]]
     showing: Callable[[], AbstractContextManager[OnProgress]]
@@ -109,15 +96,20 @@ def compare(bench: Bench, *, overwrite: bool = False) -> Comparison:
     BusyError while another process works in it, and what a run raises. A run that diverges ends
     only itself.
     """
-    if bench.out.exists() and not bench.out.is_dir():
-        raise no_comparison(bench.out)
-    bench.out.mkdir(parents=True, exist_ok=True)
-    with locked(bench.out, bench.note), resumable():
-        comparison = found_or_begun(bench, overwrite=overwrite)
-        score = build_score(bench, comparison)
-        for waiting in comparison.runs:
-            if run_in(comparison, waiting.folder).state == "left":
-                comparison = train_one(bench, comparison, waiting, score)
+    out, (asked, _, device) = bench.out, bench.terms
+    if out.exists() and not out.is_dir():
+        raise no_comparison(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, bench.note), resumable():
+        stored = stored_comparison(bench, overwrite=overwrite)
+        shared = resolved(bench.terms, asked.presets[0]).preset
+        data, protocol = load_images(shared, bench.note), picked_protocol(asked.protocol, shared)
+        score = score_of(METRIC, protocol, data, device)
+        comparison = stored or begun(bench, data, protocol)
+        comparison = with_reference(bench, comparison, score)
+        for run in comparison.runs:
+            if run.state == "left":
+                comparison = train_one(bench, comparison, run, score)
         draw_comparison(bench, comparison)
     return comparison
 
@@ -132,67 +124,80 @@ def resumable() -> Iterator[None]:
         raise
 
 
-def found_or_begun(bench: Bench, *, overwrite: bool) -> Comparison:
-    """Return the comparison in the folder, else a new one: fitted to the time, with its teacher.
+def stored_comparison(bench: Bench, *, overwrite: bool) -> Comparison | None:
+    """Return the comparison in the folder, None if one begins.
 
-    Raises UserError for one that was asked for something else, InputError for a folder that holds
-    none.
+    Raises UserError for one that was asked for something else, or for a teacher in a folder that
+    is overwritten; InputError for a folder that holds something else.
     """
-    out, asked = bench.out, bench.asked
+    out, (asked, teacher, _) = bench.out, bench.terms
     has_file = (out / FILE).exists()
     if not has_file and any(path.name != ".lock" for path in out.iterdir()):
         raise no_comparison(out)
     stored = read_comparison(out) if has_file and not overwrite else None
-    if stored is not None:
-        check_asked(stored.asked, asked, out)
-        if stored.teacher.sha256 != bench.teacher.sha256:
-            what = f"the comparison in {out} has another teacher than {bench.teacher.source} is now"
-            raise UserError(what, "give another --out, or --overwrite")
-        return stored
-    if Path(bench.teacher.source).resolve().is_relative_to(out.resolve()):
-        raise UserError(f"the teacher is in {out}", "give another --out")
-    comparison = begun(bench)
+    if stored is None:
+        if Path(teacher.source).resolve().is_relative_to(out.resolve()):
+            what = f"the teacher is in {out}"
+            raise UserError(what, "overwriting it would lose it: change --out")
+        return None
+    check_asked(stored.asked, asked, out)
+    if stored.teacher.sha256 != teacher.sha256:
+        what = f"the comparison in {out} was begun with another teacher than {teacher.source} now"
+        raise UserError(what, "give another --out, or --overwrite")
+    return stored
+
+
+def begun(bench: Bench, data: Dataset, protocol: str) -> Comparison:
+    """Return a new comparison, whose presets are fitted to the time; earlier runs are cleared.
+
+    Raises UserError or InputError for a preset, images or a teacher that do not fit.
+    """
+    asked, teacher, device = bench.terms
+    presets = {run_name(name): resolved(bench.terms, name).preset for name in asked.presets}
+    for preset in presets.values():
+        check_components(preset)
+        check_fit(preset, data, teacher)
+    laps: Mapping[str, float] = {}
+    if "train.steps" not in asked.values:
+        bench.note(f"timing the steps of {', '.join(presets)}")
+        laps = lap_times(presets, teacher, device, asked.seconds)
+    methods = {}
+    for name, source in zip(presets, asked.presets, strict=True):
+        preset, lap = presets[name], laps.get(name)
+        steps = preset.train.steps if lap is None else max(int(asked.seconds / lap), 1)
+        methods[name] = fitted(source, preset, steps, lap)
+    chosen = plan(teacher.preset)
+    reference = Reference(
+        source=teacher.source, sha256=teacher.sha256, sampler=chosen.sampler.name,
+        calls=chosen.evaluations,
+    )  # fmt: skip
+    facts = DataFacts(name=data.name, images=len(data), fingerprint=data.fingerprint())
+    comparison = Comparison(
+        asked=asked, metric=METRICS[METRIC].names.get(protocol, METRIC), protocol=protocol,
+        data=facts, teacher=reference, methods=methods, runs=planned_runs(asked), device=device,
+        threads=torch.get_num_threads(), versions=versions(),
+    )  # fmt: skip
     for run in comparison.runs:
-        if is_run(out / run.folder):
-            with locked(out / run.folder):
-                clear_run(out / run.folder)
-    write_comparison(out, comparison)
+        if is_run(bench.out / run.folder):
+            with locked(bench.out / run.folder):
+                clear_run(bench.out / run.folder)
+    write_comparison(bench.out, comparison)
     return comparison
 
 
-def begun(bench: Bench) -> Comparison:
-    """Return a new comparison: the steps that fill the time, and the teacher's distance."""
-    asked, teacher, device = bench.asked, bench.teacher, bench.device
-    names = {run_name(preset): preset for preset in asked.presets}
-    first = {name: resolved(bench, preset).preset for name, preset in names.items()}
-    for preset in first.values():
-        check_components(preset)
-    shared = next(iter(first.values()))
-    protocol = picked_protocol(asked.protocol, shared)
-    score = score_of(METRIC, protocol, images_of(shared), device)  # what it lacks, it says now
-    laps: Mapping[str, float] = {}
-    if "train.steps" not in asked.values:
-        bench.note(f"timing {len(first)} methods")
-        laps = lap_times(first, teacher, device, asked.seconds)
-    methods = {}
-    for name, preset in first.items():
-        steps = int(asked.seconds / laps[name]) if name in laps else preset.train.steps
-        methods[name] = fitted(names[name], preset, max(steps, 1), laps.get(name))
-        bench.note(f"{name}: {steps:,} steps of {preset.train.batch}")
+def with_reference(bench: Bench, comparison: Comparison, score: Score) -> Comparison:
+    """Return the comparison with the distance of the teacher's images, which is measured once."""
+    if comparison.teacher.value is not None:
+        return comparison
+    asked, teacher, device = bench.terms
     with bench.showing() as progress:
         told = partial(progress, "drawn by the teacher")
         chosen = plan(teacher.preset)
         value = distance(score, teacher.f, teacher.preset, chosen, asked.num, device, told)
-    reference = Reference(
-        source=teacher.source, sha256=teacher.sha256, calls=chosen.evaluations, value=value
-    )
-    return Comparison(
-        asked=asked, metric=METRICS[METRIC].names.get(protocol, METRIC), protocol=protocol,
-        data=shared.data.path, teacher=reference, methods=methods, runs=planned_runs(asked),
-        versions={"cmtool": __version__, "torch": torch.__version__,
-                  "python": platform.python_version()},
-        device=device,
-    )  # fmt: skip
+    measured = comparison.teacher.model_copy(update={"value": value})
+    comparison = comparison.model_copy(update={"teacher": measured})
+    write_comparison(bench.out, comparison)
+    return comparison
 
 
 def fitted(name: str, preset: Preset, steps: int, lap: float | None) -> Fitted:
@@ -202,107 +207,6 @@ def fitted(name: str, preset: Preset, steps: int, lap: float | None) -> Fitted:
         accumulate=preset.train.accumulate, seconds_a_step=lap,
         calls={str(n): plan(preset, n).evaluations for n in STEPS},
     )  # fmt: skip
-
-
-def resolved(bench: Bench, name: str, plan: Fitted | None = None, seed: int = 0) -> Resolved:
-    """Return a preset on the shared images, with the teacher's network and the user's values.
-
-    `plan` has its steps: what the preset counts in steps or images keeps its share of the run.
-    """
-    teacher, values = bench.teacher, bench.asked.values
-    layers = {**(teacher_layers(name, teacher) if is_method_preset(name) else {})}
-    layers |= shared_layers(bench)
-
-    def made() -> Resolved:
-        own = {"--set": values, "--seeds": {"train.seed": seed}}
-        return with_teacher(resolve(name, {**layers, **own}), teacher)
-
-    preset = made().preset
-    if not preset.data.path:
-        raise UserError(f"preset {name} names no images, nor does the teacher", "add --data DIR")
-    if plan is None:
-        layers |= memory_layers(preset, own_teacher(bench, preset), bench.device)
-        return made()
-    steps = plan.steps
-    counts = scaled(load_preset(name), steps, steps * plan.batch)
-    rare = {"run.sample_every": steps, "run.log_every": max(steps // LOG_LINES, 1)}
-    layers["equal time"] = {**counts, **rare, "train.accumulate": plan.accumulate}
-    return made()
-
-
-def shared_layers(bench: Bench) -> Layers:
-    """Return what is the same for all presets: images and batch, the teacher's own if it has any.
-
-    Else they are those of the first preset.
-    """
-    asked, theirs = bench.asked, bench.teacher.preset
-    own = theirs if isinstance(theirs, Preset) else load_preset(asked.presets[0])
-    data, is_theirs = own.data, asked.data in (None, own.data.path)
-    return {
-        "the comparison": {
-            "data.path": data.path if asked.data is None else asked.data,
-            "data.fit": data.fit if is_theirs or data.fit != "exact" else "adm",
-            "data.background": data.background,
-            "data.flip": data.flip,
-            "train.batch": own.train.batch,
-        }
-    }
-
-
-def own_teacher(bench: Bench, preset: Preset) -> Model | None:
-    """Return the teacher for a preset that needs one."""
-    return bench.teacher if needs_teacher(preset) else None
-
-
-def lap_times(
-    presets: Mapping[str, Preset], teacher: Model, device: str, seconds: float
-) -> dict[str, float]:
-    """Return the seconds that a step of each preset takes: the median of some.
-
-    The presets are timed in turns, so that a while in which the machine is busy is in all of them.
-    """
-    laps: dict[str, list[float]] = {name: [] for name in presets}
-    for _ in range(ROUNDS):
-        for name, preset in presets.items():
-            parts = preset.train.accumulate
-            own = teacher if needs_teacher(preset) else None
-            each = step_times(preset, own, device, preset.train.batch // parts)
-            next(each)
-            end, least = time.monotonic() + seconds * TIMED_SHARE, len(laps[name]) + LEAST_LAPS
-            while time.monotonic() < end or len(laps[name]) < least:
-                laps[name].append(next(each) * parts)
-    return {name: statistics.median(found) for name, found in laps.items()}
-
-
-def picked_protocol(asked: str | None, preset: Preset) -> str:
-    """Return the protocol: the user's, else digits for the bundled digits and pixels for others.
-
-    Raises UserError for one that is unknown, or is not for these images.
-    """
-    shape = (preset.model.channels, *preset.model.image_size)
-    good = [name for name, row in PROTOCOLS.items() if row.metric in (None, METRIC)]
-    good = [name for name in good if PROTOCOLS[name].shape in (None, shape)]
-    if asked is None:
-        is_bundled = preset.data.path.partition(":")[0] in DATASETS
-        return "digits" if is_bundled and "digits" in good else "pixels"
-    if asked not in good:
-        what = f"--protocol {asked!r} for images of {shape[2]}x{shape[1]}"
-        raise UserError(what, nearest(asked, good))
-    return asked
-
-
-def images_of(preset: Preset) -> Dataset:
-    """Return the images that all runs learn from, and are measured against."""
-    return load_dataset(
-        preset.data.path, size=preset.model.image_size, channels=preset.model.channels,
-        fit=preset.data.fit, background=preset.data.background,
-    )  # fmt: skip
-
-
-def build_score(bench: Bench, comparison: Comparison) -> Score:
-    """Return the score of a comparison."""
-    data = images_of(resolved(bench, bench.asked.presets[0]).preset)
-    return score_of(METRIC, comparison.protocol, data, bench.device)
 
 
 def distance(
@@ -333,7 +237,7 @@ def train_one(bench: Bench, comparison: Comparison, run: Trained, score: Score) 
     step is saved: so no step that a resumed run skips is missing.
     """
     plan, folder = comparison.methods[run.name], bench.out / run.folder
-    preset, origins = resolved(bench, plan.preset, plan, run.seed)
+    preset, origins = resolved(bench.terms, plan.preset, plan, run.seed)
     resume = is_resumable(folder)
 
     def keep(point: Point) -> None:
@@ -346,9 +250,9 @@ def train_one(bench: Bench, comparison: Comparison, run: Trained, score: Score) 
     try:
         with bench.watching(plan.steps) as watcher:
             runs.train(
-                preset, folder, watcher, teacher=own_teacher(bench, preset), origins=origins,
-                device=bench.device, resume=resume, overwrite=is_run(folder) and not resume,
-                observers=[measuring(score, bench.asked.num, point_steps(plan.steps), keep)],
+                preset, folder, watcher, teacher=own_teacher(bench.terms, preset), origins=origins,
+                device=bench.terms.device, resume=resume, overwrite=is_run(folder) and not resume,
+                observers=[measuring(score, bench.terms.asked.num, point_steps(plan.steps), keep)],
             )  # fmt: skip
         state = "done"
     except DivergedError as error:
@@ -397,14 +301,17 @@ def draw_comparison(bench: Bench, comparison: Comparison) -> None:
         values = [(p, [p.values[str(n)] for n in STEPS]) for p in run.points]
         curves[run.name].append([Reached(p.seconds or 0.0, p.images, each) for p, each in values])
     reference = comparison.teacher
+    assert reference.value is not None
     label = f"teacher, {reference.calls} calls"
     shown: dict[str, Tensor] = {}
     for name in comparison.methods:
         first = next((run for run in done if run.name == name), None)
         if first is not None:
-            model = load_model(bench.out / first.folder, device=bench.device)
-            shown[name] = samples(model, plan(model.preset, STEPS[0]), bench.device)
-    shown[label] = samples(bench.teacher, plan(bench.teacher.preset), bench.device)
+            model = load_model(bench.out / first.folder, device=bench.terms.device)
+            shown[name] = samples(model, plan(model.preset, STEPS[0]), bench.terms.device)
+    shown[label] = samples(
+        bench.terms.teacher, plan(bench.terms.teacher.preset), bench.terms.device
+    )
     write_methods(
         bench.out / "compare.png", curves, (label, reference.value), shown, STEPS,
         comparison.metric,
@@ -417,9 +324,3 @@ def samples(model: Model, chosen: Plan, device: str) -> Tensor:
     labels = torch.arange(SHOWN) % classes if classes else None
     drawn = generate(model.f, model.preset, chosen, range(SHOWN), labels=labels, device=device)
     return torch.cat(list(drawn)).cpu()
-
-
-def teacher_of(out: Path) -> str | None:
-    """Return the teacher of the comparison in a folder, None if there is no comparison."""
-    stored = read_comparison(out)
-    return stored.teacher.source if stored else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import Field
 from cmtool.errors import InputError, UserError
 from cmtool.system.files import write_json
 from cmtool.system.records import Count, Facts, read_facts
+from cmtool.training.records import DataFacts
 
 FILE = "compare.json"
 STEPS = (1, 2)
@@ -32,12 +34,13 @@ class Asked(Facts):
 
 
 class Reference(Facts):
-    """The teacher, and the distance of the images that it draws with its own sampler."""
+    """The teacher, and the distance of what it draws with its own sampler, once measured."""
 
     source: str
     sha256: str
+    sampler: str
     calls: Count
-    value: float
+    value: float | None = None
 
 
 class Fitted(Facts):
@@ -81,12 +84,13 @@ class Comparison(Facts):
     asked: Asked
     metric: str
     protocol: str
-    data: str
+    data: DataFacts
     teacher: Reference
     methods: dict[str, Fitted]
     runs: list[Trained]
     versions: dict[str, str]
     device: str
+    threads: Count
 
 
 class Row(NamedTuple):
@@ -105,12 +109,19 @@ class Row(NamedTuple):
     cpu_seconds: float | None
     values: dict[str, float | None]
     spread: dict[str, float | None]
+    calls: dict[str, int]
     ratio: float | None
 
 
 def read_comparison(out: Path) -> Comparison | None:
     """Return the comparison in a folder, None if there is none. Raises InputError if damaged."""
     return read_facts(out / FILE, Comparison)
+
+
+def teacher_of(out: Path) -> str | None:
+    """Return the teacher of the comparison in a folder, None if there is no comparison."""
+    stored = read_comparison(out)
+    return stored.teacher.source if stored else None
 
 
 def write_comparison(out: Path, comparison: Comparison) -> None:
@@ -192,10 +203,13 @@ def with_point(run: Trained, point: Point) -> Trained:
 def table(comparison: Comparison) -> list[Row]:
     """Return a row for each method that has a run at its end, the least distance first."""
     made = [row_of(comparison, name) for name in comparison.methods]
-    first = str(STEPS[0])
-    worst = float("inf")
-    found = [row for row in made if row is not None]
-    return sorted(found, key=lambda r: worst if r.values[first] is None else r.values[first])
+    return sorted((row for row in made if row is not None), key=in_one_step)
+
+
+def in_one_step(row: Row) -> float:
+    """Return the distance by which rows are sorted: the largest for runs that all diverged."""
+    value = row.values[str(STEPS[0])]
+    return math.inf if value is None else value
 
 
 def row_of(comparison: Comparison, name: str) -> Row | None:
@@ -207,7 +221,7 @@ def row_of(comparison: Comparison, name: str) -> Row | None:
     fitted, last = comparison.methods[name], [run.points[-1] for run in done]
     values = {str(n): [point.values[str(n)] for point in last] for n in STEPS}
     means = {n: mean(each) for n, each in values.items()}
-    one = means[str(STEPS[0])]
+    one, reference = means[str(STEPS[0])], comparison.teacher.value
     return Row(
         name=name,
         state="done" if done else "diverged",
@@ -218,7 +232,8 @@ def row_of(comparison: Comparison, name: str) -> Row | None:
         cpu_seconds=mean([point.cpu_seconds for point in last]),
         values=means,
         spread={n: statistics.stdev(each) if len(each) > 1 else None for n, each in values.items()},
-        ratio=None if one is None else round(one / comparison.teacher.value, 4),
+        calls=fitted.calls,
+        ratio=None if one is None or reference is None else one / reference,
     )
 
 

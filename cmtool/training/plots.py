@@ -240,10 +240,11 @@ def write_methods(
     first of `steps` is a full line, the others are broken. `teacher` is a label and a distance.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(11, 4.6 + 0.62 * len(samples)), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(4.6, 0.62 * len(samples)))
+    parts = figure.add_gridspec(2, 1, height_ratios=(4.6, 0.62 * len(samples)))
+    above, below = (figure.add_subfigure(part) for part in parts)
     axes = above.subplots(1, 2, sharey=True)
     for axis, key in zip(axes, ("seconds", "images"), strict=True):
         for place, (name, runs) in enumerate(curves.items()):
@@ -251,9 +252,10 @@ def write_methods(
         axis.axhline(teacher[1], color="0.3", linewidth=1.4, linestyle=":", label=plain(teacher[0]))
         axis.set(xscale="log", yscale="log", xlabel=XLABELS[key])
         axis.grid(alpha=0.25, which="both")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            side.set_major_formatter(EngFormatter(sep=""))
+            side.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel(plain(f"{metric}{LOWER}"))
     handles, labels = axes[0].get_legend_handles_labels()
     for number, n in enumerate(steps):
