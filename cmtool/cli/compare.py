@@ -116,6 +116,8 @@ def compare(
         values=dict(map(parse_override, set_ or [])),
     )  # fmt: skip
     comparing.check_presets(asked)
+    if "train.seed" in asked.values:
+        raise UserError("--set train.seed: a comparison has its own option for it", "give --seeds")
     if teacher is None:
         kept = None if overwrite else teacher_of(out)
         teacher = kept or newest_run("teacher") or "digits-edm"

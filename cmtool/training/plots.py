@@ -244,7 +244,7 @@ def write_methods(
 
     figure = Figure(figsize=(11, 4.6 + 0.62 * len(samples)), layout="constrained")
     parts = figure.add_gridspec(2, 1, height_ratios=(4.6, 0.62 * len(samples)))
-    above, below = (figure.add_subfigure(part) for part in parts)
+    above, below = figure.add_subfigure(parts[0]), figure.add_subfigure(parts[1])
     axes = above.subplots(1, 2, sharey=True)
     for axis, key in zip(axes, ("seconds", "images"), strict=True):
         for place, (name, runs) in enumerate(curves.items()):
