@@ -43,7 +43,15 @@ from cmtool.training.comparison import (
     with_run,
     write_comparison,
 )
-from cmtool.training.fair import METRIC, Terms, lap_times, own_teacher, picked_protocol, resolved
+from cmtool.training.fair import (
+    METRIC,
+    Terms,
+    lap_times,
+    own_teacher,
+    picked_protocol,
+    resolved,
+    split_by_memory,
+)
 from cmtool.training.folder import clear_run, is_resumable, is_run
 from cmtool.training.history import time_spent
 from cmtool.training.lock import locked
@@ -154,13 +162,14 @@ def begun(bench: Bench, data: Dataset, protocol: str) -> Comparison:
     """
     asked, teacher, device = bench.terms
     presets = {run_name(name): resolved(bench.terms, name).preset for name in asked.presets}
-    for preset in presets.values():
+    for name, preset in presets.items():
         check_components(preset)
         check_fit(preset, data, teacher)
+        presets[name] = split_by_memory(bench.terms, preset)
     laps: Mapping[str, float] = {}
     if "train.steps" not in asked.values:
         bench.note(f"timing the steps of {', '.join(presets)}")
-        laps = lap_times(presets, teacher, device, asked.seconds)
+        laps = lap_times(bench.terms, presets)
     methods = {}
     for name, source in zip(presets, asked.presets, strict=True):
         preset, lap = presets[name], laps.get(name)
@@ -296,7 +305,8 @@ def timed(run: Trained, folder: Path) -> Trained:
 def draw_comparison(bench: Bench, comparison: Comparison) -> None:
     """Write compare.png: the distances against time and images, and samples from the same noise."""
     done = [run for run in comparison.runs if run.state == "done"]
-    curves: dict[str, list[list[Reached]]] = {name: [] for name in comparison.methods}
+    ended = {run.name for run in done}
+    curves: dict[str, list[list[Reached]]] = {n: [] for n in comparison.methods if n in ended}
     for run in done:
         values = [(p, [p.values[str(n)] for n in STEPS]) for p in run.points]
         curves[run.name].append([Reached(p.seconds or 0.0, p.images, each) for p, each in values])
@@ -304,14 +314,12 @@ def draw_comparison(bench: Bench, comparison: Comparison) -> None:
     assert reference.value is not None
     label = f"teacher, {reference.calls} calls"
     shown: dict[str, Tensor] = {}
-    for name in comparison.methods:
-        first = next((run for run in done if run.name == name), None)
-        if first is not None:
-            model = load_model(bench.out / first.folder, device=bench.terms.device)
-            shown[name] = samples(model, plan(model.preset, STEPS[0]), bench.terms.device)
-    shown[label] = samples(
-        bench.terms.teacher, plan(bench.terms.teacher.preset), bench.terms.device
-    )
+    _, teacher, device = bench.terms
+    for name in curves:
+        first = next(run for run in done if run.name == name)
+        model = load_model(bench.out / first.folder, device=device)
+        shown[name] = samples(model, plan(model.preset, STEPS[0]), device)
+    shown[label] = samples(teacher, plan(teacher.preset), device)
     write_methods(
         bench.out / "compare.png", curves, (label, reference.value), shown, STEPS,
         comparison.metric,

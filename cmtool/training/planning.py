@@ -212,14 +212,13 @@ def scaled(preset: Preset, steps: int, images: int) -> dict[str, Any]:
     return values | {"run.checkpoint_every": tenth, "run.sample_every": tenth}
 
 
-def memory_layers(preset: Preset, teacher: Model | None, device: str) -> Layers:
-    """Return into how many parts the free memory splits the batch; nothing if it need not be."""
+def parts_of_batch(preset: Preset, teacher: Model | None, device: str) -> int:
+    """Return into how many parts the free memory splits the batch; 1 where it is not known."""
     free = free_memory(device)
     memory = step_memory(preset, teacher, device)
     if free is None or memory is None:
-        return {}
-    parts = fitting_parts(preset, memory, round(free * SHARE_OF_MEMORY)) or preset.train.batch
-    return {"memory at hand": {"train.accumulate": parts}} if parts > 1 else {}
+        return 1
+    return fitting_parts(preset, memory, round(free * SHARE_OF_MEMORY)) or preset.train.batch
 
 
 def planned(
@@ -254,7 +253,8 @@ def planned(
         "description": f"{name} of {printable(Path(preset.data.path).name)}",
         **layers.get("the images", {}),
     }
-    layers |= memory_layers(preset, teacher, device)
+    parts = parts_of_batch(preset, teacher, device)
+    layers |= {"memory at hand": {"train.accumulate": parts}} if parts > 1 else {}
     if not any("train.steps" in layer for layer in own.values()):
         seconds = seconds_a_step(preset, teacher, device)
         steps = max(rounded(wish.hours * 3600 / seconds), LEAST_STEPS)

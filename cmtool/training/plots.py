@@ -240,7 +240,7 @@ def write_methods(
     first of `steps` is a full line, the others are broken. `teacher` is a label and a distance.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(11, 4.6 + 0.62 * len(samples)), layout="constrained")
     parts = figure.add_gridspec(2, 1, height_ratios=(4.6, 0.62 * len(samples)))
@@ -254,7 +254,7 @@ def write_methods(
         axis.grid(alpha=0.25, which="both")
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            side.set_major_formatter(EngFormatter(sep=""))
+            side.set_major_formatter(lambda value, _: short_number(value))
             side.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel(plain(f"{metric}{LOWER}"))
     handles, labels = axes[0].get_legend_handles_labels()
@@ -270,6 +270,14 @@ def write_methods(
 XLABELS = {"seconds": "seconds of training", "images": "images seen"}
 MARKERS = "osD^vP"
 """Marks of points, by the ten: there are ten colours that are told apart easily."""
+
+
+def short_number(value: float) -> str:
+    """Return 0.5, 200, 20k, 5M: a number that fits below an axis."""
+    for least, unit, letter in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if value >= least:
+            return f"{value / unit:g}{letter}"
+    return f"{value:g}"
 
 
 def _draw_method(
