@@ -1,5 +1,7 @@
 """The core of a comparison: equal time, the points of a run, and the picture of methods."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -51,7 +53,7 @@ def test_points_end_with_the_last_step_and_are_even_in_the_logarithm(steps):
     assert found[0] >= 1
     if steps > 500:
         assert found[0] == round(steps * compare.FIRST_SHARE)
-        ratios = [b / a for a, b in zip(found, found[1:], strict=False)]
+        ratios = [b / a for a, b in itertools.pairwise(found)]
         assert len(found) == compare.POINTS
         assert max(ratios) / min(ratios) < 1.02
 
@@ -93,7 +95,7 @@ def test_the_picture_has_all_methods_in_both_plots(tmp_path, monkeypatch):
     samples = {name: torch.zeros(3, 1, 8, 8) for name in ("_a$", "b", "teacher")}
     curves = {"_a$": [run, run], "b": [run]}
     write_methods(tmp_path / "c.png", curves, ("teacher", 2.0), samples, (1, 2), "fd-digits")
-    assert drawn == dict.fromkeys(("seconds", "images"), [(0, "_a$"), (1, "b")])
+    assert drawn == {key: [(0, "_a$"), (1, "b")] for key in ("seconds", "images")}
     assert read_image(tmp_path / "c.png").shape[0] == 3
 
 

@@ -74,7 +74,7 @@ def test_all_methods_come_before_the_second_seed():
     folders = [run.folder for run in planned_runs(ASKED)]
     assert folders == list(ENDS)
     one = ASKED.model_copy(update={"seeds": [7]})
-    assert [(run.folder, run.seed) for run in planned_runs(one)][0] == ("cd", 7)
+    assert next((run.folder, run.seed) for run in planned_runs(one)) == ("cd", 7)
 
 
 def test_the_table_has_means_over_seeds_and_the_least_comes_first(ended):
