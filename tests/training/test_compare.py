@@ -5,11 +5,13 @@ import itertools
 import pytest
 import torch
 
+from cmtool.cli._watching import LineWatcher
 from cmtool.data.datasets import digits
 from cmtool.data.decoding import read_image
 from cmtool.models import load_model
 from cmtool.presets.toml import is_method_preset, load_preset
 from cmtool.training import compare, plots
+from cmtool.training import run as runs
 from cmtool.training.compare import Bench, begun, default_presets, point_steps
 from cmtool.training.comparison import Asked, read_comparison
 from cmtool.training.fair import Terms
@@ -108,3 +110,21 @@ def test_several_seeds_are_faint_lines_beside_their_mean():
     looks = [(line.get_alpha(), line.get_linestyle()) for line in axis.lines]
     assert looks == [(0.3, "-")] * 2 + [(None, "-")] + [(0.3, "-")] * 2 + [(None, "--")]
     assert {line.get_color() for line in axis.lines} == {"C0"}
+
+
+def test_an_observer_sees_a_step_before_it_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ideal_seconds", lambda *_: None)
+    small = {"model.network.model_channels": 16, "model.network.norm_groups": 4}
+    small |= {"model.network.head_channels": 16, "train.batch": 4, "train.steps": 2}
+    preset = load_preset("digits-ct", small | {"run.sample_grid": 1, "run.checkpoint_every": 1})
+    seen = []
+
+    def observe(run, tools, news):
+        seen.append((news.step, sorted(p.name for p in tmp_path.glob("checkpoints/step-*"))))
+
+    last = runs.train(
+        preset, tmp_path, LineWatcher(), observers=[(lambda run, news: True, observe)]
+    )
+    assert [step for step, _ in seen] == [1, 2]
+    assert all(f"step-000000{step}" not in found for step, found in seen)
+    assert last.name == "step-0000002"
