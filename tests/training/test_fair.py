@@ -39,16 +39,17 @@ def fitted(preset, steps):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_all_presets_have_the_same_images_network_batch_and_seed(teacher, name):
-    chosen = terms(teacher)
+    train = teacher.preset.train.model_copy(update={"batch": 24})
+    theirs = teacher.preset.model_copy(update={"train": train})
+    chosen = terms(dataclasses.replace(teacher, preset=theirs))
     first = resolved(chosen, name).preset
     preset = resolved(chosen, name, fitted(first, 30), seed=5).preset
-    theirs = teacher.preset
     network = {**preset.model.network.options, "dropout": 0}
     assert network == {**theirs.model.network.options, "dropout": 0}
     kept = {"network", "scalings"}
     assert preset.model.model_dump(exclude=kept) == theirs.model.model_dump(exclude=kept)
     assert (preset.noise, preset.data) == (theirs.noise, theirs.data)
-    assert (preset.train.batch, preset.train.seed, preset.train.steps) == (64, 5, 30)
+    assert (preset.train.batch, preset.train.seed, preset.train.steps) == (24, 5, 30)
     assert preset.kind == load_preset(name).kind
 
 
@@ -91,7 +92,7 @@ def test_laps_are_medians_of_rounds_in_turn_without_the_first(teacher, monkeypat
 
     def step_times(preset, own, device, images):
         asked.append((preset.description, own, images))
-        return itertools.chain([1000.0], itertools.cycle([1.0, 2.0, 90.0]))
+        return itertools.chain([1000.0], itertools.cycle([3.0, 2.0, 1.0]))
 
     monkeypatch.setattr(fair, "step_times", step_times)
     chosen = terms(teacher, seconds=1e-6)
