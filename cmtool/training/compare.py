@@ -245,8 +245,8 @@ def train_one(bench: Bench, comparison: Comparison, run: Trained, score: Score) 
     A run that is begun is resumed. compare.json is written after each measurement, before the
     step is saved: so no step that a resumed run skips is missing.
     """
-    plan, folder = comparison.methods[run.name], bench.out / run.folder
-    preset, origins = resolved(bench.terms, plan.preset, plan, run.seed)
+    method, folder = comparison.methods[run.name], bench.out / run.folder
+    preset, origins = resolved(bench.terms, method.preset, method, run.seed)
     resume = is_resumable(folder)
 
     def keep(point: Point) -> None:
@@ -255,13 +255,13 @@ def train_one(bench: Bench, comparison: Comparison, run: Trained, score: Score) 
         comparison = with_run(comparison, now)
         write_comparison(bench.out, comparison)
 
-    bench.note(f"{run.folder}: {plan.steps:,} steps of {plan.batch}, seed {run.seed}")
+    bench.note(f"{run.folder}: {method.steps:,} steps of {method.batch}, seed {run.seed}")
     try:
-        with bench.watching(plan.steps) as watcher:
+        with bench.watching(method.steps) as watcher:
             runs.train(
                 preset, folder, watcher, teacher=own_teacher(bench.terms, preset), origins=origins,
                 device=bench.terms.device, resume=resume, overwrite=is_run(folder) and not resume,
-                observers=[measuring(score, bench.terms.asked.num, point_steps(plan.steps), keep)],
+                observers=[measuring(score, bench.terms.asked.num, point_steps(method.steps), keep)],
             )  # fmt: skip
         state = "done"
     except DivergedError as error:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from contextlib import suppress
 
 import pytest
 
@@ -16,18 +17,10 @@ from cmtool.training.comparison import STEPS, Comparison
 from cmtool.training.stop import Stop
 from tests.cli.conftest import TINY
 
-SETTINGS = ["--set", "train.steps=4", "--num", "16", "--device", "cpu"]
+SETTINGS = [
+    "--set", "train.steps=4", "--set", "run.sample_grid=1", "--num", "16", "--device", "cpu"
+]  # fmt: skip
 TIMES = {"seconds", "cpu_seconds"}
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """An EDM teacher of two steps, sampled in two."""
-    out = tmp_path_factory.mktemp("runs") / "teacher"
-    short = ["--set", "train.steps=2", "--set", "sample.steps=2"]
-    with pytest.raises(SystemExit):
-        main(["train", "--preset", "digits-edm", "--out", str(out), *short, *TINY])
-    return out
 
 
 def hasten(patch):
@@ -41,9 +34,21 @@ def hasten(patch):
     patch.setattr(observers, "write_summary", lambda *_: None)
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """An EDM teacher of two steps, sampled in two."""
+    out = tmp_path_factory.mktemp("runs") / "teacher"
+    short = ["--set", "train.steps=2", "--set", "sample.steps=2"]
+    with pytest.MonkeyPatch.context() as patch, suppress(SystemExit):
+        hasten(patch)
+        main(["train", "--preset", "digits-edm", "--out", str(out), *short, *TINY])
+    return out
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     hasten(monkeypatch)
+    monkeypatch.setattr(compare, "write_methods", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
