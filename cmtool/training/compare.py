@@ -247,7 +247,7 @@ def train_one(bench: Bench, comparison: Comparison, run: Trained, score: Score) 
     """
     method, folder = comparison.methods[run.name], bench.out / run.folder
     preset, origins = resolved(bench.terms, method.preset, method, run.seed)
-    resume = is_resumable(folder)
+    resume, wanted = is_resumable(folder), point_steps(method.steps)
 
     def keep(point: Point) -> None:
         nonlocal comparison
@@ -261,7 +261,7 @@ def train_one(bench: Bench, comparison: Comparison, run: Trained, score: Score) 
             runs.train(
                 preset, folder, watcher, teacher=own_teacher(bench.terms, preset), origins=origins,
                 device=bench.terms.device, resume=resume, overwrite=is_run(folder) and not resume,
-                observers=[measuring(score, bench.terms.asked.num, point_steps(method.steps), keep)],
+                observers=[measuring(score, bench.terms.asked.num, wanted, keep)],
             )  # fmt: skip
         state = "done"
     except DivergedError as error:
@@ -274,7 +274,7 @@ def train_one(bench: Bench, comparison: Comparison, run: Trained, score: Score) 
 
 
 def measuring(score: Score, num: int, steps: set[int], keep: Callable[[Point], None]) -> Observer:
-    """Return an observer that measures the kept weights at some steps, and leaves no time out."""
+    """Return an observer that measures the kept weights at some steps; its time is not counted."""
 
     def due(run: Run, news: News) -> bool:
         return news.diverged is None and news.step in steps
@@ -289,7 +289,7 @@ def measuring(score: Score, num: int, steps: set[int], keep: Callable[[Point], N
                 )
                 for n in STEPS
             }  # fmt: skip
-        keep(Point(step=news.step, images=news.step * preset.train.batch, values=values))
+            keep(Point(step=news.step, images=news.step * preset.train.batch, values=values))
 
     return due, measure
 
