@@ -5,8 +5,9 @@ from functools import partial
 
 from cmtool.core.distances import l2
 from cmtool.core.losses import uniform_weight
-from cmtool.core.methods import METHODS, Models, make_objective
+from cmtool.core.methods import METHODS, Models
 from cmtool.core.noise import NoiseRange, uniform
+from cmtool.core.objective import make_objective
 from cmtool.core.solvers import heun
 
 
@@ -16,7 +17,7 @@ def objective_of(
     """`make_objective` with l2, weight 1 and Heun's steps where nothing else is said."""
     choices = {
         "distance": l2, "weight": uniform_weight, "solver": heun, "noise_range": noise_range,
-        **choices,
+        "sigma_data": 0.5, "transition": 1.0, **choices,
     }  # fmt: skip
     loss = METHODS[name].loss
     taken = inspect.signature(loss).parameters
@@ -24,6 +25,7 @@ def objective_of(
     return make_objective(method, levels, noise_range, teacher=teacher, augment=augment)
 
 
-def alone(student):
-    """The models of a student that is compared with itself."""
-    return Models(student, student)
+def alone(student, name="", target=None):
+    """The models of a student that is compared with itself, and what its method owns."""
+    owns = METHODS[name].owns if name in METHODS else None
+    return Models(student, target or student, own=owns() if owns else None)

@@ -83,6 +83,14 @@ def consistency_loss(
     function of both levels; the released code takes it at the higher one, the paper writes the
     lower (the published weighting is 1).
     """
+    x0_student, x0_target = answers(student, target, pair, labels)
+    return weight(pair.sigma_hi, pair.sigma_lo).to(x0_student) * distance(x0_student, x0_target)
+
+
+def answers(
+    student: Denoiser, target: Denoiser, pair: Pair, labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return f(x_hi) and f_target(x_lo) (B, C, H, W), as `consistency_loss` compares them."""
     with same_dropout() as replay:
         x0_student = student(pair.x_hi, pair.sigma_hi, labels)
         replay()
@@ -90,7 +98,7 @@ def consistency_loss(
             at_end = pair.sigma_lo == 0
             x0_target = target(pair.x_lo, torch.where(at_end, pair.sigma_hi, pair.sigma_lo), labels)
             x0_target = torch.where(expand(at_end, pair.x_lo) > 0, pair.x_lo, x0_target)
-    return weight(pair.sigma_hi, pair.sigma_lo).to(x0_student) * distance(x0_student, x0_target)
+    return x0_student, x0_target
 
 
 def continuous_loss(

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from cmtool.core.augment import Augment
+from cmtool.core.adaptive import Grid, own_grid
 from cmtool.core.losses import (
+    answers,
     consistency_loss,
     continuous_loss,
     denoising_loss,
@@ -25,8 +26,10 @@ from cmtool.core.losses import (
     teacher_pair,
     teacher_point,
 )
-from cmtool.core.noise import LevelPicker, NoiseRange, Stage
-from cmtool.core.tensors import expand, to_device
+from cmtool.core.meanflow import mean_flow_loss
+from cmtool.core.noise import NoiseRange, Stage
+from cmtool.core.scm import LogVariance, normaliser, scm_loss
+from cmtool.core.tensors import expand
 from cmtool.core.types import Denoiser, Distance, Solver, Weighting
 
 Kind = Literal["teacher", "consistency", "flow map"]
@@ -133,6 +136,111 @@ def live_distillation(
     return live_loss(models.student, models.target, point, labels, distance, weight)
 
 
+def scm_training(
+    models: Models,
+    given: Given,
+    *,
+    weight: Weighting,
+    sigma_data: float,
+    tangent: Literal["norm", "rms", "clip"] = "norm",
+    c: float | None = None,
+    warmup_images: int = 5_120_000,
+) -> Tensor:
+    """Return the loss of sCT (Lu & Song 2025, eq. 8): the tangent along the data's own path.
+
+    `tangent` says how it is normalised, by c. Over the first images it turns from that of a
+    diffusion model into that of a consistency model.
+    """
+    x0, labels, noise, sigma, _, stage = given
+    return scm_loss(
+        models.student, models.target, noise_point(x0, sigma, noise), x0, labels, weight,
+        normaliser(tangent, c), sigma_data=sigma_data, log_variance=models.own,
+        warmth=min(stage.images / max(warmup_images, 1), 1.0),
+    )  # fmt: skip
+
+
+def scm_distillation(
+    models: Models,
+    given: Given,
+    *,
+    weight: Weighting,
+    sigma_data: float,
+    tangent: Literal["norm", "rms", "clip"] = "norm",
+    c: float | None = None,
+    warmup_images: int = 5_120_000,
+) -> Tensor:
+    """Return the loss of sCD (Lu & Song 2025, eq. 8): the tangent along the teacher's path."""
+    assert models.teacher is not None
+    x0, labels, noise, sigma, _, stage = given
+    point = teacher_point(x0, sigma, noise, labels, models.teacher)
+    clean = point.x - expand(sigma, x0) * point.slope
+    return scm_loss(
+        models.student, models.target, point, clean, labels, weight, normaliser(tangent, c),
+        sigma_data=sigma_data, log_variance=models.own,
+        warmth=min(stage.images / max(warmup_images, 1), 1.0),
+    )  # fmt: skip
+
+
+def truncated_training(
+    models: Models,
+    given: Given,
+    *,
+    distance: Distance,
+    weight: Weighting,
+    transition: float,
+    boundary_weight: float = 0.1,
+) -> Tensor:
+    """Return the loss of TCM's second stage (Lee et al. 2025): consistency above the transition.
+
+    Below it the network of the first stage answers, which is frozen: pairs that straddle it tie the
+    two together. Images that lie at the transition itself are their own mean, which
+    `boundary_weight` multiplies; the mean of the loss is the paper's total.
+    """
+    loss = consistency_training(models, given, distance=distance, weight=weight)
+    at_boundary = (given.sigma_hi == transition).to(loss)
+    count, share = len(loss), at_boundary.sum()
+    rest = (1 - at_boundary) * count / (count - share).clamp_min(1)
+    return loss * (rest + boundary_weight * at_boundary * count / share.clamp_min(1))
+
+
+def mid_training(models: Models, given: Given, *, distance: Distance, weight: Weighting) -> Tensor:
+    """Return the loss of a point of the teacher's path and its end (CMT, Hu et al. 2025).
+
+    `loss.source = "paths"` draws them: x0 is the path's end, and the point is x0 + sigma noise.
+    """
+    x0, labels, noise, sigma, _, _ = given
+    found = models.student(x0 + expand(sigma, x0) * noise, sigma, labels)
+    return weight(sigma, torch.zeros_like(sigma)).to(found) * distance(found, x0)
+
+
+def mean_flow(models: Models, given: Given, *, power: float = 0.75, eps: float = 1e-3) -> Tensor:
+    """Return the loss of a mean velocity and its derivative along the path (Geng et al. 2025)."""
+    x0, labels, noise, hi, lo, _ = given
+    t, r = hi / (1 + hi), lo / (1 + lo)
+    z = expand(1 - t, x0) * x0 + expand(t, x0) * noise
+    return mean_flow_loss(
+        models.student, models.target, z, noise - x0, t, r, labels, power=power, eps=eps
+    )
+
+
+def adaptive_training(models: Models, given: Given, *, distance: Distance) -> Tensor:
+    """Return d(f(x_hi), f(x_lo)) / d(f(x_lo), x0), (B,), on a grid of the model's own (ADCM).
+
+    Bai et al. (2025): the weight is the inverse of the global error by the same distance, and is
+    not differentiated.
+    """
+    pair = noise_pair(given.x0, given.sigma_hi, given.sigma_lo, given.noise)
+    found, goal = answers(models.student, models.target, pair, given.labels)
+    return distance(found, goal) / distance(goal, given.x0).clamp_min(1e-6)
+
+
+Before = Callable[..., Stage]
+"""What a method does before a step: `(target, own, images, stage, generator, *, ...) -> Stage`.
+
+`images()` are those of the first microbatch of the step, the same in all processes.
+"""
+
+
 class MethodRow(NamedTuple):
     """What a method makes and needs."""
 
@@ -147,69 +255,25 @@ class MethodRow(NamedTuple):
     """train.checkpoint_activations may be on; forward mode through a backward pass forbids it."""
     warps: bool = False
     """Its training images may be warped (data.augment), and the network is told how."""
+    teacher_kind: Kind = "teacher"
+    """What its teacher, or the model it starts from, must be."""
+    source: str = "images"
+    """What loss.source must be, unless "images" will do."""
     owns: Callable[[], nn.Module] | None = None
     """Makes a module of the method's own: it is trained, saved and sharded with the student."""
+    before: Before | None = None
+    """Called before each step; it may take options of `loss.method` too."""
     good_loss: str = ""
     """What the loss of a good run looks like, in a sentence or two for its report."""
-
-
-class LossBatch(NamedTuple):
-    """The loss of each image (B,), and the higher noise level it was measured at (B,)."""
-
-    loss: Tensor
-    sigma: Tensor
-
-
-Objective = Callable[[Models, Tensor, Tensor | None, Stage, Generator], LossBatch]
-"""One microbatch of a method: `(models, x0, labels, stage, generator) -> LossBatch`."""
-
-
-def make_objective(
-    method: Method,
-    levels: LevelPicker,
-    noise_range: NoiseRange,
-    *,
-    teacher: Denoiser | None = None,
-    augment: Augment | None = None,
-) -> Objective:
-    """Return what a training step asks for: levels and noise are drawn, the method compares.
-
-    With `augment` the images are warped first, and the student is told how.
-    """
-
-    def objective(
-        models: Models, x0: Tensor, labels: Tensor | None, stage: Stage, generator: Generator
-    ) -> LossBatch:
-        picked = levels(len(x0), stage, noise_range, generator)
-        hi, lo = (to_device(sigma, x0.device) for sigma in picked)
-        noise = noise_like(x0, generator)
-        models = models._replace(teacher=teacher)
-        if augment is not None:
-            x0, warps = augment(x0, generator)
-            models = models._replace(student=with_warps(models.student, warps))
-        loss = method(models, Given(x0, labels, noise, hi, lo, stage))
-        return LossBatch(loss, hi)
-
-    return objective
-
-
-def noise_like(x0: Tensor, generator: Generator) -> Tensor:
-    """Return unit noise of x0's shape, dtype and device, drawn on the CPU."""
-    return to_device(torch.randn(x0.shape, generator=generator), x0.device).to(x0.dtype)
-
-
-def with_warps(network: Callable[..., Tensor], warps: Tensor) -> Denoiser:
-    """Return the denoiser of images that were warped: the network is told how, (B, LABELS)."""
-
-    def denoiser(x: Tensor, sigma: Tensor, *given: Tensor | None) -> Tensor:
-        return network(x, sigma, *given, augment_labels=warps)
-
-    return denoiser
 
 
 _CONTINUOUS = (
     "Training follows the gradient of the method and does not minimise this value: the curve may"
     " rise. It should stay bounded, as the gradient norm should. Judge by the samples or a metric."
+)
+_LEARNED_WEIGHT = (
+    "The loss falls as the learned log-variance follows it, and may become negative. Its level says"
+    " little: judge by the samples or a metric."
 )
 METHODS: dict[str, MethodRow] = {
     "denoising": MethodRow(
@@ -265,5 +329,55 @@ METHODS: dict[str, MethodRow] = {
         recomputes=False,
         good_loss="The loss falls and flattens: it is the squared change of the model along the"
         " teacher's path, and 0 for a model that is consistent.",
+    ),
+    "scm_training": MethodRow(
+        scm_training,
+        "consistency",
+        targets=("student",),
+        recomputes=False,
+        owns=LogVariance,
+        good_loss=_LEARNED_WEIGHT,
+    ),
+    "scm_distillation": MethodRow(
+        scm_distillation,
+        "consistency",
+        needs_teacher=True,
+        targets=("student",),
+        recomputes=False,
+        owns=LogVariance,
+        good_loss=_LEARNED_WEIGHT,
+    ),
+    "truncated_training": MethodRow(
+        truncated_training,
+        "consistency",
+        targets=("student",),
+        teacher_kind="consistency",
+        good_loss="The loss falls and flattens within a stage, and may step where a stage begins.",
+    ),
+    "mid_training": MethodRow(
+        mid_training,
+        "consistency",
+        needs_teacher=True,
+        targets=("none",),
+        source="paths",
+        good_loss="The loss falls fast at first, then slowly: it is how far the model is from the"
+        " ends of the teacher's paths, and does not depend on the model itself.",
+    ),
+    "mean_flow": MethodRow(
+        mean_flow,
+        "flow map",
+        targets=("student",),
+        recomputes=False,
+        good_loss="The loss stays nearly level, as each image's is divided by a power of itself."
+        " Judge by the samples or a metric.",
+    ),
+    "adaptive_training": MethodRow(
+        adaptive_training,
+        "consistency",
+        targets=("student",),
+        owns=Grid,
+        before=own_grid,
+        good_loss="The loss falls and flattens while the grid stays, and steps where it is made"
+        " anew.",
     ),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -39,7 +39,8 @@ class Stage(NamedTuple):
     `images` were seen before this step (training fills them in), `progress` in [0, 1] is what the
     learning rate follows, `n` are the points of the grid (0 without one), `mu` is the decay of the
     target network, `stage` counts the stages of a curriculum that has some. At a `fresh` step the
-    optimizer and the weights EMAs start anew.
+    optimizer and the weights EMAs start anew. `grid` (n,) are the levels, ascending, of a method
+    that makes its own.
     """
 
     images: int = 0
@@ -48,6 +49,7 @@ class Stage(NamedTuple):
     mu: float = 0.0
     stage: int = 0
     fresh: bool = False
+    grid: Tensor | None = None
 
 
 LevelPicker = Callable[[int, Stage, NoiseRange, Generator], Levels]
@@ -139,22 +141,126 @@ def tightening(
     k: float = 8.0,
     b: float = 1.0,
     stage_images: int = 3_200_000,
+    truncated: bool = False,
+    closest: float = 0.0,
 ) -> Levels:
     """Return ln sigma ~ N(mean, std^2) with a level below that nears it stage by stage.
 
-    Easy consistency tuning (Geng et al. 2024): a stage begins every `stage_images` images.
+    Easy consistency tuning (Geng et al. 2024): a stage begins every `stage_images` images. With
+    `truncated` the law is cut at sigma_min and sigma_max, and with `closest` the gap never falls
+    below that share of it (both in the first stage of TCM, Lee et al. 2025).
     """
-    hi, _ = lognormal(batch, stage, noise_range, generator, mean=mean, std=std)
-    return Levels(hi, tightened(hi, stage.images // stage_images, q=q, k=k, b=b))
+    if truncated:
+        law = torch.distributions.Normal(torch.tensor(mean, dtype=torch.float64), std)
+        ends = law.cdf(torch.tensor(noise_range[:2], dtype=torch.float64).log())
+        u = torch.rand(batch, dtype=torch.float64, generator=generator)
+        hi = law.icdf(ends[0] + (ends[1] - ends[0]) * u).exp().clamp(*noise_range[:2])
+    else:
+        hi, _ = lognormal(batch, stage, noise_range, generator, mean=mean, std=std)
+    number = stage.images // stage_images
+    return Levels(hi, tightened(hi, number, q=q, k=k, b=b, closest=closest))
 
 
-def tightened(sigma: Tensor, stage: int, *, q: float, k: float, b: float) -> Tensor:
+def tightened(
+    sigma: Tensor, stage: int, *, q: float, k: float, b: float, closest: float = 0.0
+) -> Tensor:
     """Return sigma max(0, 1 - n(sigma) / q^(stage + 1)), n(sigma) = 1 + k sigmoid(-b sigma), (B,).
 
-    With k = 0 the ratio is the same at all levels (ECT's mapping `const`).
+    With k = 0 the ratio is the same at all levels (ECT's mapping `const`). 1 / q^(stage + 1) is
+    `closest` at least.
     """
     n = 1 + k * torch.sigmoid(-b * sigma)
-    return sigma * (1 - n / q ** (stage + 1)).clamp_min(0)
+    gap = max(q ** -float(stage + 1), closest)
+    return sigma * (1 - n * gap).clamp_min(0)
+
+
+def above_transition(
+    batch: int,
+    stage: Stage,
+    noise_range: NoiseRange,
+    generator: Generator,
+    *,
+    transition: float,
+    boundary: float = 0.25,
+    df: float = 0.01,
+    scale: float = 0.2,
+    q: float = 2.0,
+    closest: float = 0.001,
+    stage_images: int = 12_800_000,
+) -> Levels:
+    """Return levels from the transition up, each with one below that nears it (TCM, stage 2).
+
+    ln sigma follows Student's t with `df` degrees of freedom, cut at the transition and at
+    sigma_max (Lee et al. 2025); the first int(batch `boundary`) images lie at the transition. The
+    other level is that of `tightening` with k = 8, b = 1, and 1e-6 or more.
+    """
+    u = torch.rand(batch, dtype=torch.float64, generator=generator)
+    low, high = transition, noise_range.sigma_max
+    hi = student_t_quantile(u, df=df, scale=scale, low=low, high=high)
+    hi[: int(batch * boundary)] = transition
+    number = stage.images // stage_images
+    lo = tightened(hi, number, q=q, k=8.0, b=1.0, closest=closest)
+    return Levels(hi, lo.clamp_min(1e-6))
+
+
+def student_t_quantile(u: Tensor, *, df: float, scale: float, low: float, high: float) -> Tensor:
+    """Return the levels (B,) at which ln sigma / scale, Student's t cut to [low, high], reaches u.
+
+    With ln sigma = scale sqrt(df) sinh(v) the density in v is cosh(v)^-df, which is nearly flat.
+    """
+    unit = scale * math.sqrt(df)
+    ends = [math.asinh(math.log(sigma) / unit) for sigma in (low, high)]
+    v = torch.linspace(ends[0], ends[1], 20_001, dtype=torch.float64)
+    below = torch.cumulative_trapezoid(v.cosh() ** -df, v)
+    below = torch.cat([below.new_zeros(1), below]) / below[-1]
+    right = torch.searchsorted(below, u).clamp(1, len(v) - 1)
+    share = (u - below[right - 1]) / (below[right] - below[right - 1])
+    found = v[right - 1] + share * (v[right] - v[right - 1])
+    return (unit * found.sinh()).exp().clamp(low, high)
+
+
+def two_lognormals(
+    batch: int,
+    stage: Stage,
+    noise_range: NoiseRange,
+    generator: Generator,
+    *,
+    mean: float = -0.6,
+    std: float = 1.6,
+    mean_lo: float = -4.0,
+    std_lo: float = 1.6,
+    equal: float = 0.25,
+) -> Levels:
+    """Return two log-normal levels, the lower one cut at the other; some rows have both equal.
+
+    MeanFlow (Geng et al. 2025) draws logit-normal times t = sigma / (1 + sigma): the same. A share
+    `equal` of the rows, and all whose second level comes out higher, have sigma_lo = sigma_hi.
+    """
+    hi, _ = lognormal(batch, stage, noise_range, generator, mean=mean, std=std)
+    lo, _ = lognormal(batch, stage, noise_range, generator, mean=mean_lo, std=std_lo)
+    is_one = torch.rand(batch, dtype=torch.float64, generator=generator) < equal
+    return Levels(hi, torch.where(is_one, hi, torch.minimum(hi, lo)))
+
+
+def on_grid(
+    batch: int,
+    stage: Stage,
+    noise_range: NoiseRange,
+    generator: Generator,
+    *,
+    mean: float = -1.1,
+    std: float = 2.0,
+    law: Literal["lognormal", "uniform"] = "lognormal",
+) -> Levels:
+    """Return neighbours on the grid that the method made (ADCM, Bai et al. 2025).
+
+    Picked by the log-normal mass between the two, or uniformly.
+    """
+    sigmas = stage.grid
+    assert sigmas is not None, "this method makes no grid"
+    p = torch.ones(len(sigmas) - 1) if law == "uniform" else mass_between(sigmas, mean, std)
+    index = torch.multinomial(p, batch, replacement=True, generator=generator)
+    return Levels(sigmas[index + 1], sigmas[index])
 
 
 def ramp(batch: int, stage: Stage, noise_range: NoiseRange, generator: Generator) -> Levels:
@@ -239,8 +345,11 @@ def halving(step: int, total_steps: int, *, start: int = 4096, stage_steps: int 
 LEVELS: dict[str, Callable[..., Levels]] = {
     "lognormal": lognormal,
     "lognormal_mass": lognormal_mass,
+    "on_grid": on_grid,
     "ramp": ramp,
     "tightening": tightening,
+    "above_transition": above_transition,
+    "two_lognormals": two_lognormals,
     "uniform": uniform,
 }
 

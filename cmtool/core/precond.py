@@ -62,6 +62,21 @@ def ve_scalings(sigma: Tensor, sigma_data: float = 0.5, sigma_min: float = 0.0) 
     return Scalings(c_skip=torch.ones_like(sigma), c_out=sigma, c_in=torch.ones_like(sigma))
 
 
+def flow_scalings(sigma: Tensor, sigma_data: float = 0.5, sigma_min: float = 0.0) -> Scalings:
+    """Return the scalings of a flow along straight lines, z = (1 - t) x0 + t noise.
+
+    The network predicts u, the mean of dz/dt (MeanFlow, Geng et al. 2025): t = sigma / (1 + sigma),
+    z = x / (1 + sigma) and x0 = z - t u.
+    """
+    keep = 1 / (1 + sigma)
+    return Scalings(c_skip=keep, c_out=-sigma * keep, c_in=keep)
+
+
+def flow_label(sigma: Tensor) -> Tensor:
+    """Return t = sigma / (1 + sigma), the time of a flow along straight lines."""
+    return sigma / (1 + sigma)
+
+
 def log_label(sigma: Tensor) -> Tensor:
     """Return c_noise = ln(sigma) / 4 (Karras et al. 2022, Table 1; the JAX release)."""
     return 0.25 * torch.log(sigma)
@@ -168,6 +183,7 @@ def is_two_time(network: nn.Module) -> bool:
 SCALINGS: dict[str, ScalingsFn] = {
     "consistency": consistency_scalings,
     "edm": edm_scalings,
+    "flow": flow_scalings,
     "vp": vp_scalings,
     "ve": ve_scalings,
     "iddpm": vp_scalings,
@@ -175,6 +191,7 @@ SCALINGS: dict[str, ScalingsFn] = {
 """A student has its boundary f(x, sigma) = x at sigma_min (`consistency`), or at 0 (`edm`)."""
 
 NOISE_LABELS: dict[str, Callable[..., Tensor]] = {
+    "flow": flow_label,
     "log": log_label,
     "log_1000": log_label_1000,
     "vp": vp_label,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cmtool.core.noise import NoiseRange, karras_sigmas
-from cmtool.core.solvers import denoised, dpm2, euler, heun, integrate
+from cmtool.core.solvers import denoised, dpm2, dpmpp_2m_walk, euler, heun, integrate
 from cmtool.core.tensors import chunks_of, clip, identity, level
 from cmtool.core.types import Denoiser, Projection, RandnLike, Solver
 from cmtool.errors import UserError
@@ -79,21 +79,12 @@ def dpmpp_2m(
     labels: Tensor | None = None,
     project: Projection = identity,
 ) -> Tensor:
-    """Return images (B, C, H, W) by DPM-Solver++(2M) (Lu et al. 2022b, Alg. 2): order 2.
-
-    One evaluation a level: the slope of D in lambda = -ln sigma is taken from the level before.
-    The step to 0 returns the denoised image.
-    """
+    """Return images (B, C, H, W) by DPM-Solver++(2M) (Lu et al. 2022b, Alg. 2): order 2."""
     check_levels(sigmas, sigma_min)
-    x = init + sigmas[0] * randn_like(init)
-    before: tuple[Tensor, float] | None = None  # D and the step in lambda that led away from it
-    for sigma, sigma_next in itertools.pairwise(map(float, sigmas)):
-        d = denoiser(x, level(sigma, x), labels)
-        h = math.log(sigma / sigma_next)
-        ahead = d if before is None else d + (d - before[0]) * h / (2 * before[1])
-        x = (sigma_next / sigma) * x - math.expm1(-h) * ahead
-        before = (d, h)
-    return project(denoiser(x, level(sigmas[-1], x), labels))
+    start = init + sigmas[0] * randn_like(init)
+    levels = torch.as_tensor(sigmas, dtype=torch.float64)
+    *_, x = dpmpp_2m_walk(denoiser, start, levels, labels)
+    return project(x)
 
 
 def ancestral(

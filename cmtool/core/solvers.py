@@ -8,6 +8,9 @@ Every solver is a function `(denoiser, x, sigma, sigma_next, labels) -> x_next` 
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from torch import Tensor
 
@@ -76,4 +79,40 @@ def integrate(
     return x
 
 
+def walk(
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None, *, solver: Solver
+) -> Iterator[Tensor]:
+    """Yield the points of the path from x at sigmas[0]: at each later level, and its end at 0."""
+    for sigma, sigma_next in itertools.pairwise([*sigmas, sigmas.new_zeros(())]):
+        step = solver if float(sigma_next) else denoised
+        x = step(denoiser, x, level(sigma, x), level(sigma_next, x), labels)
+        yield x
+
+
+def dpmpp_2m_walk(
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None
+) -> Iterator[Tensor]:
+    """Yield the points of `walk` by DPM-Solver++(2M) (Lu et al. 2022b, Alg. 2): order 2.
+
+    One evaluation a level: the slope of D in lambda = -ln sigma is taken from the level before. The
+    step to 0 returns the denoised image.
+    """
+    before: tuple[Tensor, float] | None = None  # D and the step in lambda that led away from it
+    for sigma, sigma_next in itertools.pairwise(map(float, sigmas)):
+        d = denoiser(x, level(sigma, x), labels)
+        h = math.log(sigma / sigma_next)
+        ahead = d if before is None else d + (d - before[0]) * h / (2 * before[1])
+        x = (sigma_next / sigma) * x - math.expm1(-h) * ahead
+        before = (d, h)
+        yield x
+    yield denoiser(x, level(sigmas[-1], x), labels)
+
+
+Walk = Callable[[Denoiser, Tensor, Tensor, Tensor | None], Iterator[Tensor]]
+"""`(denoiser, x, sigmas, labels)` -> the later points of the path, each (B, C, H, W)."""
+
 SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "dpm2": dpm2}
+WALKS: dict[str, Walk] = {
+    "dpmpp_2m": dpmpp_2m_walk,
+    **{name: partial(walk, solver=solver) for name, solver in SOLVERS.items()},
+}

@@ -29,19 +29,25 @@ class OdePoint(NamedTuple):
 
 
 def tangent(f: Denoiser, point: OdePoint, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return f(x, sigma) and df/dsigma + (df/dx) slope, (B, C, H, W) each.
-
-    In float32, under autocast too. Fused attention has no forward mode: inside, PyTorch takes the
-    plain one.
-    """
+    """Return f(x, sigma) and df/dsigma + (df/dx) slope, (B, C, H, W) each."""
 
     def along(x: Tensor, sigma: Tensor) -> Tensor:
         return f(x, sigma, labels)
 
     direction = (point.slope, torch.ones_like(point.sigma))
-    device = "cpu" if point.x.is_meta else point.x.device.type  # meta has no autocast
+    return forward_mode(along, (point.x, point.sigma), direction)
+
+
+def forward_mode(
+    f: Callable[..., Tensor], at: tuple[Tensor, ...], direction: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return a network's f(*at) and its derivative in a direction, in float32 under autocast too.
+
+    Fused attention has no forward mode: inside, PyTorch takes the plain one.
+    """
+    device = "cpu" if at[0].is_meta else at[0].device.type  # meta has no autocast
     with torch.autocast(device, enabled=False), sdpa_kernel(SDPBackend.MATH):
-        return derivative(along, (point.x, point.sigma), direction)
+        return derivative(f, at, direction)
 
 
 def curvature(distance: Distance, x0: Tensor, v: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from cmtool.core.augment import LABELS, Augment, augmented
 from cmtool.core.distances import DISTANCES, is_norm
 from cmtool.core.losses import WEIGHTINGS
-from cmtool.core.methods import METHODS, Method, MethodRow, Objective, make_objective
+from cmtool.core.methods import METHODS, Before, Method, MethodRow
 from cmtool.core.networks import NETWORKS
 from cmtool.core.networks.layers import MAX_BLOCKS
+from cmtool.core.networks.truncated import Truncated
 from cmtool.core.noise import CURRICULA, LEVELS, Curriculum, LevelPicker, NoiseRange
+from cmtool.core.objective import Objective, make_objective
+from cmtool.core.paths import SOURCES, Draw
 from cmtool.core.precond import NOISE_LABELS, SCALINGS, Preconditioned, is_two_time
 from cmtool.core.samplers import SAMPLERS
 from cmtool.core.solvers import SOLVERS
@@ -103,7 +106,12 @@ def build_network(model: ModelSection) -> nn.Module:
         what = f"model.network.{key} = {first['input']!r}: {first['msg'].lower()}"
         raise UserError(what, "give it a value of the right type") from None
     try:
-        return kind.build(options, model.channels, model.num_classes)
+        made = kind.build(options, model.channels, model.num_classes)
+        if model.transition is None:
+            return made
+        noise_label = pick(NOISE_LABELS, model.noise_label, "model.noise_label")
+        label = float(noise_label(torch.tensor(model.transition, dtype=torch.float64)))
+        return Truncated(made, kind.build(options, model.channels, model.num_classes), label)
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         what = f"network {choice.name!r} cannot be built: {error}"
         raise UserError(what, "change the options of model.network") from None
@@ -136,23 +144,49 @@ def needs_teacher(preset: Preset) -> bool:
     return method_row(preset).needs_teacher or preset.train.from_teacher
 
 
-def build_method(preset: Preset) -> tuple[Method, LevelPicker]:
-    """Return the preset's method with its choices bound, and what picks its noise levels.
+class Built(NamedTuple):
+    """A preset's method and level picker, with choices bound, and what it does before a step."""
+
+    method: Method
+    levels: LevelPicker
+    before: Before | None
+
+
+def build_method(preset: Preset) -> Built:
+    """Return the preset's method, and what goes with it.
 
     Raises UserError for a choice that does not exist, used or not, or that the method forbids.
     """
-    loss, row, sigma_data = preset.loss, method_row(preset), preset.model.sigma_data
+    loss, row, model = preset.loss, method_row(preset), preset.model
     distance = pick(DISTANCES, loss.distance, "loss.distance")
     choices = {
         "distance": distance,
-        "weight": pick(WEIGHTINGS, loss.weight, "loss.weight", {"sigma_data": sigma_data}),
+        "weight": pick(WEIGHTINGS, loss.weight, "loss.weight", {"sigma_data": model.sigma_data}),
         "noise_range": noise_range(preset),
         "solver": pick(SOLVERS, loss.solver, "loss.solver"),
+        "sigma_data": model.sigma_data,
+        "transition": model.transition,
     }
+    pick(SOURCES, loss.source, "loss.source", ["images", "teacher", "noise_range", "seed"])
     check_method(preset, row, distance)
-    losses = {name: each.loss for name, each in METHODS.items()}
-    method = pick(losses, loss.method, "loss.method", choices)
-    return method, pick(LEVELS, loss.levels, "loss.levels")
+    name, options = loss.method.name, loss.method.options
+    early = inspect.signature(row.before).parameters if row.before else {}
+    theirs = {key: value for key, value in options.items() if key in early}
+    ours = Choice(name=name, **{k: v for k, v in options.items() if k not in theirs})
+    method = pick({name: row.loss}, ours, "loss.method", choices)
+    before = None
+    if row.before is not None:
+        given = {"noise_range": choices["noise_range"]}
+        before = pick({name: row.before}, Choice(name=name, **theirs), "loss.method", given)
+    return Built(method, pick(LEVELS, loss.levels, "loss.levels", choices), before)
+
+
+def build_source(preset: Preset, images: Draw, teacher: Denoiser | None) -> Draw:
+    """Return what each step of a preset starts from."""
+    given = {"noise_range": noise_range(preset), "seed": preset.train.seed}
+    known = [*given, "images", "teacher"]
+    source = pick(SOURCES, preset.loss.source, "loss.source", known)
+    return source(images, teacher, noise_range(preset), preset.train.seed)
 
 
 def build_objective(preset: Preset, teacher: Denoiser | None, device: str = "cpu") -> Objective:
@@ -161,7 +195,7 @@ def build_objective(preset: Preset, teacher: Denoiser | None, device: str = "cpu
     Raises UserError for a choice that its method does not take, or a teacher that is missing,
     MissingError for a distance that lacks a file.
     """
-    row, (method, levels) = method_row(preset), build_method(preset)
+    row, (method, levels, _) = method_row(preset), build_method(preset)
     augment = build_augment(preset, row)
     if row.needs_teacher and teacher is None:
         raise UserError("this preset distills a teacher", "run it with cmtool distill")
@@ -182,6 +216,19 @@ def check_method(preset: Preset, row: MethodRow, distance: Distance) -> None:
     if loss.target not in row.targets:
         hint = f"--set loss.target={row.targets[0]}; it takes {' or '.join(row.targets)}"
         raise UserError(f"loss.target = {loss.target!r} with loss.method = {name!r}", hint)
+    if loss.source.name != row.source:
+        what = f"loss.source = {loss.source.name!r} with loss.method = {name!r}"
+        raise UserError(what, f"--set loss.source={row.source}")
+    takes_two = "transition" in inspect.signature(row.loss).parameters
+    if takes_two and preset.model.transition is None:
+        what = f"loss.method = {name!r} without model.transition"
+        raise UserError(what, "--set model.transition=1.0: below it the first stage answers")
+    if takes_two and not preset.train.from_teacher:
+        what = f"loss.method = {name!r} is a second stage and starts from the model of the first"
+        raise UserError(what, "--set train.from_teacher=true, and give that model as --teacher")
+    if preset.model.transition is not None and not takes_two:
+        what = f"model.transition with loss.method = {name!r}, which trains one network"
+        raise UserError(what, "leave model.transition out")
     if row.needs_curvature and is_norm(distance):
         what = f"loss.distance = {loss.distance.name!r} has no curvature, which {name} needs"
         hint = "use another, such as l2, or distill with loss.method = live_distillation"

@@ -97,6 +97,12 @@ class ModelSection(Section):
         description="edm, vp, ve or iddpm for teachers; students: consistency (f(x) = x at"
         " sigma_min) or edm (at 0)",
     )
+    transition: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="noise level below which a frozen network answers, that of TCM's first stage",
+    )
 
 
 class NoiseSection(Section):
@@ -144,6 +150,10 @@ class LossSection(Section):
 
     method: Choice = Field(description="what a training step compares")
     levels: Choice = Field(description="how the noise levels of a step are picked")
+    source: Choice = Field(
+        Choice(name="images"),
+        description="what a step starts from: images, or paths (points of the teacher's paths)",
+    )
     solver: Choice = Field(Choice(name="heun"), description="step of the teacher's ODE")
     target: str = Field(
         "none",

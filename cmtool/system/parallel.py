@@ -21,7 +21,8 @@ from cmtool.system.dist import Group
 
 def shared(module: nn.Module, group: Group) -> nn.Module:
     """Return the module so that its gradients are summed over the processes after backward."""
-    if group.world_size == 1 or group.mesh is not None:
+    learns = any(p.requires_grad for p in module.parameters())
+    if group.world_size == 1 or group.mesh is not None or not learns:
         return module
     wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
     # torch checks the annotations of a hook and accepts only its own; a lambda has none

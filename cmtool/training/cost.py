@@ -12,9 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from cmtool.core.networks import NETWORKS
+from cmtool.core.paths import PathPoints
 from cmtool.errors import ResourceError, UserError
 from cmtool.models import Model
-from cmtool.presets.build import build_curriculum, build_objective
+from cmtool.presets.build import (
+    build_curriculum,
+    build_method,
+    build_objective,
+    build_source,
+)
 from cmtool.presets.schema import Preset
 from cmtool.system.devices import HALF, best_precision, free_memory, synchronise
 from cmtool.system.dist import Group
@@ -130,7 +136,10 @@ def seconds_a_step(preset: Preset, teacher: Model | None, device: str) -> float:
 
 
 def step_times(preset: Preset, teacher: Model | None, device: str, images: int) -> Iterator[float]:
-    """Yield the seconds of one step after another, of so many random images; the first is slow."""
+    """Yield the seconds of one step after another, of so many random images; the first is slow.
+
+    A step that takes points of a teacher's paths has its share of walking them.
+    """
     precision = preset.train.precision
     short = {
         "batch": images, "accumulate": 1, "steps": MOST_TIMED, "compile": False,
@@ -143,8 +152,14 @@ def step_times(preset: Preset, teacher: Model | None, device: str, images: int) 
     state = build_state(preset, teacher, device)
     objective = build_objective(preset, teacher.f if teacher else None, device)
     curriculum, settings = build_curriculum(preset), fit_settings(preset)
-    began = time.perf_counter()
-    for _ in fit(state, objective, lambda *_: (x0, classes), curriculum, settings):
+    draw = build_source(preset, lambda *_: (x0, classes), teacher.f if teacher else None)
+    first, share, began = 0.0, 0.0, time.perf_counter()
+    steps = fit(state, objective, draw, curriculum, settings, build_method(preset).before)
+    for number, _ in enumerate(steps):
         synchronise(device)
-        yield time.perf_counter() - began
+        lap = time.perf_counter() - began
+        first = first or lap
+        if number == 1 and isinstance(draw, PathPoints):
+            share = max(first - lap, 0.0) / draw.points
+        yield lap + share
         began = time.perf_counter()

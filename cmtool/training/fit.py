@@ -14,12 +14,13 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from cmtool.core.ema import update_average
-from cmtool.core.methods import Models, Objective
+from cmtool.core.methods import Before, Models
 from cmtool.core.noise import Curriculum, Stage
+from cmtool.core.objective import Objective, Point
+from cmtool.core.paths import Draw, Drawn
 from cmtool.core.precond import Preconditioned
-from cmtool.core.rng import seeded, step_generator
+from cmtool.core.rng import keyed_generator, seeded, step_generator
 from cmtool.core.tensors import local
-from cmtool.data.batches import BatchFn
 from cmtool.errors import DivergedError
 from cmtool.system.devices import autocast
 from cmtool.system.dist import Group
@@ -118,9 +119,10 @@ def sync_in_last_round(models: Models, *, last: bool) -> Iterator[None]:
 def fit(
     state: TrainState,
     objective: Objective,
-    microbatch: BatchFn,
+    microbatch: Draw,
     curriculum: Curriculum,
     settings: FitSettings,
+    before: Before | None = None,
 ) -> Iterator[StepInfo]:
     """Yield after each optimizer step until `settings.steps`, changing `state` in place.
 
@@ -141,6 +143,8 @@ def fit(
     while state.step < settings.steps:
         seen = state.step * settings.batch
         stage = curriculum(state.step, settings.steps)._replace(images=seen)
+        if before is not None:
+            stage = prepared(before, state, microbatch, stage, settings)
         if stage.fresh:  # the optimizer has no moments, and each weights EMA is the student
             state.optimizer.state.clear()
             for _, average in walked.averages:
@@ -162,6 +166,22 @@ def fit(
             raise Diverged(what, f"{remedy}; the last checkpoint is intact", info, batch)
         state.step += 1
         yield info
+
+
+def prepared(
+    before: Before, state: TrainState, microbatch: Draw, stage: Stage, settings: FitSettings
+) -> Stage:
+    """Return the stage of a step as its method wants it, by the first microbatch of the step."""
+
+    def images() -> tuple[Tensor, Tensor | None]:
+        x0, labels, *_ = microbatch(state.step, 0)
+        return x0, labels
+
+    generator = keyed_generator("before", settings.seed, state.step)
+    student = state.student.eval()
+    stage = before(student, state.own, images, stage, generator)
+    student.train()
+    return stage
 
 
 class Walked:
@@ -211,7 +231,7 @@ def accumulate(
     state: TrainState,
     models: Models,
     objective: Objective,
-    microbatch: BatchFn,
+    microbatch: Draw,
     stage: Stage,
     settings: FitSettings,
 ) -> tuple[Batch, float]:
@@ -225,11 +245,12 @@ def accumulate(
     for shard in shards:
         generator = step_generator(settings.seed, state.step, shard)
         asked = time.perf_counter()
-        x0, labels = microbatch(state.step, shard)
+        x0, labels, noise, level = Drawn(*microbatch(state.step, shard))
+        point = () if noise is None or level is None else (Point(noise, level),)
         waited += time.perf_counter() - asked
         with sync_in_last_round(models, last=shard == shards[-1]):
             with seeded(generator), autocast(x0.device.type, settings.precision):
-                loss, sigma = objective(models, x0, labels, stage, generator)
+                loss, sigma = objective(models, x0, labels, stage, generator, *point)
             mean = guarded_mean(loss) / (settings.rounds * group.world_size)
             (state.scaler.scale(mean) if state.scaler is not None else mean).backward()
         parts.append((x0, labels, sigma, loss.detach()))

@@ -208,7 +208,7 @@ def finished_steps(
     settings, alone = fit_settings(run.preset, run.group), run.group.world_size == 1
     microbatch = stop.interruptible(run.microbatch) if alone else run.microbatch
     try:
-        for info in fit(state, run.objective, microbatch, run.curriculum, settings):
+        for info in fit(state, run.objective, microbatch, run.curriculum, settings, run.before):
             yield info, None
     except Diverged as error:
         yield error.info, error

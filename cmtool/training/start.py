@@ -12,11 +12,13 @@ from typing import NamedTuple
 import torch
 
 from cmtool import __version__
-from cmtool.core.methods import Objective
+from cmtool.core.methods import Before
 from cmtool.core.noise import Curriculum
+from cmtool.core.objective import Objective
 from cmtool.core.optimizers import OPTIMIZERS
+from cmtool.core.paths import Draw
 from cmtool.core.samplers import check_levels
-from cmtool.data.batches import BatchFn, batches
+from cmtool.data.batches import batches
 from cmtool.data.datasets import Dataset, load_dataset
 from cmtool.data.decoding import check_background
 from cmtool.data.images import check_fit_rule
@@ -32,6 +34,7 @@ from cmtool.presets.build import (
     build_network,
     build_objective,
     build_sampler,
+    build_source,
     method_row,
     pick,
 )
@@ -91,7 +94,8 @@ class Run(NamedTuple):
     objective: Objective
     curriculum: Curriculum
     state: TrainState
-    microbatch: BatchFn
+    microbatch: Draw
+    before: Before | None
 
 
 def decide_start(
@@ -171,20 +175,29 @@ def _with_train(preset: Preset, **values: object) -> Preset:
     return preset.model_copy(update={"train": preset.train.model_copy(update=values)})
 
 
+OF_STUDENT = {"dropout", "two_time"}
+"""Options of a network that a student does not take from its teacher."""
+
+
 def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
     """Return the preset with the teacher's model and noise sections, but for dropout and scalings.
 
     A student copies its teacher's weights, so it must be the same network on the same levels.
     """
     ours, theirs = resolved.preset.model, teacher.preset.model
+    if theirs.transition is not None:
+        what = f"{teacher.source} is made of two networks: one below {theirs.transition:g}"
+        raise InputError(what, "give the model that its training started from")
     if teacher.kind == "teacher" and theirs.scalings.name != "edm":
         found = f"{teacher.source} has the scalings of {theirs.scalings.name}"
         what = f"{found}: a student that starts from its weights would be another function"
         raise InputError(what, "distill a teacher with EDM's scalings")
-    options = {k: v for k, v in theirs.network.options.items() if k != "dropout"}
-    options |= {k: v for k, v in ours.network.options.items() if k == "dropout"}
+    options = {k: v for k, v in theirs.network.options.items() if k not in OF_STUDENT}
+    options |= {k: v for k, v in ours.network.options.items() if k in OF_STUDENT}
     network = Choice(name=theirs.network.name, **options)
-    model = theirs.model_copy(update={"network": network, "scalings": ours.scalings})
+    scalings = ours.scalings if teacher.kind == "teacher" else theirs.scalings
+    kept = {"network": network, "scalings": scalings, "transition": ours.transition}
+    model = theirs.model_copy(update=kept)
     preset = resolved.preset.model_copy(update={"model": model, "noise": teacher.preset.noise})
     before, now = (dict(flat(p.model_dump())) for p in (resolved.preset, preset))
     taken = [key for key, value in now.items() if before.get(key, ...) != value]
@@ -217,14 +230,15 @@ def set_up(
     if init is not None:
         for left in not_taken(preset, init):
             watcher.note(f"new, not from {init.source}: {left}")
-    microbatch = batches(
+    images = batches(
         data, batch=preset.train.batch, shards=preset.train.accumulate * group.world_size,
         seed=preset.train.seed, device=device, flip=preset.data.flip, workers=preset.data.workers,
         timeout=preset.data.timeout, rank=group.rank, world_size=group.world_size,
     )  # fmt: skip
+    microbatch = build_source(preset, images, teacher.f if teacher else None)
     return Run(
         preset, start.out, watcher, teacher, init, device, group, data, evaluation, objective,
-        curriculum, state, microbatch,
+        curriculum, state, microbatch, build_method(preset).before,
     )  # fmt: skip
 
 
@@ -268,9 +282,11 @@ def load_images(preset: Preset, tell: Callable[[str], None]) -> Dataset:
 
 def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:
     """Raise InputError unless data, preset and teacher agree on size, channels and classes."""
-    if teacher is not None and teacher.kind != "teacher":
-        what = f"{teacher.source} is a consistency model, not a teacher"
-        raise InputError(what, "give a model trained with an edm preset")
+    row = method_row(preset)
+    if teacher is not None and teacher.kind != row.teacher_kind:
+        is_start = not row.needs_teacher and row.teacher_kind == "teacher"
+        if not is_start or teacher.kind == "flow map":
+            raise InputError(*wrong_teacher(teacher, row.teacher_kind))
     who = "the model" if teacher is None else f"the teacher {teacher.source}"
     channels, h, w = preset.model.channels, *preset.model.image_size
     c, dh, dw = data.images.shape[1:]
@@ -285,6 +301,15 @@ def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:
         remedy = "give the classes the teacher was trained with, or another teacher"
         ours = f"--set model.num_classes={data.num_classes}"
         raise InputError(what, ours if teacher is None else remedy)
+
+
+def wrong_teacher(teacher: Model, wanted: str) -> tuple[str, str]:
+    """Return what is wrong with a teacher of another kind, and what to do."""
+    if wanted == "teacher":
+        what = f"{teacher.source} is a {teacher.kind} model, not a teacher"
+        return what, "give a model trained with an edm preset"
+    what = f"{teacher.source} is a {teacher.kind}: this preset is a second stage"
+    return what, "give the consistency model of the first stage, for example of an ect preset"
 
 
 def write_record(run: Run, origins: Mapping[str, str]) -> None:

@@ -7,14 +7,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from cmtool.core.ema import Ema, frozen_copy
 from cmtool.core.networks import NETWORKS
+from cmtool.core.networks.truncated import Truncated
 from cmtool.core.optimizers import OPTIMIZERS
-from cmtool.core.precond import Preconditioned
+from cmtool.core.precond import Preconditioned, is_two_time
 from cmtool.core.rng import keyed_generator, seeded
 from cmtool.errors import InputError, UserError
 from cmtool.models import Model
@@ -54,7 +55,7 @@ def build_state(
         network = build_network(preset.model)
     student = build_denoiser(preset, network)
     if teacher is not None:
-        student.network.load_state_dict(teacher.f.network.state_dict())
+        take_weights(network, teacher.f.network.state_dict())
         spread(teacher.f)
     elif init is not None:
         fitting = init.f.network.state_dict()
@@ -62,6 +63,8 @@ def build_state(
             fitting.pop(name.partition(" ")[0], None)
         network.load_state_dict(fitting, strict=False)
     student = on_device(student, device if group.mesh is None else "cpu").requires_grad_(True)
+    if isinstance(network, Truncated):
+        network.below.requires_grad_(False)
     if train.checkpoint_activations:
         recompute_activations(network, preset.model.network.name)
     target = None
@@ -74,7 +77,8 @@ def build_state(
         spread(emas[e.name].model)
     spread(student)
     own = build_own(preset, device, group)
-    parameters = [*student.parameters(), *(own.parameters() if own is not None else ())]
+    theirs = own.parameters() if own is not None else ()
+    parameters = [p for p in (*student.parameters(), *theirs) if p.requires_grad]
     optimizer = pick(OPTIMIZERS, train.optimizer, "train.optimizer")(parameters, lr=train.lr)
     scaler = GradScaler(torch.device(device).type) if train.precision == "fp16" else None
     if train.compile:
@@ -82,6 +86,25 @@ def build_state(
             if model is not None:
                 model.network.compile()  # in place: the names of its tensors stay
     return TrainState(student, target, emas, optimizer, scaler, own)
+
+
+def take_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give a network the weights of a teacher's.
+
+    The two networks of a truncated one both get them. What a network with a second noise label
+    takes beside them is 0, so that it answers as the teacher does at first.
+    """
+    if isinstance(network, Truncated):
+        network.below.load_state_dict(weights)
+        network.above.load_state_dict(weights)
+        return
+    fitted = {}
+    for name, tensor in network.state_dict().items():
+        fitted[name] = weights[name]
+        if is_two_time(network) and tensor.shape != weights[name].shape:
+            fitted[name] = torch.zeros_like(tensor)
+            fitted[name][:, : weights[name].shape[1]] = weights[name]
+    network.load_state_dict(fitted)
 
 
 def not_taken(preset: Preset, init: Model) -> list[str]:

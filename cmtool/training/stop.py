@@ -12,7 +12,7 @@ from types import FrameType
 
 from safetensors import SafetensorError
 
-from cmtool.data.batches import BatchFn
+from cmtool.core.paths import Draw
 from cmtool.data.drawing import png_bytes
 from cmtool.errors import Paused, ResourceError, Stopped, UserError
 from cmtool.formats.native import write_weights
@@ -67,7 +67,7 @@ class Stop:
             hint = "run the same command again; add --resume if its folder holds a run already"
             raise Stopped(what, hint, self.caught[0])
 
-    def interruptible(self, fetch: BatchFn) -> BatchFn:
+    def interruptible(self, fetch: Draw) -> Draw:
         """Return `fetch` made so that a signal ends it at once: no step is half done then.
 
         Images may come late, and whoever sends a signal often kills 30 seconds later.

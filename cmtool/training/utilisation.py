@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmtool.core.methods import Models
+from cmtool.core.noise import karras_sigmas
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import step_generator
 from cmtool.models import Model
@@ -58,7 +59,8 @@ def shapes_of_step(preset: Preset, teacher: Model | None) -> ShapesOfStep:
     x0 = torch.empty(1, preset.model.channels, *preset.model.image_size, device="meta")
     classes = preset.model.num_classes
     labels = torch.empty(1, dtype=torch.int64, device="meta") if classes else None
-    stage = build.build_curriculum(preset)(0, preset.train.steps)
+    grid = karras_sigmas(3, *build.noise_range(preset))  # of a method that makes its own
+    stage = build.build_curriculum(preset)(0, preset.train.steps)._replace(grid=grid)
     target = shape_of(preset) if preset.loss.target in ("ema", "previous") else student
     own = build.method_row(preset).owns
     models = Models(student, target, own=own().to("meta") if own else None)

@@ -15,10 +15,10 @@ from cmtool.core.losses import (
     karras,
     noise_pair,
 )
-from cmtool.core.methods import Objective
 from cmtool.core.networks.adm import Adm, AdmOptions
 from cmtool.core.networks.song import Song, SongOptions
 from cmtool.core.noise import fixed, lognormal
+from cmtool.core.objective import Objective
 from cmtool.core.optimizers import adam, radam
 from cmtool.core.precond import (
     Preconditioned,

@@ -10,7 +10,7 @@ from torch import nn
 from cmtool.core import methods
 from cmtool.core.distances import l2
 from cmtool.core.losses import consistency_loss, noise_pair, uniform_weight
-from cmtool.core.methods import METHODS, Given, MethodRow, Models, make_objective
+from cmtool.core.methods import METHODS, Given, MethodRow, Models
 from cmtool.core.networks.mlp import Mlp, MlpOptions
 from cmtool.core.noise import (
     Levels,
@@ -18,9 +18,12 @@ from cmtool.core.noise import (
     Stage,
     karras_sigmas,
     lognormal,
+    on_grid,
     ramp,
+    two_lognormals,
     uniform,
 )
+from cmtool.core.objective import make_objective
 from cmtool.core.precond import Preconditioned, edm_scalings, log_label
 from cmtool.core.rng import step_generator
 from cmtool.core.samplers import multistep
@@ -32,9 +35,12 @@ from cmtool.training.state import TrainState
 from tests.objectives import alone, objective_of
 from tests.problems import Gaussian, randn_like_from
 
-LEVELS = {"denoising": lognormal} | {
-    name: ramp for name in METHODS if name.startswith(("continuous", "live"))
+ONE_LEVEL = {"denoising": lognormal, "mid_training": lognormal} | {
+    name: ramp for name in METHODS if name.startswith(("continuous", "live", "scm"))
 }
+LEVELS = ONE_LEVEL | {"mean_flow": two_lognormals, "adaptive_training": on_grid}
+STAGE = Stage(n=9, images=10**9, grid=karras_sigmas(9))
+"""A grid for those that want one, and no warm-up."""
 
 
 def mlp(two_time=False, sigma_min=0.002):
@@ -45,10 +51,10 @@ def mlp(two_time=False, sigma_min=0.002):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_gives_a_loss_per_image_that_the_student_learns_from(name):
-    student, teacher = mlp(), mlp()
+    student, teacher = mlp(two_time=METHODS[name].makes == "flow map"), mlp()
     objective = objective_of(name, LEVELS.get(name, uniform), teacher=teacher)
     x0 = torch.randn(5, 2, 1, 1)
-    loss, sigma = objective(alone(student), x0, None, Stage(n=9), step_generator(0, 0, 0))
+    loss, sigma = objective(alone(student, name), x0, None, STAGE, step_generator(0, 0, 0))
     assert loss.shape == sigma.shape == (5,)
     loss.mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
@@ -60,7 +66,7 @@ def test_every_model_hears_the_labels_and_the_loss_is_filed_under_the_higher_lev
     heard, labels = {"student": [], "target": [], "teacher": []}, torch.tensor([4, 2, 0])
 
     def listener(who):
-        def f(x, sigma, labels=None):
+        def f(x, sigma, labels=None, sigma_to=None):
             heard[who].append(labels)
             return x * expand(sigma, x).cos()
 
@@ -68,14 +74,15 @@ def test_every_model_hears_the_labels_and_the_loss_is_filed_under_the_higher_lev
 
     models = {who: listener(who) for who in heard}
     objective = objective_of(name, LEVELS.get(name, uniform), teacher=models["teacher"])
-    given = (torch.randn(3, 2, 1, 1), labels, Stage(n=9), step_generator(0, 0, 0))
-    loss, sigma = objective(Models(models["student"], models["target"]), *given)
-    hi, lo = LEVELS.get(name, uniform)(3, Stage(n=9), NoiseRange(), step_generator(0, 0, 0))
+    given = (torch.randn(3, 2, 1, 1), labels, STAGE, step_generator(0, 0, 0))
+    loss, sigma = objective(alone(models["student"], name, models["target"]), *given)
+    hi, lo = LEVELS.get(name, uniform)(3, STAGE, NoiseRange(), step_generator(0, 0, 0))
     assert torch.equal(sigma, hi)
     assert loss.shape == lo.shape
     asked = [given for each in heard.values() for given in each]
     assert all(torch.equal(given, labels[: len(given)]) for given in asked)
-    is_taught = METHODS[name].needs_teacher and name != "progressive_distillation"
+    walks = name == "mid_training"  # its teacher walks the paths, which are drawn before
+    is_taught = METHODS[name].needs_teacher and name != "progressive_distillation" and not walks
     has_target = METHODS[name].targets != ("none",)
     assert [bool(each) for each in heard.values()] == [True, has_target, is_taught]
 
@@ -83,10 +90,11 @@ def test_every_model_hears_the_labels_and_the_loss_is_filed_under_the_higher_lev
 @pytest.mark.parametrize("name", METHODS)
 def test_the_student_alone_learns_but_in_live_distillation_its_module_does(name):
     """There the wrapped student is asked once only, and `target` is its module."""
-    models = {who: mlp() for who in ("student", "target", "teacher")}
+    two_time = METHODS[name].makes == "flow map"
+    models = {who: mlp(two_time) for who in ("student", "target", "teacher")}
     objective = objective_of(name, LEVELS.get(name, uniform), teacher=models["teacher"])
-    given = (torch.randn(3, 2, 1, 1), None, Stage(n=9), step_generator(0, 0, 0))
-    loss, _ = objective(Models(models["student"], models["target"]), *given)
+    given = (torch.randn(3, 2, 1, 1), None, STAGE, step_generator(0, 0, 0))
+    loss, _ = objective(alone(models["student"], name, models["target"]), *given)
     loss.mean().backward()
     learns = {who for who, f in models.items() if any(p.grad is not None for p in f.parameters())}
     assert learns == {"target" if name == "live_distillation" else "student"}
@@ -112,7 +120,7 @@ def test_a_progressive_step_is_halved_by_the_grid_twice_as_fine(rho):
     torch.testing.assert_close(asked[1][1], fine[1::2])
 
 
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", ONE_LEVEL)
 def test_a_method_of_one_level_weighs_its_images_by_that_level(name):
     """The other level, which a weight may ask for, is 0: the clean image."""
 
@@ -122,7 +130,7 @@ def test_a_method_of_one_level_weighs_its_images_by_that_level(name):
     def loss_of(weight):
         objective = objective_of(name, LEVELS[name], teacher=Gaussian().denoiser, weight=weight)
         x0 = torch.randn(5, 2, 1, 1, generator=torch.Generator().manual_seed(1))
-        return objective(alone(f), x0, None, Stage(), step_generator(0, 0, 0))
+        return objective(alone(f, name), x0, None, STAGE, step_generator(0, 0, 0))
 
     plain, sigma = loss_of(uniform_weight)
     weighed, _ = loss_of(lambda hi, lo: 3 * hi + 10 * lo)

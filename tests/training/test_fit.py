@@ -18,9 +18,10 @@ from cmtool.core.losses import (
     karras,
     uniform_weight,
 )
-from cmtool.core.methods import METHODS, LossBatch, make_objective
+from cmtool.core.methods import METHODS
 from cmtool.core.networks.mlp import Mlp, MlpOptions
 from cmtool.core.noise import NoiseRange, Stage, consistency_training, karras_sigmas, uniform
+from cmtool.core.objective import LossBatch, make_objective
 from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.precond import Preconditioned, consistency_scalings, edm_scalings, log_label
 from cmtool.core.rng import step_generator

@@ -53,6 +53,8 @@ class AdmOptions:
     """The network also returns a variance, which is dropped (iDDPM)."""
     augment_dim: int = 0
     """Length of the augmentation labels (EDM), 0 for none."""
+    two_time: bool = False
+    """The network also takes the label of the level that it jumps to: a flow map."""
     dropout: float = 0.0
 
     def group_norm(self, channels: int) -> GroupNorm32:
@@ -165,10 +167,13 @@ class Adm(nn.Module):
         width = o.model_channels
         emb_channels = 4 * width
         self.options = o
+        self.two_time = o.two_time
         self.channels = channels
         self.num_classes = num_classes
         self.time_embed = nn.Sequential(
-            Linear32(width, emb_channels), nn.SiLU(), Linear32(emb_channels, emb_channels)
+            Linear32(width * (1 + o.two_time), emb_channels),
+            nn.SiLU(),
+            Linear32(emb_channels, emb_channels),
         )
         if num_classes:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
@@ -223,10 +228,13 @@ class Adm(nn.Module):
         noise_label: Tensor,
         labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        label_to: Tensor | None = None,
     ) -> Tensor:
         """Return F (B, C, H, W) for x (B, C, H, W), noise_label (B,) and labels (B,) or None.
 
         `augment_labels` (B, augment_dim) say how training images were warped; None is not at all.
+        `label_to` (B,) is the noise label of the level that a two-time network jumps to: it hears
+        the difference of the two.
         Raises InputError for a size the levels do not divide, for labels given to an
         unconditional network, and for none given to a conditional one.
         """
@@ -235,6 +243,9 @@ class Adm(nn.Module):
         emb = sinusoidal_embedding(noise_label, self.options.model_channels)
         if self.options.augment_dim:
             emb = emb + self.augment_emb(warp(augment_labels, self.options.augment_dim, emb))
+        if label_to is not None:
+            width = self.options.model_channels
+            emb = torch.cat([emb, sinusoidal_embedding(noise_label - label_to, width)], dim=1)
         emb = self.time_embed(emb)
         if labels is not None:
             emb = emb + self.label_emb(labels)

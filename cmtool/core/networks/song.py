@@ -53,6 +53,8 @@ class SongOptions:
     """Length of the augmentation labels (EDM's CIFAR-10, FFHQ and AFHQ models: 9), 0 for none."""
     learn_sigma: bool = False
     """The network also returns a variance, which is dropped (iDDPM)."""
+    two_time: bool = False
+    """The network also takes the label of the level that it jumps to: a flow map."""
     dropout: float = 0.0
 
 
@@ -200,6 +202,7 @@ class Song(nn.Module):
         noise_channels = width * o.channel_mult_noise
         emb_channels = width * o.channel_mult_emb
         self.options = o
+        self.two_time = o.two_time
         self.channels = channels
         self.num_classes = num_classes
         out_channels = channels * (2 if o.learn_sigma else 1)
@@ -255,7 +258,7 @@ class Song(nn.Module):
             self.map_label = Linear32(self.num_classes, noise_channels)
         if o.augment_dim:
             self.map_augment = Linear32(o.augment_dim, noise_channels, bias=False)
-        self.map_layer0 = Linear32(noise_channels, emb_channels)
+        self.map_layer0 = Linear32(noise_channels * (1 + o.two_time), emb_channels)
         self.map_layer1 = Linear32(emb_channels, emb_channels)
 
     def forward(
@@ -264,15 +267,18 @@ class Song(nn.Module):
         noise_label: Tensor,
         labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        label_to: Tensor | None = None,
     ) -> Tensor:
         """Return F (B, C, H, W) for x (B, C, H, W), noise_label (B,) and labels (B,) or None.
 
         `augment_labels` (B, augment_dim) say how training images were warped; None is not at all.
+        `label_to` (B,) is the noise label of the level that a two-time network jumps to.
         Raises InputError for a size the levels do not divide, for labels given to an
         unconditional network, and for none given to a conditional one.
         """
         check_size(x.shape[-2], x.shape[-1], len(self.options.channel_mult) - 1)
-        emb = self.embed(noise_label, one_hot(labels, self.num_classes, x), augment_labels)
+        classes = one_hot(labels, self.num_classes, x)
+        emb = self.embed(noise_label, classes, augment_labels, label_to)
         h, aux = x, x
         skips: list[Tensor] = []
         for encoder in self.enc:
@@ -283,22 +289,35 @@ class Song(nn.Module):
         assert isinstance(out, Tensor)
         return out[:, : self.channels]
 
-    def embed(
-        self, noise_label: Tensor, classes: Tensor | None, augment_labels: Tensor | None
-    ) -> Tensor:
-        """Return the embedding (B, emb_channels), activated, of level, one-hot class and warp."""
+    def waves(self, noise_label: Tensor) -> Tensor:
+        """Return the features [sin, cos] of a noise label (B,), (B, noise_channels)."""
         o = self.options
         if o.embedding == "fourier":
             angles = noise_label[:, None] * (2 * math.pi * self.frequencies)
-            emb = torch.cat([angles.sin(), angles.cos()], dim=1)
-        else:
-            width = o.model_channels * o.channel_mult_noise
-            cos, sin = sinusoidal_embedding(noise_label, width, end_point=True).chunk(2, dim=1)
-            emb = torch.cat([sin, cos], dim=1)
+            return torch.cat([angles.sin(), angles.cos()], dim=1)
+        width = o.model_channels * o.channel_mult_noise
+        cos, sin = sinusoidal_embedding(noise_label, width, end_point=True).chunk(2, dim=1)
+        return torch.cat([sin, cos], dim=1)
+
+    def embed(
+        self,
+        noise_label: Tensor,
+        classes: Tensor | None,
+        augment_labels: Tensor | None,
+        label_to: Tensor | None,
+    ) -> Tensor:
+        """Return the embedding (B, emb_channels), activated, of level, one-hot class and warp.
+
+        A two-time network hears how far it jumps, as the difference of the labels.
+        """
+        o = self.options
+        emb = self.waves(noise_label)
         if classes is not None:
             emb = emb + self.map_label(classes * math.sqrt(self.num_classes))
         if o.augment_dim:
             emb = emb + self.map_augment(warp(augment_labels, o.augment_dim, emb))
+        if label_to is not None:
+            emb = torch.cat([emb, self.waves(noise_label - label_to)], dim=1)
         activated: Tensor = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
         return activated
 

@@ -1,0 +1,43 @@
+"""Two networks of one kind, each for its own noise levels (TCM, Lee et al. 2025)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cmtool.core.rng import same_dropout
+
+
+class Truncated(nn.Module):
+    """A frozen network for the levels below a transition, one that learns for all others.
+
+    `label` is the noise label of the transition, and labels grow with the level. In training both
+    networks see all images where any lies below, with the same dropout masks; else each network
+    sees its own images alone.
+    """
+
+    def __init__(self, below: nn.Module, above: nn.Module, label: float) -> None:
+        super().__init__()
+        self.below = below.requires_grad_(False)
+        self.above = above
+        self.label = label
+
+    def forward(
+        self, x: Tensor, noise_label: Tensor, labels: Tensor | None = None, **more: Tensor
+    ) -> Tensor:
+        """Return F (B, C, H, W) for x (B, C, H, W), noise_label (B,) and labels (B,) or None."""
+        is_below = noise_label < self.label
+        if not is_below.any():
+            return self.above(x, noise_label, labels, **more)
+        if is_below.all():
+            return self.below(x, noise_label, labels, **more)
+        with same_dropout() as replay:
+            above = self.above(x, noise_label, labels, **more)
+            replay()
+            below = self.below(x, noise_label, labels, **more)
+        return torch.where(is_below[:, None, None, None], below, above)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Truncated:
+        """Have the upper network learn, or not; the lower one never does."""
+        self.above.requires_grad_(requires_grad)
+        return self
