@@ -205,7 +205,10 @@ def scaled(preset: Preset, steps: int, images: int) -> dict[str, Any]:
         if key.endswith((".stage_steps", ".warmup_steps")):
             values[key] = max(round(value * by_steps), 1) if value else 0
     values["train.ema"] = [
-        {k: round(v * by_images) if k == "halflife_images" else v for k, v in average.items()}
+        {
+            k: max(round(v * by_images), 1) if k == "halflife_images" else v
+            for k, v in average.items()
+        }
         for average in preset.model_dump(exclude_none=True)["train"]["ema"]
     ]
     tenth = max(steps // 10, 1)
