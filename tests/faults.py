@@ -198,7 +198,15 @@ def final_tensors(out):
 
 def log_lines(out):
     """Return log.jsonl without what depends on the clock and the machine."""
-    free = {"time", "images_per_second", "data_wait", "memory_gib", "mfu"}
+    free = {
+        "time",
+        "images_per_second",
+        "step_seconds",
+        "step_cpu_seconds",
+        "data_wait",
+        "memory_gib",
+        "mfu",
+    }
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in free} for line in lines]
 

@@ -14,7 +14,19 @@ import typer
 from typer import Option
 
 from cmtool import __version__
-from cmtool.cli import checkpoint, data, demo, edit, evaluate, explain, preset, runs, sample, search
+from cmtool.cli import (
+    checkpoint,
+    compare,
+    data,
+    demo,
+    edit,
+    evaluate,
+    explain,
+    preset,
+    runs,
+    sample,
+    search,
+)
 from cmtool.cli._output import keep_stderr, say
 from cmtool.cli._usage import UsageError, explained
 from cmtool.cli.train import distill, train
@@ -40,6 +52,7 @@ Results go to stdout, everything else to stderr; `-` is stdin or stdout.""",
 )
 app.command("train")(train)
 app.command("distill")(distill)
+app.command("compare")(compare.compare)
 app.command("sample")(sample.sample)
 app.command("search")(search.search)
 app.add_typer(edit.app, name="edit")

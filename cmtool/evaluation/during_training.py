@@ -58,11 +58,19 @@ def build_score(name: str, data: Dataset, device: str, progress: OnProgress | No
     score is not for, MissingError for missing weights.
     """
     metric, protocol = score_names()[name]
+    return score_of(metric, protocol, data, device, progress)
+
+
+def score_of(
+    metric: str, protocol: str, data: Dataset, device: str, progress: OnProgress | None = None
+) -> Score:
+    """Return the score of a metric by a protocol against a data set; else as `build_score`."""
     row, shape = METRICS[metric], tuple(data.images.shape[1:])
     if PROTOCOLS[protocol].shape not in (None, shape):
         channels, height, width = shape
         has = f"{data.name} has {width}x{height} with {channels} channels"
         hint = "--set run.eval_metric=fd-pixels, which needs no weights, or fid, which does"
+        name = row.names.get(protocol, metric)
         raise UserError(f"{name} measures RGB images of 8x8; {has}", hint)
     extractor = build_extractor(protocol, device=device)
     setup = Setup(protocol, extractor)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,6 +32,8 @@ MOMENTS = 2
 """Tensors that an optimizer keeps for each parameter."""
 PROBE = 16
 """Images of a step that is timed."""
+MOST_TIMED = 10_000
+"""Steps that may be timed in a row."""
 GIB = 1 << 30
 
 
@@ -124,13 +128,21 @@ def check_memory(preset: Preset, teacher: Model | None, device: str, group: Grou
 def seconds_a_step(preset: Preset, teacher: Model | None, device: str) -> float:
     """Return the seconds that a step takes on a device, from three short ones.
 
-    They take PROBE images each, random ones; a step of more takes as many times longer.
+    They take PROBE images each; a step of more takes as many times longer.
     """
-    whole = preset.train.batch
-    images = min(whole, PROBE)
+    images = min(preset.train.batch, PROBE)
+    laps = list(itertools.islice(step_times(preset, teacher, device, images), 3))
+    return min(laps[1:]) * preset.train.batch / images
+
+
+def step_times(preset: Preset, teacher: Model | None, device: str, images: int) -> Iterator[float]:
+    """Yield the seconds of one step after another, of so many random images; the first is slow.
+
+    A step that takes points of a teacher's paths has its share of walking them.
+    """
     precision = preset.train.precision
     short = {
-        "batch": images, "accumulate": 1, "steps": 3, "compile": False,
+        "batch": images, "accumulate": 1, "steps": MOST_TIMED, "compile": False,
         "precision": best_precision(device) if precision == "auto" else precision,
     }  # fmt: skip
     preset = preset.model_copy(update={"train": preset.train.model_copy(update=short)})
@@ -139,15 +151,15 @@ def seconds_a_step(preset: Preset, teacher: Model | None, device: str) -> float:
     classes = labels if preset.model.num_classes else None
     state = build_state(preset, teacher, device)
     objective = build_objective(preset, teacher.f if teacher else None, device)
-    laps, began = [], time.perf_counter()
     curriculum, settings = build_curriculum(preset), fit_settings(preset)
     draw = build_source(preset, lambda *_: (x0, classes), teacher.f if teacher else None)
-    for _ in fit(state, objective, draw, curriculum, settings, build_method(preset).before):
+    first, share, began = 0.0, 0.0, time.perf_counter()
+    steps = fit(state, objective, draw, curriculum, settings, build_method(preset).before)
+    for number, _ in enumerate(steps):
         synchronise(device)
-        now = time.perf_counter()
-        laps.append(now - began)
-        began = now
-    seconds = min(laps[1:])
-    if isinstance(draw, PathPoints):  # the first step walked the paths of as many as points
-        seconds += max(laps[0] - seconds, 0.0) / draw.points
-    return seconds * whole / images
+        lap = time.perf_counter() - began
+        first = first or lap
+        if number == 1 and isinstance(draw, PathPoints):
+            share = max(first - lap, 0.0) / draw.points
+        yield lap + share
+        began = time.perf_counter()

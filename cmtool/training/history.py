@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cmtool.errors import InputError
 from cmtool.presets.schema import Preset
@@ -153,6 +153,28 @@ def numbers(runs: Sequence[History]) -> dict[str, list[Any]]:
         "loss": [run.loss for run in runs],
         **{f"best {name}": [each.get(name) for each in best] for name in metrics},
     }
+
+
+class Spent(NamedTuple):
+    """What training took: seconds, and seconds of all the process's threads."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+def time_spent(log: Sequence[Mapping[str, Any]], step: int) -> Spent:
+    """Return what the steps up to `step` took by a run's log, also if it was stopped in between.
+
+    Checkpoints, sample grids and evaluations are not in it. Between two lines of the log all steps
+    take the same time.
+    """
+    seconds, cpu_seconds, before = 0.0, 0.0, 0
+    for line in log:
+        steps = max(min(step, line["step"]) - before, 0)
+        seconds += steps * line.get("step_seconds", 0.0)
+        cpu_seconds += steps * line.get("step_cpu_seconds", 0.0)
+        before = line["step"]
+    return Spent(seconds, cpu_seconds)
 
 
 def compared_plots(runs: Sequence[History]) -> list[Plot]:

@@ -145,6 +145,14 @@ def mean(total: float, count: float) -> float | None:
     return total / count if count and math.isfinite(total) else None
 
 
+class Lap(NamedTuple):
+    """What a step took: seconds, seconds of all the process's threads, and seconds of waiting."""
+
+    seconds: float
+    cpu_seconds: float
+    waited: float
+
+
 class Clock:
     """The time a run takes, from its start or resumption on.
 
@@ -156,26 +164,29 @@ class Clock:
         self.steps, self.batch = preset.train.steps, preset.train.batch
         self.first = self.step = step
         self.start = self.since = time.monotonic()
+        self.cpu_since = time.process_time()
         self.waited = 0.0
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Leave the time of the block out of the speed, though not out of the time left."""
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.process_time()
         yield
         self.since += time.monotonic() - began
+        self.cpu_since += time.process_time() - cpu_began
 
     def seconds_left(self, step: int) -> float:
         """Return the time to the last step at the pace so far."""
         pace = (time.monotonic() - self.start) / (step - self.first)
         return (self.steps - step) * pace
 
-    def lap(self, step: int) -> tuple[float, float]:
-        """Return the seconds a step took, and those it waited for images, since the last lap."""
-        now, steps = time.monotonic(), step - self.step
-        seconds, waited = max(now - self.since, 1e-9) / steps, self.waited / steps
-        self.step, self.since, self.waited = step, now, 0.0
-        return seconds, waited
+    def lap(self, step: int) -> Lap:
+        """Return what a step took since the last lap."""
+        now, cpu_now, steps = time.monotonic(), time.process_time(), step - self.step
+        seconds, cpu_seconds = max(now - self.since, 1e-9), max(cpu_now - self.cpu_since, 0.0)
+        lap = Lap(seconds / steps, cpu_seconds / steps, self.waited / steps)
+        self.step, self.since, self.cpu_since, self.waited = step, now, cpu_now, 0.0
+        return lap
 
 
 def log_line(
@@ -183,7 +194,7 @@ def log_line(
 ) -> dict[str, Any]:
     """Return the line for log.jsonl and reset the sums; every process calls this."""
     means = meter.take(group)  # this waits for the device, so the clock is read after it
-    seconds, waited = clock.lap(info.step)
+    seconds, cpu_seconds, waited = clock.lap(info.step)
     line = {
         "step": info.step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -191,6 +202,8 @@ def log_line(
         **means._asdict(),
         **{"lr": info.lr, "n": info.n, "mu": info.mu},
         "images_per_second": round(clock.batch / seconds, 1),
+        "step_seconds": round(seconds, 6),
+        "step_cpu_seconds": round(cpu_seconds, 6),
         "data_wait": round(waited / seconds, 4),
         "memory_gib": round(peak_memory(device) / 2**30, 3),
     }

@@ -245,7 +245,8 @@ def save(run: Run, tools: Tools, news: News) -> None:
     if group.mesh is not None:
         group.meet(f"saves {news.step}")
     if saver:
-        saver.save(state, wait=news.is_last or news.stop_reason > 0, score=score)
+        with tools.clock.pause():
+            saver.save(state, wait=news.is_last or news.stop_reason > 0, score=score)
     elif group.mesh is not None:
         take_part(state)
     group.meet(f"saved {news.step}")
@@ -308,7 +309,8 @@ def calls(card: Card) -> str:
     return f"{number} network call{'s' * (number != 1)} an image"
 
 
-OBSERVERS: list[tuple[Callable[[Run, News], bool], Callable[[Run, Tools, News], None]]] = [
+Observer = tuple[Callable[[Run, News], bool], Callable[[Run, Tools, News], None]]
+OBSERVERS: list[Observer] = [
     (always, measure),
     (lambda run, news: news.info.skipped and run.group.leads, note_skipped),
     (always, tend_saver),

@@ -205,11 +205,23 @@ def scaled(preset: Preset, steps: int, images: int) -> dict[str, Any]:
         if key.endswith((".stage_steps", ".warmup_steps")):
             values[key] = max(round(value * by_steps), 1) if value else 0
     values["train.ema"] = [
-        {k: round(v * by_images) if k == "halflife_images" else v for k, v in average.items()}
+        {
+            k: max(round(v * by_images), 1) if k == "halflife_images" else v
+            for k, v in average.items()
+        }
         for average in preset.model_dump(exclude_none=True)["train"]["ema"]
     ]
     tenth = max(steps // 10, 1)
     return values | {"run.checkpoint_every": tenth, "run.sample_every": tenth}
+
+
+def parts_of_batch(preset: Preset, teacher: Model | None, device: str) -> int:
+    """Return into how many parts the free memory splits the batch; 1 where it is not known."""
+    free = free_memory(device)
+    memory = step_memory(preset, teacher, device)
+    if free is None or memory is None:
+        return 1
+    return fitting_parts(preset, memory, round(free * SHARE_OF_MEMORY)) or preset.train.batch
 
 
 def planned(
@@ -244,11 +256,8 @@ def planned(
         "description": f"{name} of {printable(Path(preset.data.path).name)}",
         **layers.get("the images", {}),
     }
-    free = free_memory(device)
-    memory = step_memory(preset, teacher, device)
-    if free is not None and memory is not None:
-        parts = fitting_parts(preset, memory, round(free * SHARE_OF_MEMORY)) or preset.train.batch
-        layers |= {"memory at hand": {"train.accumulate": parts}} if parts > 1 else {}
+    parts = parts_of_batch(preset, teacher, device)
+    layers |= {"memory at hand": {"train.accumulate": parts}} if parts > 1 else {}
     if not any("train.steps" in layer for layer in own.values()):
         seconds = seconds_a_step(preset, teacher, device)
         steps = max(rounded(wish.hours * 3600 / seconds), LEAST_STEPS)

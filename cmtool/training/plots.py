@@ -206,3 +206,103 @@ def write_curves(
     axis.legend(fontsize=8, frameon=False)
     with replacing(path) as temporary:
         plot.savefig(temporary, dpi=110, format=path.suffix[1:])
+
+
+class Reached(NamedTuple):
+    """What a run has reached: seconds, images seen, and the distance for each number of steps."""
+
+    seconds: float
+    images: float
+    values: Sequence[float]
+
+
+def mean_curve(runs: Sequence[Sequence[Reached]]) -> list[Reached]:
+    """Return the means of several runs of a method, point by point."""
+    curve = []
+    for points in zip(*runs, strict=True):
+        seconds, images, values = zip(*points, strict=True)
+        many = [sum(each) / len(each) for each in zip(*values, strict=True)]
+        curve.append(Reached(sum(seconds) / len(runs), sum(images) / len(runs), many))
+    return curve
+
+
+def write_methods(
+    path: Path,
+    curves: Mapping[str, Sequence[Sequence[Reached]]],
+    teacher: tuple[str, float],
+    samples: Mapping[str, Tensor],
+    steps: Sequence[int],
+    metric: str,
+) -> None:
+    """Write a PNG of methods: distance against time and images, and samples (B, C, H, W) below.
+
+    `curves` has the runs of each method: one a seed, which is faint if there are several. The
+    first of `steps` is a full line, the others are broken. `teacher` is a label and a distance.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure = Figure(figsize=(11, 4.6 + 0.62 * len(samples)), layout="constrained")
+    parts = figure.add_gridspec(2, 1, height_ratios=(4.6, 0.62 * len(samples)))
+    above, below = figure.add_subfigure(parts[0]), figure.add_subfigure(parts[1])
+    axes = above.subplots(1, 2, sharey=True)
+    for axis, key in zip(axes, ("seconds", "images"), strict=True):
+        for place, (name, runs) in enumerate(curves.items()):
+            _draw_method(axis, key, place, name, runs, len(steps))
+        axis.axhline(teacher[1], color="0.3", linewidth=1.4, linestyle=":", label=plain(teacher[0]))
+        axis.set(xscale="log", yscale="log", xlabel=XLABELS[key])
+        axis.grid(alpha=0.25, which="both")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            side.set_major_formatter(lambda value, _: short_number(value))
+            side.set_minor_formatter(NullFormatter())
+    axes[0].set_ylabel(plain(f"{metric}{LOWER}"))
+    handles, labels = axes[0].get_legend_handles_labels()
+    for number, n in enumerate(steps):
+        handles += axes[0].plot([], [], color="0.3", linestyle=STYLES[number])
+        labels.append(f"in {n} step{'s' * (n > 1)}")
+    above.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
+    _draw_rows(below, samples)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+XLABELS = {"seconds": "seconds of training", "images": "images seen"}
+MARKERS = "osD^vP"
+"""Marks of points, by the ten: there are ten colours that are told apart easily."""
+
+
+def short_number(value: float) -> str:
+    """Return 0.5, 200, 20k, 5M: a number that fits below an axis."""
+    for least, unit, letter in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if value >= least:
+            return f"{value / unit:g}{letter}"
+    return f"{value:g}"
+
+
+def _draw_method(
+    axis: Any, key: str, place: int, name: str, runs: Sequence[Sequence[Reached]], lines: int
+) -> None:
+    """Draw the curves of a method: each run if there are several, and their mean."""
+    look = {"color": f"C{place % 10}", "marker": MARKERS[place // 10 % len(MARKERS)]}
+    for number in range(lines):
+        for run in runs if len(runs) > 1 else ():
+            x, y = [getattr(p, key) for p in run], [p.values[number] for p in run]
+            axis.plot(x, y, color=look["color"], alpha=0.3, linewidth=0.8)
+        mean = mean_curve(runs)
+        axis.plot(
+            [getattr(p, key) for p in mean], [p.values[number] for p in mean],
+            linestyle=STYLES[number], linewidth=1.6 if number == 0 else 1.1, markersize=3.5,
+            label=plain(name) if number == 0 else "_", **look,
+        )  # fmt: skip
+
+
+def _draw_rows(figure: Any, samples: Mapping[str, Tensor]) -> None:
+    """Draw a row of images for each name."""
+    axes = figure.subplots(len(samples), 1, squeeze=False)[:, 0]
+    for axis, (name, images) in zip(axes, samples.items(), strict=True):
+        shown = picture(images, len(images)).permute(1, 2, 0).numpy()
+        axis.imshow(shown, interpolation="nearest", cmap="gray")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        axis.set_ylabel(plain(name), rotation=0, ha="right", va="center", fontsize=9)

@@ -109,6 +109,8 @@ class LogLine(Facts):
     mu: float | None = None
     images: Count | None = None
     images_per_second: float | None = None
+    step_seconds: float | None = None
+    step_cpu_seconds: float | None = None
     mfu: float | None = None
     data_wait: float | None = None
     memory_gib: float | None = None

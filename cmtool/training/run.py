@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from cmtool.training.fit import Diverged, StepInfo, fit
 from cmtool.training.folder import clear_leftovers, clear_run, keep_status, prepare_folder
 from cmtool.training.lock import locked, tell_killed
 from cmtool.training.log import Clock, Meter, Watcher, trim_log
-from cmtool.training.observers import OBSERVERS, News, RunWriter, Tools, final_images
+from cmtool.training.observers import OBSERVERS, News, Observer, RunWriter, Tools, final_images
 from cmtool.training.report import write_run_report
 from cmtool.training.same import check_same, data_facts, start_facts
 from cmtool.training.start import Run, Start, decide_start, set_up, write_record
@@ -41,10 +41,13 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     max_seconds: float | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Path:
     """Train in the run folder `out` and return the final checkpoint's folder.
 
     A new run starts from the weights of `init`, as far as they fit, else from the teacher's.
+    `observers` come before those that each run has: what they see of a step is done before it is
+    saved.
 
     Under torchrun every process calls this, and the first one writes. Raises UserError for
     processes that differ, and for an existing run without `resume` or `overwrite` or with another
@@ -68,9 +71,9 @@ def train(
         group.alike(lambda: data_facts(run.data), "data")
         group.agreed(lambda: claim.enter_context(claimed(run, start)), "claimed")
         if group.leads:
-            lead(run, start, stop)
+            lead(run, start, stop, observers)
         else:
-            assist(run, start, stop)
+            assist(run, start, stop, observers)
     return run.out / "checkpoints" / f"step-{run.state.step:07d}"
 
 
@@ -103,7 +106,7 @@ def claimed(run: Run, start: Start) -> Iterator[None]:
         yield
 
 
-def lead(run: Run, start: Start, stop: Stop) -> None:
+def lead(run: Run, start: Start, stop: Stop, observers: Sequence[Observer]) -> None:
     """Train as the leading process, which writes the run's files."""
     out, state = run.out, run.state
     with reported(out, run.watcher), keep_status(out, start.launchers) as write, explained(run):
@@ -117,17 +120,17 @@ def lead(run: Run, start: Start, stop: Stop) -> None:
         write(step=state.step, steps=run.preset.train.steps)
         with make_saver(run) as saver, RunWriter(run, write) as writer:
             writer.training_images()
-            follow(run, stop, saver, writer)
+            follow(run, stop, saver, writer, observers)
         write(state="done", step=state.step, seconds_left=0, exit_code=0)
 
 
-def assist(run: Run, start: Start, stop: Stop) -> None:
+def assist(run: Run, start: Start, stop: Stop, observers: Sequence[Observer]) -> None:
     """Train as one of the other processes, which write nothing while the leading one lives."""
     try:
         with explained(run):
             if start.resume:
                 load_newest(run.out / "checkpoints", run.state, run.group, run.watcher.note)
-            follow(run, stop, None, None)
+            follow(run, stop, None, None, observers)
     except ResourceError as error:
         tell_killed(run.out, error)
         raise
@@ -159,7 +162,13 @@ def make_saver(run: Run) -> Saver:
     return Saver(folder, about, keep=keep, keep_best=preset.run.keep_best, note=run.watcher.note)
 
 
-def follow(run: Run, stop: Stop, saver: Saver | None, writer: RunWriter | None) -> None:
+def follow(
+    run: Run,
+    stop: Stop,
+    saver: Saver | None,
+    writer: RunWriter | None,
+    observers: Sequence[Observer],
+) -> None:
     """Take the steps, and let the observers do what is due after each.
 
     Only the leading process has a saver and a writer. Raises Diverged, Stopped or Paused.
@@ -173,7 +182,7 @@ def follow(run: Run, stop: Stop, saver: Saver | None, writer: RunWriter | None) 
     for info, diverged in finished_steps(run, tools, stop):
         is_last = info.step == preset.train.steps
         news = News(info, is_last, diverged, 0 if is_last else group.any(stop.reason()))
-        for due, observe in OBSERVERS:
+        for due, observe in (*observers, *OBSERVERS):
             if due(run, news):
                 observe(run, tools, news)
         if diverged is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -215,7 +215,7 @@ def set_up(
     """Return a run, ready for its first step. Raises UserError or InputError if a part is wrong."""
     preset = start.preset
     check_components(preset)
-    data = load_images(preset, watcher)
+    data = load_images(preset, watcher.note)
     check_fit(preset, data, teacher)
     evaluation = build_evaluation(preset, data, device, watcher.working)
     if preset.run.tensorboard:
@@ -265,7 +265,7 @@ def check_components(preset: Preset) -> None:
     check_levels(chosen.sigmas, preset.noise.sigma_min)
 
 
-def load_images(preset: Preset, watcher: Watcher) -> Dataset:
+def load_images(preset: Preset, tell: Callable[[str], None]) -> Dataset:
     """Return the preset's data set; without its labels if the model has no classes."""
     size, channels = preset.model.image_size, preset.model.channels
     data = load_dataset(
@@ -273,10 +273,10 @@ def load_images(preset: Preset, watcher: Watcher) -> Dataset:
         background=preset.data.background,
     )  # fmt: skip
     for note in data.notes:
-        watcher.note(note)
+        tell(note)
     if data.labels is None or preset.model.num_classes:
         return data
-    watcher.note(f"the {data.num_classes} classes of {data.name} are not used: the model has none")
+    tell(f"the {data.num_classes} classes of {data.name} are not used: the model has none")
     return replace(data, labels=None, num_classes=0)
 
 
@@ -324,10 +324,9 @@ def write_record(run: Run, origins: Mapping[str, str]) -> None:
     write_atomic(path, text.encode(), durable=True)
     before = read_facts(run.out / "run.json", Record)
     init = described(run.init) if run.init else before and before.model_dump()["init"]
-    versions = {"cmtool": __version__, "python": platform.python_version()}
     facts = {
         "arguments": sys.argv[1:],
-        "versions": {**versions, "torch": torch.__version__},
+        "versions": versions(),
         "processes": run.group.world_size,
         "threads": torch.get_num_threads(),
         "precision": preset.train.precision,
@@ -337,6 +336,13 @@ def write_record(run: Run, origins: Mapping[str, str]) -> None:
         "class_names": shown_names(run.data),
     }
     write_json(run.out / "run.json", facts, durable=True)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    return {
+        "cmtool": __version__, "python": platform.python_version(), "torch": torch.__version__,
+    }  # fmt: skip
 
 
 def shown_names(data: Dataset) -> list[str]:

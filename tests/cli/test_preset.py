@@ -39,7 +39,7 @@ def test_a_preset_does_not_inherit_what_another_reports(tmp_path):
     assert published("cifar10-ecd").fid_1 is None
     mine = tmp_path / "mine.toml"
     mine.write_text('extends = "cifar10-ect"\n[published]\nfid_1 = -1.0\n')
-    with pytest.raises(UserError, match="published.fid_1"):
+    with pytest.raises(UserError, match=r"published\.fid_1"):
         published(str(mine))
 
 

@@ -140,7 +140,15 @@ def test_the_log_of_an_interrupted_run_is_that_of_a_straight_one(cmtool, tmp_pat
     monkeypatch.setattr(Stop, "reason", lambda self: signal.SIGTERM if next(asked) == 7 else 0)
     assert cmtool(*arguments, "stopped").code == 143
     assert cmtool("train", "--resume", "--device", "cpu", "--out", "stopped").code == 0
-    timed = {"time", "images_per_second", "data_wait", "memory_gib", "mfu"}
+    timed = {
+        "time",
+        "images_per_second",
+        "step_seconds",
+        "step_cpu_seconds",
+        "data_wait",
+        "memory_gib",
+        "mfu",
+    }
     straight, stopped = (
         [
             {key: value for key, value in json.loads(line).items() if key not in timed}

@@ -116,6 +116,19 @@ def test_pauses_are_in_the_time_left_and_not_in_the_speed(monkeypatch):
     assert clock.lap(25)[0] == 2.0
 
 
+def test_a_line_has_the_seconds_of_a_step_without_pauses(monkeypatch):
+    now, cpu = 0.0, 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress.time, "process_time", lambda: cpu)
+    meter, clock = Meter(NoiseRange(), "cpu"), Clock(0, load_preset("digits-ct"))
+    meter.add(info(4, [1.0], [1.0]))
+    with clock.pause():
+        now, cpu = 10.0, 20.0
+    now, cpu = 12.0, 23.0
+    line = log_line(info(4, [1.0], [1.0]), meter, clock, ALONE, "cpu")
+    assert (line["step_seconds"], line["step_cpu_seconds"]) == (0.5, 0.75)
+
+
 def test_peak_memory_is_what_the_process_once_held():
     program = (  # in a process of its own, whose memory nobody else has used before
         "import os; from pathlib import Path; from cmtool.training.log import peak_memory\n"
