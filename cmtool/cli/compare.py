@@ -18,8 +18,8 @@ from cmtool.cli._options import (
     tell_notes,
 )
 from cmtool.cli._output import emit_json, processes, say
+from cmtool.cli._table import show_table
 from cmtool.cli._watching import make_watcher, showing
-from cmtool.cli.runs import show
 from cmtool.cli.train import parse_time
 from cmtool.errors import UserError
 
@@ -145,7 +145,7 @@ def print_table(comparison: Comparison) -> None:
     name = f"teacher, {reference.calls} calls"
     last = [name, "-", "-", "-", "-", f"{reference.value:.4g}", "-", "1"]
     say(f"{comparison.metric} of {comparison.asked.num:,} images, lower is better")
-    show(HEAD, [*map(cells, table(comparison)), last])
+    show_table(HEAD, [*map(cells, table(comparison)), last])
 
 
 def cells(row: Row) -> list[str]:

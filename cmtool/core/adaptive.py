@@ -48,16 +48,18 @@ def adaptive_grid(
 ) -> Tensor:
     """Return the grid from sigma_min to sigma_max, (n,) float64 ascending, both ends exact.
 
-    A step is a thousandth of its level at least, so that the grid ends, and never passes sigma_min.
-    Raises DivergedError where f is not finite.
+    A step never passes sigma_min. It is at least a quarter of the one for a Gaussian's denoiser,
+    sigma lam / (1 + lam): where f hardly changes, few images may even say that it grows. Raises
+    DivergedError where f is not finite.
     """
+    least = lam / (1 + lam) / 4
     low, sigma = noise_range.sigma_min, noise_range.sigma_max
     found = [sigma]
     while sigma > low and len(found) < MOST_LEVELS - 1:
         step = adaptive_step(f, x0, noise, sigma, labels, lam=lam)
         if step != step:
             raise DivergedError(f"the model is not finite at sigma {sigma:.3g}", "lower train.lr")
-        sigma = max(sigma - max(step, sigma * 1e-3), low)
+        sigma = max(sigma - max(step, sigma * least), low)
         found.append(sigma)
     found[-1] = low
     return torch.tensor(found[::-1], dtype=torch.float64)
