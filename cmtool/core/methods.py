@@ -25,7 +25,9 @@ from cmtool.core.losses import (
     teacher_pair,
     teacher_point,
 )
+from cmtool.core.networks.edm2 import LogVariance
 from cmtool.core.noise import LevelPicker, NoiseRange, Stage
+from cmtool.core.precond import log_label
 from cmtool.core.tensors import expand, to_device
 from cmtool.core.types import Denoiser, Distance, Solver, Weighting
 
@@ -63,6 +65,18 @@ def denoising(models: Models, given: Given, *, weight: Weighting) -> Tensor:
     """Return the loss of a diffusion teacher at one level (Karras et al. 2022, eq. 2)."""
     x0, labels, noise, sigma, _, _ = given
     return denoising_loss(models.student, x0, sigma, noise, labels, weight)
+
+
+def uncertain_denoising(models: Models, given: Given, *, weight: Weighting) -> Tensor:
+    """Return a teacher's loss over e^u, plus u, its learned log-variance (Karras et al. 2024).
+
+    That is eq. 21 of EDM2, which takes the sum over pixels in place of our mean. With the weight
+    `karras` it makes all levels count alike, whatever their error.
+    """
+    assert models.own is not None
+    x0, labels, noise, sigma, _, _ = given
+    u = models.own(log_label(sigma).to(x0))
+    return denoising_loss(models.student, x0, sigma, noise, labels, weight) / u.exp() + u
 
 
 def consistency_training(
@@ -219,6 +233,14 @@ METHODS: dict[str, MethodRow] = {
         warps=True,
         good_loss="The loss falls fast at first, then ever more slowly, and never reaches 0: noise"
         " cannot be guessed. Samples still improve when the curve looks flat.",
+    ),
+    "uncertain_denoising": MethodRow(
+        uncertain_denoising,
+        "teacher",
+        targets=("none",),
+        owns=LogVariance,
+        good_loss="The loss falls fast at first, then ever more slowly. It is a log-likelihood and"
+        " may be negative. Samples still improve when the curve looks flat.",
     ),
     "consistency_training": MethodRow(
         consistency_training,

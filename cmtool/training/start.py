@@ -23,7 +23,7 @@ from cmtool.data.images import check_fit_rule
 from cmtool.data.survey import check_images
 from cmtool.errors import InputError, UserError
 from cmtool.evaluation.during_training import Evaluation, build_evaluation, pick_score
-from cmtool.models import Model
+from cmtool.models import TRAINING_ONLY, Model
 from cmtool.presets.build import (
     build_augment,
     build_curriculum,
@@ -181,8 +181,8 @@ def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
         found = f"{teacher.source} has the scalings of {theirs.scalings.name}"
         what = f"{found}: a student that starts from its weights would be another function"
         raise InputError(what, "distill a teacher with EDM's scalings")
-    options = {k: v for k, v in theirs.network.options.items() if k != "dropout"}
-    options |= {k: v for k, v in ours.network.options.items() if k == "dropout"}
+    options = {k: v for k, v in theirs.network.options.items() if k not in TRAINING_ONLY}
+    options |= {k: v for k, v in ours.network.options.items() if k in TRAINING_ONLY}
     network = Choice(name=theirs.network.name, **options)
     model = theirs.model_copy(update={"network": network, "scalings": ours.scalings})
     preset = resolved.preset.model_copy(update={"model": model, "noise": teacher.preset.noise})
