@@ -46,12 +46,14 @@ def edm2_options(given: dict[str, Any], resolution: int, learn_sigma: bool) -> E
 def edm2_rules(o: Edm2Options, names: list[str], resolution: int) -> dict[str, Rule]:
     """Return the rule of each name of our Edm2, from EDM2's UNet built at `resolution`."""
     stages = {stage.ours: stage for stage in stages_of(o, resolution)}
-    theirs = foreign.renamed(names, {ours: stage.theirs for ours, stage in stages.items()}, {})
+    prefixes = {ours: stage.theirs for ours, stage in stages.items()}
+    leaves = {"attention.qkv": "attn_qkv", "attention.proj": "attn_proj"}
+    theirs = foreign.renamed(names, prefixes, leaves)
     rules = {}
     for name, other in theirs.items():
         if name.endswith("_gain"):
             rules[name] = Rule((other,), lambda t: t[0].reshape(1), lambda t: [t.reshape(())])
-        elif name.endswith("attn_qkv.weight"):
+        elif name.endswith("attention.qkv.weight"):
             heads = stages[".".join(name.split(".")[:2])].channels // o.head_channels
             rules[name] = foreign.interleaved(other, heads, order="hcq")
         else:

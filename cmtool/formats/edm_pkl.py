@@ -43,6 +43,8 @@ PRECONDITIONERS = {
     "Precond": "unet",
 }
 """What each kind calls its network; the last is EDM2's."""
+ADM_HEAD = 64
+"""Channels of a head in DhariwalUNet; a block of fewer has none, and no attention."""
 MAX_DEPTH = 32
 MAX_TENSORS = 20_000
 ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj_out": "proj"}
@@ -193,12 +195,15 @@ def adm_options(given: dict[str, Any], resolution: int, learn_sigma: bool) -> Ad
     mult = numbers(given, "channel_mult", [1, 2, 3, 4])
     if whole(given, "channel_mult_emb", 4) != 4:
         raise Malformed("its channel_mult_emb is not 4")
+    width = whole(given, "model_channels", 192)
+    levels = attention_levels(given, [32, 16, 8], resolution, len(mult))
     return AdmOptions(
-        model_channels=whole(given, "model_channels", 192),
+        model_channels=width,
         channel_mult=mult,
         num_res_blocks=whole(given, "num_blocks", 3),
-        attention_levels=attention_levels(given, [32, 16, 8], resolution, len(mult)),
-        head_channels=64,
+        attention_levels=tuple(level for level in levels if width * mult[level] >= ADM_HEAD),
+        head_channels=ADM_HEAD,
+        middle_attention=width * mult[-1] >= ADM_HEAD,
         min_group_channels=4,
         learn_sigma=learn_sigma,
         augment_dim=whole(given, "augment_dim", 0),

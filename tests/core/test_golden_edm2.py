@@ -89,11 +89,11 @@ def test_the_loss_of_edm2_and_its_gradient():
     torch.testing.assert_close(pixels * loss, expected, rtol=8.2e-6, atol=0)
     total = pixels * loss.mean()
     verified = VERIFIED["edm2_io"]["edm2_loss"]
-    assert float(total) == pytest.approx(verified["loss_mean_f64"], rel=1e-9)
+    assert total.item() == pytest.approx(verified["loss_mean_f64"], rel=1e-9)
     total.backward()
     grads = [p.grad for p in (*f.parameters(), *head.parameters())]
     norm = torch.nn.utils.get_total_norm(grads)
-    assert float(norm) == pytest.approx(verified["grad_norm_f64"], rel=1e-9)
+    assert norm.item() == pytest.approx(verified["grad_norm_f64"], rel=1e-9)
 
 
 def drop_nothing(module):

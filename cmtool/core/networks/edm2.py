@@ -178,6 +178,31 @@ class LogVariance(nn.Module):
         return u[:, 0]
 
 
+class MPAttention(nn.Module):
+    """Self-attention over the pixels, by the angles of queries and keys alone.
+
+    The rows of qkv are all queries, all keys, all values; each of those heads x head channels.
+    """
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"{channels} channels do not divide into {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = MPConv(channels, 3 * channels, 1)
+        self.proj = MPConv(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, C, H, W) for x (B, C, H, W)."""
+        b, c, h, w = x.shape
+        pixels = self.qkv(x).permute(0, 2, 3, 1)  # (B, H, W, 3 C)
+        heads = pixels.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
+        q, k, v = unit(heads, (4,)).permute(2, 0, 3, 1, 4)  # (B, heads, H W, d)
+        out = attend(q, k, v).transpose(1, 2).reshape(b, h, w, c)
+        projected: Tensor = self.proj(out.permute(0, 3, 1, 2))
+        return projected
+
+
 class Edm2Block(nn.Module):
     """Resample, a residual path with the embedding as a gain, attention perhaps, a sum (Fig. 21).
 
@@ -203,9 +228,7 @@ class Edm2Block(nn.Module):
         self.side = side
         self.resample = resample
         self.takes_skip = takes_skip
-        self.num_heads = out_channels // o.head_channels if attention else 0
-        if self.num_heads and out_channels % self.num_heads:
-            raise ValueError(f"{out_channels} channels do not divide into {self.num_heads} heads")
+        heads = out_channels // o.head_channels if attention else 0
         inner = out_channels if side == "enc" else channels
         self.emb_gain = nn.Parameter(torch.zeros(1))
         self.conv_res0 = MPConv(inner, out_channels, 3)
@@ -213,8 +236,7 @@ class Edm2Block(nn.Module):
         self.dropout = Dropout(o.dropout)
         self.conv_res1 = MPConv(out_channels, out_channels, 3)
         self.conv_skip = MPConv(channels, out_channels, 1) if channels != out_channels else None
-        self.attn_qkv = MPConv(out_channels, 3 * out_channels, 1) if self.num_heads else None
-        self.attn_proj = MPConv(out_channels, out_channels, 1) if self.num_heads else None
+        self.attention = MPAttention(out_channels, heads) if heads else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Return (B, out_channels, H', W') for x (B, channels, H, W) and emb (B, emb_channels)."""
@@ -236,27 +258,13 @@ class Edm2Block(nn.Module):
         if self.side == "dec":
             x = self.widened(x)
         x = mp_sum(x, y, o.res_balance)
-        if self.num_heads:
+        if self.attention is not None:
             x = mp_sum(x, self.attention(x), o.attention_balance)
         return x.clamp(-o.clip, o.clip)
 
     def widened(self, x: Tensor) -> Tensor:
         """Return x (B, channels, H, W) with out_channels."""
         return x if self.conv_skip is None else self.conv_skip(x)
-
-    def attention(self, x: Tensor) -> Tensor:
-        """Return self-attention over the pixels of x (B, C, H, W), by angles of q and k alone.
-
-        The rows of attn_qkv are all queries, all keys, all values; each of those heads x channels.
-        """
-        assert self.attn_qkv is not None and self.attn_proj is not None
-        b, c, h, w = x.shape
-        pixels = self.attn_qkv(x).permute(0, 2, 3, 1)  # (B, H, W, 3 C)
-        heads = pixels.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
-        q, k, v = unit(heads, (4,)).permute(2, 0, 3, 1, 4)  # (B, heads, H W, d)
-        out = attend(q, k, v).transpose(1, 2).reshape(b, h, w, c)
-        projected: Tensor = self.attn_proj(out.permute(0, 3, 1, 2))
-        return projected
 
 
 class Edm2(nn.Module):
