@@ -43,6 +43,8 @@ PRECONDITIONERS = {
     "Precond": "unet",
 }
 """What each kind calls its network; the last is EDM2's."""
+PIXELS = "StandardRGBEncoder"
+"""What EDM2's snapshots name beside a network that works on pixels."""
 ADM_HEAD = 64
 """Channels of a head in DhariwalUNet; a block of fewer has none, and no attention."""
 MAX_DEPTH = 32
@@ -58,6 +60,9 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     with path.open("rb") as opened:
         content = torch_pickle.load(opened, size)
     outer = content.get("ema") if isinstance(content, dict) else None
+    encoder = content.get("encoder") if isinstance(content, dict) else None
+    if isinstance(encoder, Record) and encoder.class_name != PIXELS:
+        raise Malformed(f"its images are latents of a {encoder.class_name[:40]}, not pixels")
     if not isinstance(outer, Record):
         raise Malformed("it holds no network under 'ema'")
     if outer.class_name not in PRECONDITIONERS:
