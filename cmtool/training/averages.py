@@ -1,7 +1,7 @@
 """Averages of the weights that a run stores, and others that are made of them after it.
 
-Karras et al. (2024), sec. 3.2: of averages with powers as profiles, taken at many steps, a sum comes
-near to any other such average. So the width can be chosen when the run is done.
+Karras et al. (2024), sec. 3.2: of averages with powers as profiles, taken at many steps, a sum
+comes near to any other such average. So the width can be chosen when the run is done.
 """
 
 from __future__ import annotations
