@@ -26,21 +26,19 @@ SMALL = [
 @pytest.mark.parametrize("method", ["denoising", "uncertain_denoising"])
 def test_a_small_edm2_trains_samples_and_goes_on_bit_for_bit(cmtool, tmp_path, method):
     run = [*RUN, "--set", f"loss.method={method}"]
-    for steps, out in (("8", "half"), ("20", "straight")):
+    for steps, out in (("3", "half"), ("8", "straight")):
         result = cmtool(*run, "--set", f"train.steps={steps}", "--out", out)
         assert result.code == 0, result.err
     resumed = cmtool(
-        "train", "--resume", "--out", "half", "--set", "train.steps=20", "--device", "cpu"
+        "train", "--resume", "--out", "half", "--set", "train.steps=8", "--device", "cpu"
     )
     assert resumed.code == 0, resumed.err
-    ends = [tensors(tmp_path / out / "checkpoints/step-0000020") for out in ("half", "straight")]
+    ends = [tensors(tmp_path / out / "checkpoints/step-0000008") for out in ("half", "straight")]
     assert ends[0].keys() == ends[1].keys()
     for name, tensor in ends[0].items():
         assert torch.equal(tensor, ends[1][name]), name
     sampled = cmtool("sample", "-c", "straight", "--seeds", "0-1", "--steps", "2", "--out", "o")
     assert sampled.code == 0, sampled.err
-    losses = [json.loads(line)["loss"] for line in open(tmp_path / "straight/log.jsonl")]
-    assert losses[-1] < 3
 
 
 def test_weights_are_normalised_once_a_step_before_the_gradient(cmtool, tmp_path):
@@ -128,9 +126,9 @@ def test_what_cannot_be_averaged(cmtool, run):
         "w.safetensors",
     )
     assert (other.code, "--step 20" in other.err) == (2, True)
-    pickle = cmtool("checkpoint", "average", "run", "--sigma-rel", "0.1", "--out", "w.pkl")
+    pickle = cmtool(*line, "w.pkl")
     assert (pickle.code, "give --out a name that ends so" in pickle.err) == (2, True)
     again = cmtool(*SMALL, "--set", "train.steps=2", "--out", "run", "--overwrite")
     assert again.code == 0, again.err
-    none = cmtool("checkpoint", "average", "run", "--sigma-rel", "0.1", "--out", "w.safetensors")
+    none = cmtool(*line, "w.safetensors")
     assert (none.code, "run.ema_every" in none.err) == (3, True)
