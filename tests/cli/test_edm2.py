@@ -114,17 +114,8 @@ def test_a_stored_average_comes_back_as_it_is(cmtool, run, tmp_path):
 
 
 def test_what_cannot_be_averaged(cmtool, run):
-    other = cmtool(
-        "checkpoint",
-        "average",
-        "run",
-        "--sigma-rel",
-        "0.1",
-        "--step",
-        "21",
-        "--out",
-        "w.safetensors",
-    )
+    line = ["checkpoint", "average", "run", "--sigma-rel", "0.1", "--out"]
+    other = cmtool(*line, "w.safetensors", "--step", "21")
     assert (other.code, "--step 20" in other.err) == (2, True)
     pickle = cmtool(*line, "w.pkl")
     assert (pickle.code, "give --out a name that ends so" in pickle.err) == (2, True)

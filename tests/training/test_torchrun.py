@@ -51,25 +51,14 @@ EDM2 = (
     "model.network={name='edm2', model_channels=16, channel_mult=[1,2], num_blocks=1,"
     " attention_levels=[1], head_channels=16, dropout=0.1}"
 )
+AVERAGE = "train.ema=[{name='ema', sigma_rel=0.1}]"
 METHODS["edm2, its own loss and averages"] = [
-    *["train", "--preset", "digits-edm", "--set", EDM2],
-    *[
-        "--set",
-        "loss.method=uncertain_denoising",
-        "--set",
-        "train.ema=[{name='ema', sigma_rel=0.1}]",
-    ],
+    *["train", "--preset", "digits-edm", "--set", EDM2, "--set", AVERAGE],
+    *["--set", "loss.method=uncertain_denoising"],
 ]
-METHODS["ect on edm2, computed again"] = [
-    *[
-        "train",
-        "--preset",
-        "digits-ect",
-        "--set",
-        EDM2,
-        "--set",
-        "train.checkpoint_activations=true",
-    ],
+METHODS["ict on edm2, computed again"] = [
+    *["train", "--preset", "digits-ict", "--set", EDM2],
+    *["--set", "train.checkpoint_activations=true"],
 ]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
