@@ -268,7 +268,7 @@ class Edm2Block(nn.Module):
 
 
 class Edm2(nn.Module):
-    """The U-Net; published weights want the noise label ln(sigma) / 4."""
+    """EDM2's U-Net; published weights want the noise label ln(sigma) / 4 (`log`)."""
 
     def __init__(self, options: Edm2Options, channels: int, num_classes: int = 0) -> None:
         super().__init__()
