@@ -282,3 +282,9 @@ class Preset(Card):
     loss: LossSection
     train: TrainSection
     run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _stores_what_there_is(self) -> Preset:
+        if self.run.ema_every and all(ema.sigma_rel is None for ema in self.train.ema):
+            raise ValueError("run.ema_every stores averages of train.ema with sigma_rel: add two")
+        return self
