@@ -148,3 +148,13 @@ def test_another_width_made_of_stored_averages_is_near_to_one_that_was_kept():
     made = posthoc_weights(STORED, Profile(1600, gamma_of(0.075))) @ torch.tensor(stored).double()
     apart = abs(kept[0.1] - kept[0.05]).item()
     assert abs(made - kept[0.075]).item() < 0.02 * apart
+
+
+def test_the_factors_solve_the_normal_equations():
+    """Few averages, so that the system is well-conditioned and can be solved as it is."""
+    stored, wanted = [STORED[i] for i in (1, 6, 15, 31)], Profile(1600, gamma_of(0.12))
+    gram = torch.tensor([[inner_product(a, b) for b in stored] for a in stored]).double()
+    right = torch.tensor([inner_product(a, wanted) for a in stored]).double()
+    solved = torch.linalg.solve(gram, right)
+    found = posthoc_weights(stored, wanted)
+    torch.testing.assert_close(found, solved / solved.sum(), rtol=1e-3, atol=1e-4)

@@ -140,7 +140,10 @@ class MPLinear(MPLayer):
 
     def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
         """Return (B, out_features), times `gain` (1,), for x (B, features)."""
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        if not torch.amp.is_autocast_available(device):  # the meta device
+            return F.linear(x, self.scaled(gain))
+        with torch.autocast(device, enabled=False):
             return F.linear(x.to(self.weight.dtype), self.scaled(gain))
 
 
