@@ -26,6 +26,10 @@ from cmtool.system.devices import on_device, shapes_only
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("digits-edm", "digits-cd")
+SCALINGS_OF: dict[Kind, str] = {"teacher": "edm", "consistency": "consistency", "flow map": "edm"}
+"""The scalings of a model whose file does not say them."""
+TRAINING_ONLY = {"dropout", "dropout_res"}
+"""Options of networks that only training uses."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,7 @@ def _card(foreign: Foreign, preset: Preset | None) -> Card:
         **{key: getattr(foreign, key) for key in same},
         network=Choice(name=name, **options),
         noise_label=Choice.model_validate(foreign.noise_label),
-        scalings=Choice(name="consistency" if kind == "consistency" else foreign.scalings),
+        scalings=Choice(name=foreign.scalings or SCALINGS_OF[kind]),
     )
     if preset is not None:
         check_same_network(model, preset.model)
@@ -255,7 +259,7 @@ def check_same_network(found: ModelSection, named: ModelSection) -> None:
             "network": section.network.name, "channels": section.channels,
             "num_classes": section.num_classes, **defaults, **section.network.options,
         })  # fmt: skip
-    for key in sorted({key for side in sides for key in side} - {"dropout"}):
+    for key in sorted({key for side in sides for key in side} - TRAINING_ONLY):
         values = (side.get(key) for side in sides)
         a, b = (tuple(v) if isinstance(v, list) else v for v in values)
         if a != b:

@@ -14,7 +14,10 @@ from cmtool.core.solvers import heun
 def objective_of(
     name, levels=uniform, noise_range=NoiseRange(), teacher=None, augment=None, **choices
 ):
-    """`make_objective` with l2, weight 1 and Heun's steps where nothing else is said."""
+    """`make_objective` with l2, weight 1 and Heun's steps where nothing else is said.
+
+    A module of the method's own is made anew.
+    """
     choices = {
         "distance": l2, "weight": uniform_weight, "solver": heun, "noise_range": noise_range,
         "sigma_data": 0.5, "transition": 1.0, **choices,
@@ -22,7 +25,11 @@ def objective_of(
     loss = METHODS[name].loss
     taken = inspect.signature(loss).parameters
     method = partial(loss, **{key: value for key, value in choices.items() if key in taken})
-    return make_objective(method, levels, noise_range, teacher=teacher, augment=augment)
+    objective = make_objective(method, levels, noise_range, teacher=teacher, augment=augment)
+    if METHODS[name].owns is None:
+        return objective
+    own = METHODS[name].owns()
+    return lambda models, *given: objective(models._replace(own=own), *given)
 
 
 def alone(student, name="", target=None):

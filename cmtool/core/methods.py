@@ -27,8 +27,10 @@ from cmtool.core.losses import (
     teacher_point,
 )
 from cmtool.core.meanflow import mean_flow_loss
+from cmtool.core.networks.edm2 import LogVariance
 from cmtool.core.noise import NoiseRange, Stage
-from cmtool.core.scm import LogVariance, normaliser, scm_loss
+from cmtool.core.precond import log_label
+from cmtool.core.scm import LinearLogVariance, normaliser, scm_loss
 from cmtool.core.tensors import expand
 from cmtool.core.types import Denoiser, Distance, Solver, Weighting
 
@@ -66,6 +68,18 @@ def denoising(models: Models, given: Given, *, weight: Weighting) -> Tensor:
     """Return the loss of a diffusion teacher at one level (Karras et al. 2022, eq. 2)."""
     x0, labels, noise, sigma, _, _ = given
     return denoising_loss(models.student, x0, sigma, noise, labels, weight)
+
+
+def uncertain_denoising(models: Models, given: Given, *, weight: Weighting) -> Tensor:
+    """Return a teacher's loss over e^u, plus u, its learned log-variance (Karras et al. 2024).
+
+    That is eq. 21 of EDM2, which takes the sum over pixels in place of our mean. With the weight
+    `karras` it makes all levels count alike, whatever their error.
+    """
+    assert models.own is not None
+    x0, labels, noise, sigma, _, _ = given
+    u = models.own(log_label(sigma).to(x0))
+    return denoising_loss(models.student, x0, sigma, noise, labels, weight) / u.exp() + u
 
 
 def consistency_training(
@@ -148,14 +162,14 @@ def scm_training(
 ) -> Tensor:
     """Return the loss of sCT (Lu & Song 2025, eq. 8): the tangent along the data's own path.
 
-    `tangent` says how it is normalised, by c. Over the first images it turns from that of a
-    diffusion model into that of a consistency model.
+    `tangent` says how it is normalised, by c. In the warm-up it turns from that of a diffusion
+    model into that of a consistency model.
     """
     x0, labels, noise, sigma, _, stage = given
+    warmth = min(stage.images / max(warmup_images, 1), 1.0)
     return scm_loss(
         models.student, models.target, noise_point(x0, sigma, noise), x0, labels, weight,
-        normaliser(tangent, c), sigma_data=sigma_data, log_variance=models.own,
-        warmth=min(stage.images / max(warmup_images, 1), 1.0),
+        normaliser(tangent, c), sigma_data=sigma_data, log_variance=models.own, warmth=warmth,
     )  # fmt: skip
 
 
@@ -174,10 +188,10 @@ def scm_distillation(
     x0, labels, noise, sigma, _, stage = given
     point = teacher_point(x0, sigma, noise, labels, models.teacher)
     clean = point.x - expand(sigma, x0) * point.slope
+    warmth = min(stage.images / max(warmup_images, 1), 1.0)
     return scm_loss(
         models.student, models.target, point, clean, labels, weight, normaliser(tangent, c),
-        sigma_data=sigma_data, log_variance=models.own,
-        warmth=min(stage.images / max(warmup_images, 1), 1.0),
+        sigma_data=sigma_data, log_variance=models.own, warmth=warmth,
     )  # fmt: skip
 
 
@@ -271,6 +285,7 @@ _CONTINUOUS = (
     "Training follows the gradient of the method and does not minimise this value: the curve may"
     " rise. It should stay bounded, as the gradient norm should. Judge by the samples or a metric."
 )
+_STAGES = "The loss falls and flattens within a stage, and may step where a stage begins."
 _LEARNED_WEIGHT = (
     "The loss falls as the learned log-variance follows it, and may become negative. Its level says"
     " little: judge by the samples or a metric."
@@ -283,6 +298,14 @@ METHODS: dict[str, MethodRow] = {
         warps=True,
         good_loss="The loss falls fast at first, then ever more slowly, and never reaches 0: noise"
         " cannot be guessed. Samples still improve when the curve looks flat.",
+    ),
+    "uncertain_denoising": MethodRow(
+        uncertain_denoising,
+        "teacher",
+        targets=("none",),
+        owns=LogVariance,
+        good_loss="The loss falls fast at first, then ever more slowly. It is a log-likelihood and"
+        " may be negative. Samples still improve when the curve looks flat.",
     ),
     "consistency_training": MethodRow(
         consistency_training,
@@ -335,7 +358,7 @@ METHODS: dict[str, MethodRow] = {
         "consistency",
         targets=("student",),
         recomputes=False,
-        owns=LogVariance,
+        owns=LinearLogVariance,
         good_loss=_LEARNED_WEIGHT,
     ),
     "scm_distillation": MethodRow(
@@ -344,7 +367,7 @@ METHODS: dict[str, MethodRow] = {
         needs_teacher=True,
         targets=("student",),
         recomputes=False,
-        owns=LogVariance,
+        owns=LinearLogVariance,
         good_loss=_LEARNED_WEIGHT,
     ),
     "truncated_training": MethodRow(
@@ -352,7 +375,7 @@ METHODS: dict[str, MethodRow] = {
         "consistency",
         targets=("student",),
         teacher_kind="consistency",
-        good_loss="The loss falls and flattens within a stage, and may step where a stage begins.",
+        good_loss=_STAGES,
     ),
     "mid_training": MethodRow(
         mid_training,
@@ -368,8 +391,8 @@ METHODS: dict[str, MethodRow] = {
         "flow map",
         targets=("student",),
         recomputes=False,
-        good_loss="The loss stays nearly level, as each image's is divided by a power of itself."
-        " Judge by the samples or a metric.",
+        good_loss="The loss stays nearly level: each image's is divided by a power of itself. Judge"
+        " by the samples or a metric.",
     ),
     "adaptive_training": MethodRow(
         adaptive_training,
@@ -377,7 +400,6 @@ METHODS: dict[str, MethodRow] = {
         targets=("student",),
         owns=Grid,
         before=own_grid,
-        good_loss="The loss falls and flattens while the grid stays, and steps where it is made"
-        " anew.",
+        good_loss=_STAGES,
     ),
 }

@@ -119,7 +119,7 @@ def scm_loss(
     return (-lv).exp() * square + lv
 
 
-class LogVariance(nn.Module):
+class LinearLogVariance(nn.Module):
     """The log-variance of a loss by noise level: a linear map of features of ln(sigma) / 4.
 
     It is trained with the student and is not part of the model (Karras et al. 2024, sec. 2; Lu &

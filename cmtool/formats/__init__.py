@@ -55,7 +55,7 @@ FORMATS: dict[str, Format] = {
     ),
     "edm": Format(
         "EDM pickle",
-        "snapshots of EDM and ECT; not EDM2's, and no training states",
+        "snapshots of EDM, EDM2, ECT and TCM in pixels; no latents, and no training states",
         lambda path, start: start.startswith(PICKLES),
         edm_pkl.read,
     ),

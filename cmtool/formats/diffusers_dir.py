@@ -267,6 +267,7 @@ def _config(o: AdmOptions, channels: int, num_classes: int, image_size: int) -> 
         "channel_mult": o.channel_mult[0] != 1,
         "min_group_channels": groups != {o.norm_groups},
         "middle_norm": not o.middle_norm and not o.scale_shift,
+        "middle_attention": not o.middle_attention,
     }
     for name, differs in odd.items():
         if differs:

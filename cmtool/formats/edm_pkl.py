@@ -1,7 +1,8 @@
-"""EDM's snapshots: a pickle of persistent objects around SongUNet or DhariwalUNet.
+"""Snapshots of EDM and EDM2: a pickle of persistent objects around a network.
 
-ECT's files have the same layout with a consistency preconditioner. Nothing in them is executed:
-see safe_pickle.py. Source of the layouts: `training/networks.py` of Karras et al. (2022).
+Those of ECT and TCM have the same layouts and hold consistency models. Nothing in them is executed:
+see safe_pickle.py. Source of the layouts: `training/networks.py` of Karras et al. (2022); that of
+EDM2's network is in edm2_pkl.py.
 """
 
 from __future__ import annotations
@@ -18,11 +19,34 @@ from cmtool.core.networks.adm import AdmOptions
 from cmtool.core.networks.song import SongOptions
 from cmtool.core.precond import iddpm_sigmas
 from cmtool.formats import foreign, torch_pickle
+from cmtool.formats.arguments import (
+    arguments,
+    attention_levels,
+    fraction,
+    number,
+    numbers,
+    one_of,
+    short,
+    whole,
+)
+from cmtool.formats.edm2_pkl import edm2_options, edm2_rules
 from cmtool.formats.foreign import Foreign, Malformed, Options, Rule
 from cmtool.formats.safe_pickle import Box
 from cmtool.formats.torch_pickle import Record, StoredTensor
 
-PRECONDITIONERS = {"EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond", "ECMPrecond"}
+PRECONDITIONERS = {
+    "EDMPrecond": "model",
+    "VPPrecond": "model",
+    "VEPrecond": "model",
+    "iDDPMPrecond": "model",
+    "ECMPrecond": "model",
+    "Precond": "unet",
+}
+"""What each kind calls its network; the last is EDM2's."""
+PIXELS = "StandardRGBEncoder"
+"""What EDM2's snapshots name beside a network that works on pixels."""
+ADM_HEAD = 64
+"""Channels of a head in DhariwalUNet; a block of fewer has none, and no attention."""
 MAX_DEPTH = 32
 MAX_TENSORS = 20_000
 ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj_out": "proj"}
@@ -36,45 +60,54 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
     with path.open("rb") as opened:
         content = torch_pickle.load(opened, size)
     outer = content.get("ema") if isinstance(content, dict) else None
+    encoder = content.get("encoder") if isinstance(content, dict) else None
+    if isinstance(encoder, Record) and encoder.class_name != PIXELS:
+        raise Malformed(f"its images are latents of a {encoder.class_name[:40]}, not pixels")
     if not isinstance(outer, Record):
         raise Malformed("it holds no network under 'ema'")
     if outer.class_name not in PRECONDITIONERS:
         raise _other_network(outer)
-    inner = _table(outer, "_modules").get("model")
+    child = PRECONDITIONERS[outer.class_name]
+    inner = _table(outer, "_modules").get(child)
     if not isinstance(inner, Record):
-        raise Malformed("its preconditioner holds no network 'model'")
+        raise Malformed(f"its preconditioner holds no network {child!r}")
     if inner.class_name not in NETWORKS:
         raise Malformed(f"its network is a {inner.class_name[:40]}, not {' or '.join(NETWORKS)}")
+    if inner.state.get("emb_norm", False) is not False:
+        raise Malformed("its network normalises its embeddings (emb_norm)")
     read_options, rules = NETWORKS[inner.class_name]
-    given = _arguments(inner)
-    resolution = _whole(given, "img_resolution", None, 4096)
-    channels, num_classes = _whole(given, "in_channels", None), _whole(given, "label_dim", 0)
-    learn_sigma = _whole(given, "out_channels", channels) == 2 * channels
+    given = arguments(inner)
+    resolution = whole(given, "img_resolution", None, 4096)
+    channels = whole(given, "img_channels" if child == "unet" else "in_channels", None)
+    num_classes = whole(given, "label_dim", 0)
+    learn_sigma = whole(given, "out_channels", channels) == 2 * channels
     options = read_options(given, resolution, learn_sigma)
-    taps = tuple(options.resample_filter) if isinstance(options, SongOptions) else (1, 1)
+    taps = (1, 1) if isinstance(options, AdmOptions) else options.resample_filter
     stored = _without_filters(torch_pickle.as_tensors(collect(inner), size), taps)
     names = foreign.tensor_names(options, channels, num_classes)
-    dropout = _fraction(given, "label_dropout", 0)
-    note = f"its label_dropout {dropout} is for training: not taken over"
+    left = []
+    if dropout := fraction(given, "label_dropout", 0):
+        left.append(f"its label_dropout {dropout}")
+    if has_logvar(outer):
+        left.append("its log-variance head")
     return Foreign(
         options=options,
         tensors=foreign.translate(rules(options, names, resolution), stored),
         channels=channels,
         num_classes=num_classes,
         image_size=(resolution, resolution),
-        **_preconditioning(outer),
-        notes=(note,) if dropout else (),
+        **_preconditioning(outer, inner),
+        notes=tuple(f"{what} is for training: not taken over" for what in left),
     )
 
 
 def _other_network(outer: Record) -> Malformed:
     """Return the error for a network in a preconditioner that we do not have."""
-    given = _arguments(outer)
-    kwargs = ", ".join(f"{str(key)[:40]} {_short(given[key])}" for key in list(given)[:8])
+    given = arguments(outer)
+    kwargs = ", ".join(f"{str(key)[:40]} {short(given[key])}" for key in list(given)[:8])
     count = sum(math.prod(t.size) for t in collect(outer, ("_parameters",)).values())
-    whose = "EDM2's" if outer.class_name == "Precond" else "a"
     return Malformed(
-        f"its network is {whose} {outer.class_name[:40]} of {count:,} parameters ({kwargs}),"
+        f"its network is a {outer.class_name[:40]} of {count:,} parameters ({kwargs}),"
         f" not one of {', '.join(sorted(PRECONDITIONERS))}"
     )
 
@@ -144,39 +177,42 @@ def adm_rules(o: AdmOptions, names: list[str], resolution: int) -> dict[str, Rul
 
 def song_options(given: dict[str, Any], resolution: int, learn_sigma: bool) -> SongOptions:
     """Return our options for the arguments of a SongUNet. Raises Malformed for unknown ones."""
-    mult = _list(given, "channel_mult", [1, 2, 2, 2])
+    mult = numbers(given, "channel_mult", [1, 2, 2, 2])
     return SongOptions(
-        model_channels=_whole(given, "model_channels", 128),
+        model_channels=whole(given, "model_channels", 128),
         channel_mult=mult,
-        num_blocks=_whole(given, "num_blocks", 4),
-        attention_levels=_levels(given, [16], resolution, len(mult)),
-        embedding=_name(given, "embedding_type", ["positional", "fourier"]),
-        channel_mult_emb=_whole(given, "channel_mult_emb", 4),
-        channel_mult_noise=_whole(given, "channel_mult_noise", 1),
-        encoder=_name(given, "encoder_type", ["standard", "skip", "residual"]),
-        decoder=_name(given, "decoder_type", ["standard", "skip"]),
-        resample_filter=_list(given, "resample_filter", [1, 1]),
-        augment_dim=_whole(given, "augment_dim", 0),
+        num_blocks=whole(given, "num_blocks", 4),
+        attention_levels=attention_levels(given, [16], resolution, len(mult)),
+        embedding=one_of(given, "embedding_type", ["positional", "fourier"]),
+        channel_mult_emb=whole(given, "channel_mult_emb", 4),
+        channel_mult_noise=whole(given, "channel_mult_noise", 1),
+        encoder=one_of(given, "encoder_type", ["standard", "skip", "residual"]),
+        decoder=one_of(given, "decoder_type", ["standard", "skip"]),
+        resample_filter=numbers(given, "resample_filter", [1, 1]),
+        augment_dim=whole(given, "augment_dim", 0),
         learn_sigma=learn_sigma,
-        dropout=_fraction(given, "dropout", 0.10),
+        dropout=fraction(given, "dropout", 0.10),
     )
 
 
 def adm_options(given: dict[str, Any], resolution: int, learn_sigma: bool) -> AdmOptions:
     """Return our options for the arguments of a DhariwalUNet. Raises Malformed for unknown ones."""
-    mult = _list(given, "channel_mult", [1, 2, 3, 4])
-    if _whole(given, "channel_mult_emb", 4) != 4:
+    mult = numbers(given, "channel_mult", [1, 2, 3, 4])
+    if whole(given, "channel_mult_emb", 4) != 4:
         raise Malformed("its channel_mult_emb is not 4")
+    width = whole(given, "model_channels", 192)
+    levels = attention_levels(given, [32, 16, 8], resolution, len(mult))
     return AdmOptions(
-        model_channels=_whole(given, "model_channels", 192),
+        model_channels=width,
         channel_mult=mult,
-        num_res_blocks=_whole(given, "num_blocks", 3),
-        attention_levels=_levels(given, [32, 16, 8], resolution, len(mult)),
-        head_channels=64,
+        num_res_blocks=whole(given, "num_blocks", 3),
+        attention_levels=tuple(level for level in levels if width * mult[level] >= ADM_HEAD),
+        head_channels=ADM_HEAD,
+        middle_attention=width * mult[-1] >= ADM_HEAD,
         min_group_channels=4,
         learn_sigma=learn_sigma,
-        augment_dim=_whole(given, "augment_dim", 0),
-        dropout=_fraction(given, "dropout", 0.10),
+        augment_dim=whole(given, "augment_dim", 0),
+        dropout=fraction(given, "dropout", 0.10),
     )
 
 
@@ -234,21 +270,33 @@ def _without_filters(stored: dict[str, Tensor], taps: tuple[int, ...]) -> dict[s
     return {name: tensor for name, tensor in stored.items() if name not in filters}
 
 
-def _preconditioning(outer: Record) -> dict[str, Any]:
-    """Return kind, scalings, noise label and range of a preconditioner."""
+def has_logvar(outer: Record) -> bool:
+    """Tell whether a preconditioner holds what weights EDM2's loss; ECT leaves it out."""
+    return _table(outer, "_modules").get("logvar_linear") is not None
+
+
+def _preconditioning(outer: Record, inner: Record) -> dict[str, Any]:
+    """Return kind, scalings, noise label and range of a preconditioner around a network.
+
+    Only ECT's of CIFAR-10 shifts the boundary to its sigma_min. TCM's has the same name and the
+    same numbers; its networks know a word, emb_norm, that ECT's do not.
+    """
     state = outer.state
-    low, high = _number(state, "sigma_min", 0.0), _number(state, "sigma_max", float("inf"))
+    low, high = number(state, "sigma_min", 0.0), number(state, "sigma_max", float("inf"))
     # the range that EDM samples in: what the network supports, between 0.002 and 80
     noise = {"sigma_min": max(low, 0.002), "sigma_max": min(high, 80.0)}
-    if outer.class_name in ("EDMPrecond", "ECMPrecond"):
-        kind = "teacher" if outer.class_name == "EDMPrecond" else "consistency"
-        sigma_data = _number(state, "sigma_data", 0.5)
-        return {"kind": kind, "noise_label": "log", "sigma_data": sigma_data, **noise}
+    edm = {"noise_label": "log", "sigma_data": number(state, "sigma_data", 0.5), "scalings": "edm"}
+    if outer.class_name == "EDMPrecond" or has_logvar(outer):
+        return {"kind": "teacher", **edm, **noise}
+    if outer.class_name == "ECMPrecond" and "emb_norm" not in inner.state:
+        return {"kind": "consistency", **edm, "scalings": "consistency", **noise}
+    if outer.class_name in ("ECMPrecond", "Precond"):
+        return {"kind": "consistency", **edm, "sigma_min": 0.002, "sigma_max": noise["sigma_max"]}
     family = outer.class_name.removesuffix("Precond").lower()  # vp, ve or iddpm
     names = {"vp": ["beta_d", "beta_min"], "ve": [], "iddpm": ["C_1", "C_2"]}[family]
-    label: dict[str, Any] = {n.lower(): _number(state, n, 0.0) for n in names if n in state}
+    label: dict[str, Any] = {n.lower(): number(state, n, 0.0) for n in names if n in state}
     if "M" in state:
-        label["steps"] = _whole(state, "M", None, 100_000)
+        label["steps"] = whole(state, "M", None, 100_000)
     if family == "iddpm":
         stored, levels = _table(outer, "_buffers").get("u"), torch.tensor(iddpm_sigmas(**label))
         if not isinstance(stored, StoredTensor) or tuple(stored.size) != (len(levels),):
@@ -263,58 +311,9 @@ def _preconditioning(outer: Record) -> dict[str, Any]:
     }
 
 
-def _arguments(record: Record) -> dict[str, Any]:
-    given = record.state.get("_init_kwargs")
-    if not isinstance(given, dict) or record.state.get("_init_args", ()) != ():
-        raise Malformed(f"its {record.class_name} was not made with named arguments")
-    return given
-
-
-def _whole(given: dict[str, Any], key: str, default: int | None, most: int = 1 << 20) -> int:
-    value = given.get(key, default)
-    if type(value) is not int or not 0 <= value <= most:
-        raise Malformed(f"its {key} = {_short(value)} is not a whole number up to {most}")
-    return value
-
-
-def _number(given: dict[str, Any], key: str, default: float) -> float:
-    value = given.get(key, default)
-    if type(value) not in (int, float) or not value >= 0:
-        raise Malformed(f"its {key} = {_short(value)} is not a number")
-    return float(value)
-
-
-def _fraction(given: dict[str, Any], key: str, default: float) -> float:
-    value = _number(given, key, default)
-    if value >= 1:
-        raise Malformed(f"its {key} = {value} is not a fraction")
-    return value
-
-
-def _list(given: dict[str, Any], key: str, default: list[int]) -> tuple[int, ...]:
-    value = given.get(key, default)
-    if not isinstance(value, list | tuple) or not 1 <= len(value) <= 16:
-        raise Malformed(f"its {key} is not a short list")
-    return tuple(_whole({key: item}, key, None) for item in value)
-
-
-def _levels(given: dict[str, Any], default: list[int], side: int, levels: int) -> tuple[int, ...]:
-    at = _list(given, "attn_resolutions", default) if given.get("attn_resolutions") != [] else ()
-    return tuple(level for level in range(levels) if side >> level in at)
-
-
-def _name(given: dict[str, Any], key: str, good: list[str]) -> Any:
-    value = given.get(key, good[0])
-    if value not in good:
-        raise Malformed(f"its {key} = {_short(value)} is not one of {', '.join(good)}")
-    return value
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:40] if isinstance(value, int | float | str | bool) else type(value).__name__
-
-
 NETWORKS: dict[str, tuple[Callable[..., Options], Callable[..., dict[str, Rule]]]] = {
     "SongUNet": (song_options, song_rules),
     "DhariwalUNet": (adm_options, adm_rules),
+    "UNet": (edm2_options, edm2_rules),
+    "EDM2UNet": (edm2_options, edm2_rules),
 }

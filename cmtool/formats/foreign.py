@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.core.networks.edm2 import Edm2, Edm2Options
 from cmtool.core.networks.song import Song, SongOptions
 from cmtool.errors import InputError
 from cmtool.system.devices import shapes_only
 
-Options = AdmOptions | SongOptions
+Options = AdmOptions | SongOptions | Edm2Options
 ForeignKind = Literal["teacher", "consistency"]
 RELEASED: dict[str, ForeignKind] = {"edm": "teacher", "cd": "consistency", "ct": "consistency"}
 """The kinds of models by a word in the names of their released files."""
@@ -30,8 +31,9 @@ class Malformed(ValueError):
 class Foreign:
     """A model read from the file of another tool; tensors are float32 and have our names.
 
-    `image_size` and `kind` are None if neither the file nor the user says them. `notes` tell the
-    user what was assumed. `held` names all weights in the file; one name stands for any asked for.
+    `image_size` and `kind` are None if neither the file nor the user says them, `scalings` if the
+    kind tells them. `notes` tell the user what was assumed. `held` names all weights in the file;
+    one name stands for any asked for.
     """
 
     options: Options
@@ -41,7 +43,7 @@ class Foreign:
     noise_label: str | dict[str, Any]
     image_size: tuple[int, int] | None = None
     kind: ForeignKind | None = None
-    scalings: str = "edm"
+    scalings: str | None = None
     sigma_data: float = 0.5
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -53,9 +55,9 @@ class Foreign:
 
 def tensor_names(options: Options, channels: int, num_classes: int = 0) -> list[str]:
     """Return the names of the tensors of our network with these options."""
-    make: Any = Song if isinstance(options, SongOptions) else Adm
+    make: dict[type, Any] = {AdmOptions: Adm, SongOptions: Song, Edm2Options: Edm2}
     with shapes_only():
-        return list(make(options, channels, num_classes).state_dict())
+        return list(make[type(options)](options, channels, num_classes).state_dict())
 
 
 def known_or_assumed(

@@ -56,7 +56,7 @@ def read(path: Path, weights: str, known: Mapping[str, Any]) -> Foreign:
         channels=channels,
         num_classes=num_classes,
         noise_label="iddpm" if options.learn_sigma else "log_1000",
-        scalings="iddpm" if options.learn_sigma else "edm",
+        scalings="iddpm" if options.learn_sigma else None,
         image_size=size,
         sigma_data=sigma_data,
         kind="teacher" if options.learn_sigma else kind,

@@ -167,17 +167,20 @@ class LossSection(Section):
 
 
 class EmaSection(Section):
-    """One weights EMA: a fixed rate or a half-life in images, with an optional ramp-up."""
+    """One weights EMA: a rate, a half-life in images, or the width of a power's profile."""
 
     name: str = Field(pattern=r"^[\w-]+$")
     rate: float | None = Field(None, gt=0, lt=1)
     halflife_images: float | None = Field(None, gt=0)
     rampup: float | None = Field(None, gt=0)
+    sigma_rel: float | None = Field(None, ge=0.001, le=0.28)
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> EmaSection:
-        if (self.rate is None) == (self.halflife_images is None):
-            raise ValueError("give either rate or halflife_images")
+    def _one_of_three(self) -> EmaSection:
+        if [self.rate, self.halflife_images, self.sigma_rel].count(None) != 2:
+            raise ValueError("give one of rate, halflife_images and sigma_rel")
+        if self.sigma_rel is not None and self.rampup is not None:
+            raise ValueError("sigma_rel grows with the run by itself: leave rampup out")
         return self
 
 
@@ -216,7 +219,9 @@ class TrainSection(Section):
         0, ge=0, lt=1 << 63, description="seed of the weights, the order of images and the noise"
     )
     ema: Annotated[tuple[EmaSection, ...], BeforeValidator(_sequence)] = Field(
-        (), description="averages of the weights: rate a step, or halflife_images and rampup"
+        (),
+        description="averages of the weights: rate a step, halflife_images with rampup, or"
+        " sigma_rel (EDM2's power, its width as a share of the run)",
     )
 
     @model_validator(mode="after")
@@ -238,6 +243,9 @@ class RunSection(Section):
     sample_every: Positive = Field(500, description="steps between two grids of samples")
     sample_grid: Annotated[int, Field(gt=0, le=10_000)] = Field(
         40, description="images in a grid of samples"
+    )
+    ema_every: Count = Field(
+        0, description="steps between stored sigma_rel averages, for others later; 0: none"
     )
     tensorboard: bool = Field(False, description="write event files too (extra tensorboard)")
     eval_every: Count = Field(0, description="steps between two evaluations; 0: none")
@@ -295,3 +303,9 @@ class Preset(Card):
     loss: LossSection
     train: TrainSection
     run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _stores_what_there_is(self) -> Preset:
+        if self.run.ema_every and all(ema.sigma_rel is None for ema in self.train.ema):
+            raise ValueError("run.ema_every stores averages of train.ema with sigma_rel: add two")
+        return self

@@ -18,10 +18,12 @@ import safetensors
 import torch
 from torch import Tensor
 
+from cmtool import __version__
 from cmtool.errors import DivergedError, InputError, ResourceError, UserError, is_full
 from cmtool.formats import checkpoints
 from cmtool.formats.checkpoints import MANIFEST, Score
 from cmtool.formats.native import read_weights, write_weights
+from cmtool.presets.schema import Preset
 from cmtool.system.dist import Group
 from cmtool.system.files import file_facts, sync, write_json
 from cmtool.system.parallel import fill, whole
@@ -143,6 +145,11 @@ def no_room(name: str, hint: str) -> ResourceError:
     """Return the error for a checkpoint that finds no room."""
     what = f"no room on the disk for checkpoint {name}"
     return ResourceError(what, f"{hint}; the checkpoints before it are intact")
+
+
+def about_model(preset: Preset) -> dict[str, Any]:
+    """Return what the header of a file of weights says of its model."""
+    return {"kind": preset.kind, "preset": preset.model_dump(mode="json"), "cmtool": __version__}
 
 
 class Saver:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cmtool.core.ema import update_average
 from cmtool.core.methods import Before, Models
+from cmtool.core.networks.edm2 import MPLayer
 from cmtool.core.noise import Curriculum, Stage
 from cmtool.core.objective import Objective, Point
 from cmtool.core.paths import Draw, Drawn
@@ -128,7 +129,8 @@ def fit(
 
     One step: the gradient of the mean loss, the optimizer, the weights EMAs, then the target
     with mu(k) (Song et al. 2023, Alg. 2 and 3; k counts finished steps). A step whose loss or
-    gradient is not finite changes nothing but the counter. Raises Diverged after `max_bad_steps`
+    gradient is not finite changes nothing but the counter. Before each step the weights of EDM2's
+    layers are replaced by their normalised selves. Raises Diverged after `max_bad_steps`
     of them in a row. In fp16 a gradient that overflows halves the scale of the loss, and counts as
     one of them only when that has sunk below 1.
 
@@ -153,6 +155,8 @@ def fit(
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
+        for layer in walked.forced:
+            layer.normalise()
         batch, waited = accumulate(state, models, objective, microbatch, stage, settings)
         norm, fault = descend(state, walked, batch, stage, settings)
         info = StepInfo(
@@ -191,6 +195,8 @@ class Walked:
         self.student: list[Tensor] = list(state.student.parameters())
         own = () if state.own is None else state.own.parameters()
         self.learned = [p for p in (*self.student, *own) if p.requires_grad]
+        trained = [m for m in (state.student, state.own) if m is not None]
+        self.forced = [part for m in trained for part in m.modules() if isinstance(part, MPLayer)]
         self.averages = [(ema, list(ema.model.parameters())) for ema in state.emas.values()]
         self.target = [] if state.target is None else list(state.target.parameters())
 

@@ -201,7 +201,7 @@ def clear_leftovers(out: Path) -> None:
 def clear_run(out: Path) -> None:
     """Remove an earlier run's own files, and no others; call it only while holding the lock."""
     prune_all(out / "checkpoints")
-    for folder in ("failed", "tensorboard"):
+    for folder in ("failed", "tensorboard", "averages"):
         shutil.rmtree(out / folder, ignore_errors=True)
     for pattern in RESULTS:
         for file in filter(is_regular, out.glob(pattern)):

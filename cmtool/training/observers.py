@@ -25,7 +25,8 @@ from cmtool.formats.checkpoints import Score
 from cmtool.presets.schema import Card
 from cmtool.sampling import evaluating, generate, plan
 from cmtool.system.files import write_atomic
-from cmtool.training.checkpoint import Saver, take_part
+from cmtool.training.averages import FOLDER, average_tensors, store
+from cmtool.training.checkpoint import Saver, about_model, take_part
 from cmtool.training.fit import Diverged, StepInfo
 from cmtool.training.folder import StatusWriter
 from cmtool.training.guide import about, short
@@ -252,6 +253,21 @@ def save(run: Run, tools: Tools, news: News) -> None:
     group.meet(f"saved {news.step}")
 
 
+def stores_averages(run: Run, news: News) -> bool:
+    """Every run.ema_every steps."""
+    return news.diverged is None and news.is_every(run.preset.run.ema_every)
+
+
+def store_averages(run: Run, tools: Tools, news: News) -> None:
+    """Store the averages with powers as profiles, of which others can be made after the run."""
+    if run.group.leads or run.group.mesh is not None:
+        averages = average_tensors(run.state)
+        if tools.writer:
+            with tools.writer.expendable(f"{FOLDER}/"):
+                store(run.out, news.step, averages, about_model(run.preset))
+    run.group.meet(f"averaged {news.step}")
+
+
 def samples(run: Run, news: News) -> bool:
     """Every run.sample_every steps."""
     return news.diverged is None and news.is_every(run.preset.run.sample_every)
@@ -318,6 +334,7 @@ OBSERVERS: list[Observer] = [
     (logs, log),
     (always, show_progress),
     (may_save, save),
+    (stores_averages, store_averages),
     (samples, draw_samples),
 ]
 """When something is due, and what is done then, in this order."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from cmtool import __version__
 from cmtool.errors import ResourceError, Stopped, UserError
 from cmtool.models import Model
 from cmtool.presets.build import noise_range
@@ -15,7 +14,7 @@ from cmtool.presets.schema import Preset
 from cmtool.system import dist
 from cmtool.system.dist import ALONE, Group
 from cmtool.system.files import check_temporary, sync
-from cmtool.training.checkpoint import Saver, load_newest
+from cmtool.training.checkpoint import Saver, about_model, load_newest
 from cmtool.training.fit import Diverged, StepInfo, fit
 from cmtool.training.folder import clear_leftovers, clear_run, keep_status, prepare_folder
 from cmtool.training.lock import locked, tell_killed
@@ -157,7 +156,7 @@ def reported(out: Path, watcher: Watcher) -> Iterator[None]:
 def make_saver(run: Run) -> Saver:
     """Return what writes the run's checkpoints."""
     preset = run.preset
-    about = {"kind": preset.kind, "preset": preset.model_dump(mode="json"), "cmtool": __version__}
+    about = about_model(preset)
     folder, keep = run.out / "checkpoints", preset.run.keep
     return Saver(folder, about, keep=keep, keep_best=preset.run.keep_best, note=run.watcher.note)
 

@@ -25,7 +25,7 @@ from cmtool.data.images import check_fit_rule
 from cmtool.data.survey import check_images
 from cmtool.errors import InputError, UserError
 from cmtool.evaluation.during_training import Evaluation, build_evaluation, pick_score
-from cmtool.models import Model
+from cmtool.models import TRAINING_ONLY, Model
 from cmtool.presets.build import (
     build_augment,
     build_curriculum,
@@ -175,7 +175,7 @@ def _with_train(preset: Preset, **values: object) -> Preset:
     return preset.model_copy(update={"train": preset.train.model_copy(update=values)})
 
 
-OF_STUDENT = {"dropout", "two_time"}
+OF_STUDENT = TRAINING_ONLY | {"two_time"}
 """Options of a network that a student does not take from its teacher."""
 
 

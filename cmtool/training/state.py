@@ -74,7 +74,10 @@ def build_state(
         spread(target)
     emas = {}
     for e in train.ema:
-        emas[e.name] = Ema(student, rate=e.rate, halflife_images=e.halflife_images, rampup=e.rampup)
+        emas[e.name] = Ema(
+            student, rate=e.rate, halflife_images=e.halflife_images, rampup=e.rampup,
+            sigma_rel=e.sigma_rel,
+        )  # fmt: skip
         spread(emas[e.name].model)
     spread(student)
     own = build_own(preset, device, group)

@@ -11,7 +11,7 @@ from cmtool.core.losses import noise_point, teacher_point, uniform_weight
 from cmtool.core.precond import Preconditioned, edm_scalings, log_label
 from cmtool.core.scm import (
     NORMALISERS,
-    LogVariance,
+    LinearLogVariance,
     angle,
     over_norm,
     over_rms,
@@ -67,7 +67,7 @@ def point_of(key, networks):
     return point, point.x - expand(sigma, x0) * point.slope, labels
 
 
-class FourierLogVariance(LogVariance):
+class FourierLogVariance(LinearLogVariance):
     """FastGen's head of a network with a Fourier embedding: linear on the features of that."""
 
     def __init__(self, network):
@@ -85,7 +85,11 @@ def head_of(key, student):
     if not CASES[key].get("logvar_head", True):
         return None
     weight = FASTGEN[f"{name}.logvar.weight"].double()
-    head = LogVariance(weight.shape[1]) if name == "song" else FourierLogVariance(student.network)
+    head = (
+        LinearLogVariance(weight.shape[1])
+        if name == "song"
+        else FourierLogVariance(student.network)
+    )
     bias = FASTGEN[f"{name}.logvar.bias"]
     head.double().load_state_dict({"linear.weight": weight, "linear.bias": bias})
     return head
@@ -220,7 +224,7 @@ def test_without_warmth_the_target_is_that_of_a_diffusion_model():
 
 def test_the_log_variance_that_fits_is_that_of_the_loss():
     """exp(-lv) q + lv is least at lv = ln q; the head starts at 0 and gets a gradient."""
-    head = LogVariance(16).double()
+    head = LinearLogVariance(16).double()
     assert head(torch.tensor([0.1, 1.0, 10.0])).tolist() == [0.0] * 3
     gradient(1.2, over_rms, head)
     plain = gradient(1.2, over_rms)

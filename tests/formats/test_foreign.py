@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.core.networks.layers import AttentionBlock
 from cmtool.core.networks.song import Song, SongOptions
 from cmtool.core.precond import SCALINGS, consistency_scalings, iddpm_sigmas
 from cmtool.errors import InputError, UserError
@@ -224,6 +225,28 @@ def test_arguments_that_edm_leaves_to_their_defaults(
     }[read_options]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("given", "levels", "middle"),
+    [
+        ({"model_channels": 32, "channel_mult": [1, 1]}, (), False),
+        ({"model_channels": 32, "channel_mult": [1, 2]}, (1,), True),
+        ({"model_channels": 64, "channel_mult": [1, 1]}, (0, 1), True),
+    ],
+)
+def test_adm_of_edm_has_no_attention_where_it_is_narrower_than_a_head(given, levels, middle):
+    """EDM counts channels // 64 heads, which may be none."""
+    options = adm_options({**given, "num_blocks": 1}, 32, False)
+    assert (options.attention_levels, options.middle_attention) == (levels, middle)
+    network = Adm(options, 3).eval()
+    attended = sum(isinstance(part, AttentionBlock) for part in network.modules())
+    assert attended == 3 * len(levels) + middle
+    assert network(torch.zeros(1, 3, 32, 32), torch.zeros(1)).shape == (1, 3, 32, 32)
+    rules = adm_rules(options, list(network.state_dict()), 32)
+    theirs = {name for rule in rules.values() for name in rule.names}
+    assert ("dec.16x16_in0.qkv.weight" in theirs) == middle
+    assert "dec.16x16_in1.conv0.weight" in theirs
+
+
 def edm2(encoder):
     """Return a snapshot as EDM2 writes it: half precision, buffers, an encoder beside the network.
 
@@ -249,13 +272,11 @@ def edm2(encoder):
     ))  # fmt: skip
 
 
-def test_snapshots_of_edm2_are_read_and_named(tmp_path):
-    path = tmp_path / "edm2-img64-s.pkl"
-    path.write_bytes(edm2(hostile.record("StandardRGBEncoder", {})))
-    with pytest.raises(InputError, match=r"EDM2's Precond of 6 parameters \(img_resolution 64, "
-                       "img_channels 3, label_dim 1000, model_channels 192") as caught:  # fmt: skip
+def test_snapshots_of_edm2_on_latents_are_refused_by_name(tmp_path):
+    path = tmp_path / "edm2-img512-s.pkl"
+    path.write_bytes(edm2(hostile.record("StabilityVAEEncoder", {})))
+    with pytest.raises(InputError, match="latents of a StabilityVAEEncoder, not pixels"):
         load_model(path)
-    assert "snapshots of EDM and ECT; not EDM2's" in caught.value.hint
 
 
 def test_snapshots_of_edm2_with_an_autoencoder_are_refused_with_the_remedy(tmp_path):
@@ -268,7 +289,7 @@ def test_snapshots_of_edm2_with_an_autoencoder_are_refused_with_the_remedy(tmp_p
     path.write_bytes(edm2(hostile.record("StabilityVAEEncoder", {"scale": array})))
     with pytest.raises(InputError, match=r"numpy\._core\.multiarray\._reconstruct") as caught:
         load_model(path)
-    assert "snapshots of EDM and ECT; not EDM2's" in caught.value.hint
+    assert "snapshots of EDM, EDM2, ECT and TCM in pixels; no latents" in caught.value.hint
 
 
 def test_levels_of_a_file_are_those_of_its_release(weights, tmp_path):

@@ -16,7 +16,7 @@ from cmtool.formats.native import read_about, read_weights, write_weights
 from cmtool.models import ASSETS
 from cmtool.training.log import read_log
 from tests.cli.conftest import TINY
-from tests.training.test_torchrun import tensors
+from tests.training.test_torchrun import EDM2, tensors
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +37,11 @@ METHODS["cd, continuous and live"] = [
     "--set", "model.network.dropout=0.1",
 ]  # fmt: skip
 METHODS["with a module of its own"] = [*METHODS["ct"], "--set", "loss.method=weighed"]
+METHODS["edm2"] = [
+    "train", "--preset", "digits-edm", "--set", EDM2, "--set", "train.batch=8", *TINY[-4:],
+    "--set", "loss.method=uncertain_denoising", "--set", "run.ema_every=3",
+    "--set", "train.ema=[{name='ema', sigma_rel=0.1}]",
+]  # fmt: skip
 SHARDED = ["--set", "run.sharding=fsdp"]
 AGAIN = ["--set", "train.checkpoint_activations=true"]
 

@@ -47,6 +47,19 @@ METHODS = {
         *["--set", "model.network.dropout=0.1", *NEAR, "loss.method=live_distillation"],
     ],
 }
+EDM2 = (
+    "model.network={name='edm2', model_channels=16, channel_mult=[1,2], num_blocks=1,"
+    " attention_levels=[1], head_channels=16, dropout=0.1}"
+)
+AVERAGE = "train.ema=[{name='ema', sigma_rel=0.1}]"
+METHODS["edm2, its own loss and averages"] = [
+    *["train", "--preset", "digits-edm", "--set", EDM2, "--set", AVERAGE],
+    *["--set", "loss.method=uncertain_denoising"],
+]
+METHODS["ict on edm2, computed again"] = [
+    *["train", "--preset", "digits-ict", "--set", EDM2],
+    *["--set", "train.checkpoint_activations=true"],
+]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
@@ -55,7 +68,8 @@ def command(method, out, *more, torchrun=False, restarts=0):
     if torchrun:
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         launcher += ["--max-restarts", str(restarts), "-m"]
-    network = [] if METHODS[method][0] == "distill" else TINY
+    is_given = METHODS[method][0] == "distill" or EDM2 in METHODS[method]
+    network = [] if is_given else TINY
     return [*launcher, "cmtool", *METHODS[method], "--out", str(out), "--device", "cpu",
             "--set", "train.batch=8", "--set", "run.log_every=2", *network, *more]  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cmtool.core.networks.adm import Adm, AdmOptions, ResBlock
+from cmtool.core.networks.edm2 import Edm2, Edm2Block, Edm2Options
 from cmtool.core.networks.layers import AttentionBlock
 from cmtool.core.networks.mlp import Mlp, MlpOptions
 from cmtool.core.networks.song import Song, SongBlock, SongOptions
@@ -25,6 +26,7 @@ class NetworkKind(NamedTuple):
 
 NETWORKS: dict[str, NetworkKind] = {
     "adm": NetworkKind(AdmOptions, Adm, (ResBlock, AttentionBlock)),
+    "edm2": NetworkKind(Edm2Options, Edm2, (Edm2Block,)),
     "mlp": NetworkKind(MlpOptions, Mlp),
     "song": NetworkKind(SongOptions, Song, (SongBlock,)),
 }

@@ -49,6 +49,8 @@ class AdmOptions:
     """Norms of fewer than norm_groups times so many channels have fewer groups (4 in EDM)."""
     middle_norm: bool = True
     """A norm before the attention in the middle; early diffusers exports lack it."""
+    middle_attention: bool = True
+    """Attention in the middle; EDM has none where the lowest level is narrower than a head."""
     learn_sigma: bool = False
     """The network also returns a variance, which is dropped (iDDPM)."""
     augment_dim: int = 0
@@ -156,6 +158,14 @@ class Stem(nn.Conv2d):
         return super().forward(x)
 
 
+class NoAttention(nn.Module):
+    """What stands in the middle without attention: the names of the blocks around it stay."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
+
 class Adm(nn.Module):
     """The U-Net; published weights want the noise label 250 ln(sigma)."""
 
@@ -202,9 +212,8 @@ class Adm(nn.Module):
                 self.input_blocks.append(nn.ModuleList([down]))
                 skips.append(c)
 
-        self.middle_block = nn.ModuleList(
-            [res(c, c), o.attention(c, norm=o.middle_norm), res(c, c)]
-        )
+        middle = o.attention(c, norm=o.middle_norm) if o.middle_attention else NoAttention()
+        self.middle_block = nn.ModuleList([res(c, c), middle, res(c, c)])
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(o.channel_mult))):

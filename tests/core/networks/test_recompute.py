@@ -15,7 +15,9 @@ from cmtool.training.state import recompute_activations
 ADM = {"model_channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_levels": [1],
        "head_channels": 16, "norm_groups": 4, "dropout": 0.3}  # fmt: skip
 SONG = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "dropout": 0.3}
-NETWORKS = {"adm": ADM, "song": SONG}
+EDM2 = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attention_levels": [1],
+        "head_channels": 16, "dropout": 0.3}  # fmt: skip
+NETWORKS = {"adm": ADM, "edm2": EDM2, "song": SONG}
 
 
 def network(name):
