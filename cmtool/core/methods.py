@@ -101,12 +101,7 @@ def consistency_distillation(
 
 
 def progressive_distillation(
-    models: Models,
-    given: Given,
-    *,
-    noise_range: NoiseRange,
-    distance: Distance,
-    weight: Weighting,
+    models: Models, given: Given, *, noise_range: NoiseRange, distance: Distance, weight: Weighting
 ) -> Tensor:
     """Return the loss of one step for two of the previous student (Salimans & Ho 2022, Alg. 2).
 
