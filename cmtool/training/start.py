@@ -195,10 +195,15 @@ def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
     options = {k: v for k, v in theirs.network.options.items() if k not in OF_STUDENT}
     options |= {k: v for k, v in ours.network.options.items() if k in OF_STUDENT}
     network = Choice(name=theirs.network.name, **options)
-    scalings = ours.scalings if teacher.kind == "teacher" else theirs.scalings
+    is_new = teacher.kind == "teacher" and resolved.preset.kind != "flow map"
+    scalings = ours.scalings if is_new else theirs.scalings
     kept = {"network": network, "scalings": scalings, "transition": ours.transition}
     model = theirs.model_copy(update=kept)
-    preset = resolved.preset.model_copy(update={"model": model, "noise": teacher.preset.noise})
+    noise, sample = teacher.preset.noise, resolved.preset.sample
+    known = {n: levels for n, levels in sample.levels.items() if levels[0] <= noise.sigma_max}
+    sample = sample.model_copy(update={"levels": known})
+    update = {"model": model, "noise": noise, "sample": sample}
+    preset = resolved.preset.model_copy(update=update)
     before, now = (dict(flat(p.model_dump())) for p in (resolved.preset, preset))
     taken = [key for key, value in now.items() if before.get(key, ...) != value]
     return Resolved(preset, resolved.origins | dict.fromkeys(taken, f"teacher {teacher.source}"))
