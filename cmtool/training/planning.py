@@ -133,6 +133,8 @@ def data_layers(preset: str, facts: Facts, device: str, wish: Wish) -> Layers:
     chosen, size = SIZES[name], picture_size(facts, device, wish.image_size)
     is_one_size = facts.size == size
     network = network_for(size, chosen)
+    if packaged_value(preset, "model.network.two_time"):
+        network["two_time"] = True
     if not packaged_value(preset, "train.from_teacher"):
         network["dropout"] = packaged_value(preset, "model.network.dropout") and chosen.dropout
     return {
