@@ -27,6 +27,13 @@ MOST_SIDE = {"cpu": 32, "cuda": 64}
 SHARE_OF_MEMORY = 0.7
 EDM_SIGMA_DATA = 0.5
 """For images that are all alike, where nothing can be measured."""
+MANY_STEPS = 4000
+"""With fewer steps a batch is made smaller: at the start many small steps learn the most."""
+LEAST_BATCH = 8
+SHARE_OF_GRIDS = 0.05
+"""What the grids of samples may take of a run, as a share of its steps."""
+CALLS_OF_A_STEP = 3
+"""Calls of a network that take as long as an image of a training step."""
 LEAST_STEPS = 100
 
 
@@ -213,8 +220,14 @@ def scaled(preset: Preset, steps: int, images: int) -> dict[str, Any]:
         }
         for average in preset.model_dump(exclude_none=True)["train"]["ema"]
     ]
-    tenth = max(steps // 10, 1)
-    return values | {"run.checkpoint_every": tenth, "run.sample_every": tenth}
+    calls = preset.sample.steps * (2 if preset.kind == "teacher" else 1)
+    grid = preset.run.sample_grid * calls / CALLS_OF_A_STEP
+    grids = min(max(round(SHARE_OF_GRIDS * images / grid), 1), 10)
+    every = {
+        "run.checkpoint_every": max(steps // 10, 1),
+        "run.sample_every": max(steps // grids, 1),
+    }
+    return values | every
 
 
 def parts_of_batch(preset: Preset, teacher: Model | None, device: str) -> int:
@@ -258,14 +271,36 @@ def planned(
         "description": f"{name} of {printable(Path(preset.data.path).name)}",
         **layers.get("the images", {}),
     }
-    parts = parts_of_batch(preset, teacher, device)
-    layers |= {"memory at hand": {"train.accumulate": parts}} if parts > 1 else {}
     if not any("train.steps" in layer for layer in own.values()):
         seconds = seconds_a_step(preset, teacher, device)
+        is_free = teacher is None and start is None
+        if is_free and not any("train.batch" in layer for layer in own.values()):
+            times = fewer_images(preset.train.batch, wish.hours * 3600 / seconds)
+            layers |= smaller_batch(preset, times)
+            preset, seconds = resolved().preset, seconds / times
         steps = max(rounded(wish.hours * 3600 / seconds), LEAST_STEPS)
         why = f"about {steps * seconds / 3600:.1f} hours on this {device}"
         layers[why] = scaled(load_preset(name), steps, steps * preset.train.batch)
+    parts = parts_of_batch(preset, teacher, device)
+    layers |= {"memory at hand": {"train.accumulate": parts}} if parts > 1 else {}
     return resolved(), layers
+
+
+def fewer_images(batch: int, steps: float) -> int:
+    """Return by what to divide a batch, so that a run of so many steps of it has MANY_STEPS."""
+    times = 1
+    while steps * times < MANY_STEPS and batch // (2 * times) >= LEAST_BATCH:
+        times *= 2
+    return times
+
+
+def smaller_batch(preset: Preset, times: int) -> Layers:
+    """Return the values of a batch so many times smaller: Adam's rate falls by the root of it."""
+    if times == 1:
+        return {}
+    train = preset.train
+    lr = float(f"{train.lr / math.sqrt(times):.2g}")
+    return {"many steps": {"train.batch": train.batch // times, "train.lr": lr}}
 
 
 def rounded(number: float) -> int:

@@ -532,6 +532,7 @@ def test_a_training_that_starts_from_a_model_has_its_weights(tmp_path):
 @pytest.mark.parametrize(("times", "steps"), [([], 1800), (["--max-time", "40m"], 1000)])
 def test_a_fitted_preset_fills_the_time_that_is_given(cmtool, tmp_path, monkeypatch, times, steps):
     monkeypatch.setattr(planning, "seconds_a_step", lambda *_: 2.0)
+    monkeypatch.setattr(planning, "MANY_STEPS", 10)
     own_images(tmp_path / "pets")
     told = cmtool("train", "--data", "pets", "--dry-run", *NARROW, *times)
     assert f"\nsteps = {steps} #" in told.out.decode()

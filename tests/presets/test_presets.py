@@ -50,6 +50,13 @@ COUNTS = {
     "cifar10-edm-ve": 56_397_827, "cifar10-edm-cond-ve": 56_400_643,
     "ffhq64-edm-vp": 61_805_571, "ffhq64-edm-ve": 62_761_091,
     "afhq64-edm-vp": 61_805_571, "afhq64-edm-ve": 62_761_091,
+    **dict.fromkeys(  # EDM's, without the embedding of warps
+        [f"cifar10-{m}" for m in ("ect", "ect-1h", "ecd", "sct", "scd", "cmt", "cmt-ect", "adcm")],
+        55_733_891 - 9 * 128,
+    ),
+    "cifar10-tcm": 2 * (55_733_891 - 9 * 128),
+    "cifar10-meanflow": 55_733_891 - 9 * 128 + 128 * 512,  # it hears two times
+    "ffhq64-cmt": 61_805_571 - 9 * 128, "afhq64-cmt": 61_805_571 - 9 * 128,
     "cifar10": 56_395_523, "imagenet64": 295_899_267, "bedroom256": 526_304_771,
     "cat256": 526_304_771,
 }  # fmt: skip

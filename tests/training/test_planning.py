@@ -28,9 +28,10 @@ FACTS = Facts("photos", 1000, None, 300, 3, 4, 0.43)
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Two seconds a step, and 16 GiB free."""
+    """Two seconds a step, time for many of them, and 16 GiB free."""
     monkeypatch.setattr(planning, "seconds_a_step", lambda *_: 2.0)
     monkeypatch.setattr(planning, "free_memory", lambda _: 16 << 30)
+    monkeypatch.setattr(planning, "MANY_STEPS", 10)
 
 
 def test_there_is_a_preset_for_each_method_that_users_start_with():
@@ -191,3 +192,30 @@ def test_a_plan_leaves_memory_to_others(quick, monkeypatch):
     for free, parts in ((needed, 2), (2 * needed, 1)):
         monkeypatch.setattr(planning, "free_memory", lambda _, free=free: free)
         assert planned("edm", "cpu", {}, facts=FACTS)[0].preset.train.accumulate == parts
+
+
+def test_a_short_run_takes_many_steps_of_a_smaller_batch(quick, monkeypatch):
+    """As many images in the same time; a rate by the root of the batch."""
+    monkeypatch.setattr(planning, "MANY_STEPS", 4000)
+    whole = planned("edm", "cpu", {}, facts=FACTS, wish=Wish(hours=4))[0].preset.train
+    assert (whole.batch, whole.steps, whole.lr) == (64, 7200, 1e-3)
+    short = planned("edm", "cpu", {}, facts=FACTS)[0]
+    assert (short.preset.train.batch, short.preset.train.steps) == (16, 7200)
+    assert short.preset.train.lr == 5e-4
+    assert short.origins["train.batch"] == "many steps"
+    least = planned("edm", "cpu", {}, facts=FACTS, wish=Wish(hours=0.01))[0].preset.train
+    assert least.batch == 8
+    own = {"--set": {"train.batch": 64}}
+    assert planned("edm", "cpu", own, facts=FACTS)[0].preset.train.lr == 1e-3
+    taught = planned("cd", "cpu", {}, teacher=load_model("digits-edm"))[0].preset.train
+    assert taught.batch == 64
+
+
+def test_grids_of_samples_take_a_small_part_of_a_run():
+    """40 images of 36 calls are 480 images of training."""
+    preset = load_preset("edm")
+    assert scaled(preset, 7200, 7200 * 16)["run.sample_every"] == 720
+    assert scaled(preset, 300, 300 * 64)["run.sample_every"] == 150
+    assert scaled(preset, 300, 300 * 8)["run.sample_every"] == 300
+    assert scaled(preset, 300, 300 * 8)["run.checkpoint_every"] == 30
+    assert scaled(load_preset("cd"), 300, 300 * 8)["run.sample_every"] == 33
