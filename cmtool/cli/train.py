@@ -31,6 +31,14 @@ Preset = Annotated[
         " Default: for digits those of digits, for your own images edm in train and cd in distill.",
     ),
 ]
+Init = Annotated[
+    str | None,
+    Option(
+        autocompletion=_completion.models,
+        help="Model whose weights training starts from: to fine-tune it on other images, or, in"
+        " distill, in place of the teacher's.",
+    ),
+]
 DistanceOption = Annotated[
     str | None,
     Option(
@@ -142,13 +150,7 @@ class RunOptions:
 def _train(
     options: RunOptions,
     preset: Preset = None,
-    init: Annotated[
-        str | None,
-        Option(
-            autocompletion=_completion.models,
-            help="Model to start from, to fine-tune it on other images.",
-        ),
-    ] = None,
+    init: Init = None,
 ) -> None:
     """Train an EDM teacher, or a consistency model from scratch.
 
@@ -246,13 +248,7 @@ def _distill(
         ),
     ] = None,
     preset: Preset = None,
-    init: Annotated[
-        str | None,
-        Option(
-            autocompletion=_completion.models,
-            help="Model to start from in place of the teacher, for example one of digits-cmt.",
-        ),
-    ] = None,
+    init: Init = None,
 ) -> None:
     """Distill a teacher into a consistency model that samples in one step.
 

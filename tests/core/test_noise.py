@@ -51,15 +51,20 @@ def test_grid_refuses_nonsense(bad):
         karras_sigmas(*bad)
 
 
+NEEDED = {"above_transition": {"transition": 1.0}}
+"""Options without a default: a preset gives them."""
+
+
 @pytest.mark.parametrize("name", LEVELS)
 def test_every_picker_orders_its_levels_and_repeats_itself(name):
     def draw():
-        return LEVELS[name](512, Stage(n=18), NoiseRange(), torch.Generator().manual_seed(3))
+        stage, generator = Stage(n=18, grid=karras_sigmas(9)), torch.Generator().manual_seed(3)
+        return LEVELS[name](512, stage, NoiseRange(), generator, **NEEDED.get(name, {}))
 
     hi, lo = draw()
     assert hi.shape == lo.shape == (512,)
     assert hi.dtype == torch.float64
-    assert (lo < hi).all()
+    assert (lo <= hi).all() if name == "two_lognormals" else (lo < hi).all()
     assert torch.equal(hi, draw().sigma_hi)
 
 
@@ -85,6 +90,10 @@ PICKED = {
     "tightening": {"mean": -1.1, "std": 2.0, "q": 2.0, "k": 8.0, "b": 1.0,
                    "stage_images": 3_200_000},
     "uniform": {},
+    "on_grid": {"mean": -1.1, "std": 2.0, "law": "lognormal"},  # ADCM, CIFAR-10
+    "above_transition": {"boundary": 0.25, "df": 0.01, "scale": 0.2, "q": 2.0, "closest": 0.001,
+                         "stage_images": 12_800_000},  # TCM
+    "two_lognormals": {"mean": -0.6, "std": 1.6, "mean_lo": -4.0, "std_lo": 1.6, "equal": 0.25},
 }  # fmt: skip
 """What the papers pick levels by."""
 
@@ -92,8 +101,9 @@ PICKED = {
 @pytest.mark.parametrize("name", LEVELS)
 def test_levels_are_by_default_those_of_the_papers(name):
     def draw(**options):
-        stage, generator = Stage(n=18, images=6_400_000), torch.Generator().manual_seed(3)
-        return LEVELS[name](99, stage, NoiseRange(), generator, **options)
+        stage = Stage(n=18, images=6_400_000, grid=karras_sigmas(9))
+        options |= NEEDED.get(name, {})
+        return LEVELS[name](99, stage, NoiseRange(), torch.Generator().manual_seed(3), **options)
 
     assert all(map(torch.equal, draw(), draw(**PICKED[name])))
 
@@ -230,3 +240,28 @@ def test_progressive_stages_halve_and_hand_over_at_their_last_step():
 def test_progressive_distillation_starts_from_a_power_of_two(start):
     with pytest.raises(UserError, match=f"start = {start}"):
         halving(0, 10, start=start)
+
+
+def test_some_pairs_of_two_lognormals_are_one_level():
+    """A quarter, and those that are cut: 30 % in all, as in the code of MeanFlow."""
+    hi, lo = LEVELS["two_lognormals"](
+        100_000, Stage(), NoiseRange(), torch.Generator().manual_seed(0)
+    )
+    assert float((hi == lo).double().mean()) == pytest.approx(0.30, abs=0.005)
+    assert float(hi.log().mean()) == pytest.approx(-0.6, abs=0.02)
+    assert float(lo[hi > lo].log().mean()) < -4.0
+
+
+def test_the_first_images_lie_at_the_transition_and_all_others_above():
+    hi, lo = LEVELS["above_transition"](
+        22, Stage(images=10**12), NoiseRange(), torch.Generator().manual_seed(0), transition=1.5
+    )
+    assert hi[:5].tolist() == [1.5] * 5
+    assert (hi[5:] > 1.5).all()
+    assert (hi <= 80).all()
+    n = 1 + 8 / (1 + hi.exp())
+    torch.testing.assert_close(lo, hi * (1 - 0.001 * n))  # the cap
+    few, _ = LEVELS["above_transition"](
+        3, Stage(), NoiseRange(), torch.Generator().manual_seed(0), transition=1.5
+    )
+    assert (few > 1.5).all()

@@ -83,18 +83,23 @@ def test_iddpm_label_counts_from_the_nearest_level():
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_scalings_are_those_of_table_1(name):
-    """Inputs of EDM, VP and iDDPM have unit variance; a perfect network gives x0 exactly."""
+    """Inputs of EDM, VP and iDDPM have unit variance; a perfect network gives x0 exactly.
+
+    A flow's input is the mixture (1 - t) x0 + t noise, and it predicts the velocity noise - x0.
+    """
     sigma = torch.tensor([0.1, 1.0, 30.0], dtype=torch.float64)
     c_skip, c_out, c_in = SCALINGS[name](sigma, 0.5, 0.0)
     variance = {"edm": 0.25, "consistency": 0.25, "vp": 1.0, "iddpm": 1.0}
     if name in variance:
         torch.testing.assert_close(c_in**2 * (sigma**2 + variance[name]), torch.ones_like(sigma))
+    elif name == "flow":
+        torch.testing.assert_close(c_in, 1 - sigma / (1 + sigma))
     else:  # VE's network scales its input itself
         assert torch.equal(c_in, torch.ones_like(sigma))
     x0, noise = 0.7, 1.3
     x = x0 + sigma * noise
     # what each family's network predicts: the noise, or minus it, or EDM's mixture (its eq. 8)
-    raw = {"vp": noise, "iddpm": noise, "ve": -noise}.get(name)
+    raw = {"vp": noise, "iddpm": noise, "ve": -noise, "flow": noise - x0}.get(name)
     if raw is None:
         raw = (0.25 * -noise + sigma * x0) / (0.5 * (sigma**2 + 0.25).sqrt())
     torch.testing.assert_close(c_skip * x + c_out * raw, torch.full_like(sigma, x0))

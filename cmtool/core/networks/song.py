@@ -304,7 +304,7 @@ class Song(nn.Module):
         noise_label: Tensor,
         classes: Tensor | None,
         augment_labels: Tensor | None,
-        label_to: Tensor | None,
+        label_to: Tensor | None = None,
     ) -> Tensor:
         """Return the embedding (B, emb_channels), activated, of level, one-hot class and warp.
 
