@@ -5,6 +5,8 @@ from typing import NamedTuple
 import pytest
 
 from cmtool.cli import main
+from cmtool.training import observers, start
+from cmtool.training import run as runs
 
 TINY = [
     "--set", "train.batch=8", "--set", "model.network.model_channels=16",
@@ -21,6 +23,20 @@ class Result(NamedTuple):
     @property
     def text(self):
         return self.out.decode()
+
+
+def hasten(patch):
+    """Let runs leave out what costs seconds each: the look at memory and speed, the report."""
+    patch.setattr(start, "check_memory", lambda *_: None)
+    patch.setattr(runs, "ideal_seconds", lambda *_: None)
+    patch.setattr(runs, "write_run_report", lambda *_: None)
+    patch.setattr(observers, "write_summary", lambda *_: None)
+
+
+@pytest.fixture
+def bare_runs(monkeypatch):
+    """For tests of something else than memory, speed and reports."""
+    hasten(monkeypatch)
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ from cmtool.cli import main
 from cmtool.data.decoding import read_image
 from cmtool.errors import DivergedError
 from cmtool.models import load_model
-from cmtool.training import compare, fair, observers, start
+from cmtool.training import compare, fair
 from cmtool.training import run as runs
 from cmtool.training.comparison import STEPS, Comparison
 from cmtool.training.stop import Stop
 from tests.cli.conftest import TINY
+from tests.cli.conftest import hasten as hasten_runs
 
 SETTINGS = [
     "--set", "train.steps=4", "--set", "run.sample_grid=1", "--num", "16", "--device", "cpu"
@@ -25,13 +26,10 @@ TIMES = {"seconds", "cpu_seconds"}
 
 def hasten(patch):
     """Let runs do what the test needs: two points, few images, no report, no look at the memory."""
+    hasten_runs(patch)
     patch.setattr(compare, "POINTS", 2)
     patch.setattr(compare, "SHOWN", 3)
     patch.setattr(fair, "parts_of_batch", lambda *_: 1)
-    patch.setattr(start, "check_memory", lambda *_: None)
-    patch.setattr(runs, "ideal_seconds", lambda *_: None)
-    patch.setattr(runs, "write_run_report", lambda *_: None)
-    patch.setattr(observers, "write_summary", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from cmtool.core.networks.edm2 import MPLayer
 from cmtool.models import load_model
 from tests.training.test_torchrun import EDM2
 
+pytestmark = pytest.mark.usefixtures("bare_runs")
+
 RUN = [
     "train", "--preset", "digits-edm", "--device", "cpu", "--precision", "fp32", "--set", EDM2,
     "--set", "train.batch=8", "--set", "train.decay_to=1.0", "--set", "train.warmup_steps=0",

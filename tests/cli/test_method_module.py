@@ -1,5 +1,6 @@
 """A run whose method owns a module is resumed with it, bit for bit."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -7,6 +8,8 @@ from cmtool.core.methods import METHODS
 from cmtool.models import load_model
 from tests.cli.conftest import TINY
 from tests.training.test_state import WEIGHED
+
+pytestmark = pytest.mark.usefixtures("bare_runs")
 
 RUN = ["train", "--preset", "digits-ct", "--set", "loss.method=weighed", "--precision", "fp32"]
 RUN += ["--set", "loss.curriculum={name='fixed', n=9}", "--set", "train.decay_to=1.0"]

@@ -28,6 +28,7 @@ def same(one, other):
         assert torch.equal(tensor, second[name]), name
 
 
+@pytest.mark.usefixtures("bare_runs")
 @pytest.mark.parametrize("name", [*FROM_TEACHER, "meanflow", "tcm"])
 def test_a_run_of_each_method_is_resumed_bit_for_bit_and_samples(cmtool, tmp_path, name):
     more = []
@@ -49,6 +50,7 @@ def test_a_run_of_each_method_is_resumed_bit_for_bit_and_samples(cmtool, tmp_pat
         assert drawn.out.startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_a_second_stage_keeps_the_first_below_the_transition(cmtool, tmp_path):
     assert train(cmtool, "ecd", 2, "first").code == 0
     assert (
@@ -63,6 +65,7 @@ def test_a_second_stage_keeps_the_first_below_the_transition(cmtool, tmp_path):
     assert not torch.allclose(ours[2], theirs[2])
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_a_student_may_start_from_another_model_than_its_teacher(cmtool, tmp_path):
     assert train(cmtool, "cmt", 2, "cmt", "--set", "train.lr=1e-2").code == 0
     still = ["--set", "train.lr=1e-30"]

@@ -135,7 +135,8 @@ def sinusoidal_embedding(label: Tensor, dim: int, *, end_point: bool = False) ->
     zeros is added when dim is odd.
     """
     half = dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=label.device)
+    exact = torch.promote_types(label.dtype, torch.float32)  # a label may be 999: 6e-5 in float32
+    steps = torch.arange(half, dtype=exact, device=label.device)
     decay = -math.log(10000) / (half - 1 if end_point else half)
     angles = label[:, None] * torch.exp(steps * decay).to(label.dtype)  # (B, half)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
