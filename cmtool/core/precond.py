@@ -77,6 +77,14 @@ def flow_label(sigma: Tensor) -> Tensor:
     return sigma / (1 + sigma)
 
 
+def trigflow_label(sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
+    """Return t = arctan(sigma / sigma_data), the time of TrigFlow (Lu & Song 2025, sec. 3.1).
+
+    Unlike a logarithm it changes little near both ends, which keeps df/dt small there.
+    """
+    return torch.atan(sigma / sigma_data)
+
+
 def log_label(sigma: Tensor) -> Tensor:
     """Return c_noise = ln(sigma) / 4 (Karras et al. 2022, Table 1; the JAX release)."""
     return 0.25 * torch.log(sigma)
@@ -192,6 +200,7 @@ SCALINGS: dict[str, ScalingsFn] = {
 
 NOISE_LABELS: dict[str, Callable[..., Tensor]] = {
     "flow": flow_label,
+    "trigflow": trigflow_label,
     "log": log_label,
     "log_1000": log_label_1000,
     "vp": vp_label,

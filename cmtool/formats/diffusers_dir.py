@@ -268,6 +268,7 @@ def _config(o: AdmOptions, channels: int, num_classes: int, image_size: int) -> 
         "min_group_channels": groups != {o.norm_groups},
         "middle_norm": not o.middle_norm and not o.scale_shift,
         "middle_attention": not o.middle_attention,
+        "double_norm": o.double_norm,
     }
     for name, differs in odd.items():
         if differs:

@@ -109,7 +109,7 @@ def build_network(model: ModelSection) -> nn.Module:
         made = kind.build(options, model.channels, model.num_classes)
         if model.transition is None:
             return made
-        noise_label = pick(NOISE_LABELS, model.noise_label, "model.noise_label")
+        noise_label = build_noise_label(model)
         with torch.device("cpu"):  # a number, also where networks are but shapes
             label = float(noise_label(torch.tensor(model.transition, dtype=torch.float64)))
         return Truncated(made, kind.build(options, model.channels, model.num_classes), label)
@@ -123,6 +123,12 @@ def noise_range(preset: Card) -> NoiseRange:
     return NoiseRange(preset.noise.sigma_min, preset.noise.sigma_max, preset.noise.rho)
 
 
+def build_noise_label(model: ModelSection) -> Callable[[Tensor], Tensor]:
+    """Return what turns levels into the labels that the network hears."""
+    known = {"sigma_data": model.sigma_data}
+    return pick(NOISE_LABELS, model.noise_label, "model.noise_label", known)
+
+
 def build_denoiser(card: Card, network: nn.Module) -> Preconditioned:
     """Return the Denoiser of a card. Raises UserError for a network that is not of its kind."""
     if is_two_time(network) != (card.kind == "flow map"):
@@ -130,7 +136,7 @@ def build_denoiser(card: Card, network: nn.Module) -> Preconditioned:
         what = f"kind = {card.kind!r} with the network {card.model.network.name!r}"
         raise UserError(what, f"choose a network that takes {good}")
     scalings = pick(SCALINGS, card.model.scalings, "model.scalings")
-    label = pick(NOISE_LABELS, card.model.noise_label, "model.noise_label")
+    label = build_noise_label(card.model)
     sigma_data, sigma_min = card.model.sigma_data, card.noise.sigma_min
     return Preconditioned(network, scalings, label, sigma_data=sigma_data, sigma_min=sigma_min)
 

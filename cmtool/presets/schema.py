@@ -196,6 +196,9 @@ class TrainSection(Section):
     decay_to: float = Field(
         1.0, ge=0, le=1, description="learning rate at the last step, as a share of lr (a cosine)"
     )
+    steady_steps: Count = Field(
+        0, description="steps after which the rate falls as 1 / sqrt(step), as EDM2's; 0: never"
+    )
     optimizer: Choice = Field(Choice(name="radam"), description="optimizer, and its options")
     accumulate: Positive = Field(
         1,

@@ -100,11 +100,13 @@ class Diverged(DivergedError):
 def learning_rate(settings: FitSettings, step: int, progress: float) -> float:
     """Return the rate of a step: a linear warm-up, then a cosine from lr to decay_to lr.
 
-    `progress` in [0, 1] is the place on the cosine.
+    `progress` in [0, 1] is the place on the cosine. After `steady_steps` the rate falls with the
+    root of the step too, as EDM2's.
     """
     warm = min((step + 1) / settings.warmup_steps, 1.0) if settings.warmup_steps else 1.0
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return settings.lr * warm * (settings.decay_to + (1 - settings.decay_to) * cosine)
+    steady = min(math.sqrt(settings.steady_steps / (step + 1)), 1.0) if settings.steady_steps else 1
+    return settings.lr * warm * steady * (settings.decay_to + (1 - settings.decay_to) * cosine)
 
 
 @contextmanager

@@ -216,6 +216,8 @@ class FitSettings:
     warmup_steps: int = 0
     decay_to: float = 1.0
     """Learning rate at the last step as a share of `lr`, reached along a cosine."""
+    steady_steps: int = 0
+    """Steps after which the learning rate falls as 1 / sqrt(step); 0 is never."""
     rounds: int = 1
     """Microbatches a step, accumulated."""
     max_grad_norm: float | None = None

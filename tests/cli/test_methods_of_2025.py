@@ -1,5 +1,7 @@
 """Each preset of a newer method: it trains, is resumed bit for bit, samples; bad input is told."""
 
+import json
+
 import pytest
 import torch
 
@@ -77,6 +79,17 @@ def test_a_student_may_start_from_another_model_than_its_teacher(cmtool, tmp_pat
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.usefixtures("bare_runs")
+def test_the_samples_of_a_teacher_stand_for_images(cmtool, tmp_path):
+    drawn = ["--steps", "3", "--seeds", "0-15", "--out", "x.npz"]
+    assert cmtool("sample", "-c", "digits-edm", *drawn).code == 0
+    done = train(cmtool, "ecd", 1, "student", "--data", "x.npz")
+    assert done.code == 0, done.err
+    record = json.loads((tmp_path / "student" / "run.json").read_text())
+    assert record["data"]["images"] == 16
+    assert load_model(tmp_path / "student").preset.model.num_classes == 10
 
 
 TOLD = {

@@ -47,6 +47,7 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_a_bad_step_is_skipped_counted_and_told(cmtool, tmp_path, broken_at):
     arguments = ["train", "--preset", "digits-ct", *TINY, "--set", "run.checkpoint_every=1",
                  "--set", "run.keep=9", "--precision", "fp32"]  # fmt: skip
@@ -62,6 +63,7 @@ def test_a_bad_step_is_skipped_counted_and_told(cmtool, tmp_path, broken_at):
             assert torch.equal(tensor, tensors[name]), name
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_a_run_that_stays_bad_ends_with_6_and_shows_the_batch(cmtool, tmp_path, broken_at):
     arguments = ["train", "--preset", "digits-edm", *TINY, "--set", "run.checkpoint_every=2",
                  "--set", "train.max_bad_steps=3", "--set", "train.seed=5"]  # fmt: skip
@@ -138,6 +140,7 @@ def test_a_batch_that_does_not_fit_ends_with_5_and_proposes_to_split_it(tmp_path
     assert (status["state"], status["exit_code"]) == ("failed", 5)
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_a_run_goes_on_in_the_precision_it_started_in(cmtool, tmp_path):
     def precision():
         stored = tomllib.loads((tmp_path / "r/preset.toml").read_text())["train"]["precision"]

@@ -132,6 +132,7 @@ def test_a_signal_saves_and_ends(tmp_path, number, code):
     assert (tmp_path / f"r/checkpoints/step-{status['step']:07d}/manifest.json").exists()
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_the_log_of_an_interrupted_run_is_that_of_a_straight_one(cmtool, tmp_path, monkeypatch):
     """Stopped between two log lines; but for what takes time."""
     arguments = ["train", *TINY, "--set", "train.steps=10", "--set", "run.log_every=5", "--out"]
@@ -160,6 +161,7 @@ def test_the_log_of_an_interrupted_run_is_that_of_a_straight_one(cmtool, tmp_pat
     assert straight == stopped
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_a_run_folder_in_use_is_refused(cmtool, tmp_path):
     run = subprocess.Popen(
         [sys.executable, "-m", "cmtool", "train", *TINY, "--set", "train.steps=100000",
@@ -181,6 +183,7 @@ def test_a_run_folder_in_use_is_refused(cmtool, tmp_path):
         run.wait()
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_an_existing_run_is_never_reused_silently(cmtool, tmp_path):
     arguments = ["train", *TINY, "--set", "train.steps=2", "--out", "r"]
     assert cmtool(*arguments).code == 0
@@ -217,6 +220,7 @@ def test_a_mistake_costs_nothing(cmtool, tmp_path):
     assert "the teacher is in r" in result.err
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_default_run_folders_are_numbered(cmtool):
     arguments = ["train", *TINY, "--set", "train.steps=1"]
     assert cmtool(*arguments).text == "runs/digits-edm/checkpoints/step-0000001\n"
@@ -233,6 +237,7 @@ def test_a_default_folder_in_which_nothing_came_to_be_is_removed(cmtool, tmp_pat
     assert "cannot make runs/digits-edm: Not a directory" in result.err
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_resume_with_another_preset_shows_the_difference(cmtool):
     assert cmtool("train", *TINY, "--set", "train.steps=2", "--out", "r").code == 0
     result = cmtool("train", "--out", "r", "--resume", "--set", "train.lr=0.5")
@@ -246,6 +251,7 @@ def resumed(cmtool, *arguments):
     return cmtool("train", "--out", "r", "--resume", *arguments)
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_a_resumed_run_may_change_what_has_no_part_in_the_result(cmtool, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
@@ -273,6 +279,7 @@ def test_a_resumed_run_may_change_what_has_no_part_in_the_result(cmtool, tmp_pat
     assert "was started with another data: {'fingerprint': " in other.err
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_a_run_gets_more_steps_only_where_those_it_has_done_stay_the_same(cmtool, tmp_path):
     constant = ["--set", "train.decay_to=1", "--set", "sample.steps=1"]
     arguments = ["train", *TINY, *constant, "--out", "r"]
@@ -303,6 +310,7 @@ def test_which_schedules_know_the_last_step(preset, may):
     assert same_so_far(a, a)
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_distill_trains_a_consistency_model_from_the_teacher(cmtool):
     result = cmtool(
         "distill", "--teacher", "digits-edm", "--out", "s", "--json",
@@ -314,6 +322,7 @@ def test_distill_trains_a_consistency_model_from_the_teacher(cmtool):
     assert facts["checkpoint"] == "s/checkpoints/step-0000002"
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_a_student_takes_the_architecture_of_its_teacher(cmtool, tmp_path):
     assert cmtool("train", *TINY, "--set", "train.steps=2", "--out", "runs/t").code == 0
     result = cmtool("distill", "--out", "s", "--set", "train.steps=1", "--set", "train.batch=8")
@@ -329,6 +338,7 @@ def test_a_student_takes_the_architecture_of_its_teacher(cmtool, tmp_path):
     assert teacher["sha256"] == hashlib.sha256(ema.read_bytes()).hexdigest()
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_a_resumed_distillation_keeps_its_teacher(cmtool):
     assert cmtool("train", *TINY, "--set", "train.steps=2", "--out", "runs/t").code == 0
     arguments = ["distill", "--out", "s", "--set", "train.steps=1", "--set", "train.batch=8"]
@@ -378,6 +388,7 @@ def test_dry_run_prints_the_preset_and_writes_nothing(cmtool, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_a_student_of_a_teacher_that_saw_warped_images_keeps_its_network_and_sees_none(
     cmtool, tmp_path
 ):
@@ -431,6 +442,7 @@ def test_a_batch_other_than_the_presets_is_noted(
         assert "--accumulate" in notes
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_a_batch_is_noted_before_training_and_not_on_resuming(cmtool):
     Path("mine.toml").write_text(MINE)
     arguments = ["train", "--preset", "mine.toml", *TINY[2:], "--set", "train.steps=1"]
@@ -442,6 +454,7 @@ def test_a_batch_is_noted_before_training_and_not_on_resuming(cmtool):
     assert "note: a global batch" not in again.err
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_consistency_training_can_start_from_a_teacher(cmtool):
     """As the released script of ImageNet does, and continuous time must."""
     tiny = ["--set", "train.steps=1", "--set", "train.batch=4", "--set", "train.lr=1e-9"]

@@ -18,6 +18,8 @@ from cmtool.core.precond import (
     ve_label,
     vp_label,
 )
+from cmtool.presets.build import build_noise_label
+from cmtool.presets.toml import load_preset
 
 CHECKED = [  # sigma, plain (c_skip, c_out), boundary (c_skip, c_out)
     (0.002, (0.999984, 0.00199998), (1.0, 0.0)),
@@ -61,6 +63,14 @@ def test_vp_label_inverts_the_schedule():
     torch.testing.assert_close(vp_label(sigma), 999 * t)
     other = (torch.exp(5.0 * t**2 / 2 + 0.3 * t) - 1).sqrt()
     torch.testing.assert_close(vp_label(other, beta_d=5.0, beta_min=0.3, steps=11), 10 * t)
+
+
+def test_the_time_of_trigflow_is_an_angle_of_the_data():
+    assert NOISE_LABELS["trigflow"](torch.tensor(80.0)) == pytest.approx(1.5645, abs=1e-4)
+    model = load_preset(
+        "digits-cd", {"model.noise_label": "trigflow", "model.sigma_data": 2.0}
+    ).model
+    assert build_noise_label(model)(torch.tensor(2.0)) == pytest.approx(math.pi / 4)
 
 
 def test_ve_label_is_the_logarithm_of_half_sigma():

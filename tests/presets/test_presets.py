@@ -45,6 +45,7 @@ def test_every_preset_builds(name, tmp_path, monkeypatch):
         assert plan(preset, steps=steps).sigmas[0] == preset.noise.sigma_max
 
 
+EDM2_S = ["edm2-s", "ect-s", "ecd", "sct", "scd", "cmt"]
 COUNTS = {
     "cifar10-edm-vp": 55_733_891, "cifar10-edm-cond-vp": 55_735_299,
     "cifar10-edm-ve": 56_397_827, "cifar10-edm-cond-ve": 56_400_643,
@@ -57,6 +58,9 @@ COUNTS = {
     "cifar10-tcm": 2 * (55_733_891 - 9 * 128),
     "cifar10-meanflow": 55_733_891 - 9 * 128 + 128 * 512,  # it hears two times
     "ffhq64-cmt": 61_805_571 - 9 * 128, "afhq64-cmt": 61_805_571 - 9 * 128,
+    **dict.fromkeys([f"imagenet64-{n}" for n in EDM2_S], 280_209_381 - 128),  # head of a loss
+    "imagenet64-edm2-xl": 1_119_276_837 - 128, "imagenet64-ect-xl": 1_119_276_837 - 128,
+    "imagenet64-tcm": 2 * (280_209_381 - 128),
     "cifar10": 56_395_523, "imagenet64": 295_899_267, "bedroom256": 526_304_771,
     "cat256": 526_304_771,
 }  # fmt: skip
@@ -159,6 +163,7 @@ def test_edms_own_teachers_see_warped_images_all_others_mirrored_ones_or_none(na
     preset = load_preset(name)
     own = "-edm-" in name
     plain = preset.model.scalings.name == "edm" and preset.kind == "consistency"  # as ECT's code
+    plain = plain or preset.model.network.name == "edm2"
     assert preset.data.augment == (AUGMENT[name.partition("-")[0]] if own else 0)
     assert preset.model.network.options.get("augment_dim", 0) == (9 if own else 0)
     assert preset.data.flip == (not own and not plain and name in PUBLISHED)

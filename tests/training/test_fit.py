@@ -474,6 +474,11 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate(settings(), 13, 0.5) == 1e-2
 
 
+def test_learning_rate_falls_with_the_root_of_the_step_as_edm2s():
+    s = settings(steps=100, lr=1.0, steady_steps=9)
+    assert [learning_rate(s, step, 0.5) for step in (0, 8, 35)] == [1.0, 1.0, 0.5]
+
+
 def test_dropout_is_keyed_by_the_step_and_leaves_the_global_state():
     class Dropping(nn.Module):
         def __init__(self):

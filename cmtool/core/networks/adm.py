@@ -42,6 +42,8 @@ class AdmOptions:
     head_channels: int = 64
     scale_shift: bool = True
     """The embedding scales and shifts the second norm; if false it is added before it."""
+    double_norm: bool = False
+    """Scale and shift are normalised over channels, which keeps df/dt small (sCM)."""
     resblock_updown: bool = True
     """Resample inside residual blocks; if false by convolutions of their own."""
     norm_groups: int = 32
@@ -73,6 +75,11 @@ class AdmOptions:
         return block
 
 
+def pixel_norm(x: Tensor) -> Tensor:
+    """Return x (B, C) over the root mean square of its channels."""
+    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
+
+
 class ResBlock(nn.Module):
     """Norm, SiLU, conv, twice, with the embedding in between; `resample` is up, down or none."""
 
@@ -83,6 +90,7 @@ class ResBlock(nn.Module):
         self.recompute = False
         self.resample = resample
         self.scale_shift = o.scale_shift
+        self.double_norm = o.double_norm
         emb_width = 2 * out_channels if o.scale_shift else out_channels
         self.in_layers = nn.Sequential(
             o.group_norm(channels),
@@ -116,6 +124,8 @@ class ResBlock(nn.Module):
         norm, _, dropout, conv = self.out_layers
         if self.scale_shift:
             scale, shift = emb_out.chunk(2, dim=1)
+            if self.double_norm:  # norm(h) pnorm(scale) + pnorm(shift) (Lu & Song 2025, sec. 4.1)
+                scale, shift = pixel_norm(scale) - 1, pixel_norm(shift)
             h = norm(h, scale, shift, silu=True)
         else:
             h = norm(h + emb_out[:, :, None, None].to(h.dtype), silu=True)
@@ -174,6 +184,8 @@ class Adm(nn.Module):
         o = options
         widths = (channels, o.model_channels, o.head_channels, o.min_group_channels)
         check_options(widths, o.channel_mult, o.num_res_blocks, o.attention_levels)
+        if o.double_norm and not o.scale_shift:
+            raise ValueError("double_norm normalises scale and shift: it needs scale_shift")
         width = o.model_channels
         emb_channels = 4 * width
         self.options = o

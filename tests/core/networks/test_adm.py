@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from cmtool.core.networks import NETWORKS
-from cmtool.core.networks.adm import Adm, AdmOptions
+from cmtool.core.networks.adm import Adm, AdmOptions, ResBlock
 from cmtool.core.networks.layers import sinusoidal_embedding
+from cmtool.core.tangents import derivative
 from cmtool.errors import InputError
 
 TINY = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1,
@@ -137,3 +139,24 @@ def test_every_network_keeps_shape_and_sees_noise_level_and_class(name):
     assert out.shape == x.shape
     assert not torch.allclose(out, network(x, torch.tensor([0.5, 0.5]), torch.tensor([0, 0])))
     assert not torch.allclose(out, network(x, torch.tensor([0.1, 0.1]), torch.tensor([3, 3])))
+
+
+def test_double_norm_is_the_formula_of_scm_and_can_be_differentiated_forwards():
+    options = AdmOptions(**TINY, double_norm=True)
+    torch.manual_seed(0)
+    block = ResBlock(32, 32, 16, options).double().eval()
+    torch.nn.init.normal_(block.out_layers[3].weight)
+    x, emb = torch.randn(2, 32, 8, 8).double(), torch.randn(2, 16).double()
+    scale, shift = block.emb_layers[1](emb).chunk(2, dim=1)
+    scale, shift = (v / v.square().mean(1, keepdim=True).sqrt() for v in (scale, shift))
+    (norm0, _, conv0), (norm1, _, _, conv1) = block.in_layers, block.out_layers
+    y = norm1(conv0(silu(norm0(x)))) * scale[:, :, None, None] + shift[:, :, None, None]
+    torch.testing.assert_close(block(x, emb), x + conv1(silu(y)), atol=1e-6, rtol=1e-6)
+    _, tangent = derivative(lambda e: block(x, e), (emb,), (emb,))
+    shifted = (block(x, emb * (1 + 1e-6)) - block(x, emb * (1 - 1e-6))) / 2e-6
+    torch.testing.assert_close(tangent, shifted, atol=1e-6, rtol=1e-6)
+
+
+def test_double_norm_without_a_scale_is_refused():
+    with pytest.raises(ValueError, match="needs scale_shift"):
+        Adm(AdmOptions(**TINY, double_norm=True, scale_shift=False), 3)
