@@ -1,11 +1,11 @@
 """Processes of one run, as torchrun starts them, forked from one that has torch in memory already.
 
 `python -m tests.processes JOBS`, where JOBS is a JSON list of {"processes", "arguments", "others",
-"fault", "patience"}: the jobs run one after the other, and the last line on stdout says for each
-its exit codes by rank, and the seconds between the first end and the last. `others` are more
+"fault", "patience", "bare"}: the jobs run one after the other, and the last line on stdout says for
+each its exit codes by rank, and the seconds between the first end and the last. `others` are more
 arguments of all ranks but the first. A fault is [name, rank, step]: it befalls that rank before
 that step. When a process ends and the others do not within `patience` seconds, they are killed, as
-torchrun does after 30.
+torchrun does after 30. `bare` runs leave out reports and the look at memory.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 
+import pytest
 import torch
 
 from cmtool.cli import main
@@ -24,6 +25,7 @@ from cmtool.core.methods import METHODS
 from cmtool.data import datasets as data
 from cmtool.training import checkpoint
 from cmtool.training import start as run_start
+from tests.cli.conftest import hasten
 from tests.training.test_state import WEIGHED
 
 
@@ -101,6 +103,8 @@ def start(job, rank, port):
             is_last = job.get("fault", [None])[:2] == ["killed", 0]  # then it writes the end
             spared = ["failed", *(["status.json", ".status.json", ".lock"] if is_last else [])]
             forbid_writing(job["arguments"][job["arguments"].index("--out") + 1], spared)
+        if job.get("bare"):
+            hasten(pytest.MonkeyPatch())
         if job.get("stream"):
             data.MAX_IN_MEMORY = data.MAX_CHECKED = 0
         name, where, step = job.get("fault") or (None, None, None)

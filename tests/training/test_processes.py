@@ -16,7 +16,7 @@ from cmtool.formats.native import read_about, read_weights, write_weights
 from cmtool.models import ASSETS
 from cmtool.training.log import read_log
 from tests.cli.conftest import TINY
-from tests.training.test_torchrun import EDM2, tensors
+from tests.training.test_torchrun import EDM2, assert_alike, tensors
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +42,44 @@ METHODS["edm2"] = [
     "--set", "loss.method=uncertain_denoising", "--set", "run.ema_every=3",
     "--set", "train.ema=[{name='ema', sigma_rel=0.1}]",
 ]  # fmt: skip
+CONTINUOUS = ["--set", "loss.levels=ramp", "--set", "loss.target=student"]
+GIVEN = ["--teacher", "digits-edm", *TINY[:2], *TINY[-4:]]
+EDM2_TINY = ["--set", EDM2, *TINY[:2], *TINY[-4:]]
+NEWER = ("ecd", "cmt", "sct", "scd")
+ROUNDS = {
+    "edm": ["train", "--preset", "digits-edm", *TINY],
+    "ct": ["train", "--preset", "digits-ct", *TINY],
+    "ct, scaled and computed again": [
+        *["train", "--preset", "digits-ct", *TINY, "--set", "train.precision=fp16"],
+        *["--set", "train.checkpoint_activations=true", "--set", "model.network.dropout=0.1"],
+    ],
+    "ct, continuous": [
+        *["train", "--preset", "digits-ct", *TINY, *CONTINUOUS],
+        *["--set", "loss.method=continuous_training"],
+    ],
+    "cd, continuous and live": [
+        *["distill", "--preset", "digits-cd", *GIVEN, *CONTINUOUS],
+        *["--set", "loss.method=live_distillation", "--set", "model.network.dropout=0.1"],
+    ],
+    "edm2, its own loss and averages": [
+        *["train", "--preset", "digits-edm", *EDM2_TINY],
+        *["--set", "loss.method=uncertain_denoising"],
+        *["--set", "train.ema=[{name='ema', sigma_rel=0.1}]"],
+    ],
+    "ict on edm2, computed again": [
+        *["train", "--preset", "digits-ict", *EDM2_TINY],
+        *["--set", "train.checkpoint_activations=true"],
+    ],
+    **{
+        name: ["distill", "--preset", f"digits-{name}", *GIVEN]
+        for name in ("ecd", "cmt", "sct", "scd")
+    },
+    "adcm": ["distill", "--preset", "digits-adcm", *GIVEN, "--set", "loss.method.lam=2.0"],
+    "meanflow": [
+        *["train", "--preset", "digits-meanflow", *TINY, "--set", "model.network.two_time=true"]
+    ],
+    "tcm": ["distill", "--preset", "digits-tcm", "--teacher", BUNDLED, *GIVEN[2:]],
+}
 SHARDED = ["--set", "run.sharding=fsdp"]
 AGAIN = ["--set", "train.checkpoint_activations=true"]
 
@@ -71,6 +109,25 @@ def checkpoints(out):
 
 def errors(stderr):
     return sorted(line for line in stderr.splitlines() if line.startswith("error: "))
+
+
+@pytest.mark.parametrize("part", [0, 1])  # each for a core
+def test_two_processes_are_bit_equal_to_two_rounds(part, tmp_path):
+    names = list(ROUNDS)[part::2]
+    steps = ["--set", "train.steps=4", "--set", "run.sample_every=9", "--set", "run.sample_grid=2"]
+    jobs = [
+        {
+            "processes": processes, "bare": True, "arguments": [
+                *ROUNDS[name], "--out", str(tmp_path / name / str(processes)), *steps,
+                "--accumulate", str(3 - processes),
+            ]
+        }
+        for name in names for processes in (2, 1)
+    ]  # fmt: skip
+    ends, stderr = run(*jobs)
+    assert [codes for codes, _ in ends] == [[0, 0], [0]] * len(names), stderr
+    for name in names:
+        assert_alike(tmp_path / name / "1", tmp_path / name / "2")
 
 
 def test_an_exception_in_one_process_ends_the_other_which_names_it(tmp_path):
