@@ -86,7 +86,7 @@ AGAIN = ["--set", "train.checkpoint_activations=true"]
 
 def job(out, *arguments, method="ct", processes=2, **more):
     arguments = [*METHODS[method], "--out", str(out), *arguments]
-    return {"processes": processes, "arguments": arguments, **more}
+    return {"processes": processes, "arguments": arguments, "bare": True, **more}
 
 
 def run(*jobs):
