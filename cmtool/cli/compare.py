@@ -29,60 +29,68 @@ if TYPE_CHECKING:
 HEAD = ("method", "steps", "images", "seconds", "CPU seconds", "1 step", "2 steps", "to teacher")
 
 
+Presets = Annotated[
+    list[str] | None,
+    Argument(
+        metavar="[PRESET]...",
+        help="Presets, by name or TOML file. Default: all that name no data and make a"
+        " consistency model.",
+        autocompletion=_completion.presets,
+    ),
+]
+Teacher = Annotated[
+    str | None,
+    Option(
+        autocompletion=_completion.models,
+        help="Teacher: its network and images are those of all methods, also of those that"
+        " learn without it. Default: the newest finished teacher in runs/, else digits-edm.",
+    ),
+]
+Data = Annotated[
+    str | None,
+    Option(
+        autocompletion=_completion.data_sets,
+        help="Data set: its name, or a path of images. Default: the teacher's.",
+    ),
+]
+MaxTime = Annotated[
+    str,
+    Option(
+        help="Time that each run trains: 3600, 90m, 11h30m. Checkpoints and measurements come"
+        " on top."
+    ),
+]
+Seeds = Annotated[
+    str, Option(help="Seeds of training: 0, or 0,1,2. Each method has a run for each.")
+]
+Num = Annotated[int, Option("--num-images", "--num", min=2, help="Images to measure.")]
+Protocol = Annotated[
+    str | None,
+    Option(
+        autocompletion=_completion.protocols,
+        help="Protocol of the Frechet distance. Default: digits for the bundled digits, else"
+        " pixels.",
+    ),
+]
+Set = Annotated[list[str] | None, Option("--set", help="KEY=VALUE over all presets; repeatable.")]
+Out = Annotated[
+    Path, Option("--out", "-o", help="Folder for the runs, compare.json and compare.png.")
+]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace the comparison in --out.")]
+
+
 def compare(
-    presets: Annotated[
-        list[str] | None,
-        Argument(
-            metavar="[PRESET]...",
-            help="Presets, by name or TOML file. Default: all that name no data and make a"
-            " consistency model.",
-            autocompletion=_completion.presets,
-        ),
-    ] = None,
-    teacher: Annotated[
-        str | None,
-        Option(
-            autocompletion=_completion.models,
-            help="Teacher: its network and images are those of all methods, also of those that"
-            " learn without it. Default: the newest finished teacher in runs/, else digits-edm.",
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        Option(
-            autocompletion=_completion.data_sets,
-            help="Data set: its name, or a path of images. Default: the teacher's.",
-        ),
-    ] = None,
-    max_time: Annotated[
-        str,
-        Option(
-            help="Time that each run trains: 3600, 90m, 11h30m. Checkpoints and measurements come"
-            " on top."
-        ),
-    ] = "3m",
-    seeds: Annotated[
-        str, Option(help="Seeds of training: 0, or 0,1,2. Each method has a run for each.")
-    ] = "0",
-    num: Annotated[int, Option("--num-images", "--num", min=2, help="Images to measure.")] = 2048,
-    protocol: Annotated[
-        str | None,
-        Option(
-            autocompletion=_completion.protocols,
-            help="Protocol of the Frechet distance. Default: digits for the bundled digits, else"
-            " pixels.",
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None, Option("--set", help="KEY=VALUE over all presets; repeatable.")
-    ] = None,
-    out: Annotated[
-        Path, Option("--out", "-o", help="Folder for the runs, compare.json and compare.png.")
-    ] = Path("compare"),
+    presets: Presets = None,
+    teacher: Teacher = None,
+    data: Data = None,
+    max_time: MaxTime = "3m",
+    seeds: Seeds = "0",
+    num: Num = 2048,
+    protocol: Protocol = None,
+    set_: Set = None,
+    out: Out = Path("compare"),
     device: Device = "auto",
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="Replace the comparison in --out.")
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Train several methods for the same time on the same images, and print which is best.
@@ -104,9 +112,8 @@ def compare(
         from cmtool.models import load_model
         from cmtool.presets.toml import parse_override
         from cmtool.training import compare as comparing
-        from cmtool.training.comparison import Asked, content_of, teacher_of
+        from cmtool.training.comparison import Asked, content_of
         from cmtool.training.fair import Terms
-
     seconds = parse_time(max_time)
     if not seconds:
         raise UserError(f"--max-time {max_time} leaves no time to train", "for example 3m")
@@ -118,12 +125,9 @@ def compare(
     comparing.check_presets(asked)
     if "train.seed" in asked.values:
         raise UserError("--set train.seed: a comparison has its own option for it", "give --seeds")
-    if teacher is None:
-        kept = None if overwrite else teacher_of(out)
-        teacher = kept or newest_run("teacher") or "digits-edm"
-        say(f"teacher: {teacher}")
     where = pick_device(device)
-    model = load_model(teacher, device=where, otherwise="teacher")
+    chosen = teacher or find_teacher(out, overwrite=overwrite)
+    model = load_model(chosen, device=where, otherwise="teacher")
     tell_notes(model)
     bench = comparing.Bench(
         out=out, terms=Terms(asked, model, where), note=say, watching=make_watcher,
@@ -135,6 +139,16 @@ def compare(
         emit_json(content_of(comparison))
     else:
         print_table(comparison)
+
+
+def find_teacher(out: Path, *, overwrite: bool) -> str:
+    """Return the teacher of a comparison that goes on, or the newest of runs/, and say so."""
+    from cmtool.training.comparison import teacher_of
+
+    kept = None if overwrite else teacher_of(out)
+    teacher = kept or newest_run("teacher") or "digits-edm"
+    say(f"teacher: {teacher}")
+    return teacher
 
 
 def print_table(comparison: Comparison) -> None:

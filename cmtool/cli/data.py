@@ -155,13 +155,9 @@ def prepare(
     from cmtool.data.archives import write_zip
     from cmtool.data.datasets import load_dataset
 
-    if out.suffix != ".zip":
-        raise UserError(f"{out} is not a .zip", "give the archive a name that ends in .zip")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists", "give another name, or --overwrite")
     if fit != "exact" and size is None:
         raise UserError(f"--fit {fit} without --size", "give the side to fit to")
-    make_folder(out.parent)
+    _make_place(out, overwrite=overwrite)
     data = load_dataset(
         source, size=None if size is None else (size, size), channels=1 if grey else 3, fit=fit,
         background=background, in_memory=False,
@@ -176,6 +172,15 @@ def prepare(
     h, w = data.images.shape[2:]
     say(f"{count} images of {w}x{h}")
     emit(str(out))
+
+
+def _make_place(out: Path, *, overwrite: bool) -> None:
+    """Make the folder of an archive that is to be written. Raises UserError for a bad name."""
+    if out.suffix != ".zip":
+        raise UserError(f"{out} is not a .zip", "give the archive a name that ends in .zip")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists", "give another name, or --overwrite")
+    make_folder(out.parent)
 
 
 def _readable(data: Dataset, skip_bad: int) -> Iterator[tuple[int, bytes]]:

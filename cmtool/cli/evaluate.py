@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -370,10 +371,6 @@ def consistency(
         raise UserError("eval consistency runs in one process", "start it without torchrun")
     if plot is not None:
         check_plot(plot, overwrite)
-
-    from rich.console import Console
-    from rich.table import Table
-
     from cmtool.evaluation import consistency as measured
     from cmtool.training.plots import write_curves
 
@@ -382,10 +379,7 @@ def consistency(
     guide = pick_model(teacher, "ema", where, "teacher", preset=preset)
     with showing("network calls") as progress:
         found = measured.consistency(model, guide, seeds, levels, substeps, where, progress)
-    table = Table("sigma", "f to end", "f to next f", "teacher to end", box=None)
-    for sigma, *distances in found:
-        table.add_row(f"{sigma:.4g}", *(f"{distance:.4f}" for distance in distances))
-    Console(stderr=True).print(table)
+    _tell_levels(found)
     if plot is not None:
         names = ("f to the end of the path", "f to f at the next level", "teacher's D to the end")
         curves = {n: [(each[0], each[i]) for each in found] for i, n in enumerate(names, 1)}
@@ -393,3 +387,14 @@ def consistency(
         say(f"plot: {plot}")
     content = measured.describe_consistency(found, model, guide, seeds, substeps)
     emit_json(content, compact=as_json)
+
+
+def _tell_levels(found: Sequence[tuple[float, ...]]) -> None:
+    """Write a row of three distances for each noise level."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("sigma", "f to end", "f to next f", "teacher to end", box=None)
+    for sigma, *distances in found:
+        table.add_row(f"{sigma:.4g}", *(f"{distance:.4f}" for distance in distances))
+    Console(stderr=True).print(table)

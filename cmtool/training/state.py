@@ -51,16 +51,8 @@ def build_state(
         kinds = NETWORKS[preset.model.network.name].blocks
         shard(model, group, [part for part in model.modules() if isinstance(part, kinds)])
 
-    with seeded(keyed_generator("init", train.seed)):
-        network = build_network(preset.model)
+    network = build_start(preset, teacher, init)
     student = build_denoiser(preset, network)
-    if init is not None:
-        fitting = init.f.network.state_dict()
-        for name in not_taken(preset, init):
-            fitting.pop(name.partition(" ")[0], None)
-        network.load_state_dict(fitting, strict=False)
-    elif teacher is not None:
-        take_weights(network, teacher.f.network.state_dict())
     if teacher is not None:
         spread(teacher.f)
     student = on_device(student, device if group.mesh is None else "cpu").requires_grad_(True)
@@ -90,6 +82,20 @@ def build_state(
             if model is not None:
                 model.network.compile()  # in place: the names of its tensors stay
     return TrainState(student, target, emas, optimizer, scaler, own)
+
+
+def build_start(preset: Preset, teacher: Model | None, init: Model | None) -> nn.Module:
+    """Return the student's network with the weights it starts from, those of `init` first."""
+    with seeded(keyed_generator("init", preset.train.seed)):
+        network = build_network(preset.model)
+    if init is not None:
+        fitting = init.f.network.state_dict()
+        for name in not_taken(preset, init):
+            fitting.pop(name.partition(" ")[0], None)
+        network.load_state_dict(fitting, strict=False)
+    elif teacher is not None:
+        take_weights(network, teacher.f.network.state_dict())
+    return network
 
 
 def take_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -87,6 +87,8 @@ class ResBlock(nn.Module):
         self, channels: int, out_channels: int, emb_channels: int, o: AdmOptions, resample: str = ""
     ) -> None:
         super().__init__()
+        if o.double_norm and not o.scale_shift:
+            raise ValueError("double_norm normalises scale and shift: it needs scale_shift")
         self.recompute = False
         self.resample = resample
         self.scale_shift = o.scale_shift
@@ -181,14 +183,11 @@ class Adm(nn.Module):
 
     def __init__(self, options: AdmOptions, channels: int, num_classes: int = 0) -> None:
         super().__init__()
-        o = options
+        self.options = o = options
         widths = (channels, o.model_channels, o.head_channels, o.min_group_channels)
         check_options(widths, o.channel_mult, o.num_res_blocks, o.attention_levels)
-        if o.double_norm and not o.scale_shift:
-            raise ValueError("double_norm normalises scale and shift: it needs scale_shift")
         width = o.model_channels
         emb_channels = 4 * width
-        self.options = o
         self.two_time = o.two_time
         self.channels = channels
         self.num_classes = num_classes
