@@ -74,6 +74,12 @@ class AdmOptions:
         zero_init(block.proj_out)
         return block
 
+    def middle(self, channels: int) -> nn.Module:
+        """Return what is between the two blocks in the middle."""
+        if not self.middle_attention:
+            return NoAttention()
+        return self.attention(channels, norm=self.middle_norm)
+
 
 def pixel_norm(x: Tensor) -> Tensor:
     """Return x (B, C) over the root mean square of its channels."""
@@ -223,8 +229,7 @@ class Adm(nn.Module):
                 self.input_blocks.append(nn.ModuleList([down]))
                 skips.append(c)
 
-        middle = o.attention(c, norm=o.middle_norm) if o.middle_attention else NoAttention()
-        self.middle_block = nn.ModuleList([res(c, c), middle, res(c, c)])
+        self.middle_block = nn.ModuleList([res(c, c), o.middle(c), res(c, c)])
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(o.channel_mult))):

@@ -7,8 +7,11 @@ from torch.nn.functional import silu
 from cmtool.core.networks import NETWORKS
 from cmtool.core.networks.adm import Adm, AdmOptions, ResBlock
 from cmtool.core.networks.layers import sinusoidal_embedding
+from cmtool.core.rng import keyed_generator, seeded
 from cmtool.core.tangents import derivative
 from cmtool.errors import InputError
+from cmtool.presets.build import build_network
+from cmtool.presets.toml import load_preset
 
 TINY = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1,
         "attention_levels": (1,), "head_channels": 16}  # fmt: skip
@@ -160,3 +163,19 @@ def test_double_norm_is_the_formula_of_scm_and_can_be_differentiated_forwards():
 def test_double_norm_without_a_scale_is_refused():
     with pytest.raises(ValueError, match="needs scale_shift"):
         Adm(AdmOptions(**TINY, double_norm=True, scale_shift=False), 3)
+
+
+def test_a_seed_draws_the_weights_that_it_drew_in_0_1():
+    """Parts draw in the order in which they are made: a run is to stay the same run."""
+    model = load_preset("digits-edm").model
+    with seeded(keyed_generator("init", 0)):
+        weights = build_network(model).state_dict()
+    sums = {name: float(weights[name].double().sum()) for name in FIRST_WEIGHTS}
+    assert sums == pytest.approx(FIRST_WEIGHTS, abs=1e-4)
+
+
+FIRST_WEIGHTS = {
+    "time_embed.0.weight": 1.894816, "middle_block.0.in_layers.2.weight": -4.333105,
+    "middle_block.1.qkv.weight": 18.758020, "middle_block.2.in_layers.2.weight": 0.471600,
+    "output_blocks.0.0.in_layers.2.weight": 10.787781,
+}  # fmt: skip
