@@ -17,8 +17,11 @@ def channels_last(x: Tensor) -> Tensor:
     """Return images (B, C, H, W) with the channels of a pixel beside each other in memory.
 
     Convolutions are fastest so, and what is computed from it follows. `contiguous` would leave
-    images of one channel, whose layout is ambiguous, as they are.
+    images of one channel, whose layout is ambiguous, as they are. Shapes without numbers (the meta
+    device) have no use for a layout, and PyTorch 2.8 would count copies that it does not make.
     """
+    if x.is_meta:
+        return x
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 
