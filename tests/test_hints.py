@@ -12,7 +12,7 @@ from PIL import Image
 from typer.main import get_command
 
 import cmtool as package
-from cmtool.cli import app
+from cmtool.cli import build_app
 from cmtool.cli._usage import HABITS
 from cmtool.data.drawing import png_bytes
 from cmtool.presets.toml import _known
@@ -53,7 +53,7 @@ def commands(group, name=""):
         yield f"{name}{word}", options
 
 
-COMMANDS = dict(commands(get_command(app)))
+COMMANDS = dict(commands(get_command(build_app())))
 OPTIONS = set().union(*COMMANDS.values(), ELSEWHERE)
 HINTS = list(dict.fromkeys(hint.values[0] for hint in hints()))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from cmtool.cli import app
+from cmtool.cli import build_app
 from cmtool.docs import FOLDER as PAGES
 from cmtool.docs import page, titles
 from cmtool.presets.toml import preset_names
@@ -59,7 +59,7 @@ def parse(line):
 
 def parse_words(words):
     """Parse what stands after `cmtool`, without running it."""
-    group = get_command(app)
+    group = get_command(build_app())
     context = group.make_context("cmtool", list(words), resilient_parsing=False)
     while hasattr(group, "commands"):
         name, group, rest = group.resolve_command(
@@ -112,10 +112,10 @@ def test_presets_that_are_named_exist(file, name):
     assert fnmatch.filter(preset_names(), "".join(name))
 
 
-@pytest.mark.parametrize("command", get_command(app).commands)
+@pytest.mark.parametrize("command", get_command(build_app()).commands)
 def test_every_command_is_in_the_readme_and_has_help(command):
     assert f"cmtool {command}" in README
-    assert get_command(app).commands[command].help
+    assert get_command(build_app()).commands[command].help
 
 
 @pytest.mark.parametrize("topic", titles())

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
@@ -14,31 +15,27 @@ import typer
 from typer import Option
 
 from cmtool import __version__
-from cmtool.cli import (
-    checkpoint,
-    compare,
-    data,
-    demo,
-    edit,
-    evaluate,
-    explain,
-    preset,
-    runs,
-    sample,
-    search,
-)
 from cmtool.cli._output import keep_stderr, say
 from cmtool.cli._usage import UsageError, explained
-from cmtool.cli.train import distill, train
 from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError, is_full
 
-app = typer.Typer(
-    name="cmtool",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="markdown",
-    help="""Consistency models: images from noise in one network call.
+COMMANDS = {
+    "train": ("train", "train"),
+    "distill": ("train", "distill"),
+    "compare": ("compare", "compare"),
+    "sample": ("sample", "sample"),
+    "search": ("search", "search"),
+    "edit": ("edit", "app"),
+    "eval": ("evaluate", "app"),
+    "preset": ("preset", "app"),
+    "checkpoint": ("checkpoint", "app"),
+    "data": ("data", "app"),
+    "runs": ("runs", "app"),
+    "demo": ("demo", "demo"),
+    "explain": ("explain", "explain"),
+}
+"""Where each command lies: its module in this package, and its function or group there."""
+HELP = """Consistency models: images from noise in one network call.
 
 Try `cmtool demo` first: it distills, samples, edits and evaluates on bundled digits.
 
@@ -48,21 +45,31 @@ Try `cmtool demo` first: it distills, samples, edits and evaluates on bundled di
 
     cmtool edit inpaint digit.png --mask mask.png > mended.png
 
-Results go to stdout, everything else to stderr; `-` is stdin or stdout.""",
-)
-app.command("train")(train)
-app.command("distill")(distill)
-app.command("compare")(compare.compare)
-app.command("sample")(sample.sample)
-app.command("search")(search.search)
-app.add_typer(edit.app, name="edit")
-app.add_typer(evaluate.app, name="eval")
-app.add_typer(preset.app, name="preset")
-app.add_typer(checkpoint.app, name="checkpoint")
-app.add_typer(data.app, name="data")
-app.add_typer(runs.app, name="runs")
-app.command("demo")(demo.demo)
-app.command("explain")(explain.explain)
+Results go to stdout, everything else to stderr; `-` is stdin or stdout."""
+
+
+def build_app(word: str = "") -> typer.Typer:
+    """Return the command line: of the command of that name alone, or else of all.
+
+    To load all commands takes 0.1 s, which is much beside one small picture.
+    """
+    app = typer.Typer(
+        name="cmtool",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        rich_markup_mode="markdown",
+        help=HELP,
+    )
+    app.callback()(_root)
+    for name in [word] if word in COMMANDS else COMMANDS:
+        module, attribute = COMMANDS[name]
+        found = getattr(import_module(f"cmtool.cli.{module}"), attribute)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=name)
+        else:
+            app.command(name)(found)
+    return app
 
 
 def _version(wanted: bool) -> None:
@@ -71,7 +78,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: bool = Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
@@ -111,15 +117,17 @@ def main(argv: list[str] | None = None) -> None:
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     keep_stderr()
+    words = sys.argv[1:] if argv is None else argv
     try:
         # not by itself: Typer would end the process, and draw a box around a wrong usage
         # by its name: --install-completion would make a script of `python -m cmtool`
-        code = app(argv, standalone_mode=False, prog_name="cmtool")
+        app = build_app(words[0] if words else "")
+        code = app(words, standalone_mode=False, prog_name="cmtool")
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
         else:
-            what, hint = explained(error, sys.argv[1:] if argv is None else argv)
+            what, hint = explained(error, words)
             say(f"error: {what}")
             say(f"hint: {hint}")
         sys.exit(error.exit_code)

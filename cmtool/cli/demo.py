@@ -93,14 +93,14 @@ class Tour:
 
     def run(self, *arguments: str) -> str:
         """Run one command as the shell would and return what it wrote to stdout."""
-        from cmtool.cli import app
+        from cmtool.cli import build_app
 
         line = shlex.join(["cmtool", *arguments])
         self.commands.append(line)
         say_lines(f"$ {line}")
         captured = io.StringIO()
         with contextlib.redirect_stdout(captured):
-            code: Any = app(list(arguments), standalone_mode=False)
+            code: Any = build_app(arguments[0])(list(arguments), standalone_mode=False)
         assert not code, f"{line} ended with {code}"
         return captured.getvalue()
 

@@ -53,7 +53,8 @@ def test_an_unknown_topic_is_two_lines_with_the_nearest_name(cmtool):
 
 def test_a_page_needs_no_torch():
     code = (
-        "import sys; from cmtool.cli import app; app(['explain', 'cd'], standalone_mode=False)\n"
+        "import sys; from cmtool.cli import build_app\n"
+        "build_app('explain')(['explain', 'cd'], standalone_mode=False)\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True)

@@ -4,7 +4,7 @@ import inspect
 import pytest
 import typer
 
-from cmtool.cli import app
+from cmtool.cli import build_app
 from cmtool.cli._edits import EditOptions
 from cmtool.cli._options import own_device, with_options
 from cmtool.cli.edit import EDITS
@@ -57,7 +57,7 @@ def test_the_first_process_on_each_machine_tells_of_its_device(
 
 def parameters(*path):
     """The options of a command, and what each is set to when it is left out."""
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(build_app())
     for name in path:
         command = command.commands[name]
     return {p.name: (sorted([*p.opts, *p.secondary_opts]), p.default) for p in command.params}
