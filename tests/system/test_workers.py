@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,15 @@ def busy(seconds):
         sum(range(1000))
 
 
+def busy_until_dead(pid):
+    """Some work in this process until another, that was killed, has come to its end."""
+    end, stat = time.monotonic() + 30, Path(f"/proc/{pid}/stat")
+    while stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX":
+        assert time.monotonic() < end
+        busy(0.05)
+    busy(0.2)
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_items_come_in_order_and_leave_no_worker(count):
     given = list(made_ahead(Numbers(), iter([3, 1, 2]), count))
@@ -46,7 +56,7 @@ def test_a_killed_worker_is_told_in_a_wait_and_not_in_the_midst_of_work():
     given = made_ahead(Numbers(), itertools.count(), 2)
     _, pid = next(given)
     os.kill(pid, signal.SIGKILL)
-    busy(0.2)
+    busy_until_dead(pid)
     with pytest.raises(ResourceError, match=r"a data worker died \(out of memory\?\)"):
         next(given)
     assert multiprocessing.active_children() == []
