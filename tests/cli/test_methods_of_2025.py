@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from cmtool.models import load_model
+from cmtool.presets.toml import load_preset
+from cmtool.training.log import read_log
 from tests.cli.conftest import TINY
 from tests.cli.test_method_module import load
 
@@ -79,6 +81,21 @@ def test_a_student_may_start_from_another_model_than_its_teacher(cmtool, tmp_pat
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("bare_runs")
+@pytest.mark.parametrize("name", ["ecd", "cmt", "sct", "scd", "adcm", "meanflow"])
+def test_the_first_loss_in_bf16_is_near_that_in_fp32(cmtool, tmp_path, name):
+    first = {}
+    for precision in ("fp32", "bf16"):
+        every = ["--precision", precision, "--set", "run.log_every=1"]
+        done = train(cmtool, name, 1, precision, *every)
+        assert done.code == 0, done.err
+        assert load_preset(str(tmp_path / precision / "preset.toml")).train.precision == precision
+        first[precision] = read_log(tmp_path / precision / "log.jsonl")[0]["loss"]
+    near = 0.15 if name == "adcm" else 0.05  # a ratio of two small distances
+    assert first["bf16"] == pytest.approx(first["fp32"], rel=near, abs=1e-3)  # ECD's first is 0
 
 
 @pytest.mark.usefixtures("bare_runs")
