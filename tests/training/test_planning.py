@@ -84,6 +84,10 @@ def test_a_network_halves_down_to_few_pixels_and_can_be_built(size, side):
     depth = len(network["channel_mult"])
     assert side % 2 ** (depth - 1) == 0
     assert side >> (depth - 1) <= 12 or depth == 6 or side % 2**depth
+    if size == "small":
+        expected = {4: [1, 2], 12: [1, 1, 2], 28: [1, 1, 2], 32: [1, 1, 2, 2], 48: [1, 1, 1, 2, 2]}
+        assert network["channel_mult"] == expected.get(side, [1, 1, 2])
+        assert side != 32 or network["attention_levels"] == [2, 3]
     assert all(side >> level <= 16 or level == depth - 1 for level in network["attention_levels"])
     preset = load_preset("edm", {"model.network": network, "model.image_size": [side, side]})
     check_components(preset)
@@ -195,18 +199,18 @@ def test_a_plan_leaves_memory_to_others(quick, monkeypatch):
 
 
 def test_a_short_run_takes_many_steps_of_a_smaller_batch(quick, monkeypatch):
-    """As many images in the same time; a rate by the root of the batch."""
+    """As many images in the same time, at the same rate."""
     monkeypatch.setattr(planning, "MANY_STEPS", 4000)
     whole = planned("edm", "cpu", {}, facts=FACTS, wish=Wish(hours=4))[0].preset.train
-    assert (whole.batch, whole.steps, whole.lr) == (64, 7200, 1e-3)
+    assert (whole.batch, whole.steps, whole.lr) == (64, 7200, 1.5e-3)
     short = planned("edm", "cpu", {}, facts=FACTS)[0]
     assert (short.preset.train.batch, short.preset.train.steps) == (16, 7200)
-    assert short.preset.train.lr == 5e-4
+    assert short.preset.train.lr == 1.5e-3
     assert short.origins["train.batch"] == "many steps"
     least = planned("edm", "cpu", {}, facts=FACTS, wish=Wish(hours=0.01))[0].preset.train
     assert least.batch == 8
     own = {"--set": {"train.batch": 64}}
-    assert planned("edm", "cpu", own, facts=FACTS)[0].preset.train.lr == 1e-3
+    assert planned("edm", "cpu", own, facts=FACTS)[0].preset.train.batch == 64
     taught = planned("cd", "cpu", {}, teacher=load_model("digits-edm"))[0].preset.train
     assert taught.batch == 64
 
