@@ -168,11 +168,16 @@ def data_layers(preset: str, facts: Facts, device: str, wish: Wish) -> Layers:
 
 
 def teacher_layers(preset: str, teacher: Model) -> Layers:
-    """Return what a student takes of its teacher's own training: images, batch and rate."""
+    """Return what a student takes of its teacher's own training: images, batch and rate.
+
+    Its rate falls with the root of a small batch: of 510 steps of 8, on emoji, 1.75e-4 made a
+    better CD than 7e-4.
+    """
     theirs = teacher.preset
     lr = packaged_value(preset, "train.lr")
     if not isinstance(theirs, Preset):
         return {"size large": {"train.lr": lr * SIZES["large"].rate}}
+    small = math.sqrt(min(theirs.train.batch / SIZES["small"].batch, 1.0))
     return {
         f"teacher {teacher.source}": {
             "data.path": theirs.data.path,
@@ -180,7 +185,7 @@ def teacher_layers(preset: str, teacher: Model) -> Layers:
             "data.background": theirs.data.background,
             "data.flip": theirs.data.flip,
             "train.batch": theirs.train.batch,
-            "train.lr": lr * min(theirs.train.lr / packaged_value("edm", "train.lr"), 1.0),
+            "train.lr": lr * min(theirs.train.lr / packaged_value("edm", "train.lr"), 1.0) * small,
         }
     }
 

@@ -166,6 +166,8 @@ def test_a_student_learns_as_its_teacher_did(quick):
     assert (preset.data.flip, preset.data.background) == (True, "black")
     assert preset.train.lr == load_preset("cd").train.lr / 2  # as its teacher's to that of edm
     assert planned("cd", "cpu", {}, teacher=digits_teacher())[0].preset.train.lr == 5e-4
+    few = planned("cd", "cpu", {}, teacher=digits_teacher(**{"train.batch": 16}))[0].preset.train
+    assert (few.batch, few.lr) == (16, pytest.approx(2.5e-4))
 
 
 def test_fine_tuning_keeps_what_the_model_is_but_for_its_classes(quick):
