@@ -57,6 +57,8 @@ Precision = Annotated[
 ]
 Seeds = Annotated[str, Option(help="Seeds, one per image: 0-15, or 3,7,10-12.")]
 Sigmas = Annotated[str | None, Option(help="Noise levels from high to low, for example 80,0.8.")]
+NUM = ("--num-images", "--num")
+"""Names of the option for a number of images."""
 FirstSeed = Annotated[int, Option(min=0, help="Seed of the first image that is drawn.")]
 Steps = Annotated[
     int | None, Option(min=1, help="Number of steps. The model's preset has the noise levels.")
