@@ -120,10 +120,12 @@ def find_model(name_or_path: str | Path, weights: str = "ema") -> tuple[Found, l
     if str(name_or_path) in BUNDLED and not path.exists():
         return Found(ASSETS / f"{name_or_path}.safetensors"), []
     if not path.exists():
-        hint = f"give a run folder, a weight file, or one of {', '.join(BUNDLED)}"
-        if re.match(r"https?://|hf:|[\w.-]+/[\w.-]+$", str(name_or_path)):
-            hint += "; nothing is downloaded: fetch the file first, and give its path"
-        raise InputError(f"no model {str(name_or_path)!r}", hint)
+        name, fetch = str(name_or_path), "download its weight file first, then name the file"
+        if re.match(r"https?:/|hf:", name):
+            raise InputError(f"{name} is on the network, and no model is downloaded", fetch)
+        hint = f"name a run folder, a weight file, or a bundled model: {', '.join(BUNDLED)}"
+        hint += f". For a model of a hub, {fetch}" * bool(re.match(r"[\w.-]+/[\w.-]+$", name))
+        raise InputError(f"no model {name!r}: there is no such file or folder", hint)
     return find(path, weights)
 
 

@@ -250,7 +250,8 @@ def check_classes(classes: Sequence[int], num_images: int, num_classes: int) -> 
         if not num_classes:
             raise UserError(f"class {index} for an unconditional model", "leave the class out")
         if not 0 <= index < num_classes:
-            raise UserError(f"no class {index}", f"the model knows 0 to {num_classes - 1}")
+            what = f"the model has no class {index}"
+            raise UserError(what, f"its classes are 0 to {num_classes - 1}")
     if len(classes) not in (1, num_images):
         what = f"{len(classes)} classes for {num_images} seeds"
         raise UserError(what, "give one class, or one per seed")

@@ -74,7 +74,7 @@ def test_an_image_belongs_to_its_seed(model):
 @pytest.mark.parametrize(
     ("options", "what"),
     [({"labels": 10}, "no class 10"), ({"labels": [1, 2]}, "2 classes for 3 seeds"),
-     ({"sigmas": [1, 80]}, "do not descend"), ({"sigmas": [99]}, "above the model's 80"),
+     ({"sigmas": [1, 80]}, "do not go from high"), ({"sigmas": [99]}, "above the model's 80"),
      ({"steps": 2, "sigmas": [80]}, "both --steps 2")],
 )  # fmt: skip
 def test_sample_names_what_the_model_does_not_know(model, options, what):

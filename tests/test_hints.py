@@ -117,7 +117,7 @@ def place(tmp_path):
 
 def followed(arguments, hint):
     """The command line that a hint tells to type: one that it names, or options to add."""
-    if command := re.search(r"\bcmtool [^;]+", hint):
+    if command := re.search(r"\bcmtool (?:(?!\. )[^;])+", hint):
         return shlex.split(command[0].split(", then")[0].rstrip("."))[1:]
     hint = re.sub(r"another --[\w-]+,? or ", "", hint)
     added = re.findall(r"--[\w-]+(?: (?!or |and |to )[^\s,;:]+)?", hint)

@@ -140,7 +140,10 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match or (match[2] and int(match[2]) < int(match[1])):
+        if match and match[2] and int(match[2]) < int(match[1]):
+            what = f"--seeds {text!r}: {match[1]} is larger than {match[2]}"
+            raise UserError(what, f"--seeds {match[2]}-{match[1]}")
+        if not match:
             hint = "for example 0-15 or 3,7,10-12"
             raise UserError(f"--seeds {text!r} is not a list of seeds", hint)
         first, last = int(match[1]), int(match[2] or match[1])

@@ -75,7 +75,7 @@ def explained(error: Any, argv: Sequence[str]) -> tuple[str, str]:
         names.insert(0, context.info_name)
         context = context.parent
     name = " ".join(["cmtool", *names])
-    hint = f"{name} --help lists what it takes"
+    hint = f"{name} --help lists all options"
     if hasattr(error, "option_name") and hasattr(error, "possibilities"):
         what = f"{name} has no option {error.option_name}"
         close = difflib.get_close_matches(error.option_name, options, n=1, cutoff=0.7)
@@ -84,6 +84,7 @@ def explained(error: Any, argv: Sequence[str]) -> tuple[str, str]:
     elif "unexpected extra argument" in what and "--resume" in argv[:-1] and "--out" not in argv:
         at = argv.index("--resume")
         if not argv[at + 1].startswith("-"):
+            what = "--resume takes no value"
             hint = _command([*argv[:at], "--out", argv[at + 1], "--resume", *argv[at + 2 :]])
     return what[:1].lower() + what[1:], hint
 

@@ -196,7 +196,7 @@ def _readable(data: Dataset, skip_bad: int) -> Iterator[tuple[int, bytes]]:
             skipped += 1
             say(f"left out: {content.what}")
         else:
-            content.hint = f"{content.hint}; to leave such images out, add --skip-bad"
+            content.hint = f"{content.hint}. To leave such images out, add --skip-bad"
             raise content
     if skipped == len(data):
         raise InputError(f"none of the images of {data.name} can be read", "give other images")

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from cmtool.training.report import Row
 
 TEACHER = "digits-edm"
-NUM = "2048"
+NUM = "1024"
+TEACHER_STEPS, STUDENT_STEPS = (3, 5, 9, 18), (1, 2, 4)
 FOLDER = Path("cmtool-demo")
 
 
@@ -64,10 +65,12 @@ def demo(
     )
     mended = mend_digits(tour)
     say_lines(f"\nfd-digits, the Frechet distance to the training digits, on {NUM} images each.\n")
-    rows = measure(tour)
+    measurements = measure(tour)
+    rows = [row for each in measurements.values() for row in each]
 
     report = out / "report.html"
     figures = [
+        Figure("Quality against network calls", draw_quality(tour, measurements)),
         Figure("The run", tour.student / "summary.png"),
         Figure("Teacher, 35 network calls an image", grids["teacher"]),
         Figure("Student, 1 network call", grids["one-step"]),
@@ -146,20 +149,41 @@ def mend_digits(tour: Tour) -> Path:
     return mended
 
 
-def measure(tour: Tour) -> list[Row]:
-    """Return fd-digits of teacher, student and real digits, with their network calls."""
+def measure(tour: Tour) -> dict[str, list[Row]]:
+    """Return rows of teacher, student and real digits: fd-digits, and network calls an image."""
+    models = {
+        "teacher": (TEACHER, TEACHER_STEPS),
+        "student": (str(tour.student), STUDENT_STEPS),
+    }
+    rows: dict[str, list[Row]] = {}
+    for name, (model, counts) in models.items():
+        for count in counts:
+            label = f"{name}, {count} step{'' if count == 1 else 's'}"
+            row = measured(tour, label, "-c", model, "--steps", str(count))
+            rows.setdefault(name, []).append(row)
+    rows["real digits"] = [measured(tour, "real digits held out", "digits:held-out")]
+    return rows
+
+
+def measured(tour: Tour, label: str, *arguments: str) -> Row:
+    """Return the row of one measurement by `cmtool eval fid`."""
     from cmtool.training.report import Row
 
-    rows = []
-    for label, arguments in {
-        "teacher, Heun, 18 steps": ["-c", TEACHER],
-        "student, 1 step": ["-c", str(tour.student)],
-        "student, 2 steps": ["-c", str(tour.student), "--steps", "2"],
-        "real digits held out": ["digits:held-out"],
-    }.items():
-        result = json.loads(tour.run("eval", "fid", *arguments, "--num", NUM))
-        rows.append(Row(label, result.get("evaluations"), result["value"]))
-    return rows
+    result = json.loads(tour.run("eval", "fid", *arguments, "--num", NUM))
+    return Row(label, result.get("evaluations"), result["value"])
+
+
+def draw_quality(tour: Tour, rows: dict[str, list[Row]]) -> Path:
+    """Return the plot of quality against calls; real digits, which take none, are a level line."""
+    from cmtool.training.plots import write_curves
+
+    curves = {n: [(row.calls, row.value) for row in each if row.calls] for n, each in rows.items()}
+    calls = [count for points in curves.values() for count, _ in points]
+    level = rows["real digits"][0].value
+    curves["real digits"] = [(min(calls), level), (max(calls), level)]
+    path = tour.out / "quality.png"
+    write_curves(path, curves, "network calls an image", "fd-digits, lower is better")
+    return path
 
 
 def say_lines(text: str) -> None:

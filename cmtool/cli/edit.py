@@ -61,8 +61,8 @@ def inpaint(
     known pixels best.
     """
     if sum(given is not None for given in (mask, box, text)) != 1:
-        what = "it is not said which part to regenerate"
-        raise UserError(what, "give one of --mask, --box and --text")
+        what = "edit inpaint needs one option that says which part to regenerate"
+        raise UserError(what, "add --mask FILE, --box X,Y,WIDTH,HEIGHT or --text LETTERS")
 
     def prepare(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
         from cmtool.data.decoding import read_mask

@@ -212,13 +212,15 @@ def check_usage(metric: str, has_reference: bool, above: float | None, below: fl
     from cmtool.evaluation.metrics import METRICS
 
     row = METRICS[metric]
-    bounds = [bound for bound in (above, below) if bound is not None]
+    given = {"--fail-above": above, "--fail-below": below}
+    bounds = {option: bound for option, bound in given.items() if bound is not None}
     if len(row.values) > 1 and bounds:
         raise UserError(f"a threshold for {metric}, which is several numbers", "use fid or kid")
     if has_reference and not any(row.reference):
         raise UserError(f"eval {metric} compares with no reference", "leave --reference out")
-    if any(map(math.isnan, bounds)):
-        raise UserError("a threshold of nan, which nothing is above or below", "give a number")
+    for option, bound in bounds.items():
+        if math.isnan(bound):
+            raise UserError(f"{option} must be a number, not nan", f"for example {option} 20")
 
 
 def check_value(content: dict[str, Any], above: float | None, below: float | None) -> None:
@@ -263,7 +265,8 @@ def given_images(metric: str, images: list[str] | None, checkpoint: str | None) 
         hint = "give one folder, zip or npz, or image files alone"
         if not more:
             hint = f"cmtool eval {metric} {first} --reference {second}"
-        raise UserError(f"{len(images)} sets of images to measure", hint)
+        what = f"eval {metric} measures one set of images, and {len(images)} were named"
+        raise UserError(what, hint)
     return images or None
 
 

@@ -89,7 +89,10 @@ def show(
     ],
     keys: Annotated[
         list[str] | None,
-        Argument(metavar="[KEY]...", help="Keys to explain, such as loss.distance. Default: all."),
+        Argument(
+            metavar="[KEY]...",
+            help="Keys or tables to explain: loss.distance, train. Default: all, in short.",
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None, Option("--set", help="KEY=VALUE over the preset; repeatable.")
@@ -109,10 +112,10 @@ def show(
     if not keys:
         emit(to_toml(resolved.preset, resolved.origins, explain=True).rstrip())
         return
-    from cmtool.presets.manual import explained
+    from cmtool.presets.manual import explained, keys_of
 
     values = dict(flat(resolved.preset.model_dump()))
-    for key in keys:
+    for key in (inner for named in keys for inner in keys_of(named, values)):
         known = explained(key, values)
         emit(f"{known.line} # {origin_of(known.key, resolved.origins)}")
         for line in known.text:

@@ -172,8 +172,8 @@ def _train(
     name = preset or _default_preset(options, start)
     resolved = options.resolve(name)
     if needs_teacher(resolved.preset):
-        what = f"preset {name} distills a teacher, or starts from one"
-        raise UserError(what, f"cmtool distill --preset {name}")
+        what = f"preset {name} needs a teacher, and cmtool train takes none"
+        raise UserError(what, f"cmtool distill --preset {name}{' --dry-run' * options.dry_run}")
     if not options.stored and is_method_preset(name):
         path = resolved.preset.data.path
         if not path:

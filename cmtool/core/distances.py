@@ -95,11 +95,11 @@ def _lpips_network(net: str, pooling: str, device: torch.device) -> nn.Module:
     trunk = TRUNKS[net]
     file = Path(torch.hub.get_dir()) / "checkpoints" / trunk.file
     remedy = (
-        f"put it there: https://download.pytorch.org/models/{trunk.file}"
-        f" ({trunk.megabytes} MB), or use another distance, such as --metric pseudo_huber"
+        f"download https://download.pytorch.org/models/{trunk.file} ({trunk.megabytes} MB) to"
+        f" {file.parent}, or take another distance: --set loss.distance=pseudo_huber"
     )
     if not file.is_file():
-        raise MissingError(f"LPIPS ({net}) needs {file}, which is not there", remedy)
+        raise MissingError(f"LPIPS ({net}) needs {file}, which is missing", remedy)
     try:
         stored = torch.load(file, weights_only=True, map_location="cpu")
     except Exception:  # a page, a half download: torch's reader fails in many ways

@@ -161,8 +161,8 @@ def block_means(image: Tensor, factor: int) -> Tensor:
     if h % factor or w % factor:
         good = [str(f) for f in range(2, math.gcd(h, w) + 1) if math.gcd(h, w) % f == 0]
         raise UserError(
-            f"a factor of {factor} does not divide {w}x{h}",
-            f"use {', '.join(good)}" if good else "crop the picture",
+            f"a factor of {factor} does not divide the size {w}x{h}",
+            f"use one of {', '.join(good)}" if good else "crop the picture",
         )
     return F.avg_pool2d(image, factor)
 

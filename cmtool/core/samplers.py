@@ -174,7 +174,8 @@ def check_levels(sigmas: Sequence[float] | Tensor, sigma_min: float) -> None:
     if not all(map(math.isfinite, values)):
         raise UserError(f"noise levels {shown} are not finite", "give numbers")
     if any(a <= b for a, b in itertools.pairwise(values)):
-        raise UserError(f"noise levels {shown} do not descend", "list them from high to low")
+        ordered = ",".join(f"{v:g}" for v in sorted(set(values), reverse=True))
+        raise UserError(f"noise levels {shown} do not go from high to low", f"give {ordered}")
     if not values[-1] >= sigma_min:
         raise UserError(f"noise level {values[-1]:g} is below sigma_min {sigma_min:g}", "raise it")
 

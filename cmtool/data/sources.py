@@ -139,7 +139,8 @@ class LazyImages:
             raise InputError(
                 f"{shown} is {w}x{h} but {name} is {fw}x{fh}",
                 f"bring them to one size: cmtool data prepare {shlex.quote(self.source or 'DATA')}"
-                f" one.zip --size {min(fh, fw)} --fit box; in training: --set data.fit=box",
+                f" one.zip --size {min(fh, fw)} --fit box."
+                " In training, add --set data.fit=box",
             )
         return image
 

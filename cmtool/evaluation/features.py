@@ -333,8 +333,10 @@ def find_file(wanted: WeightFile, given: Path | None = None, trust: bool = False
         hint = f"delete it, and fetch {wanted.url} again"
         hint += "" if path == shared else "; or add --trust to use it as it is"
         raise MissingError(f"{what}, not {wanted.sha256[:12]}...", hint)
-    known = "" if wanted.sha256 is None else f", sha256 {wanted.sha256[:12]}..."
-    hint = f"put it at {own[0]}, or give --feature-weights FILE; it comes from {wanted.url}"
-    hint += f" ({wanted.megabytes} MB{known}; {TERMS})"
-    hint += ", or --protocol pixels: a coarse number that needs no file" * (wanted is INCEPTION)
-    raise MissingError(f"{wanted.name} is not there: {wanted.what}", hint)
+    known = "" if wanted.sha256 is None else f"; sha256 {wanted.sha256[:12]}..."
+    hint = f"download {wanted.url} ({wanted.megabytes} MB{known}; {TERMS}) to {own[0]}"
+    hint += ", or name the file with --feature-weights"
+    coarse = ". Without a file, --protocol pixels gives a coarse number"
+    raise MissingError(
+        f"{wanted.name} is missing: {wanted.what}", hint + coarse * (wanted is INCEPTION)
+    )

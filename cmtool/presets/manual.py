@@ -66,6 +66,14 @@ class Entry(NamedTuple):
     text: list[str]
 
 
+def keys_of(key: str, values: Mapping[str, Any]) -> list[str]:
+    """Return the keys in a table of a preset that have a value; a key itself if it is no table."""
+    if key in values or f"{key}.name" in values:
+        return [key]
+    inside = [k for k, value in values.items() if k.startswith(f"{key}.") and value is not None]
+    return inside or [key]
+
+
 def explained(key: str, values: Mapping[str, Any]) -> Entry:
     """Return what a key means and may be; `values` are those of a preset, by dotted keys.
 
@@ -109,6 +117,7 @@ def _range(key: str) -> list[str]:
         return [f"One of {', '.join(map(str, allowed))}."]
     kinds = [part for part in facts.get("anyOf", [facts]) if part.get("type") != "null"]
     kind = kinds[0]
-    bounds = " and ".join(f"{word} {kind[b]:g}" for b, word in BOUNDS.items() if b in kind)
+    form = ",d" if kind.get("type") == "integer" else "g"
+    bounds = " and ".join(f"{word} {kind[b]:{form}}" for b, word in BOUNDS.items() if b in kind)
     words = " ".join(filter(None, [WORDS.get(kind.get("type", ""), ""), bounds]))
     return [f"{words[0].upper()}{words[1:]}."] if words else []

@@ -6,6 +6,7 @@ Every value keeps its origin.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
 import tomllib
@@ -177,7 +178,10 @@ def _find(name_or_path: str) -> Path:
             raise InputError(f"no preset file {name_or_path}", "check the path")
         return path
     if name_or_path not in preset_names():
-        raise UserError(f"no preset {name_or_path!r}", nearest(name_or_path, preset_names()))
+        close = difflib.get_close_matches(name_or_path, preset_names(), n=4, cutoff=0.5)
+        hint = "cmtool preset list shows all"
+        hint = f"did you mean {', '.join(close[:-1])} or {close[-1]}? {hint}" if close[1:] else hint
+        raise UserError(f"there is no preset {name_or_path!r}", hint)
     return FOLDER / f"{name_or_path}.toml"
 
 
@@ -236,11 +240,14 @@ def _validated(tree: dict[str, Any], shown: str) -> Preset:
         given = repr(first["input"])
         given = given if len(given) <= MAX_SHOWN else f"{given[:MAX_SHOWN]}..."
         what = f"{key} = {given}: {first['msg'][0].lower()}{first['msg'][1:]}"
-        hint = f"set it with --set {key}=VALUE, or in the file"
+        what = what.replace("input should be", "it must be")
+        top = ".".join(itertools.takewhile(lambda part: not part.isdigit(), path))
+        hint = f"cmtool preset show edm {top} prints what it may be"
         if first["type"] == "extra_forbidden":
             what = f"unknown key {key!r} in preset {shown}"
             known = [name for name in _known(tree) if name.rpartition(".")[2] == path[-1]]
-            here = nearest(path[-1], list(_section(path[:-1]).model_fields))
+            above = "".join(f"{part}." for part in path[:-1])
+            here = nearest(key, [above + name for name in _section(path[:-1]).model_fields])
             hint = f"did you mean {' or '.join(known)}?" if known else here
         if first["type"] == "missing":
             what, hint = f"preset {shown} lacks {key!r}", "set it, or extend a preset"
@@ -361,7 +368,8 @@ def _item(value: Any, comment: str | None) -> Any:
     many = isinstance(value, list | tuple)
     item: Any = tomlkit.array() if many else tomlkit.item(value)
     for entry in value if many else ():
-        item.append(tomlkit.inline_table() | entry if isinstance(entry, dict) else entry)
+        said = {k: v for k, v in entry.items() if v is not None} if isinstance(entry, dict) else {}
+        item.append(tomlkit.inline_table() | said if isinstance(entry, dict) else entry)
     if comment is not None:
         item.comment(printable(comment))
     return item

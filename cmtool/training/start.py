@@ -297,13 +297,13 @@ def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:
     c, dh, dw = data.images.shape[1:]
     if (c, dh, dw) != (channels, h, w):
         has = f"{data.name} has images of {dw}x{dh} with {c} channels"
-        remedy = "bring the images to the teacher's size and channels, or give another teacher"
+        remedy = "resize the images with cmtool data prepare, or name another teacher: --teacher"
         ours = f"resize the images, or --set model.image_size=[{dh},{dw}] --set model.channels={c}"
         what = f"{has}, {who} wants {w}x{h} with {channels}"
         raise InputError(what, ours if teacher is None else remedy)
     if preset.model.num_classes != data.num_classes:
-        what = f"{data.name} has {data.num_classes} classes, {who} {preset.model.num_classes}"
-        remedy = "give the classes the teacher was trained with, or another teacher"
+        what = f"{data.name} has {data.num_classes} classes, {who} has {preset.model.num_classes}"
+        remedy = "name images of the same classes with --data, or another teacher with --teacher"
         ours = f"--set model.num_classes={data.num_classes}"
         raise InputError(what, ours if teacher is None else remedy)
 

@@ -203,7 +203,7 @@ def test_a_second_set_is_no_image_and_the_hint_says_what_it_is(cmtool, sets, giv
     (tmp_path / "set.zip").rename(tmp_path / "a b.zip")
     result = cmtool("eval", "fid", *given)
     assert result.code == 2
-    assert "sets of images to measure" in result.err
+    assert "measures one set of images" in result.err
     assert hint in result.err
 
 
@@ -372,10 +372,10 @@ def test_without_the_weights_eval_ends_before_it_samples(cmtool, tmp_path, monke
     result = cmtool("eval", "fid", "-c", "digits-cd", "--reference", "ref.npz")
     assert result.code == 4
     assert result.out == b""
-    assert "inception-2015-12-05.pt is not there" in result.err
+    assert "inception-2015-12-05.pt is missing" in result.err
     assert str(tmp_path / "cache" / "weights") in result.err
     checked = cmtool("eval", "fid", "digits", "--protocol", "clean", "--cross-check")
-    assert (checked.code, "inception-2015-12-05.pt is not there" in checked.err) == (4, True)
+    assert (checked.code, "inception-2015-12-05.pt is missing" in checked.err) == (4, True)
     refused = cmtool("eval", "kid", "digits", "--protocol", "clean", "--cross-check")
     assert (refused.code, len(refused.err.splitlines())) == (2, 2)
     cut = tmp_path / "inception-2015-12-05.pt"  # where clean-fid leaves a download cut short

@@ -67,6 +67,16 @@ def test_show_explains_a_key(cmtool):
     assert "loss.distance" in unknown.err
 
 
+def test_a_table_is_explained_key_by_key(cmtool):
+    shown = cmtool("preset", "show", "digits-ct", "train", "data.fit")
+    assert shown.code == 0, shown.err
+    assert shown.text.count("train.") >= 15
+    assert 'train.ema = [{name = "ema", halflife_images = 5000.0' in shown.text
+    assert "A whole number at most 1,048,576." in shown.text
+    assert "train.max_grad_norm" not in shown.text  # it has no value
+    assert "data.fit" in shown.text
+
+
 def test_every_key_of_a_preset_has_a_meaning():
     tables = {
         key: section.annotation for key, section in Preset.model_fields.items()

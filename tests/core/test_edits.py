@@ -110,11 +110,11 @@ def test_colours_orthogonal_to_the_luma_are_free():
 
 @pytest.mark.parametrize(
     ("size", "factor", "good"),
-    [((12, 8), 5, "use 2, 4"), ((12, 8), 3, "use 2, 4"), ((8, 12), 3, "use 2, 4"),
+    [((12, 8), 5, "use one of 2, 4"), ((12, 8), 3, "use one of 2, 4"), ((8, 12), 3, "use one of 2, 4"),
      ((9, 8), 2, "crop the picture")],
 )  # fmt: skip
 def test_a_factor_that_does_not_divide_names_those_that_do(size, factor, good):
-    shown = f"factor of {factor} does not divide {size[1]}x{size[0]}"
+    shown = f"factor of {factor} does not divide the size {size[1]}x{size[0]}"
     with pytest.raises(UserError, match=shown) as error:
         block_means(torch.zeros(1, 3, *size), factor)
     assert error.value.hint == good

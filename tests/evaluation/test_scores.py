@@ -22,7 +22,7 @@ def test_fid_needs_its_weights_before_training_and_is_zero_on_the_training_image
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "shared"))
     data = load_dataset("digits")
     few = data.__class__(data.name, data.images[:6], None, 0)
-    with pytest.raises(MissingError, match="is not there"):
+    with pytest.raises(MissingError, match="is missing"):
         build_score("fid", few, "cpu")
     path = tmp_path / "weights" / INCEPTION.name
     path.parent.mkdir()

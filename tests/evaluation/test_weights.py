@@ -34,7 +34,7 @@ def test_the_first_place_that_has_the_file_gives_it(places):
 
 
 def test_what_is_missing_is_named_with_all_that_is_needed_to_get_it(places):
-    with pytest.raises(MissingError, match=r"inception-2015-12-05\.pt is not there") as error:
+    with pytest.raises(MissingError, match=r"inception-2015-12-05\.pt is missing") as error:
         find_file(FILE)
     for fact in (str(places[0]), INCEPTION.url, "96 MB", FILE.sha256[:12], "NVIDIA's terms"):
         assert fact in error.value.hint
