@@ -129,20 +129,26 @@ def openai_network(cm: types.SimpleNamespace, config: Config) -> nn.Module:
     return network
 
 
-def openai_step(cm: types.SimpleNamespace, config: Config, method: str) -> Callable[[], None]:
-    """Return one training step of the peer's own loop, on one batch."""
+def mended_loop(cm: types.SimpleNamespace) -> type[Any]:
+    """Return the peer's loop of consistency training, whose target EMA fails in float32."""
 
     class Mended(cm.train_util.CMTrainLoop):
         def _update_target_ema(self) -> None:
             mu, _ = self.ema_scale_fn(self.global_step)
             cm.nn.update_ema(self.target_model.parameters(), self.mp_trainer.master_params, rate=mu)
 
+    return Mended
+
+
+def openai_step(cm: types.SimpleNamespace, config: Config, method: str) -> Callable[[], None]:
+    """Return one training step of the peer's own loop, on one batch."""
+
     denoiser = partial(cm.karras_diffusion.KarrasDenoiser, loss_norm="l2")
     network = openai_network(cm, config)
     copies = [openai_network(cm, config) for _ in range(2)]
     for copy in copies:
         copy.load_state_dict(network.state_dict())
-    loop = Mended(
+    loop = mended_loop(cm)(
         model=network,
         target_model=copies[0],
         teacher_model=copies[1] if method == "cd" else None,

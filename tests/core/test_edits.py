@@ -110,7 +110,8 @@ def test_colours_orthogonal_to_the_luma_are_free():
 
 @pytest.mark.parametrize(
     ("size", "factor", "good"),
-    [((12, 8), 5, "use one of 2, 4"), ((12, 8), 3, "use one of 2, 4"), ((8, 12), 3, "use one of 2, 4"),
+    [((12, 8), 5, "use one of 2, 4"), ((12, 8), 3, "use one of 2, 4"),
+     ((8, 12), 3, "use one of 2, 4"),
      ((9, 8), 2, "crop the picture")],
 )  # fmt: skip
 def test_a_factor_that_does_not_divide_names_those_that_do(size, factor, good):
