@@ -1,5 +1,6 @@
 import io
 import random
+import struct
 import time
 from contextlib import suppress
 
@@ -134,6 +135,16 @@ def many_scans():
     return content[:-2] + content[at:-2] * 100 + content[-2:]
 
 
+SMALL_JPEG = saved(Image.new("L", (8, 8)), "JPEG")
+
+
+def jpeg_with(more):
+    """A JPEG with more before its pixels."""
+    return SMALL_JPEG[:2] + more + SMALL_JPEG[2:]
+
+
+EXIF = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x0112, 5, 1 << 19, 26) + bytes(4 << 20)
+"""An orientation of half a million fractions."""
 OVER_THE_BOUNDS = {
     "RGBA": (png(7900, 7900, kind=6), "7900x7900 pixels of 4 bytes, takes 249,640,000 bytes"),
     "RGBA of 16 bits": (png(7000, 7000, kind=6, depth=16), "7000x7000 pixels of 4 bytes"),
@@ -145,6 +156,18 @@ OVER_THE_BOUNDS = {
     "scans": (many_scans(), "has 1[0-9]{2} scans"),
     "comments": (b"P3 8 8 255\n" + b"#\n" * 500_000, "more than 1,000 comments"),
     "a header": (b"P6 #" + b"x" * 5_000_000, "header has more than 4,096 bytes"),
+    "segments": (jpeg_with(b"\xff\xe3\0\2" * 1_000_000), "more than 400 segments"),
+    "filling": (jpeg_with(b"\xff" * 4_000_000), "65,536 bytes between its segments"),
+    "junk": (jpeg_with(b"\xff\xfe\0\2" + bytes(4_000_000)), "65,536 bytes between its segments"),
+    "EXIF": (png(8, 8, chunk(b"eXIf", EXIF), rows=bytes(72)), "its EXIF has 4,194,332 bytes"),
+    "strips": (tiff(1, 300_000, bytes(8), strips=300_000), "its tag 273 has 300,000 values"),
+    "tags": (
+        b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 300_000) + bytes(6_000_000),
+        "it has 300,000 tags",
+    ),
+    "a float's header": (b"Pf #" + b"x" * 5_000_000, "header has more than 4,096 bytes"),
+    "Pillow's own header": (b"PyRGBA#" + b"x" * 5_000_000, "header has more than 4,096 bytes"),
+    "numbers as text": (b"P3 1200 1200 255\n" + b"0 " * 4_320_000, "1200x1200 pixels"),
 }
 
 
@@ -160,6 +183,9 @@ def test_what_would_take_long_or_much_is_refused_before_it_is_decoded(kind):
 def test_what_is_just_within_the_bounds_is_read():
     assert read_image(png(8, 8, chunk(b"teSt", b"") * 99_000, rows=bytes(72))).shape == (3, 8, 8)
     assert read_image(b"P3 1 1 255\n" + b"#\n" * 1000 + b"1 2 3").flatten().tolist() == [1, 2, 3]
+    segments = jpeg_with(b"\xff\xe3\0\2" * 390 + b"\xff" * 60_000)
+    assert read_image(segments).shape == (3, 8, 8)
+    assert read_image(tiff(1, 2000, b"\7" * 9, strips=2000)).unique().tolist() == [7]
     assert read_image(b"P5 #" + b"x" * 4000 + b"\n1 1 255\n" + b"\7").unique().tolist() == [7]
 
 
