@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmtool.data.decoding import SUFFIXES
 from cmtool.data.entries import (
+    LOOKED_FOR,
     MAX_MEMBER,
     TABLES,
     Entries,
@@ -108,7 +108,7 @@ def zip_entries(path: Path, labelled: bool = True) -> Entries:
     if len({member.filename for member in every}) < len(every):
         raise InputError(f"{path} holds a name twice", "make the archive again")
     if not members:
-        raise InputError(f"no images in {path}", f"looked for {', '.join(SUFFIXES)}")
+        raise InputError(f"no images in {path}", LOOKED_FOR)
     for member in members:
         size, packed = member.file_size, max(member.compress_size, 1)
         if size > MAX_MEMBER or size / packed > MAX_RATIO:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from cmtool.data.archives import npz_entries, zip_entries
 from cmtool.data.cifar import cifar_entries, is_tarball
-from cmtool.data.decoding import MAX_FILE, SUFFIXES, WHITE, image_mode, read_image
-from cmtool.data.entries import Entries, Labels, Names, fingerprint, is_image, left_out
+from cmtool.data.decoding import MAX_FILE, WHITE, image_mode, read_image
+from cmtool.data.entries import LOOKED_FOR, Entries, Labels, Names, fingerprint, is_image, left_out
 from cmtool.data.images import fitted, recoloured
 from cmtool.data.labels import find_labels, max_table
 from cmtool.data.lsun import lmdb_entries
@@ -65,7 +65,7 @@ def folder_entries(path: Path, labelled: bool = True) -> Entries:
             every.append(file if inside == "." else f"{inside}/{file}".replace(os.sep, "/"))
     found = sorted(filter(is_image, every))
     if not found:
-        hint = f"looked for {', '.join(SUFFIXES)}"
+        hint = LOOKED_FOR
         if (path / "data_batch_1").is_file():
             hint = "give cifar-10-python.tar.gz, the archive that this folder was in"
         raise InputError(f"no images in {path}", hint)
