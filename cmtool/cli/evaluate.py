@@ -271,7 +271,7 @@ def _is_set(name: str) -> bool:
     """Tell whether a name is that of many images: a folder, an archive, a bundled data set."""
     from cmtool.data.datasets import DATASETS
 
-    return Path(name).is_dir() or name.endswith(SETS) or name.partition(":")[0] in DATASETS
+    return Path(name).is_dir() or name.lower().endswith(SETS) or name.partition(":")[0] in DATASETS
 
 
 @app.command("reference")

@@ -120,7 +120,7 @@ def zip_entries(path: Path, labelled: bool = True) -> Entries:
         if not is_plain or member.flag_bits & 1:
             raise InputError(
                 f"{member.filename!r} in {path} is encrypted, or packed in a rare way",
-                "make the archive again with cmtool data prepare",
+                "extract it, and give the folder",
             )
     listed = [member.filename for member in members]
     names = Names(listed)
@@ -185,17 +185,20 @@ def _checked_array(
         header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
         shape, fortran, dtype = header(opened)
         skipped = opened.tell()
+    if dtype.hasobject:
+        what = f"{member.filename} in {path} holds objects of Python, not numbers"
+        raise InputError(what, "write N x H x W x 3 of uint8: numpy.savez(FILE, images)")
     claimed = int(np.prod(shape, dtype=object)) * dtype.itemsize
     stored = member.compress_type == zipfile.ZIP_STORED
     packed = max(member.compress_size, 1)
     if claimed > member.file_size or (not stored and claimed > min(MAX_ARRAY, MAX_RATIO * packed)):
         raise InputError(
             f"{member.filename} in {path} claims {claimed:,} bytes",
-            "it is damaged, or too large: make a zip with cmtool data prepare",
+            "fetch it again, or write it with numpy.savez, which does not compress",
         )
 
     def read() -> Any:
-        if not stored or dtype.hasobject:
+        if not stored:
             with archive.open(member) as opened:
                 return np.lib.format.read_array(opened, allow_pickle=False)
         with path.open("rb") as file:

@@ -40,13 +40,14 @@ def open_images(path: Path, labelled: bool = True) -> Entries | None:
         return lmdb_entries(path) if is_lmdb else folder_entries(path, labelled)
     if not path.is_file():
         raise InputError(f"{path} is not a regular file", "give a folder or a file of images")
+    is_npz = path.suffix.lower() == ".npz"
     if zipfile.is_zipfile(path):
-        return (npz_entries if path.suffix == ".npz" else zip_entries)(path, labelled)
+        return (npz_entries if is_npz else zip_entries)(path, labelled)
     with path.open("rb") as opened:
         if opened.read(4) == b"PK\x03\x04":
             what = f"{path} is a zip archive that is cut short"
             raise InputError(what, "copy or download it again")
-    if path.suffix == ".npz":
+    if is_npz:
         return npz_entries(path, labelled)
     return cifar_entries(path) if is_tarball(path) else None
 

@@ -250,9 +250,10 @@ def read_statistics(name: str | Path) -> Statistics | None:
     of EDM2, which are not executed. Raises InputError for a file that is damaged or not finite.
     """
     path = Path(name)
-    if not path.is_file() or path.suffix not in (".npz", ".pkl"):
+    ending = path.suffix.lower()
+    if not path.is_file() or ending not in (".npz", ".pkl"):
         return None
-    arrays = _npz_arrays(path) if path.suffix == ".npz" else _pickled_arrays(path)
+    arrays = _npz_arrays(path) if ending == ".npz" else _pickled_arrays(path)
     if not arrays.keys() & {"mu", "sigma", "feats"}:
         return None
     about: dict[str, Any] = {}
