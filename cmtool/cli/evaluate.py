@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
 import shlex
@@ -253,7 +254,7 @@ def given_images(metric: str, images: list[str] | None, checkpoint: str | None) 
         if b"\0" in content:
             hint = "write one path a line (find without -print0), or name the files"
             raise InputError("stdin is no list of paths: it has NUL bytes", hint)
-        lines = os.fsdecode(content).split("\n")
+        lines = os.fsdecode(content.removeprefix(codecs.BOM_UTF8)).split("\n")
         listed = [path for line in lines if (path := line.removesuffix("\r"))]
         if images and not listed:
             raise InputError("no paths on stdin", "pipe them in, one a line")

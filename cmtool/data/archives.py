@@ -148,6 +148,10 @@ def npz_entries(path: Path, labelled: bool = True) -> Entries:
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = {m.filename: _checked_array(path, archive, m) for m in archive.infolist()}
+            if "arr_0.npy" not in arrays:
+                held = ", ".join(name.removesuffix(".npy")[:40] for name in list(arrays)[:6])
+                hint = "write N x H x W x 3 of uint8 as arr_0: numpy.savez(FILE, images)"
+                raise InputError(f"{path} has no arr_0, but {held or 'nothing'}", hint)
             images = arrays["arr_0.npy"]()
             labels = arrays["arr_1.npy"]() if labelled and "arr_1.npy" in arrays else None
             facts = [f"{member.filename} {member.CRC}" for member in archive.infolist()]

@@ -476,7 +476,7 @@ BAD = {
     "tarball of links": (lambda r: linked(r, tarfile.SYMTYPE), "holds no data_batch_1"),
     "tarball of pipes": (lambda r: linked(r, tarfile.FIFOTYPE), "holds no data_batch_1"),
     "gzip of no tarball": (lambda r: packed(r, b"text"), "is not CIFAR-10's archive"),
-    "npz of nothing": (lambda r: saved(r, x=np.zeros(2)), "holds no images"),
+    "npz of nothing": (lambda r: saved(r, x=np.zeros(2)), "has no arr_0, but x"),
     "odd labels": (
         lambda r: saved(r, arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.array([0, -1])),
         "arr_1",
