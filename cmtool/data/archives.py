@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import lzma
@@ -210,7 +211,13 @@ def _checked_array(
             _, name_bytes, extra_bytes = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
             start = file.tell() + name_bytes + extra_bytes + skipped
         order: Any = "F" if fortran else "C"
-        return np.memmap(path, dtype, "r", start, tuple(shape), order)
+        try:
+            return np.memmap(path, dtype, "r", start, tuple(shape), order)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            what = f"{path} is on a file system that cannot map files into memory"
+            raise InputError(what, "copy it to another disk") from None
 
     return read
 

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import io
 import json
@@ -169,6 +170,17 @@ def test_an_uncompressed_npz_stays_in_its_file(tmp_path, monkeypatch):
     found = load_dataset(str(tmp_path / "x.npz"))
     assert str(tmp_path / "x.npz") in Path("/proc/self/maps").read_text()
     assert torch.equal(found.images[torch.arange(N)], PICTURES)
+
+
+def test_a_file_system_that_cannot_map_files_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENODEV, "No such device")
+
+    np.savez(tmp_path / "x.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    monkeypatch.setattr(np, "memmap", refuse)
+    with pytest.raises(InputError, match=r"x\.npz is on a file system that cannot map") as caught:
+        load_dataset(str(tmp_path / "x.npz"))
+    assert "another disk" in caught.value.hint
 
 
 def test_a_link_to_nothing_is_named(tmp_path):
