@@ -244,6 +244,61 @@ def test_a_mask_is_told_by_half_of_each_level(grey, alpha, wanted, tmp_path):
         assert read_mask(tmp_path / "m.png").tolist() == [[wanted]]
 
 
+def squares():
+    """A white square on black, 4x4."""
+    grey = np.zeros((4, 4), np.uint8)
+    grey[1:3, 1:3] = 255
+    return Image.fromarray(grey)
+
+
+SQUARE = squares()
+DEEP = Image.fromarray(np.array(SQUARE, np.uint16) * 257)
+MASKS = {
+    "CMYK TIFF": saved(Image.merge("CMYK", [SQUARE.point(lambda v: 255 - v)] * 3
+                                   + [Image.new("L", (4, 4))]), "TIFF"),
+    "16 bits": saved(DEEP),
+    "16 bits of a TIFF": saved(DEEP, "TIFF"),
+    "16 bits of a PGM": saved(DEEP, "PPM"),
+    "one bit": saved(SQUARE.convert("1")),
+    "palette": saved(SQUARE.convert("RGB").quantize(2)),
+    "YCbCr": saved(SQUARE.convert("YCbCr"), "TIFF"),
+    "LA": saved(SQUARE.convert("LA")),
+    "black is nothing": saved(SQUARE, transparency=0),
+    "white is nothing": saved(SQUARE, transparency=255),
+    "black of RGB is nothing": saved(SQUARE.convert("RGB"), transparency=(0, 0, 0)),
+    "white paint in WebP": saved(Image.merge("RGBA", [Image.new("L", (4, 4), 255)] * 3 + [SQUARE]),
+                                 "WEBP", lossless=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_mask_may_be_stored_in_any_mode(kind, tmp_path):
+    (tmp_path / "m").write_bytes(MASKS[kind])
+    assert read_mask(tmp_path / "m")[0].tolist() == (np.array(SQUARE) == 255).tolist()
+
+
+NO_MASKS = {
+    "APNG": (saved(SQUARE, save_all=True, append_images=[Image.new("L", (4, 4), 9)]), "2 frames"),
+    "pages": (saved(SQUARE, "TIFF", save_all=True, append_images=[SQUARE]), "2 frames"),
+    "GIF": (saved(SQUARE, "GIF"), "is not an image cmtool reads"),
+    "animated GIF": (saved(SQUARE, "GIF", save_all=True, append_images=[Image.new("L", (4, 4))]),
+                     "is not an image cmtool reads"),
+    "ICO": (saved(SQUARE, "ICO"), "is not an image cmtool reads"),
+    "TGA": (saved(SQUARE, "TGA"), "is not an image cmtool reads"),
+    "PSD": (b"8BPS\0\1" + bytes(100), "is not an image cmtool reads"),
+    "HEIC": (b"\0\0\0\x18ftypheic" + bytes(100), "is not an image cmtool reads"),
+    "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image cmtool reads"),
+    "floats": (saved(SQUARE.convert("F"), "TIFF"), "floats of an unknown range"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NO_MASKS)
+def test_a_mask_of_several_pictures_or_of_another_format_is_refused(kind, tmp_path):
+    (tmp_path / "m").write_bytes(NO_MASKS[kind][0])
+    with pytest.raises(InputError, match=NO_MASKS[kind][1]):
+        read_mask(tmp_path / "m")
+
+
 @pytest.mark.parametrize(("dark", "is_refused"), [(15, True), (16, False)])
 def test_a_mask_of_two_meanings_has_white_and_black_paint_on_nothing(dark, is_refused, tmp_path):
     pixels = np.array([[[255] * 4, [dark] * 3 + [255], [0] * 4]], np.uint8)
