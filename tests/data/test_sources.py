@@ -238,6 +238,18 @@ def test_cifars_tarball_is_read_without_unpickling(tmp_path):
     assert found.labels.tolist() == labels
 
 
+def test_the_last_part_of_a_split_zip_and_cifars_folder_are_named(tmp_path):
+    whole = zipped(tmp_path / "x.zip").read_bytes()
+    (tmp_path / "x.zip").write_bytes(whole[500:])  # as the .zip beside .z01
+    with pytest.raises(InputError, match=r"x\.zip is damaged: its start is missing"):
+        load_dataset(str(tmp_path / "x.zip"))
+    (tmp_path / "data_batch_1").write_bytes(b"")
+    (tmp_path / "x.zip").unlink()
+    with pytest.raises(InputError, match="no images in") as caught:
+        load_dataset(str(tmp_path))
+    assert "cifar-10-python.tar.gz" in caught.value.hint
+
+
 def test_code_in_cifars_tarball_does_not_run(tmp_path):
     canary = tmp_path / "canary"
     content = b"\x80\x02cposix\nsystem\nX" + struct.pack("<I", 6 + len(str(canary)))
