@@ -19,6 +19,8 @@ from cmtool.formats.foreign import Malformed
 from cmtool.models import Model, load_model
 from cmtool.sampling import grid_size
 
+OTHER_FILES = (".onnx", ".safetensor", ".safetensors", ".gguf", ".h5", ".msgpack", ".npz", ".zip")
+"""Endings of files: nobody means a folder by such a name."""
 PROBE_SIDE = 64
 
 
@@ -61,10 +63,13 @@ def convert(model: Model, out: Path, *, overwrite: bool = False) -> str:
 def check_out(out: Path, *, overwrite: bool = False) -> None:
     """Raise UserError or InputError for a name that no model can be written to."""
     to_native = out.suffix == ".safetensors"
-    if out.suffix in (".pt", ".pth", ".ckpt", ".pkl", ".bin"):
-        raise UserError(f"{out}: cmtool writes no pickles", "give a .safetensors file or a folder")
+    hint = "give a .safetensors file or a folder"
+    if out.suffix.lower() in (".pt", ".pth", ".ckpt", ".pkl", ".bin"):
+        raise UserError(f"{out}: cmtool writes no pickles", hint)
+    if not to_native and out.suffix.lower() in OTHER_FILES:
+        raise UserError(f"{out}: cmtool does not write {out.suffix}", hint)
     if str(out) == "-":
-        raise UserError("a model is not written to stdout", "give a .safetensors file or a folder")
+        raise UserError("a model is not written to stdout", hint)
     if os.path.lexists(out) and not overwrite:
         raise UserError(f"{out} exists", "give another name, or --overwrite it")
     if out.exists() and not to_native and not (out / diffusers_dir.INDEX).is_file():

@@ -10,12 +10,13 @@ import threading
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import typer
 from typer import Option
 
 from cmtool import __version__
-from cmtool.cli._output import keep_stderr, say
+from cmtool.cli._output import check_processes, keep_stderr, say
 from cmtool.cli._usage import UsageError, explained
 from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError, is_full
 
@@ -107,6 +108,13 @@ def entry() -> None:
         os._exit(ended.code)
 
 
+def _end(what: str, hint: str, code: int, *, any_rank: bool = False) -> NoReturn:
+    """Write what is wrong and what to do, and end with an exit code."""
+    say(f"error: {what}", any_rank)
+    say(f"hint: {hint}", any_rank)
+    sys.exit(code)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; a UserError becomes two lines on stderr and its exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
@@ -119,6 +127,10 @@ def main(argv: list[str] | None = None) -> None:
     keep_stderr()
     words = sys.argv[1:] if argv is None else argv
     try:
+        check_processes()
+    except UserError as error:
+        _end(error.what, error.hint, error.exit_code, any_rank=True)
+    try:
         # not by itself: Typer would end the process, and draw a box around a wrong usage
         # by its name: --install-completion would make a script of `python -m cmtool`
         app = build_app(words[0] if words else "")
@@ -127,20 +139,21 @@ def main(argv: list[str] | None = None) -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
         else:
-            what, hint = explained(error, words)
-            say(f"error: {what}")
-            say(f"hint: {hint}")
+            _end(*explained(error, words), error.exit_code)
         sys.exit(error.exit_code)
+    except ImportError as error:
+        if "failed to map" not in str(error):
+            raise
+        hint = "allow this process more memory, for example: ulimit -v unlimited"
+        _end(f"no memory to load a library: {error}", hint, ResourceError.exit_code)
     except OSError as error:
         if is_full(error):
-            say(f"error: no room on the disk for {error.filename or 'the output'}")
-            say("hint: free disk space")
-            sys.exit(ResourceError.exit_code)
+            what = f"no room on the disk for {error.filename or 'the output'}"
+            _end(what, "free disk space", ResourceError.exit_code)
         if error.filename is None:
             raise
-        say(f"error: {error.strerror}: {error.filename}")
-        say("hint: check the path and its permissions")
-        sys.exit(InputError.exit_code)
+        what = f"{error.strerror}: {error.filename}"
+        _end(what, "check the path and its permissions", InputError.exit_code)
     except UserError as error:
         mine = error.rank is not None and "WORLD_SIZE" in os.environ
         say(f"error: rank {error.rank}: {error.what}" if mine else f"error: {error.what}", mine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +13,8 @@ import typer
 ROOT = Path(__file__).parent.parent
 MOST = 100
 """Classes that are offered."""
+HARMLESS = re.compile(r"[\w ./:@%+,=~^-]+")
+"""Names that are offered: zsh evaluates what it is given, and folders may have any name."""
 Completion = Callable[[typer.Context, str], list[str]]
 
 
@@ -23,7 +26,8 @@ def completing(names: Callable[[typer.Context, str], Iterable[str]]) -> Completi
 
     def complete(ctx: typer.Context, incomplete: str) -> list[str]:
         try:
-            return [name for name in names(ctx, incomplete) if name.startswith(incomplete)]
+            found = (name for name in names(ctx, incomplete) if name.startswith(incomplete))
+            return list(filter(HARMLESS.fullmatch, found))
         except Exception:
             return []
 

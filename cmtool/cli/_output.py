@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -70,6 +71,22 @@ def leads() -> bool:
 def processes() -> tuple[int, int]:
     """Return this process's rank and the number of torchrun's processes; 0 and 1 alone."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_processes() -> None:
+    """Raise UserError for variables that torchrun would not set so: some are left by others."""
+    hint = "start several processes with torchrun; for one: unset RANK WORLD_SIZE LOCAL_RANK"
+    wanted = {
+        "WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0,
+        "TORCHELASTIC_MAX_RESTARTS": 0,
+    }  # fmt: skip
+    for name, least in wanted.items():
+        value = os.environ.get(name, str(least))
+        if not re.fullmatch("[0-9]{1,9}", value) or int(value) < least:
+            raise UserError(f"{name} is {value[:40]!r}, not a whole number from {least}", hint)
+    rank, world_size = processes()
+    if rank >= world_size:
+        raise UserError(f"RANK is {rank} of a WORLD_SIZE of {world_size}", hint)
 
 
 @contextmanager
@@ -153,7 +170,11 @@ def read_stdin() -> bytes:
     """Return what is on stdin. Raises InputError for more than the file of an image may have."""
     from cmtool.data.decoding import MAX_FILE
 
-    content = sys.stdin.buffer.read(MAX_FILE + 1)
+    try:
+        content = sys.stdin.buffer.read(MAX_FILE + 1)
+    except OSError as error:
+        what = f"cannot read stdin: {error.strerror}"
+        raise InputError(what, "pipe one picture or list in") from None
     if len(content) > MAX_FILE:
         raise InputError(f"more than {MAX_FILE:,} bytes on stdin", "pipe one picture or list in")
     return content

@@ -24,6 +24,10 @@ def _option(name: str) -> Meant:
     return lambda value: (name, value)
 
 
+def _going_on(value: str) -> Sequence[str]:
+    return ("--out", value, "--resume")
+
+
 def _seeds(value: str) -> Sequence[str]:
     return ("--seeds", f"0-{_count(value) - 1}")
 
@@ -42,28 +46,46 @@ def _count(value: str) -> int:
 HABITS: dict[str, Sequence[Meant]] = {
     "--batch": (_key("train.batch"),),
     "--batch-size": (_option("--batch"), _key("train.batch")),
+    "--checkpoint-path": (_option("--checkpoint"),),
     "--ckpt": (_option("--checkpoint"),),
+    "--ckpt-path": (_option("--checkpoint"),),
     "--config": (_option("--preset"),),
+    "--data-dir": (_option("--data"),),
     "--dataset": (_option("--data"),),
+    "--global-batch-size": (_key("train.batch"),),
     "--image-size": (_square,),
     "--iterations": (_key("train.steps"),),
     "--learning-rate": (_key("train.lr"),),
     "--lr": (_key("train.lr"),),
+    "--max-steps": (_key("train.steps"),),
     "--model": (_option("--checkpoint"),),
     "--model-path": (_option("--checkpoint"),),
     "--n": (_seeds,),
+    "--n-samples": (_seeds,),
+    "--network": (_option("--checkpoint"),),
     "--num": (_seeds,),
     "--num-images": (_seeds,),
+    "--num-inference-steps": (_option("--steps"),),
     "--num-samples": (_option("--num-images"), _seeds),
+    "--num-steps": (_option("--steps"),),
+    "--num-workers": (_option("--workers"), _key("data.workers")),
     "--outdir": (_option("--out"),),
+    "--output-dir": (_option("--out"),),
     "--output": (_option("--out"),),
     "--ref": (_option("--reference"),),
     "--resolution": (_square,),
+    "--resume-checkpoint": (_going_on,),
+    "--resume-from": (_going_on,),
+    "--seed": (_option("--seeds"),),
     "--size": (_square,),
     "--steps": (_key("train.steps"),),
     "--teacher-path": (_option("--teacher"),),
+    "--workers": (_key("data.workers"),),
 }
-"""Options of other tools, and what they mean here: the first that the command has is taken."""
+"""Options of other tools, and what they mean here: the first that the command has is taken.
+
+The same with underscores, as many have them, is understood too.
+"""
 
 
 def explained(error: Any, argv: Sequence[str]) -> tuple[str, str]:
@@ -90,25 +112,34 @@ def explained(error: Any, argv: Sequence[str]) -> tuple[str, str]:
 
 
 def _translated(name: str, options: Sequence[str], argv: Sequence[str]) -> str | None:
-    """Return the command line with an option of another tool replaced by ours, if we have one."""
-    for at, word in enumerate(argv):
+    """Return the command line with options of other tools replaced by ours, if we have `name`."""
+    words, left, is_known = list[str](), list(argv), False
+    while left:
+        word = left.pop(0)
         option, equals, value = word.partition("=")
-        if option != name:
+        if not equals and left:
+            value = left[0]
+        meant = [] if option in options else _meant(option, value, options)
+        words += meant or [word]
+        if meant and not equals:
+            left.pop(0)
+        is_known = is_known or bool(meant and option == name)
+    return _command(words) if is_known else None
+
+
+def _meant(option: str, value: str, options: Sequence[str]) -> Sequence[str]:
+    """Return what an option of another tool means among ours, nothing if it is not known."""
+    if not value or value.startswith("-"):
+        return ()
+    for meant in HABITS.get(option.replace("_", "-"), ()):
+        try:
+            words = meant(value)
+        except ValueError:
             continue
-        after = argv[at + 1 :]
-        if not equals:
-            value, after = (after[0], after[1:]) if after else ("", after)
-        if not value or value.startswith("-"):
-            return None
-        for meant in HABITS.get(name, ()):
-            try:
-                words = meant(value)
-            except ValueError:
-                continue
-            takes_preset = words[0] != "--set" or "--dry-run" in options  # --set is of samplers too
-            if words[0] in options and takes_preset:
-                return _command([*argv[:at], *words, *after])
-    return None
+        takes_preset = words[0] != "--set" or "--dry-run" in options  # --set is of samplers too
+        if words[0] in options and takes_preset:
+            return words
+    return ()
 
 
 def _command(words: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
 import shlex
@@ -255,7 +256,7 @@ def given_images(metric: str, images: list[str] | None, checkpoint: str | None) 
         if b"\0" in content:
             hint = "write one path a line (find without -print0), or name the files"
             raise InputError("stdin is no list of paths: it has NUL bytes", hint)
-        lines = os.fsdecode(content).split("\n")
+        lines = os.fsdecode(content.removeprefix(codecs.BOM_UTF8)).split("\n")
         listed = [path for line in lines if (path := line.removesuffix("\r"))]
         if images and not listed:
             raise InputError("no paths on stdin", "pipe them in, one a line")
@@ -274,7 +275,7 @@ def _is_set(name: str) -> bool:
     """Tell whether a name is that of many images: a folder, an archive, a bundled data set."""
     from cmtool.data.datasets import DATASETS
 
-    return Path(name).is_dir() or name.endswith(SETS) or name.partition(":")[0] in DATASETS
+    return Path(name).is_dir() or name.lower().endswith(SETS) or name.partition(":")[0] in DATASETS
 
 
 @app.command("reference")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import lzma
@@ -19,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmtool.data.decoding import SUFFIXES
 from cmtool.data.entries import (
+    LOOKED_FOR,
     MAX_MEMBER,
     TABLES,
     Entries,
@@ -108,7 +109,7 @@ def zip_entries(path: Path, labelled: bool = True) -> Entries:
     if len({member.filename for member in every}) < len(every):
         raise InputError(f"{path} holds a name twice", "make the archive again")
     if not members:
-        raise InputError(f"no images in {path}", f"looked for {', '.join(SUFFIXES)}")
+        raise InputError(f"no images in {path}", LOOKED_FOR)
     for member in members:
         size, packed = member.file_size, max(member.compress_size, 1)
         if size > MAX_MEMBER or size / packed > MAX_RATIO:
@@ -120,7 +121,7 @@ def zip_entries(path: Path, labelled: bool = True) -> Entries:
         if not is_plain or member.flag_bits & 1:
             raise InputError(
                 f"{member.filename!r} in {path} is encrypted, or packed in a rare way",
-                "make the archive again with cmtool data prepare",
+                "extract it, and give the folder",
             )
     listed = [member.filename for member in members]
     names = Names(listed)
@@ -148,6 +149,10 @@ def npz_entries(path: Path, labelled: bool = True) -> Entries:
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = {m.filename: _checked_array(path, archive, m) for m in archive.infolist()}
+            if "arr_0.npy" not in arrays:
+                held = ", ".join(name.removesuffix(".npy")[:40] for name in list(arrays)[:6])
+                hint = "write N x H x W x 3 of uint8 as arr_0: numpy.savez(FILE, images)"
+                raise InputError(f"{path} has no arr_0, but {held or 'nothing'}", hint)
             images = arrays["arr_0.npy"]()
             labels = arrays["arr_1.npy"]() if labelled and "arr_1.npy" in arrays else None
             facts = [f"{member.filename} {member.CRC}" for member in archive.infolist()]
@@ -185,17 +190,20 @@ def _checked_array(
         header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
         shape, fortran, dtype = header(opened)
         skipped = opened.tell()
+    if dtype.hasobject:
+        what = f"{member.filename} in {path} holds objects of Python, not numbers"
+        raise InputError(what, "write N x H x W x 3 of uint8: numpy.savez(FILE, images)")
     claimed = int(np.prod(shape, dtype=object)) * dtype.itemsize
     stored = member.compress_type == zipfile.ZIP_STORED
     packed = max(member.compress_size, 1)
     if claimed > member.file_size or (not stored and claimed > min(MAX_ARRAY, MAX_RATIO * packed)):
         raise InputError(
             f"{member.filename} in {path} claims {claimed:,} bytes",
-            "it is damaged, or too large: make a zip with cmtool data prepare",
+            "fetch it again, or write it with numpy.savez, which does not compress",
         )
 
     def read() -> Any:
-        if not stored or dtype.hasobject:
+        if not stored:
             with archive.open(member) as opened:
                 return np.lib.format.read_array(opened, allow_pickle=False)
         with path.open("rb") as file:
@@ -203,7 +211,13 @@ def _checked_array(
             _, name_bytes, extra_bytes = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
             start = file.tell() + name_bytes + extra_bytes + skipped
         order: Any = "F" if fortran else "C"
-        return np.memmap(path, dtype, "r", start, tuple(shape), order)
+        try:
+            return np.memmap(path, dtype, "r", start, tuple(shape), order)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            what = f"{path} is on a file system that cannot map files into memory"
+            raise InputError(what, "copy it to another disk") from None
 
     return read
 

@@ -29,7 +29,9 @@ MAX_FILE = 256 << 20
 MAX_DECODED = 3 * MAX_PIXELS
 """Bytes that the pixels of an image may take: 64 million in RGB, 48 million in RGBA."""
 MAX_RUNS = 4_000_000
-"""Pixels of a BMP of run lengths, which Pillow decodes in Python."""
+"""Numbers in a BMP of run lengths or a PPM of text, which Pillow decodes in Python."""
+MAX_EXIF = 4 << 20
+"""Bytes of EXIF. Pillow makes an object of each number in it."""
 STRIP = 1 << 20
 """Pixels that are converted at a time: a whole copy in each mode would take gigabytes."""
 DAMAGE = (
@@ -129,7 +131,8 @@ def _check_size(image: Image.Image, shown: str) -> None:
     """Raise InputError for an image of more pixels, or bytes of pixels, than cmtool decodes."""
     w, h = image.size
     decoders = {tile[0] for tile in getattr(image, "tile", ())}
-    most = MAX_RUNS if "bmp_rle" in decoders else MAX_PIXELS
+    is_slow = bool(decoders & {"bmp_rle", "ppm_plain"})
+    most = MAX_RUNS // len(image.getbands()) if is_slow else MAX_PIXELS
     if w * h > most:
         what = f"{shown} has {w}x{h} pixels"
         raise InputError(what, f"the limit is {most:,}: make it smaller, or save it as PNG")
@@ -152,6 +155,8 @@ WEBP_BYTES = 8
 
 def _orientation(image: Image.Image) -> int:
     """Return EXIF's orientation of an image, 1 to 8; 1 where it says none of them."""
+    if (size := len(image.info.get("exif", b""))) > MAX_EXIF:
+        raise ValueError(f"its EXIF has {size:,} bytes")
     said = image.getexif().get(0x0112, 1)  # any number, or several
     return next((number for number in TURNS if number == said), 1)
 
@@ -184,11 +189,7 @@ def _frames(image: Image.Image) -> int:
     """Return the number of frames of an image, 2 for any more in a TIFF: it does not say it."""
     if image.format != "TIFF":
         return getattr(image, "n_frames", 1)
-    try:
-        image.seek(1)
-    except EOFError:
-        return 1
-    return 2
+    return 2 if getattr(image, "is_animated", False) else 1
 
 
 def _by_strips(

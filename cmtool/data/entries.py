@@ -16,6 +16,7 @@ from cmtool.data.decoding import SUFFIXES
 
 MAX_MEMBER = 64 << 20
 """Bytes that one image in an archive may have."""
+LOOKED_FOR = f"looked for {', '.join(SUFFIXES)}, in files and folders that are not hidden"
 TABLES = ("dataset.json", "labels.csv")
 """Tables of labels beside the images, the first of which counts."""
 
@@ -80,14 +81,25 @@ def is_hidden(name: str) -> bool:
 
 def left_out(names: Iterable[str]) -> str | None:
     """Return how many of the files are no images, by their endings; None if there are none."""
-    others = [n for n in names if n not in TABLES and not is_image(n) and not is_hidden(n)]
-    if not others:
+    endings = Counter(ending for name in names if (ending := _ending(name)) is not None)
+    if not endings:
         return None
-    endings = Counter(PurePosixPath(name).suffix.lower() or "without ending" for name in others)
     ranked = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
     shown = ", ".join(f"{count} {ending}" for ending, count in ranked[:6])
     more = ", ..." if len(endings) > 6 else ""
-    return f"{len(others):,} other files are left out: {shown}{more}"
+    return f"{endings.total():,} other files are left out: {shown}{more}"
+
+
+def _ending(name: str) -> str | None:
+    """Return as what a file is left out; None for an image, a table, and what is no data."""
+    if name in TABLES or is_image(name):
+        return None
+    if is_hidden(name):
+        is_picture = name.lower().endswith(SUFFIXES) and not re.search(
+            r"(^|/)(\._|__MACOSX/)", name
+        )
+        return "hidden" if is_picture else None
+    return PurePosixPath(name).suffix.lower() or "without ending"
 
 
 def fingerprint(facts: Iterable[str], labels: Sequence[int] | None) -> str:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ EDM_FOLDER = 5
 """EDM's archives spread images over folders named by five digits. These are not classes."""
 MAX_CLASSES = 1_000_000
 NUMBER = re.compile(r"\s*([+-]?[0-9]{1,18})(?:\.0*)?\s*")
-SPLITS = {"train", "val", "valid", "validation", "test"}
+TRAIN = ("train", "training")
+SPLITS = {*TRAIN, "val", "valid", "validation", "test", "testing"}
 """Folders train and val side by side are splits, not classes."""
 Table = tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]
 """A label by the name of an image, the names of the classes if they have any, and notes."""
@@ -39,24 +41,51 @@ def find_labels(
     the first bad entry, and for a folder that holds train and other splits.
     """
     names = [_posix(name) for name in names]
-    for name, parse in PARSERS.items():
-        content = read(name)
-        if content is not None:
-            found = parse(content, f"{name} in {source}") if wanted else None
-            return Labels() if found is None else _looked_up(found, names, f"{name} in {source}")
+    tables = [(name, content) for name in PARSERS if (content := read(name)) is not None]
+    for name, content in tables[:1]:
+        found = PARSERS[name](content, f"{name} in {source}") if wanted else None
+        others = tuple(f"{other} in {source} is not read: {name} counts" for other, _ in tables[1:])
+        if found is None:
+            return Labels(notes=others)
+        labels = _looked_up(found, names, f"{name} in {source}")
+        return labels._replace(notes=labels.notes + others)
     folders = [name.rpartition("/")[0] for name in names]
     classes = {folder: place for place, folder in enumerate(sorted(set(folders)))}
     if all(c.isdigit() and len(c) == EDM_FOLDER for c in classes):
-        return Labels()
+        return Labels(notes=_numbered(list(classes), names))
     if len(classes) < 2:
         return Labels(notes=_prefixes(names))
-    splits = sorted(SPLITS.intersection(folder.partition("/")[0] for folder in classes))
-    if "train" in splits and len(splits) > 1:
-        hint = f"give one of them: {source}/train"
-        if not Path(source).is_dir():
-            hint = "extract it, and give its folder train"
-        raise InputError(f"{source} holds {', '.join(splits)}", hint)
-    return Labels([classes[folder] for folder in folders], tuple(classes), _order(list(classes)))
+    _refuse_splits(source, classes)
+    notes = _loose(folders) + _order(list(classes))
+    return Labels([classes[folder] for folder in folders], tuple(classes), notes)
+
+
+def _refuse_splits(source: str, folders: Iterable[str]) -> None:
+    """Raise InputError for a folder that holds train and other splits, in any case of letters."""
+    tops = {folder.partition("/")[0] for folder in folders}
+    splits = sorted(top for top in tops if top.lower() in SPLITS)
+    train = next((split for split in splits if split.lower() in TRAIN), None)
+    if train is None or len(splits) < 2:
+        return
+    hint = f"give one of them: {source}/{train}"
+    if not Path(source).is_dir():
+        hint = f"extract it, and give its folder {train}"
+    raise InputError(f"{source} holds {', '.join(splits)}", hint)
+
+
+def _numbered(folders: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Return a note where folders of five digits hold other files than EDM's archives do."""
+    if len(folders) < 2 or all(re.search(r"/img[0-9]{8}\.png$", name) for name in names):
+        return ()
+    what = f"folders of five digits, as {folders[0]}, are not read as classes"
+    return (f"{what}, for EDM's archives have such; rename them, or write labels.csv",)
+
+
+def _loose(folders: Sequence[str]) -> tuple[str, ...]:
+    """Return a note where images lie beside the folders of the classes."""
+    if (count := folders.count("")) == 0:
+        return ()
+    return (f"{count:,} of the images are in no folder: they are class 0, without a name",)
 
 
 def _prefixes(names: Sequence[str]) -> tuple[str, ...]:
@@ -82,9 +111,9 @@ def _order(folders: list[str]) -> tuple[str, ...]:
 
 def _json_labels(content: bytes, shown: str) -> Table | None:
     try:
-        listed = json.loads(content).get("labels")
+        listed = json.loads(content)["labels"]
         pairs = None if listed is None else [(name, label) for name, label in listed]
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         what = f"{shown} is not {{'labels': [[name, class], ...]}}"
         raise InputError(what, "make it again, or remove it") from None
     return None if pairs is None else (_table(pairs, shown), (), ())
@@ -92,7 +121,8 @@ def _json_labels(content: bytes, shown: str) -> Table | None:
 
 def _csv_labels(content: bytes, shown: str) -> Table:
     try:
-        rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8-sig"))) if row]
+        text = io.StringIO(content.decode("utf-8-sig"), newline=None)
+        rows = [row for row in csv.reader(text) if any(map(str.strip, row))]
     except (UnicodeDecodeError, csv.Error) as error:
         what = f"{shown} is not a table: {error}"
         raise InputError(what, "write name,class on each line, in UTF-8") from None
@@ -132,8 +162,11 @@ def _table(pairs: Iterable[tuple[Any, Any]], shown: str) -> dict[str, Any]:
 
 
 def _posix(name: object) -> str:
-    """Return the name of a file with slashes, as archives of Windows too should have it."""
-    return str(name).replace("\\", "/")
+    """Return the name of a file with slashes, without ./, and with each accent in its letter.
+
+    Archives of Windows have backslashes, those of macOS accents of their own.
+    """
+    return unicodedata.normalize("NFC", str(name).replace("\\", "/").removeprefix("./"))
 
 
 def _class(label: Any) -> int | None:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from cmtool.data.archives import npz_entries, zip_entries
 from cmtool.data.cifar import cifar_entries, is_tarball
-from cmtool.data.decoding import MAX_FILE, SUFFIXES, WHITE, image_mode, read_image
-from cmtool.data.entries import Entries, Labels, Names, fingerprint, is_image, left_out
+from cmtool.data.decoding import MAX_FILE, WHITE, image_mode, read_image
+from cmtool.data.entries import LOOKED_FOR, Entries, Labels, Names, fingerprint, is_image, left_out
 from cmtool.data.images import fitted, recoloured
 from cmtool.data.labels import find_labels, max_table
 from cmtool.data.lsun import lmdb_entries
@@ -40,13 +40,14 @@ def open_images(path: Path, labelled: bool = True) -> Entries | None:
         return lmdb_entries(path) if is_lmdb else folder_entries(path, labelled)
     if not path.is_file():
         raise InputError(f"{path} is not a regular file", "give a folder or a file of images")
+    is_npz = path.suffix.lower() == ".npz"
     if zipfile.is_zipfile(path):
-        return (npz_entries if path.suffix == ".npz" else zip_entries)(path, labelled)
+        return (npz_entries if is_npz else zip_entries)(path, labelled)
     with path.open("rb") as opened:
         if opened.read(4) == b"PK\x03\x04":
             what = f"{path} is a zip archive that is cut short"
             raise InputError(what, "copy or download it again")
-    if path.suffix == ".npz":
+    if is_npz:
         return npz_entries(path, labelled)
     return cifar_entries(path) if is_tarball(path) else None
 
@@ -65,7 +66,7 @@ def folder_entries(path: Path, labelled: bool = True) -> Entries:
             every.append(file if inside == "." else f"{inside}/{file}".replace(os.sep, "/"))
     found = sorted(filter(is_image, every))
     if not found:
-        hint = f"looked for {', '.join(SUFFIXES)}"
+        hint = LOOKED_FOR
         if (path / "data_batch_1").is_file():
             hint = "give cifar-10-python.tar.gz, the archive that this folder was in"
         raise InputError(f"no images in {path}", hint)

@@ -23,7 +23,7 @@ from cmtool.data.datasets import Dataset, listed_images, load_dataset
 from cmtool.data.decoding import SUFFIXES
 from cmtool.data.images import to_uint8
 from cmtool.errors import InputError, UserError
-from cmtool.evaluation.features import CLEAN_FID_MODES, Extractor
+from cmtool.evaluation.features import CLEAN_FID_MODES, PROTOCOLS, Extractor
 from cmtool.evaluation.gaussian import Gaussian, GaussianSums
 from cmtool.evaluation.metrics import Features, Needs
 from cmtool.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
@@ -218,7 +218,8 @@ def _check_comparable(stored: Statistics, setup: Setup) -> None:
     said = stored.about.get("features")
     if isinstance(said, dict):
         made = stored.about.get("protocol")
-        remedy = f"--protocol {made}" if made != protocol else "give its --feature-weights"
+        is_other = isinstance(made, str) and made in PROTOCOLS and made != protocol
+        remedy = f"--protocol {made}" if is_other else "give its --feature-weights"
         for key in ("name", "resize", "sha256"):
             wanted = getattr(extractor, key)
             if said.get(key) != wanted:
@@ -250,9 +251,10 @@ def read_statistics(name: str | Path) -> Statistics | None:
     of EDM2, which are not executed. Raises InputError for a file that is damaged or not finite.
     """
     path = Path(name)
-    if not path.is_file() or path.suffix not in (".npz", ".pkl"):
+    ending = path.suffix.lower()
+    if not path.is_file() or ending not in (".npz", ".pkl"):
         return None
-    arrays = _npz_arrays(path) if path.suffix == ".npz" else _pickled_arrays(path)
+    arrays = _npz_arrays(path) if ending == ".npz" else _pickled_arrays(path)
     if not arrays.keys() & {"mu", "sigma", "feats"}:
         return None
     about: dict[str, Any] = {}

@@ -5,6 +5,7 @@ A foreign format is one file here and one entry in FORMATS.
 
 from __future__ import annotations
 
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -37,6 +38,8 @@ class Format(NamedTuple):
 
 
 ZIP = b"PK\x03\x04"
+MSGPACK = re.compile(rb"([\x81-\x8f]|\xde..|\xdf....)[\xa0-\xbf\xd9-\xdb]", re.DOTALL)
+"""A table whose first key is text: PNG and HDF5 begin with the byte of a table too."""
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """How a zip archive starts, and a pickle of each protocol from 2 to 5."""
 
@@ -62,7 +65,7 @@ FORMATS: dict[str, Format] = {
     "jcm": Format(
         "JAX checkpoint",
         "CIFAR-10 checkpoints of the JAX release",
-        lambda path, start: start[:1] in (b"\xde", b"\xdf") or b"\x80" < start[:1] < b"\x90",
+        lambda path, start: MSGPACK.match(start) is not None,
         jcm_msgpack.read,
     ),
 }

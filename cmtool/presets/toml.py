@@ -32,6 +32,8 @@ MAX_FILE = 1 << 20
 MAX_CHAIN = 32
 """Presets that one preset may extend, one by way of the other."""
 MAX_DEPTH = 8
+MAX_KEYS = 2000
+"""Keys in the file of a preset; cmtool's have about a hundred."""
 MAX_DOTS = 100
 MAX_SHOWN = 200
 """Characters of a value that an error shows."""
@@ -102,7 +104,8 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {text!r} is not KEY=VALUE", "for example --set train.lr=1e-4")
     try:
         _check_keys(raw)
-        value = tomllib.loads(f"value = {raw.strip()}")["value"]
+        table = tomllib.loads(f"value = {raw.strip()}")
+        value = table["value"] if len(table) == 1 else raw.strip()  # of several lines: text
     except RecursionError:
         raise UserError(f"--set {key.strip()} nests too deep", "make it flat") from None
     except ValueError:  # no TOML, or a number of thousands of digits
@@ -148,7 +151,9 @@ def _table(path: Path) -> dict[str, Any]:
         table = tomllib.loads(text)
     except RecursionError:
         raise UserError(f"{path} nests too deep", "mend the file") from None
-    except ValueError as error:  # of TOML, of UTF-8, of numbers of thousands of digits
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error.reason}", "save it as UTF-8") from None
+    except ValueError as error:  # of TOML, of numbers of thousands of digits
         raise UserError(f"{path} is not TOML: {error}", "mend the file") from None
     _check_depth(table, str(path))
     return table
@@ -161,9 +166,11 @@ def _check_keys(text: str) -> None:
 
 
 def _check_depth(tree: Mapping[str, Any], shown: str) -> None:
-    """Raise UserError for tables and arrays deeper than those of any preset."""
+    """Raise UserError for more keys, or deeper tables and arrays, than those of any preset."""
     level: list[Any] = [tree]
     for _ in range(MAX_DEPTH):
+        if (keys := sum(len(v) for v in level if isinstance(v, Mapping))) > MAX_KEYS:
+            raise UserError(f"{shown} has {keys:,} keys and more", "remove those of no use")
         inner = [v.values() if isinstance(v, Mapping) else v for v in level]
         level = [v for values in inner for v in values if isinstance(v, Mapping | list)]
     if level:
@@ -243,6 +250,9 @@ def _validated(tree: dict[str, Any], shown: str) -> Preset:
         what = what.replace("input should be", "it must be")
         top = ".".join(itertools.takewhile(lambda part: not part.isdigit(), path))
         hint = f"cmtool preset show edm {top} prints what it may be"
+        if key == "model.image_size":
+            sides = re.findall(r"[0-9]+", str(first["input"])[:MAX_SHOWN]) or ["8"]
+            hint = f"give height and width: --set {key}=[{sides[0]},{sides[-1]}]"
         if first["type"] == "extra_forbidden":
             what = f"unknown key {key!r} in preset {shown}"
             known = [name for name in _known(tree) if name.rpartition(".")[2] == path[-1]]

@@ -217,7 +217,11 @@ def join(
     """
     if world_size == 1:
         return Group(rank, world_size)
-    found, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT))))
+    try:
+        found, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT))))
+    except ValueError as error:  # MASTER_ADDR or MASTER_PORT is not set, or is none
+        what = f"the processes cannot find each other: {str(error)[-200:]}"
+        raise UserError(what, "start all of them with torchrun") from None
     try:
         store = assemble(found, rank, world_size)
         check_over_store(store, rank, world_size, facts or {})

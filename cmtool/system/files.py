@@ -18,7 +18,7 @@ from cmtool.errors import InputError, ResourceError, is_full
 SPECIAL = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)
 """What opening says of a link that is not followed, a pipe without a reader, a socket, a device."""
 
-NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 """What file systems say that cannot wait for the list of files of a folder."""
 
 

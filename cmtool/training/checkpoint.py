@@ -6,6 +6,7 @@ It is written to a folder `.tmp-*`, which is renamed when all files are on the d
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
@@ -132,13 +133,22 @@ def make_room(folder: Path, snapshot: Snapshot, keep: int) -> None:
     """
     needed = int(snapshot.num_bytes * MARGIN)
     folder.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder).free >= needed:
+    if _free(folder) >= needed:
         return
     checkpoints.prune(folder, keep)
-    free = shutil.disk_usage(folder).free
+    free = _free(folder)
     if free < needed:
         hint = f"free disk space: it needs {needed / 1e6:,.1f} MB and has {free / 1e6:,.1f}"
         raise no_room(f"step-{snapshot.step:07d}", hint)
+
+
+def _free(folder: Path) -> float:
+    """Return how many bytes are free; infinity where a file system does not say its size."""
+    try:
+        total, _, free = shutil.disk_usage(folder)
+    except OSError:
+        return math.inf
+    return free if total else math.inf
 
 
 def no_room(name: str, hint: str) -> ResourceError:

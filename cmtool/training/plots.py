@@ -107,8 +107,12 @@ def curve(name: str, points: Sequence[tuple[float, float | None]]) -> Curve:
 
 
 def plain(text: str) -> str:
-    """Return text from elsewhere for matplotlib, which takes dollars for formulas."""
-    return printable(text).replace("$", r"\$")
+    """Return text from elsewhere for matplotlib.
+
+    It takes dollars for formulas, and leaves names that begin with _ out of legends.
+    """
+    shown = printable(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def svgs(plots: Sequence[Plot]) -> Iterator[str]:

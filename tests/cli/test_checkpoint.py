@@ -100,6 +100,8 @@ def test_a_foreign_teacher_is_distilled(cmtool, tmp_path):
         (["info", "digits-cd", "--weights", "x"], 0, ""),
         (["convert", "digits-edm", "pipe"], 3, "it is a teacher"),
         (["convert", "digits-cd", "x.pt"], 2, "writes no pickles"),
+        (["convert", "digits-cd", "x.onnx"], 2, "does not write .onnx"),
+        (["convert", "digits-cd", "x.SAFETENSORS"], 2, "does not write .SAFETENSORS"),
         (["convert", "digits-cd", "."], 2, "exists"),
         (["convert", "digits-cd", "-"], 2, "not written to stdout"),
         (["convert", "nowhere.pkl", "."], 2, ". exists"),  # before a large file is read

@@ -85,6 +85,24 @@ def test_runs_and_bundled_models_are_offered(tab, tmp_path, words):
     assert tab("runs", "compare", "runs/mine", "") == ["runs/mine"]
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_names_that_a_shell_would_run_are_not_offered(cmtool, monkeypatch, tmp_path, shell):
+    """zsh evaluates what Typer gives it, and a backslash undoes Typer's own before a dollar."""
+    for name in ("x\\$(touch pwned)", "x`touch pwned`", "x$HOME", "x';touch pwned;'", 'x"', "x;y",
+                 "x\ny", "x\x1b[2J", "x*", "x|y", "x<y"):  # fmt: skip
+        make_run(tmp_path / "runs" / name)
+    make_run(tmp_path / "runs/xäöü-1.5")
+    for key, value in {"_CMTOOL_COMPLETE": f"complete_{shell}", "COMP_CWORD": "3",
+                       "COMP_WORDS": "cmtool sample -c runs/x",
+                       "_TYPER_COMPLETE_ARGS": "cmtool sample -c runs/x",
+                       "_TYPER_COMPLETE_FISH_ACTION": "get-args"}.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+    told = cmtool()
+    assert "runs/xäöü-1.5" in told.text
+    assert not {*"\\$`;|<\x1b"} & {*told.text}
+    assert "touch" not in told.text
+
+
 def test_classes_are_those_of_the_run_that_is_named(tab, tmp_path):
     make_run(tmp_path / "runs/a", "[model]\nnum_classes = 3\n")
     make_run(tmp_path / "runs/many", "[model]\nnum_classes = 1000\n")

@@ -156,6 +156,20 @@ def test_the_message_names_value_and_remedy(cmtool, arguments, code, what, hint)
     assert hint in remedy
 
 
+def test_a_library_that_finds_no_memory_is_a_lack_of_memory(cmtool, monkeypatch):
+    """As under `ulimit -v`, with which clusters hold jobs to the memory they asked for."""
+
+    def load(_):
+        raise ImportError("libtorch_cuda.so: failed to map segment from shared object")
+
+    monkeypatch.setattr("cmtool.cli.build_app", load)
+    result = cmtool("sample")
+    assert result.code == 5
+    error, hint = result.err.splitlines()
+    assert error.startswith("error: no memory to load a library: libtorch_cuda.so")
+    assert "ulimit -v" in hint
+
+
 def test_a_wrong_flag_is_a_usage_error(cmtool):
     assert cmtool("sample", "--sedes", "1").code == 2
     assert cmtool("smaple").code == 2

@@ -298,6 +298,8 @@ def test_names_on_stdin_are_bytes_between_newlines(cmtool, tmp_path):
     options = ["--workers", "0", "--json"]
     found = value(cmtool("eval", "fid", "-", *options, stdin=b"\r\n".join(names)))
     assert found["value"] == value(cmtool("eval", "fid", ".", *options))["value"]
+    marked = b"\xef\xbb\xbf" + b"\n".join(names)  # as PowerShell writes a list
+    assert value(cmtool("eval", "fid", "-", *options, stdin=marked))["value"] == found["value"]
     others = value(cmtool("eval", "fid", "digits", "--num", "2", *options))
     assert others["images"]["fingerprint"] != found["images"]["fingerprint"]
 
@@ -363,6 +365,14 @@ def test_what_cannot_be_compared_with_is_named(cmtool, sets, tmp_path):
     np.savez(tmp_path / "other.npz", mu=np.zeros(64), sigma=np.eye(64), about=np.array(about))
     other = cmtool(*fid, "other.npz")
     assert (other.code, "was made with resize None" in other.err) == (3, True)
+    for made in (None, 5, ["edm"], "fid"):  # no protocol that could be given
+        about = json.dumps({"protocol": made, "features": {"name": [1]}})
+        np.savez(tmp_path / "odd.npz", mu=np.zeros(64), sigma=np.eye(64), about=np.array(about))
+        odd = cmtool(*fid, "odd.npz")
+        assert (odd.code, "was made with name [1]" in odd.err) == (3, True)
+        assert "hint: give its --feature-weights, or make it again" in odd.err
+    np.savez(tmp_path / "named.npz", mean=np.zeros(64), cov=np.eye(64))
+    assert "named.npz has no arr_0, but mean, cov" in cmtool(*fid, "named.npz").err
 
 
 def test_without_the_weights_eval_ends_before_it_samples(cmtool, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import tomllib
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from cmtool.cli._output import shown
 from cmtool.cli._watching import BarWatcher
@@ -105,6 +106,15 @@ def test_words_are_drawn_as_they_are(tmp_path, words):
     write_curves(tmp_path / "c.png", {words: [(1, 2), (2, 3)]}, words, words)
     (page,) = svgs([Plot(words, [Curve(words, [1, 2], [1.0, 2.0]), Curve("b", [1], [2.0])])])
     assert printable(words) in page
+
+
+def test_a_name_that_begins_with_a_line_stands_in_the_legend(monkeypatch, tmp_path):
+    """matplotlib leaves such names out, as those of curves of no interest."""
+    told = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: told.append(figure))
+    write_curves(tmp_path / "c.png", {"_mine": [(1, 2), (2, 3)], "b": [(1, 1), (2, 2)]}, "x", "y")
+    legend = told[0].axes[0].get_legend()
+    assert [text.get_text().strip() for text in legend.get_texts()] == ["_mine", "b"]
 
 
 def test_a_description_with_dollars_ends_no_run(cmtool, tmp_path):

@@ -1,12 +1,16 @@
 """Pipes, devices and sparse files of gigabytes where a command expects a file: no wait, no read."""
 
+import io
 import json
 import os
+import sys
 
 import pytest
 import torch
 
+from cmtool.cli._output import read_stdin
 from cmtool.data.drawing import png_bytes
+from cmtool.errors import InputError
 
 ODD = {
     "a fifo": os.mkfifo,
@@ -70,6 +74,14 @@ def test_a_stream_without_end_is_left(cmtool, monkeypatch, command):
     result = cmtool(*command, stdin=bytes(1001))
     assert result.code == 3
     assert "more than 1,000 bytes on stdin" in result.err
+
+
+def test_a_stdin_that_cannot_be_read_is_named(monkeypatch, tmp_path):
+    with (tmp_path / "x").open("wb") as file:
+        reader = io.BufferedReader(io.FileIO(file.fileno(), closefd=False))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(reader))
+        with pytest.raises(InputError, match="cannot read stdin: Bad file descriptor"):
+            read_stdin()
 
 
 def test_names_that_are_no_text_are_told_in_every_output(cmtool, tmp_path):

@@ -57,6 +57,43 @@ def test_the_first_process_on_each_machine_tells_of_its_device(
     assert ("error: rank 2: --device cuda:7 for 2 processes" in result.err) == told
 
 
+ODD_VARIABLES = [
+    {"RANK": "abc", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "x"}, {"WORLD_SIZE": "0"}, {"RANK": ""},
+    {"RANK": "-1", "WORLD_SIZE": "2"}, {"RANK": "5", "WORLD_SIZE": "2"}, {"RANK": "1"},
+    {"RANK": "1", "WORLD_SIZE": "1"}, {"LOCAL_RANK": "x"}, {"LOCAL_WORLD_SIZE": ""},
+    {"RANK": "\u0661", "WORLD_SIZE": "2"}, {"RANK": "1.0", "WORLD_SIZE": "2"},
+    {"TORCHELASTIC_MAX_RESTARTS": "x"}, {"WORLD_SIZE": "9" * 5000, "RANK": "9" * 5000},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variables", ODD_VARIABLES, ids=lambda v: str(v)[:50])
+def test_variables_that_torchrun_would_not_set_are_refused_by_every_process(
+    cmtool, monkeypatch, variables
+):
+    """Leftovers of a cluster: a hang, a traceback, or no word and exit code 0."""
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    result = cmtool("sample", "-c", "digits-cd", "--seeds", "0", "--out", "s")
+    assert (result.code, result.out) == (2, b"")
+    error, hint = result.err.splitlines()
+    assert any(key in error for key in variables)
+    assert "unset RANK WORLD_SIZE LOCAL_RANK" in hint
+
+
+@pytest.mark.parametrize(
+    "variables", [{}, {"MASTER_ADDR": "127.0.0.1"}, {"MASTER_ADDR": "x", "MASTER_PORT": "x"},
+                  {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}],
+    ids=str,
+)  # fmt: skip
+def test_processes_without_a_place_to_meet_are_sent_to_torchrun(cmtool, monkeypatch, variables):
+    for key, value in {"RANK": "0", "WORLD_SIZE": "2", **variables}.items():
+        monkeypatch.setenv(key, value)
+    result = cmtool("sample", "-c", "digits-cd", "--seeds", "0", "--out", "s", "--device", "cpu")
+    assert result.code == 2, result.err
+    assert "error: the processes cannot find each other: " in result.err
+    assert "hint: start all of them with torchrun" in result.err
+
+
 def parameters(*path):
     """The options of a command, and what each is set to when it is left out."""
     command = typer.main.get_command(build_app())

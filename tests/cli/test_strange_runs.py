@@ -84,6 +84,19 @@ def test_a_folder_with_what_is_no_regular_file_is_refused_as_it_is(
     assert everything(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "how", [["--resume"], ["--overwrite", "--preset", "digits-ct", *TINY, "--set", "train.steps=1"]]
+)
+@pytest.mark.usefixtures("bare_runs")
+def test_a_copy_by_hard_links_leaves_the_original_as_it_is(cmtool, tmp_path, run, how):
+    """As `cp -al` makes it, and tools of backups."""
+    shutil.copytree(run, tmp_path / "copy", copy_function=os.link)
+    before = everything(run)
+    result = cmtool("train", "--out", "copy", "--device", "cpu", *how)
+    assert result.code == 0, result.err
+    assert everything(run) == before
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_special_file_is_refused_by_name(cmtool, tmp_path, run, kind):
     plant(run / "tensorboard", KINDS[kind])

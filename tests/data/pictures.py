@@ -39,15 +39,23 @@ def png(width, height, *more, depth=8, kind=0, rows=b""):
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
 
 
-def tiff(width, height, pixels, *, bits=8, white=1, sign=1, tile=None, packed=False):
-    """A grey TIFF made by hand, of one strip, or of one tile of the given sides."""
+def tiff(width, height, pixels, *, bits=8, white=1, sign=1, tile=None, packed=False, strips=1):
+    """A grey TIFF made by hand, of one tile of the given sides, or of strips, all in one place."""
     data = zlib.compress(pixels, 9) if packed else pixels
     tags = {256: width, 257: height, 258: bits, 259: 8 if packed else 1, 262: white, 277: 1}
     places = (324, 325) if tile else (273, 279)
-    tags |= {322: tile[0], 323: tile[1]} if tile else {278: height}
-    tags |= {places[0]: 22 + 12 * (len(tags) + 3), places[1]: len(data), 339: sign}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags))
-    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4 + 8) + data
+    tags |= {322: tile[0], 323: tile[1]} if tile else {278: height // strips}
+    start = 22 + 12 * (len(tags) + 3)
+    tags |= {places[0]: start, places[1]: len(data), 339: sign}
+    counts = {}
+    if strips > 1:
+        counts = dict.fromkeys(places, strips)
+        table = struct.pack("<I", start + 4 * strips) * strips
+        tags |= {places[0]: start, places[1]: start}  # as lengths, places are far too large
+        data = table + data
+    entries = (struct.pack("<HHII", tag, 4, counts.get(tag, 1), tags[tag]) for tag in sorted(tags))
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries)
+    return head + bytes(4 + 8) + data
 
 
 def bmp_of_runs(width, height, runs):

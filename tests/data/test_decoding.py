@@ -1,5 +1,6 @@
 import io
 import random
+import struct
 import time
 from contextlib import suppress
 
@@ -134,6 +135,16 @@ def many_scans():
     return content[:-2] + content[at:-2] * 100 + content[-2:]
 
 
+SMALL_JPEG = saved(Image.new("L", (8, 8)), "JPEG")
+
+
+def jpeg_with(more):
+    """A JPEG with more before its pixels."""
+    return SMALL_JPEG[:2] + more + SMALL_JPEG[2:]
+
+
+EXIF = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x0112, 5, 1 << 19, 26) + bytes(4 << 20)
+"""An orientation of half a million fractions."""
 OVER_THE_BOUNDS = {
     "RGBA": (png(7900, 7900, kind=6), "7900x7900 pixels of 4 bytes, takes 249,640,000 bytes"),
     "RGBA of 16 bits": (png(7000, 7000, kind=6, depth=16), "7000x7000 pixels of 4 bytes"),
@@ -145,6 +156,18 @@ OVER_THE_BOUNDS = {
     "scans": (many_scans(), "has 1[0-9]{2} scans"),
     "comments": (b"P3 8 8 255\n" + b"#\n" * 500_000, "more than 1,000 comments"),
     "a header": (b"P6 #" + b"x" * 5_000_000, "header has more than 4,096 bytes"),
+    "segments": (jpeg_with(b"\xff\xe3\0\2" * 1_000_000), "more than 400 segments"),
+    "filling": (jpeg_with(b"\xff" * 4_000_000), "65,536 bytes between its segments"),
+    "junk": (jpeg_with(b"\xff\xfe\0\2" + bytes(4_000_000)), "65,536 bytes between its segments"),
+    "EXIF": (png(8, 8, chunk(b"eXIf", EXIF), rows=bytes(72)), "its EXIF has 4,194,332 bytes"),
+    "strips": (tiff(1, 300_000, bytes(8), strips=300_000), "its tag 273 has 300,000 values"),
+    "tags": (
+        b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 300_000) + bytes(6_000_000),
+        "it has 300,000 tags",
+    ),
+    "a float's header": (b"Pf #" + b"x" * 5_000_000, "header has more than 4,096 bytes"),
+    "Pillow's own header": (b"PyRGBA#" + b"x" * 5_000_000, "header has more than 4,096 bytes"),
+    "numbers as text": (b"P3 1200 1200 255\n" + b"0 " * 4_320_000, "1200x1200 pixels"),
 }
 
 
@@ -160,6 +183,9 @@ def test_what_would_take_long_or_much_is_refused_before_it_is_decoded(kind):
 def test_what_is_just_within_the_bounds_is_read():
     assert read_image(png(8, 8, chunk(b"teSt", b"") * 99_000, rows=bytes(72))).shape == (3, 8, 8)
     assert read_image(b"P3 1 1 255\n" + b"#\n" * 1000 + b"1 2 3").flatten().tolist() == [1, 2, 3]
+    segments = jpeg_with(b"\xff\xe3\0\2" * 390 + b"\xff" * 60_000)
+    assert read_image(segments).shape == (3, 8, 8)
+    assert read_image(tiff(1, 2000, b"\7" * 9, strips=2000)).unique().tolist() == [7]
     assert read_image(b"P5 #" + b"x" * 4000 + b"\n1 1 255\n" + b"\7").unique().tolist() == [7]
 
 
@@ -216,6 +242,61 @@ def test_a_mask_is_told_by_half_of_each_level(grey, alpha, wanted, tmp_path):
         assert read_mask(tmp_path / "m.png").all()
     else:
         assert read_mask(tmp_path / "m.png").tolist() == [[wanted]]
+
+
+def squares():
+    """A white square on black, 4x4."""
+    grey = np.zeros((4, 4), np.uint8)
+    grey[1:3, 1:3] = 255
+    return Image.fromarray(grey)
+
+
+SQUARE = squares()
+DEEP = Image.fromarray(np.array(SQUARE, np.uint16) * 257)
+MASKS = {
+    "CMYK TIFF": saved(Image.merge("CMYK", [SQUARE.point(lambda v: 255 - v)] * 3
+                                   + [Image.new("L", (4, 4))]), "TIFF"),
+    "16 bits": saved(DEEP),
+    "16 bits of a TIFF": saved(DEEP, "TIFF"),
+    "16 bits of a PGM": saved(DEEP, "PPM"),
+    "one bit": saved(SQUARE.convert("1")),
+    "palette": saved(SQUARE.convert("RGB").quantize(2)),
+    "YCbCr": saved(SQUARE.convert("YCbCr"), "TIFF"),
+    "LA": saved(SQUARE.convert("LA")),
+    "black is nothing": saved(SQUARE, transparency=0),
+    "white is nothing": saved(SQUARE, transparency=255),
+    "black of RGB is nothing": saved(SQUARE.convert("RGB"), transparency=(0, 0, 0)),
+    "white paint in WebP": saved(Image.merge("RGBA", [Image.new("L", (4, 4), 255)] * 3 + [SQUARE]),
+                                 "WEBP", lossless=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_mask_may_be_stored_in_any_mode(kind, tmp_path):
+    (tmp_path / "m").write_bytes(MASKS[kind])
+    assert read_mask(tmp_path / "m")[0].tolist() == (np.array(SQUARE) == 255).tolist()
+
+
+NO_MASKS = {
+    "APNG": (saved(SQUARE, save_all=True, append_images=[Image.new("L", (4, 4), 9)]), "2 frames"),
+    "pages": (saved(SQUARE, "TIFF", save_all=True, append_images=[SQUARE]), "2 frames"),
+    "GIF": (saved(SQUARE, "GIF"), "is not an image cmtool reads"),
+    "animated GIF": (saved(SQUARE, "GIF", save_all=True, append_images=[Image.new("L", (4, 4))]),
+                     "is not an image cmtool reads"),
+    "ICO": (saved(SQUARE, "ICO"), "is not an image cmtool reads"),
+    "TGA": (saved(SQUARE, "TGA"), "is not an image cmtool reads"),
+    "PSD": (b"8BPS\0\1" + bytes(100), "is not an image cmtool reads"),
+    "HEIC": (b"\0\0\0\x18ftypheic" + bytes(100), "is not an image cmtool reads"),
+    "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image cmtool reads"),
+    "floats": (saved(SQUARE.convert("F"), "TIFF"), "floats of an unknown range"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NO_MASKS)
+def test_a_mask_of_several_pictures_or_of_another_format_is_refused(kind, tmp_path):
+    (tmp_path / "m").write_bytes(NO_MASKS[kind][0])
+    with pytest.raises(InputError, match=NO_MASKS[kind][1]):
+        read_mask(tmp_path / "m")
 
 
 @pytest.mark.parametrize(("dark", "is_refused"), [(15, True), (16, False)])

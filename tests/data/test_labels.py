@@ -45,6 +45,9 @@ READ = {
     "names, the first alone, without a header": (table("dog", "cat", "cat", "cat"), [1, 0, 0, 0]),
     "names with spaces": (table("dog", " cat", "dog ", "cat"), [1, 0, 1, 0]),
     "names with a header": ("file,kind\n" + table("dog", "cat", "dog", "cat"), [1, 0, 1, 0]),
+    "lines of spreadsheets": (table(3, 0, 1, 1).replace("\n", "\r\n") + "\n,\n", [3, 0, 1, 1]),
+    "lines of old macOS": (table(3, 0, 1, 1).replace("\n", "\r"), [3, 0, 1, 1]),
+    "paths of find": (table(3, 0, 1, 1).replace("\n", "\n./"), [3, 0, 1, 1]),
     "a line twice": (table(3, 0, 1, 1) + "\n0.png,3", [3, 0, 1, 1]),
 }
 
@@ -68,6 +71,32 @@ def test_a_note_says_where_what_looks_like_a_number_is_a_name(tmp_path, odd):
     )
 
 
+def test_a_table_of_quoted_commas_has_names_with_commas(tmp_path):
+    found = load_dataset(zipped(tmp_path, {"labels.csv": table('"a, b"', "c", '"a, b"', "c")}))
+    assert (found.labels.tolist(), found.class_names) == ([0, 1, 0, 1], ("a, b", "c"))
+
+
+def test_of_two_tables_the_one_that_does_not_count_is_told(tmp_path):
+    more = {"dataset.json": json_of(0, 1, 0, 1), "labels.csv": table(1, 0, 1, 0)}
+    found = load_dataset(zipped(tmp_path, more))
+    assert found.labels.tolist() == [0, 1, 0, 1]
+    assert [f"{tmp_path}/x.zip is not read: dataset.json counts" in n for n in found.notes] == [
+        True
+    ]
+    more["dataset.json"] = '{"labels": null}'
+    assert load_dataset(zipped(tmp_path, more)).notes == found.notes
+
+
+@pytest.mark.parametrize("name", ["cafe\u0301", "caf\u00e9"])
+def test_accents_of_macos_are_those_of_others(tmp_path, name):
+    """macOS writes an accent as a character of its own."""
+    names = [f"{name}/0.png", "th\u00e9/1.png"]
+    found = load_dataset(zipped(tmp_path, {}, names))
+    assert found.class_names == ("caf\u00e9", "th\u00e9")
+    more = {"labels.csv": "caf\u00e9/0.png,1\nthe\u0301/1.png,0"}
+    assert load_dataset(zipped(tmp_path, more, names)).labels.tolist() == [1, 0]
+
+
 REFUSED = {
     "one name, two classes": ("labels.csv", table(0, 1, 1, 1) + "\n0.png,1", "two classes"),
     "two in JSON": ("dataset.json", '{"labels": [["0.png", 0], ["0.png", 1]]}', "two classes"),
@@ -84,6 +113,14 @@ REFUSED = {
     "text": ("dataset.json", json_of(0, 0, 0, '"--5"'), "gives the class '--5'"),
     "numbers and names": ("dataset.json", json_of(0, '"cat"', 0, 0), "gives the class 'cat'"),
     "nested": ("dataset.json", json_of(0, 0, 0, "[" * 9000), "is not {'labels'"),
+    "no labels": ("dataset.json", "{}", "is not {'labels'"),
+    "names and classes": ("dataset.json", '{"0.png": 0, "1.png": 1}', "is not {'labels'"),
+    "a table": ("dataset.json", '{"labels": {"0.png": 0, "1.png": 1}}', "is not {'labels'"),
+    "a vector of true": ("dataset.json", json_of(0, 0, 0, "[true, false]"), r"class \[True, False"),
+    "three columns": ("labels.csv", ",name,class\n0,0.png,1\n", "other than two columns"),
+    "Latin-1": ("labels.csv", table(0, 1, 1, "caf\xe9").encode("latin-1"), "is not a table"),
+    "a quote without end": ("labels.csv", '0.png,"1\n' + table(0, 1, 1, 1), "no class for '1.png'"),
+    "a long field": ("labels.csv", f'0.png,"{"x" * 140_000}"', "field larger than"),
     "half a vector": ("dataset.json", json_of(0, 0, 0, "[0.5, 0.5]"), r"class \[0.5, 0.5\]"),
 }  # fmt: skip
 
@@ -153,6 +190,43 @@ def test_folders_that_are_numbers_say_which_class_they_are(tmp_path):
     assert found.notes == ("class 2 is the folder '10': folders are sorted as text",)
     assert not load_dataset(folder(tmp_path / "b", [f"{i}/a.png" for i in range(10)])).notes
     assert not load_dataset(folder(tmp_path / "c", [f"c{i}/a.png" for i in range(11)])).notes
+
+
+ODD_FOLDERS = {
+    "loose": (["cat/a.png", "dog/b.png", "c.png", "d.png"], "2 of the images are in no folder"),
+    "five digits": (["00001/a.png", "00002/b.png"], "as 00001, are not read as classes"),
+    "hidden": (["cat/a.png", "dog/b.png", ".fox/c.png"], "1 other files are left out: 1 hidden"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_FOLDERS)
+def test_a_note_says_what_odd_folders_are(tmp_path, kind):
+    names, told = ODD_FOLDERS[kind]
+    for path in (zipped(tmp_path, {}, names), folder(tmp_path, names)):
+        assert [told in note for note in load_dataset(path).notes] == [True]
+
+
+def test_folders_of_devices_of_windows_are_classes(tmp_path):
+    found = load_dataset(folder(tmp_path, ["con/a.png", "nul/b.png", "aux./c.png", "Con/d.png"]))
+    assert found.class_names == ("Con", "aux.", "con", "nul")
+    assert not found.notes
+
+
+@pytest.mark.parametrize("splits", [("Train", "Test"), ("training", "testing"), ("TRAIN", "val")])
+def test_splits_in_any_letters_are_no_classes(tmp_path, splits):
+    names = [f"{split}/{kind}/a.png" for split in splits for kind in ("cat", "dog")]
+    path = folder(tmp_path, names)
+    with pytest.raises(InputError, match=f"holds {', '.join(sorted(splits))}") as caught:
+        load_dataset(path)
+    assert caught.value.hint == f"give one of them: {path}/{splits[0]}"
+    assert load_dataset(f"{path}/{splits[0]}").class_names == ("cat", "dog")
+
+
+def test_of_hidden_images_alone_there_are_none(tmp_path):
+    for path in (zipped(tmp_path, {}, [".x/a.png"]), folder(tmp_path, [".x/a.png"])):
+        with pytest.raises(InputError, match="no images in") as caught:
+            load_dataset(path)
+        assert "not hidden" in caught.value.hint
 
 
 @pytest.mark.parametrize(

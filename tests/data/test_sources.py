@@ -1,3 +1,5 @@
+import errno
+import gzip
 import io
 import json
 import multiprocessing
@@ -23,6 +25,7 @@ from cmtool.data.images import fitted
 from cmtool.data.lsun import lmdb_entries
 from cmtool.data.sources import LazyImages, open_images
 from cmtool.errors import InputError
+from cmtool.evaluation.sets import open_set
 
 N, SIDE = 12, 6
 LABELS = [i % 3 for i in range(N)]
@@ -45,9 +48,9 @@ def write(folder, names=NAMES):
     return folder
 
 
-def zipped(path, names=NAMES, more=None):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, image in zip(names, PICTURES, strict=True):
+def zipped(path, names=NAMES, more=None, how=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", how) as archive:
+        for name, image in zip(names, PICTURES[: len(names)], strict=True):
             archive.writestr(name, png_bytes(image))
         for name, content in (more or {}).items():
             archive.writestr(name, content)
@@ -169,6 +172,17 @@ def test_an_uncompressed_npz_stays_in_its_file(tmp_path, monkeypatch):
     assert torch.equal(found.images[torch.arange(N)], PICTURES)
 
 
+def test_a_file_system_that_cannot_map_files_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENODEV, "No such device")
+
+    np.savez(tmp_path / "x.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    monkeypatch.setattr(np, "memmap", refuse)
+    with pytest.raises(InputError, match=r"x\.npz is on a file system that cannot map") as caught:
+        load_dataset(str(tmp_path / "x.npz"))
+    assert "another disk" in caught.value.hint
+
+
 def test_a_link_to_nothing_is_named(tmp_path):
     folder = write(tmp_path / "x")
     (folder / "003.png").unlink()
@@ -222,6 +236,18 @@ def test_cifars_tarball_is_read_without_unpickling(tmp_path):
     found = load_dataset(str(path), size=(32, 32))
     assert torch.equal(found.images, torch.from_numpy(rows).reshape(10, 3, 32, 32))
     assert found.labels.tolist() == labels
+
+
+def test_the_last_part_of_a_split_zip_and_cifars_folder_are_named(tmp_path):
+    whole = zipped(tmp_path / "x.zip").read_bytes()
+    (tmp_path / "x.zip").write_bytes(whole[500:])  # as the .zip beside .z01
+    with pytest.raises(InputError, match=r"x\.zip is damaged: its start is missing"):
+        load_dataset(str(tmp_path / "x.zip"))
+    (tmp_path / "data_batch_1").write_bytes(b"")
+    (tmp_path / "x.zip").unlink()
+    with pytest.raises(InputError, match="no images in") as caught:
+        load_dataset(str(tmp_path))
+    assert "cifar-10-python.tar.gz" in caught.value.hint
 
 
 def test_code_in_cifars_tarball_does_not_run(tmp_path):
@@ -382,6 +408,34 @@ def broken_member(root):
     return path
 
 
+def flagged(root, flag):
+    """A zip whose first file has a flag in the list of files: 1 is encrypted."""
+    path = zipped(root / "x.zip")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= flag
+    path.write_bytes(content)
+    return path
+
+
+def zipped_zip(root):
+    inner = zipped(root / "y.zip").read_bytes()
+    return zipped(root / "x.zip", [], {"y.zip": inner})
+
+
+def linked(root, kind):
+    with tarfile.open(root / "x.tar", "w") as archive:
+        for name, target in (("data_batch_1", "data_batch_2"), ("data_batch_2", "data_batch_1")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+    return root / "x.tar"
+
+
+def packed(root, content):
+    (root / "x.gz").write_bytes(gzip.compress(content))
+    return root / "x.gz"
+
+
 def lying_npz(root):
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
@@ -430,8 +484,23 @@ BAD = {
     "broken member": (broken_member, "000.png' in .* is damaged|cannot be decoded"),
     "npz of 12 TB": (lying_npz, "claims 12,288,000,000,000 bytes"),
     "npz of floats": (lambda r: saved(r, arr_0=np.zeros((2, 4, 4, 3))), "float64"),
-    "npz of objects": (lambda r: saved(r, arr_0=np.array([{}], object)), "claims|holds no images"),
-    "npz of nothing": (lambda r: saved(r, x=np.zeros(2)), "holds no images"),
+    "npz of objects": (lambda r: saved(r, arr_0=np.array([{}], object)), "holds objects of Python"),
+    "npz of lists": (lambda r: saved(r, arr_0=np.array([[1], [1, 2]], object)), "holds objects"),
+    "npz of channels first": (lambda r: saved(r, arr_0=np.zeros((2, 3, 4, 4), np.uint8)), "uint8 "),
+    "npz of five sides": (lambda r: saved(r, arr_0=np.zeros((1, 2, 4, 4, 3), np.uint8)), "uint8 "),
+    "npz of records": (lambda r: saved(r, arr_0=np.zeros((2, 4, 4, 3), [("r", "u1")])), "'u1'"),
+    "npz of pictures": (lambda r: zipped(r / "x.npz"), "holds no images: the magic string"),
+    "encrypted zip": (lambda r: flagged(r, 1), "is encrypted, or packed"),
+    "zip of bzip2": (lambda r: zipped(r / "x.zip", how=zipfile.ZIP_BZIP2), "packed in a rare way"),
+    "zip of LZMA": (lambda r: zipped(r / "x.zip", how=zipfile.ZIP_LZMA), "packed in a rare way"),
+    "zip of a zip": (lambda r: zipped_zip(r), "no images in"),
+    "empty zip": (lambda r: zipped(r / "x.zip", []), "no images in"),
+    "link in a zip": (lambda r: zipped(r / "x.zip", more={"0.png": "/bin"}), "is not an image"),
+    "tarball of hard links": (lambda r: linked(r, tarfile.LNKTYPE), "holds no data_batch_1"),
+    "tarball of links": (lambda r: linked(r, tarfile.SYMTYPE), "holds no data_batch_1"),
+    "tarball of pipes": (lambda r: linked(r, tarfile.FIFOTYPE), "holds no data_batch_1"),
+    "gzip of no tarball": (lambda r: packed(r, b"text"), "is not CIFAR-10's archive"),
+    "npz of nothing": (lambda r: saved(r, x=np.zeros(2)), "has no arr_0, but x"),
     "odd labels": (
         lambda r: saved(r, arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.array([0, -1])),
         "arr_1",
@@ -447,6 +516,45 @@ def test_what_cannot_be_used_is_named(name, tmp_path):
     make, message = BAD[name]
     with pytest.raises(InputError, match=message):
         load_dataset(str(make(tmp_path)), size=(SIDE, SIDE))
+
+
+def test_what_cannot_be_unpacked_is_not_sent_to_a_command_that_refuses_it_too(tmp_path):
+    for path in (flagged(tmp_path, 1), lying_npz(tmp_path)):
+        with pytest.raises(InputError) as caught:
+            load_dataset(str(path))
+        assert "cmtool" not in caught.value.hint
+
+
+def with_zip64(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, image in zip(NAMES, PICTURES, strict=True):
+            with archive.open(name, "w", force_zip64=True) as member:
+                member.write(png_bytes(image))
+
+
+ODD_ZIPS = {
+    "zip64": with_zip64,
+    "after a program": lambda path: path.write_bytes(b"#!/bin/sh\n" + zipped(path).read_bytes()),
+    "before junk": lambda path: path.write_bytes(zipped(path).read_bytes() + b"junk" * 99),
+    "with folders": lambda path: zipped(path, more={"a.png/": ""}),
+    "packed": lambda path: zipped(path, how=zipfile.ZIP_DEFLATED),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_ZIPS)
+def test_zips_of_other_tools_are_read(kind, tmp_path):
+    ODD_ZIPS[kind](tmp_path / "x.zip")
+    assert torch.equal(load_dataset(str(tmp_path / "x.zip")).images, PICTURES)
+
+
+def test_endings_may_be_in_capitals(tmp_path):
+    npz(tmp_path, None).rename(tmp_path / "X.NPZ")
+    zipped(tmp_path / "X.ZIP")
+    for name in ("X.NPZ", "X.ZIP"):
+        assert torch.equal(load_dataset(str(tmp_path / name)).images[torch.arange(N)], PICTURES)
+    np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4))
+    (tmp_path / "s.npz").rename(tmp_path / "S.NPZ")
+    assert open_set(tmp_path / "S.NPZ").gaussian.mean.tolist() == [0] * 4
 
 
 @pytest.mark.parametrize("kept", [5000, 8192, 0.5, 0.99])

@@ -123,6 +123,13 @@ def test_an_npz_with_objects_is_not_unpickled(tmp_path, monkeypatch):
         ({"mu": MU, "sigma": SIGMA * 1e200}, "not finite"),
         ({"mu": MU, "sigma": SIGMA, "feats": np.ones((4, 2))}, "mu has 3 features, feats 2"),
         ({"feats": np.full((4, 3), 1e300)}, "feats has values that are not finite"),
+        ({"mu": MU.astype(complex), "sigma": SIGMA}, "mu is complex128"),
+        ({"mu": SIGMA, "sigma": MU}, "mu is float64"),
+        ({"mu": MU[None], "sigma": SIGMA}, "mu is float64"),
+        ({"mu": MU, "sigma": SIGMA, "about": np.array(b"{}")}, "no JSON object"),
+        ({"mu": MU, "sigma": SIGMA, "about": np.array(["{}", "{}"])}, "no JSON object"),
+        ({"mu": MU, "sigma": SIGMA, "num": np.array(9.0)}, "num is 9.0"),
+        ({"feats": np.zeros((4, 3), int)}, "feats is int64"),
     ],
 )
 def test_statistics_that_cannot_be_used_are_refused(tmp_path, arrays, message):
@@ -130,6 +137,25 @@ def test_statistics_that_cannot_be_used_are_refused(tmp_path, arrays, message):
     np.savez(path, **arrays)
     with pytest.raises(InputError, match=message):
         read_statistics(path)
+
+
+@pytest.mark.parametrize("kind", [">f8", "f2", "longdouble"])
+def test_statistics_in_floats_of_other_machines_are_read(tmp_path, kind):
+    np.savez(tmp_path / "a.npz", mu=MU.astype(kind), sigma=np.asfortranarray(SIGMA.astype(kind)))
+    found = read_statistics(tmp_path / "a.npz").gaussian
+    assert (found.mean.tolist(), found.covariance.tolist()) == (MU.tolist(), SIGMA.tolist())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[MU, SIGMA], (MU, SIGMA), {"fid": None}, {"mu": MU.tolist(), "sigma": SIGMA.tolist()},
+     {"mu": MU[0], "sigma": SIGMA}, {"mu": MU.astype("f2"), "sigma": SIGMA}],
+    ids=repr,
+)  # fmt: skip
+def test_a_pickle_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(InputError, match=r"a\.pkl is no pickle of statistics"):
+        read_statistics(tmp_path / "a.pkl")
 
 
 def test_what_unpacks_to_far_more_than_it_is_is_not_unpacked(tmp_path):

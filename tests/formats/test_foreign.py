@@ -99,6 +99,19 @@ def test_formats_are_told_by_content(case, name, weights, tmp_path):
     assert name in FORMATS
 
 
+OTHERS = {
+    "PNG": b"\x89PNG\r\n\x1a\n", "HDF5": b"\x89HDF\r\n\x1a\n", "ONNX": b"\x08\x07", "GGUF": b"GGUF",
+    "gzip": b"\x1f\x8b\x08", "JSON": b'{"weight_map": {}}', "a table of numbers": b"\x82\x01\x02",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_file_of_another_kind_is_taken_for_none(kind, tmp_path):
+    (tmp_path / "x.pt").write_bytes(OTHERS[kind] + bytes(100))
+    with pytest.raises(InputError, match=r"x\.pt is not a model that cmtool knows"):
+        load_model(str(tmp_path / "x.pt"))
+
+
 def test_what_the_file_says_is_taken_over(weights):
     model = load("edm_ncsnpp", weights)
     assert model.kind == "teacher"

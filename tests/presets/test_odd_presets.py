@@ -25,6 +25,21 @@ ODD = {
     "5,000 digits": "train.batch = " + "9" * 5000,
     "no UTF-8": b"description = '\xff'",
     "UTF-16": "extends = 'digits-cd'".encode("utf-16"),
+    "UTF-32": "extends = 'digits-cd'".encode("utf-32"),
+    "JSON": '{"extends": "digits-cd"}',
+    "YAML": "extends: digits-cd\ntrain:\n  lr: 1",
+    "INI": "[train]\nlr = 1e-4\nname = mine\n",
+    "lines of old macOS": "extends = 'digits-cd'\rtrain.lr = 1\r",
+    "a key twice": "extends = 'digits-cd'\ntrain.lr = 1\ntrain.lr = 2",
+    "a list of tables": "extends = 'digits-cd'\n[[train]]\nlr = 1",
+    "many keys": "extends = 'digits-cd'\n[train]\n" + "".join(f"k{i}=1\n" for i in range(30_000)),
+    "many tables": "".join(f"[a.b{i}.c]\n" for i in range(30_000)),
+    "a long quoted key": '"a' + '"."a' * 50_000 + '" = 1',
+    "a list to extend": "extends = ['digits-cd', 'digits-ct']",
+    "a page to extend": "extends = 'https://example.org/p.toml'",
+    "a file of passwords": "extends = '../../../../../../../../etc/passwd'",
+    "half a character": 'description = "\\ud800"',
+    "a date": "extends = 'digits-cd'\ntrain.lr = 1979-05-27",
     "NUL": "extends = 'digits\0cd'",
     "a NUL in a name": "extends = 'digits\\u0000cd.toml'",
     "a name of a megabyte": f"extends = '{'x' * 900_000}'",
@@ -103,6 +118,30 @@ def test_overrides_are_flat(text):
     with pytest.raises(UserError, match="nests") as caught:
         resolve("digits-edm", {"--set": dict([parse_override(text)])})
     assert len(caught.value.what) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("8", "[8,8]"), ("8x16", "[8,16]"), ("(8, 16)", "[8,16]"), ("8,16", "[8,16]"), ("", "[8,8]")],
+)
+def test_the_size_of_images_is_answered_with_a_list(text, meant):
+    with pytest.raises(UserError, match=r"model\.image_size = ") as caught:
+        resolve("digits-edm", {"--set": dict([parse_override(f"model.image_size={text}")])})
+    override = caught.value.hint.rpartition("--set ")[2]
+    assert override == f"model.image_size={meant}"
+    resolve("digits-edm", {"--set": dict([parse_override(override)])})
+
+
+def test_a_key_within_a_list_is_set_by_the_list():
+    with pytest.raises(UserError, match=r"image_size\.0 = 99999") as caught:
+        load_preset("digits-edm", {"model.image_size": [99999, 8]})
+    assert "--set model.image_size=VALUE" in caught.value.hint
+
+
+def test_an_override_of_two_lines_sets_one_key():
+    """The second line was left out without a word."""
+    assert parse_override("train.lr=1e-4\ntrain.steps=5")[1] == "1e-4\ntrain.steps=5"
+    assert parse_override("train.lr=1e-4 # low") == ("train.lr", 1e-4)
 
 
 def test_a_mark_of_windows_and_a_home_are_understood(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def test_a_special_file_is_never_replaced(tmp_path):
             write_atomic(target, b"")
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
 def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch, number):
     assert sync(tmp_path)
     break_sync(monkeypatch, number, of_folders=True)

@@ -1,3 +1,5 @@
+import errno
+import os
 import shutil
 
 import pytest
@@ -48,9 +50,21 @@ def room(monkeypatch):
     """How many bytes are free, in a list."""
     free = [1 << 40]
     monkeypatch.setattr(
-        module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, *free)
+        module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 50, 0, *free)
     )
     return free
+
+
+@pytest.mark.parametrize("kind", ["no size", "no answer"])
+def test_a_file_system_that_does_not_say_its_size_is_written_to(tmp_path, monkeypatch, kind):
+    def usage(_):
+        if kind == "no answer":
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        return shutil._ntuple_diskusage(0, 0, 0)
+
+    monkeypatch.setattr(module.shutil, "disk_usage", usage)
+    saver(tmp_path, []).save(trained(1), wait=True)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-0000001"]
 
 
 def test_room_is_looked_for_before_saving_and_made_by_pruning_to_keep(tmp_path, room, monkeypatch):
