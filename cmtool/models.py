@@ -13,7 +13,7 @@ from torch import Tensor
 from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import NoiseRange
 from cmtool.core.precond import Preconditioned
-from cmtool.errors import InputError, Stopped, UserError
+from cmtool.errors import InputError, MissingError, Stopped, UserError
 from cmtool.formats import read_foreign
 from cmtool.formats.checkpoints import Found, find, weights_in
 from cmtool.formats.foreign import Foreign
@@ -23,6 +23,7 @@ from cmtool.presets.schema import Card, Choice, Kind, ModelSection, NoiseSection
 from cmtool.presets.toml import load_preset
 from cmtool.presets.upgrade import of_kind, upgraded
 from cmtool.system.devices import on_device, shapes_only
+from cmtool.weights import PUBLISHED
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("digits-edm", "digits-cd")
@@ -119,6 +120,13 @@ def find_model(name_or_path: str | Path, weights: str = "ema") -> tuple[Found, l
     path = Path(name_or_path)
     if str(name_or_path) in BUNDLED and not path.exists():
         return Found(ASSETS / f"{name_or_path}.safetensors"), []
+    if str(name_or_path) in PUBLISHED and not path.exists():
+        wanted = PUBLISHED[str(name_or_path)]
+        if not wanted.path.is_file():
+            what, more = f"{name_or_path} is not on this machine", " --accept-terms"
+            hint = f"cmtool weights get {name_or_path}{more * wanted.wants_consent}"
+            raise MissingError(f"{what}: {wanted.what}", hint)
+        return find(wanted.path, weights)
     if not path.exists():
         name, fetch = str(name_or_path), "download its weight file first, then name the file"
         if re.match(r"https?:/|hf:", name):

@@ -4,6 +4,8 @@ import subprocess
 
 import pytest
 
+from tests.site import site  # noqa: F401
+
 TWO_NODES = "test_two_nodes.py"
 
 

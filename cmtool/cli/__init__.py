@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": ("evaluate", "app"),
     "preset": ("preset", "app"),
     "checkpoint": ("checkpoint", "app"),
+    "weights": ("weights", "app"),
     "data": ("data", "app"),
     "runs": ("runs", "app"),
     "demo": ("demo", "demo"),
