@@ -1,8 +1,8 @@
 """How cmtool behaves as a program among programs: start-up, pipes, help."""
 
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -11,6 +11,11 @@ CMTOOL = f"{sys.executable} -m cmtool"
 
 def shell(command, cwd):
     return subprocess.run(["bash", "-c", command], cwd=cwd, capture_output=True, text=True)
+
+
+def cpu_of_children():
+    """CPU seconds of processes that ended: what else the machine does has little part in them."""
+    return sum(os.times()[2:4])
 
 
 def test_help_is_quick_and_imports_no_torch(tmp_path):
@@ -24,9 +29,9 @@ def test_help_is_quick_and_imports_no_torch(tmp_path):
     )
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = cpu_of_children()
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        times.append(time.perf_counter() - start)
+        times.append(cpu_of_children() - start)
         assert done.returncode == 0, done.stderr
     assert min(times) < 0.7
     assert "Try cmtool demo first" in done.stdout
