@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent / "cmtool"
 FILES = sorted(ROOT.rglob("*.py"))
 
 ROOMS = [
-    "errors", "core", "system", "weights", "formats", "data", "presets", "models", "sampling",
-    "editing", "convert", "evaluation", "training", "docs", "assets", "cli",
+    "errors", "core", "system", "weights", "hub", "formats", "data", "presets", "models",
+    "sampling", "editing", "convert", "evaluation", "training", "docs", "assets", "cli",
 ]  # fmt: skip
 """From the ground up: a room imports those before it, and itself."""
 ONE_IMPORTER = {
@@ -27,6 +27,7 @@ ONE_IMPORTER = {
     "jinja2": "training/report.py",
     "filelock": ("training/lock.py", "system/download.py"),
     "requests": "system/download.py",
+    "huggingface_hub": "hub.py",
     "torch.utils.tensorboard": "training/log.py",
 }
 NOT_IN_CORE = {"typer", "pydantic", "rich", "numpy"}

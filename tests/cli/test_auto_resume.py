@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from cmtool.cli import with_auto_resume
 
 TINY = ["train", "--preset", "digits-ct", "--set", "train.steps=12", "--set", "train.batch=4",
-        "--set", "run.checkpoint_every=4", "--set", "run.sample_every=12", "--device", "cpu"]  # fmt: skip
+        "--set", "run.checkpoint_every=4", "--set", "run.sample_every=12",
+        "--device", "cpu"]  # fmt: skip
 
 
 def weights_of(run):

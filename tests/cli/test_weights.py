@@ -117,6 +117,31 @@ def test_unknown_names_are_refused_before_anything_is_fetched(cmtool, site):
     assert not site.ranges
 
 
+def test_a_diffusers_pipeline_is_its_network_and_scheduler_alone(hub, tmp_path, cmtool):
+    assert cmtool("checkpoint", "convert", "digits-cd", "pipeline").code == 0
+    folder = tmp_path / "pipeline"
+    files = {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+    commit = hub.push(
+        "someone/digits", {**files, "safety/pytorch_model.bin": b"0" * 9, "sample.png": b"1"}
+    )
+    drawn = cmtool(
+        "sample",
+        "-c",
+        "hf:someone/digits",
+        "--preset",
+        "digits-cd",
+        "--seeds",
+        "0-1",
+        "--out",
+        "a.png",
+    )
+    assert drawn.code == 0, drawn.err
+    assert not any(word in path for _, path, _ in hub.asked for word in ("safety", "sample.png"))
+    assert commit in cmtool("checkpoint", "info", "hf:someone/digits", "--json").text
+
+
 GET = "import sys; from cmtool.cli import main; main(['weights', 'get', 'ct_cat256'])"
 
 
