@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -60,16 +61,19 @@ def convert(model: Model, out: Path, *, overwrite: bool = False) -> str:
 
 def check_out(out: Path, *, overwrite: bool = False) -> None:
     """Raise UserError or InputError for a name that no model can be written to."""
-    to_native = out.suffix == ".safetensors"
+    to_file = out.suffix in (".safetensors", ".onnx")
     if out.suffix in (".pt", ".pth", ".ckpt", ".pkl", ".bin"):
         raise UserError(f"{out}: cmtool writes no pickles", "give a .safetensors file or a folder")
+    if re.fullmatch(r"\.[A-Za-z]\w{0,11}", out.suffix) and not to_file and not out.is_dir():
+        what = f"{out}: cmtool writes no {out.suffix} files"
+        raise UserError(what, "give a .safetensors file, an .onnx file or a folder")
     if str(out) == "-":
         raise UserError("a model is not written to stdout", "give a .safetensors file or a folder")
     if os.path.lexists(out) and not overwrite:
         raise UserError(f"{out} exists", "give another name, or --overwrite it")
-    if out.exists() and not to_native and not (out / diffusers_dir.INDEX).is_file():
+    if out.exists() and not to_file and not (out / diffusers_dir.INDEX).is_file():
         raise InputError(f"{out} is no diffusers pipeline", "give another name")
-    if to_native and out.is_dir():
+    if to_file and out.is_dir():
         raise InputError(f"{out} is a folder", "give another name")
 
 

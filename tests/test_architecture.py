@@ -13,7 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 ROOMS = [
     "errors", "core", "system", "weights", "hub", "formats", "data", "presets", "models",
-    "sampling", "editing", "convert", "evaluation", "training", "docs", "assets", "cli",
+    "sampling", "editing", "convert", "export", "evaluation", "training", "docs", "assets", "cli",
 ]  # fmt: skip
 """From the ground up: a room imports those before it, and itself."""
 ONE_IMPORTER = {
@@ -28,6 +28,7 @@ ONE_IMPORTER = {
     "filelock": ("training/lock.py", "system/download.py"),
     "requests": "system/download.py",
     "huggingface_hub": "hub.py",
+    "onnxruntime": "export.py",
     "torch.utils.tensorboard": "training/log.py",
 }
 NOT_IN_CORE = {"typer", "pydantic", "rich", "numpy"}
