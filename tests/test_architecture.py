@@ -29,7 +29,9 @@ ONE_IMPORTER = {
     "requests": "system/download.py",
     "huggingface_hub": "hub.py",
     "onnxruntime": "export.py",
-    "torch.utils.tensorboard": "training/log.py",
+    "torch.utils.tensorboard": "training/trackers.py",
+    "wandb": "training/trackers.py",
+    "mlflow": "training/trackers.py",
 }
 NOT_IN_CORE = {"typer", "pydantic", "rich", "numpy"}
 
