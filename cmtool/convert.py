@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from cmtool.formats.foreign import Malformed
 from cmtool.models import Model, load_model
 from cmtool.sampling import grid_size
 
-OTHER_FILES = (".onnx", ".safetensor", ".safetensors", ".gguf", ".h5", ".msgpack", ".npz", ".zip")
 """Endings of files: nobody means a folder by such a name."""
 PROBE_SIDE = 64
 
@@ -62,19 +62,19 @@ def convert(model: Model, out: Path, *, overwrite: bool = False) -> str:
 
 def check_out(out: Path, *, overwrite: bool = False) -> None:
     """Raise UserError or InputError for a name that no model can be written to."""
-    to_native = out.suffix == ".safetensors"
-    hint = "give a .safetensors file or a folder"
+    to_file = out.suffix in (".safetensors", ".onnx")
+    hint = "give a .safetensors file, an .onnx file or a folder"
     if out.suffix.lower() in (".pt", ".pth", ".ckpt", ".pkl", ".bin"):
         raise UserError(f"{out}: cmtool writes no pickles", hint)
-    if not to_native and out.suffix.lower() in OTHER_FILES:
-        raise UserError(f"{out}: cmtool does not write {out.suffix}", hint)
+    if re.fullmatch(r"\.[A-Za-z]\w{0,11}", out.suffix) and not to_file and not out.is_dir():
+        raise UserError(f"{out}: cmtool writes no {out.suffix} files", hint)
     if str(out) == "-":
         raise UserError("a model is not written to stdout", hint)
     if os.path.lexists(out) and not overwrite:
         raise UserError(f"{out} exists", "give another name, or --overwrite it")
-    if out.exists() and not to_native and not (out / diffusers_dir.INDEX).is_file():
+    if out.exists() and not to_file and not (out / diffusers_dir.INDEX).is_file():
         raise InputError(f"{out} is no diffusers pipeline", "give another name")
-    if to_native and out.is_dir():
+    if to_file and out.is_dir():
         raise InputError(f"{out} is a folder", "give another name")
 
 

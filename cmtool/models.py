@@ -13,16 +13,18 @@ from torch import Tensor
 from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import NoiseRange
 from cmtool.core.precond import Preconditioned
-from cmtool.errors import InputError, Stopped, UserError
+from cmtool.errors import InputError, MissingError, Stopped, UserError
 from cmtool.formats import read_foreign
 from cmtool.formats.checkpoints import Found, find, weights_in
 from cmtool.formats.foreign import Foreign
 from cmtool.formats.native import read_about, read_table, read_weights
+from cmtool.hub import PREFIX, fetched
 from cmtool.presets.build import SAMPLING, build_denoiser, build_network, noise_range
 from cmtool.presets.schema import Card, Choice, Kind, ModelSection, NoiseSection, Preset
 from cmtool.presets.toml import load_preset
 from cmtool.presets.upgrade import of_kind, upgraded
 from cmtool.system.devices import on_device, shapes_only
+from cmtool.weights import PUBLISHED
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("digits-edm", "digits-cd")
@@ -88,7 +90,7 @@ def load_model(
     size, noise range, head width, how to sample. Raises InputError for a path that is no model,
     UserError when the kind remains unknown.
     """
-    found, passed_over = find_model(name_or_path, weights)
+    found, passed_over, source = find_model(name_or_path, weights)
     if found.format != "native":
         stored = _read_foreign(found, weights, kind, preset)
     elif preset is not None:
@@ -97,36 +99,60 @@ def load_model(
         stored = _read_native(found.path)
     card, guessed = with_kind(stored, name_or_path, kind, otherwise)
     f = _denoiser(found.path, card, stored.tensors)
-    levels_file = None if found.path.parent == ASSETS else found.levels_file
+    is_ours = found.path.parent != ASSETS and not source.startswith(PREFIX)
+    levels_file = found.levels_file if is_ours else None
     card = _with_searched_levels(card, levels_file, found)
     return Model(
         f=on_device(f, device).eval().requires_grad_(False),
         preset=card,
         kind=card.kind,
-        source=str(name_or_path),
+        source=source,
         sha256=found.sha256,
         weights=stored.weights,
         format=found.format,
         held=stored.held,
-        notes=(*(f"passed over: {what}" for what in passed_over), *stored.notes, *guessed),
+        notes=(*passed_over, *stored.notes, *guessed),
         kind_is_said=not guessed,
         levels_file=levels_file,
     )
 
 
-def find_model(name_or_path: str | Path, weights: str = "ema") -> tuple[Found, list[str]]:
-    """Return the weights of a bundled name or a path, and why newer checkpoints are passed over."""
-    path = Path(name_or_path)
-    if str(name_or_path) in BUNDLED and not path.exists():
-        return Found(ASSETS / f"{name_or_path}.safetensors"), []
-    if not path.exists():
-        name, fetch = str(name_or_path), "download its weight file first, then name the file"
-        if re.match(r"https?:/|hf:", name):
-            raise InputError(f"{name} is on the network, and no model is downloaded", fetch)
-        hint = f"name a run folder, a weight file, or a bundled model: {', '.join(BUNDLED)}"
-        hint += f". For a model of a hub, {fetch}" * bool(re.match(r"[\w.-]+/[\w.-]+$", name))
-        raise InputError(f"no model {name!r}: there is no such file or folder", hint)
-    return find(path, weights)
+class FoundModel(NamedTuple):
+    """Weights that a name stands for, what to say of them, and what they are to be called."""
+
+    weights: Found
+    notes: tuple[str, ...]
+    source: str
+
+
+def find_model(name_or_path: str | Path, weights: str = "ema") -> FoundModel:
+    """Return the weights of a bundled or published name, a model of the hub, or a path.
+
+    The notes say why newer checkpoints are passed over. Raises InputError where there is no model,
+    MissingError for a published one that is not on this machine, and what `hub.fetched` raises.
+    """
+    path, name = Path(name_or_path), str(name_or_path)
+    if path.exists():
+        found, passed_over = find(path, weights)
+        return FoundModel(found, tuple(f"passed over: {what}" for what in passed_over), name)
+    if name in BUNDLED:
+        return FoundModel(Found(ASSETS / f"{name}.safetensors"), (), name)
+    if name in PUBLISHED:
+        wanted = PUBLISHED[name]
+        if not wanted.path.is_file():
+            what, more = f"{name} is not on this machine: {wanted.what}", " --accept-terms"
+            hint = f"cmtool weights get {name}{more * wanted.wants_consent}"
+            raise MissingError(what, hint)
+        return FoundModel(find(wanted.path, weights)[0], (), name)
+    if name.startswith(PREFIX):
+        there = fetched(name)
+        return FoundModel(find(there.path, weights)[0], there.notes, there.source)
+    if re.match(r"https?:/", name):
+        hint = "download its weight file first, then name the file; a model of a hub is hf:ORG/NAME"
+        raise InputError(f"{name} is on the network, and no model is downloaded", hint)
+    hint = f"name a run folder, a weight file, or a bundled model: {', '.join(BUNDLED)}"
+    hint += f". A model of a hub: -c {PREFIX}{name}" * bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
+    raise InputError(f"no model {name!r}: there is no such file or folder", hint)
 
 
 def with_kind(

@@ -4,6 +4,9 @@ import subprocess
 
 import pytest
 
+from tests.hub import hub  # noqa: F401
+from tests.site import site  # noqa: F401
+
 TWO_NODES = "test_two_nodes.py"
 
 

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent / "cmtool"
 FILES = sorted(ROOT.rglob("*.py"))
 
 ROOMS = [
-    "errors", "core", "system", "formats", "data", "presets", "models", "sampling", "editing",
-    "convert", "evaluation", "training", "docs", "assets", "cli",
+    "errors", "core", "system", "weights", "hub", "formats", "data", "presets", "models",
+    "sampling", "editing", "convert", "export", "evaluation", "training", "docs", "assets", "cli",
 ]  # fmt: skip
 """From the ground up: a room imports those before it, and itself."""
 ONE_IMPORTER = {
@@ -25,8 +25,13 @@ ONE_IMPORTER = {
     "lmdb": "data/lsun.py",
     "matplotlib": "training/plots.py",
     "jinja2": "training/report.py",
-    "filelock": "training/lock.py",
-    "torch.utils.tensorboard": "training/log.py",
+    "filelock": ("training/lock.py", "system/download.py"),
+    "requests": "system/download.py",
+    "huggingface_hub": "hub.py",
+    "onnxruntime": "export.py",
+    "torch.utils.tensorboard": "training/trackers.py",
+    "wandb": "training/trackers.py",
+    "mlflow": "training/trackers.py",
 }
 NOT_IN_CORE = {"typer", "pydantic", "rich", "numpy"}
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,7 @@ COMMANDS = {
     "eval": ("evaluate", "app"),
     "preset": ("preset", "app"),
     "checkpoint": ("checkpoint", "app"),
+    "weights": ("weights", "app"),
     "data": ("data", "app"),
     "runs": ("runs", "app"),
     "demo": ("demo", "demo"),
@@ -73,6 +75,17 @@ def build_app(word: str = "") -> typer.Typer:
     return app
 
 
+def with_auto_resume(words: Sequence[str]) -> list[str]:
+    """Return the command line with `--resume auto` as --auto-resume: --resume takes no value."""
+    found = list[str]()
+    for word in words:
+        if word == "auto" and found[-1:] == ["--resume"]:
+            found[-1] = "--auto-resume"
+        else:
+            found.append("--auto-resume" if word == "--resume=auto" else word)
+    return found
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(__version__)
@@ -93,7 +106,15 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 
 def entry() -> None:
-    """Run `main`, and end the process without taking torch apart, which takes up to 0.5 s."""
+    """Run `main`, and end the process without taking torch apart, which takes up to 0.5 s.
+
+    OpenMP's threads wait asleep unless the user says otherwise: by default they spin, and two jobs
+    that share the cores then take many times as long. Tasks of srun are processes of one run.
+    """
+    from cmtool.system.slurm import ranks
+
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.update(ranks(os.environ))
     try:
         main()
     except SystemExit as ended:
@@ -133,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         # not by itself: Typer would end the process, and draw a box around a wrong usage
         # by its name: --install-completion would make a script of `python -m cmtool`
+        words = with_auto_resume(words)
         app = build_app(words[0] if words else "")
         code = app(words, standalone_mode=False, prog_name="cmtool")
     except UsageError as error:

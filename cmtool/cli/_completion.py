@@ -91,6 +91,13 @@ def preset_names() -> list[str]:
     return preset_names()
 
 
+def published_names() -> Iterable[str]:
+    """Return the names of published weights."""
+    from cmtool.weights import PUBLISHED
+
+    return PUBLISHED
+
+
 models = completing(lambda _, typed: [*registry("models.py", "BUNDLED"), *run_folders(typed)])
 runs = completing(lambda _, typed: run_folders(typed))
 presets = completing(lambda _, typed: preset_names())
@@ -104,3 +111,4 @@ devices = fixed("auto", "cpu", "cuda")
 precisions = fixed("auto", "fp32", "bf16", "fp16")
 kinds = fixed("teacher", "consistency")
 weights = fixed("ema", "model", "target")
+published = completing(lambda *_: published_names())

@@ -16,6 +16,7 @@ from cmtool.cli._options import (
     Weights,
     importing_torch,
     parse_kind,
+    pick_plan,
     tell_notes,
 )
 from cmtool.cli._output import emit, emit_json, make_folder, say, shown
@@ -72,15 +73,22 @@ def info(
 def convert(
     path: Source,
     out: Annotated[
-        Path, Argument(help="A .safetensors file, or a folder for a diffusers pipeline.")
+        Path,
+        Argument(help="A .safetensors or .onnx file, or a folder for a diffusers pipeline."),
     ],
+    steps: Annotated[
+        int | None, Option(min=1, help="For .onnx: number of steps. Default: the model's.")
+    ] = None,
+    sigmas: Annotated[
+        str | None, Option(help="For .onnx: noise levels from high to low, for example 80,0.8.")
+    ] = None,
     weights: Weights = "ema",
     preset: ModelPreset = None,
     kind: KindOption = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a model to cmtool's own format or to a diffusers ConsistencyModelPipeline.
+    """Convert a model to cmtool's own format, a diffusers ConsistencyModelPipeline, or ONNX.
 
     `cmtool checkpoint convert edm-cifar10-32x32-cond-vp.pkl teacher.safetensors`
 
@@ -88,11 +96,18 @@ def convert(
 
     `cmtool checkpoint convert cd_imagenet64_lpips.pt cd.safetensors --kind consistency`
 
+    `cmtool checkpoint convert runs/mine mine.onnx --steps 2`
+
     Every tensor is converted, or the command fails. At the end, source and result are run on the
-    same input and must agree to the last bit.
+    same input and must agree to the last bit; an ONNX file must agree to 1e-4 in ONNX Runtime. It
+    takes noise, one for each step, and classes, and gives images in [-1, 1] (cmtool[onnx]).
     """
     from cmtool.convert import check_out
     from cmtool.convert import convert as convert_model
+
+    to_onnx = out.suffix == ".onnx"
+    if not to_onnx and (steps is not None or sigmas is not None):
+        raise UserError("--steps and --sigmas are of .onnx files", "leave them out")
 
     with importing_torch():
         from cmtool.models import load_model
@@ -104,12 +119,27 @@ def convert(
     left = [name for name in model.held if name != model.weights]
     if left:
         say(f"note: converted {model.weights}; left behind: {', '.join(left)}")
-    written = convert_model(model, out, overwrite=overwrite)
-    say(f"checked: {parameters(model):,} parameters, equal answers on the same input")
+    if to_onnx:
+        written = _export(model, out, steps, sigmas)
+    else:
+        written = convert_model(model, out, overwrite=overwrite)
+        say(f"checked: {parameters(model):,} parameters, equal answers on the same input")
     if as_json:
         emit_json({"path": str(out), "format": written, "from": describe(model)})
     else:
         emit(str(out))
+
+
+def _export(model: Model, out: Path, steps: int | None, sigmas: str | None) -> str:
+    """Write an ONNX file and say how near it is; return the format."""
+    from cmtool.export import check_exportable, export_onnx
+
+    check_exportable(model)
+    chosen = pick_plan(model, None, None, steps, sigmas)
+    say(f"exporting: {len(chosen.sigmas)} steps; this takes half a minute or more")
+    error = export_onnx(model, chosen, out)
+    say(f"checked: ONNX Runtime's images are within {error:.1g} of ours, in [-1, 1]")
+    return "onnx"
 
 
 @app.command("average")

@@ -106,11 +106,31 @@ class RunOptions:
     ] = None
     device: Device = "auto"
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False
+    auto_resume: Annotated[
+        bool,
+        Option(
+            "--auto-resume",
+            help="Continue the run in --out, or start it if there is none: for schedulers, which"
+            " repeat one command. `--resume auto` is the same.",
+        ),
+    ] = False
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --out.")] = False
     dry_run: Annotated[
         bool, Option("--dry-run", "-n", help="Print the resolved preset and stop.")
     ] = False
     as_json: AsJson = False
+
+    def __post_init__(self) -> None:
+        """Decide whether the run goes on, before any process makes its folder."""
+        if not self.auto_resume:
+            return
+        if self.overwrite:
+            raise UserError("--auto-resume and --overwrite", "give one of them")
+        if self.out is None:
+            raise UserError("--auto-resume without a run folder", "name it with --out runs/NAME")
+        from cmtool.training.folder import is_resumable
+
+        object.__setattr__(self, "resume", is_resumable(self.out))
 
     @property
     def stored(self) -> Path | None:
@@ -168,7 +188,7 @@ def _train(
     from cmtool.presets.build import needs_teacher
     from cmtool.presets.toml import is_method_preset
 
-    start = _starting_model(options, init) if init is not None else None
+    start = _starting_model(options, init)
     name = preset or _default_preset(options, start)
     resolved = options.resolve(name)
     if needs_teacher(resolved.preset):
@@ -193,8 +213,10 @@ def _default_preset(options: RunOptions, start: Model | None) -> str:
     return "edm" if options.data and options.data.partition(":")[0] != "digits" else "digits-edm"
 
 
-def _starting_model(options: RunOptions, init: str) -> Model:
-    """Return the model of --init. Raises UserError where there is none to start from."""
+def _starting_model(options: RunOptions, init: str | None) -> Model | None:
+    """Return the model of --init, None without it. Raises UserError where the run has its own."""
+    if init is None or (options.resume and options.auto_resume):
+        return None
     from cmtool.models import load_model
 
     if options.resume:
@@ -280,7 +302,7 @@ def _distill(
     home = "cpu" if is_sharded else pick_device(options.device)
     model = load_model(teacher, device=home, otherwise="teacher")
     tell_notes(model)
-    start = _starting_model(options, init) if init is not None else None
+    start = _starting_model(options, init)
     name = preset or _preset_for(options, model)
     if not options.stored and is_method_preset(name):
         resolved = _fitted(options, name, f"the teacher {teacher}", teacher=model)

@@ -95,8 +95,8 @@ def _lpips_network(net: str, pooling: str, device: torch.device) -> nn.Module:
     trunk = TRUNKS[net]
     file = Path(torch.hub.get_dir()) / "checkpoints" / trunk.file
     remedy = (
-        f"download https://download.pytorch.org/models/{trunk.file} ({trunk.megabytes} MB) to"
-        f" {file.parent}, or take another distance: --set loss.distance=pseudo_huber"
+        f"cmtool weights get lpips-{net} ({trunk.megabytes} MB), or take another distance:"
+        " --set loss.distance=pseudo_huber"
     )
     if not file.is_file():
         raise MissingError(f"LPIPS ({net}) needs {file}, which is missing", remedy)

@@ -334,7 +334,9 @@ def find_file(wanted: WeightFile, given: Path | None = None, trust: bool = False
         hint += "" if path == shared else "; or add --trust to use it as it is"
         raise MissingError(f"{what}, not {wanted.sha256[:12]}...", hint)
     known = "" if wanted.sha256 is None else f"; sha256 {wanted.sha256[:12]}..."
-    hint = f"download {wanted.url} ({wanted.megabytes} MB{known}; {TERMS}) to {own[0]}"
+    name = "inception" if wanted is INCEPTION else "vgg16"
+    hint = f"cmtool weights get {name} --accept-terms ({wanted.megabytes} MB{known}; {TERMS})"
+    hint += f", or download {wanted.url} to {own[0]}"
     hint += ", or name the file with --feature-weights"
     coarse = ". Without a file, --protocol pixels gives a coarse number"
     raise MissingError(

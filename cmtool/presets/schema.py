@@ -251,6 +251,9 @@ class RunSection(Section):
         0, description="steps between stored sigma_rel averages, for others later; 0: none"
     )
     tensorboard: bool = Field(False, description="write event files too (extra tensorboard)")
+    trackers: Annotated[
+        tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_sequence)
+    ] = Field((), description="where the run is shown too; each needs the extra of its name")
     eval_every: Count = Field(0, description="steps between two evaluations; 0: none")
     eval_num: Annotated[int, BeforeValidator(_count), Field(ge=2, le=MOST)] = Field(
         1024, description="images of an evaluation"

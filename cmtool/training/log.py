@@ -1,4 +1,4 @@
-"""log.jsonl: what its lines say (means, speed, memory), the file itself, and TensorBoard's."""
+"""log.jsonl: what its lines say (means, speed, memory), and the file itself."""
 
 from __future__ import annotations
 
@@ -12,21 +12,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from cmtool.core.noise import NoiseRange
-from cmtool.errors import MissingError, ResourceError, is_full
+from cmtool.errors import ResourceError, is_full
 from cmtool.presets.schema import Preset
 from cmtool.system.dist import Group
 from cmtool.system.files import opened, read_own, write_atomic
 from cmtool.training.fit import StepInfo
 from cmtool.training.records import LogLine
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 
 MAX_LOG = 1 << 30
 """Bytes of a log that are read: two million lines."""
@@ -277,19 +273,8 @@ class LogFile:
         self.unwritten.clear()
 
 
-def event_writer() -> type[SummaryWriter]:
-    """Return the class that writes event files. Raises MissingError without TensorBoard."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        what = f"run.tensorboard needs the package tensorboard: {error}"
-        hint = "pip install 'cmtool[tensorboard]', or --set run.tensorboard=false"
-        raise MissingError(what, hint) from None
-    return SummaryWriter
-
-
 def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield a log line's numbers under names that TensorBoard takes, tables as `table/key`."""
+    """Yield a log line's numbers under names that trackers take, tables as `table/key`."""
     for key, value in line.items():
         if key == "eval":
             yield f"eval/{value['metric']}", value["value"]

@@ -23,6 +23,7 @@ from cmtool.errors import InputError, ResourceError
 from cmtool.evaluation.during_training import Verdict, evaluate
 from cmtool.formats.checkpoints import Score
 from cmtool.presets.schema import Card
+from cmtool.presets.toml import flat
 from cmtool.sampling import evaluating, generate, plan
 from cmtool.system.files import write_atomic
 from cmtool.training.averages import FOLDER, average_tensors, store
@@ -30,11 +31,12 @@ from cmtool.training.checkpoint import Saver, about_model, take_part
 from cmtool.training.fit import Diverged, StepInfo
 from cmtool.training.folder import StatusWriter
 from cmtool.training.guide import about, short
-from cmtool.training.log import Clock, LogFile, Meter, Progress, event_writer, log_line, scalars
+from cmtool.training.log import Clock, LogFile, Meter, Progress, log_line, scalars
 from cmtool.training.plots import picture, write_summary
 from cmtool.training.report import TRAINING_IMAGES, write_run_report
 from cmtool.training.start import Run
 from cmtool.training.state import TrainState
+from cmtool.training.trackers import TRACKERS, Told, Tracker, told_as_ours, trackers_of
 
 COLUMNS = 10
 
@@ -69,20 +71,28 @@ class RunWriter:
     def __init__(self, run: Run, write_status: StatusWriter) -> None:
         self.run, self.write_status = run, write_status
         self.log_file = LogFile(run.out / "log.jsonl")
-        folder, step = str(run.out / "tensorboard"), run.state.step
-        wanted = run.preset.run.tensorboard  # it drops what earlier files say from purge_step on
-        self.events = event_writer()(folder, purge_step=step + 1) if wanted else None
+        self.trackers: dict[str, Tracker] = {}
         self.failing: set[str] = set()
         self.examples: Tensor | None = None
 
     def __enter__(self) -> RunWriter:
+        run = self.run
+        told = Told(run.out, dict(flat(run.preset.model_dump())), run.state.step)
+        for name in trackers_of(run.preset):
+            with self.expendable(name), told_as_ours(name):
+                self.trackers[name] = TRACKERS[name][0](told)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # a second Ctrl-C, which is no Exception, waits for nothing
-        if self.events and (kind is None or issubclass(kind, Exception)):
-            with self.expendable("tensorboard/"):
-                self.events.close()
+        if kind is None or issubclass(kind, Exception):
+            self.show(lambda tracker: tracker.close())
+
+    def show(self, action: Callable[[Tracker], None]) -> None:
+        """Let each tracker show something."""
+        for name, tracker in self.trackers.items():
+            with self.expendable(name), told_as_ours(name):
+                action(tracker)
 
     @contextmanager
     def expendable(self, what: str) -> Iterator[None]:
@@ -100,11 +110,8 @@ class RunWriter:
         """Write a line of log.jsonl, and its main figures to status.json."""
         with self.expendable("log.jsonl"):
             self.log_file.write(line)
-        if self.events:
-            with self.expendable("tensorboard/"):
-                for name, value in scalars(line):
-                    self.events.add_scalar(name, value, line["step"])
-                self.events.flush()
+        values = dict(scalars(line))
+        self.show(lambda tracker: tracker.scalars(values, line["step"]))
         facts = {key: line[key] for key in ("step", "loss", "eval") if key in line}
         with self.expendable("status.json"):
             self.write_status(state="running", **facts, seconds_left=round(seconds_left))
@@ -115,10 +122,7 @@ class RunWriter:
         path = self.run.out / "samples" / f"step-{step:07d}.png"
         with self.expendable("the sample grid"):
             write_atomic(path, png_bytes(shown))
-        if self.events:
-            with self.expendable("tensorboard/"):
-                self.events.add_image("samples", shown, step)
-                self.events.flush()
+        self.show(lambda tracker: tracker.picture("samples", shown, step))
 
     def training_images(self) -> None:
         """Write training-images.png: as many images as a sample grid has, of the same classes."""

@@ -54,10 +54,11 @@ from cmtool.training.folder import (
     refuse_strange,
 )
 from cmtool.training.lock import read_status, refuse_busy
-from cmtool.training.log import Watcher, event_writer
+from cmtool.training.log import Watcher
 from cmtool.training.records import Record
 from cmtool.training.same import changes, described, run_inputs
 from cmtool.training.state import TrainState, build_state, not_taken
+from cmtool.training.trackers import check_trackers, trackers_of
 
 MAX_NAMES = 100
 """Classes whose names are recorded."""
@@ -223,8 +224,7 @@ def set_up(
     data = load_images(preset, watcher.note)
     check_fit(preset, data, teacher)
     evaluation = build_evaluation(preset, data, device, watcher.working)
-    if preset.run.tensorboard:
-        event_writer()  # raises now, not at the first line, where TensorBoard is missing
+    check_trackers(trackers_of(preset))  # now, and not at the first line of the log
     objective = build_objective(preset, teacher.f if teacher else None, device)
     curriculum = build_curriculum(preset)
     if data.is_checked_first and not start.resume:

@@ -100,8 +100,7 @@ def test_a_foreign_teacher_is_distilled(cmtool, tmp_path):
         (["info", "digits-cd", "--weights", "x"], 0, ""),
         (["convert", "digits-edm", "pipe"], 3, "it is a teacher"),
         (["convert", "digits-cd", "x.pt"], 2, "writes no pickles"),
-        (["convert", "digits-cd", "x.onnx"], 2, "does not write .onnx"),
-        (["convert", "digits-cd", "x.SAFETENSORS"], 2, "does not write .SAFETENSORS"),
+        (["convert", "digits-cd", "x.SAFETENSORS"], 2, "writes no .SAFETENSORS files"),
         (["convert", "digits-cd", "."], 2, "exists"),
         (["convert", "digits-cd", "-"], 2, "not written to stdout"),
         (["convert", "nowhere.pkl", "."], 2, ". exists"),  # before a large file is read
@@ -112,3 +111,29 @@ def test_bad_input(cmtool, arguments, code, what):
     assert result.code == code, result.err
     assert what in result.err
     assert "Traceback" not in result.err
+
+
+@pytest.mark.slow
+def test_the_bundled_model_becomes_onnx(cmtool, tmp_path):
+    made = cmtool("checkpoint", "convert", "digits-cd", "digits.onnx", "--steps", "2")
+    assert made.code == 0, made.err
+    assert made.text == "digits.onnx\n"
+    assert "within" in made.err
+    again = cmtool("checkpoint", "convert", "digits-cd", "digits.onnx")
+    assert (again.code, "--overwrite" in again.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["digits-cd", "x.trt"], 2, "writes no .trt files"),
+        (["digits-cd", "x.mp4"], 2, "an .onnx file or a folder"),
+        (["digits-edm", "x.onnx"], 3, "distill it first"),
+        (["digits-cd", "x.safetensors", "--steps", "2"], 2, "of .onnx files"),
+    ],
+)
+def test_what_no_format_has_is_refused(cmtool, tmp_path, arguments, code, said):
+    refused = cmtool("checkpoint", "convert", *arguments)
+    assert refused.code == code
+    assert said in refused.err
+    assert not (tmp_path / arguments[1]).exists()

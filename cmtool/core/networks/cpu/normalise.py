@@ -20,7 +20,12 @@ CACHED = 1 << 19
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Tell whether x (B, C, H, W) lies in memory pixel by pixel, and not channel by channel."""
+    """Tell whether x (B, C, H, W) lies in memory pixel by pixel, and not channel by channel.
+
+    A network that is exported goes the plain way: to ask for strides would fix its batch.
+    """
+    if torch.compiler.is_exporting():
+        return False
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
