@@ -20,7 +20,6 @@ from cmtool.formats.foreign import Malformed
 from cmtool.models import Model, load_model
 from cmtool.sampling import grid_size
 
-"""Endings of files: nobody means a folder by such a name."""
 PROBE_SIDE = 64
 
 

@@ -18,9 +18,9 @@ from cmtool.cli._options import (
     tell_notes,
 )
 from cmtool.cli._output import emit_json, processes, say
+from cmtool.cli._run_options import parse_time
 from cmtool.cli._table import show_table
 from cmtool.cli._watching import make_watcher, showing
-from cmtool.cli.train import parse_time
 from cmtool.errors import UserError
 
 if TYPE_CHECKING:

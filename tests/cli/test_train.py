@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cmtool.cli.train import DistanceOption, note_batch
+from cmtool.cli._run_options import DistanceOption
+from cmtool.cli.train import note_batch
 from cmtool.core.distances import DISTANCES
 from cmtool.data.decoding import read_image
 from cmtool.data.drawing import png_bytes
