@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cmtool.data.datasets import Dataset
     from cmtool.training.report import Row
 
-TEACHER = "digits-edm"
+TEACHER, PRESET = "digits-edm", "digits-cmt"
 NUM = "1024"
 TEACHER_STEPS, STUDENT_STEPS = (3, 5, 9, 18), (1, 2, 4)
 FOLDER = Path("cmtool-demo")
@@ -55,7 +55,8 @@ def demo(
         "A teacher comes bundled: an EDM diffusion model of small coloured digits. It needs 35\n"
         "network calls an image. Distillation turns it into a model that needs one.\n"
     )
-    tour.run("distill", "--teacher", TEACHER, "--out", str(tour.student), *tour.replace)
+    distilled = ["--teacher", TEACHER, "--preset", PRESET]
+    tour.run("distill", *distilled, "--out", str(tour.student), *tour.replace)
     say_lines(
         "\nImages from the same noise: the teacher, then the student in one step and in two.\n"
     )
