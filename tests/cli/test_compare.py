@@ -243,7 +243,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_made(cmtool, teac
     (tmp_path / "full/a.txt").write_text("")
     for code, part, arguments in [
         (3, "no comparison", command(teacher, "full")),
-        (2, "did you mean 'digits-cd'", command(teacher, "a", presets=["digit-cd"])),
+        (2, "did you mean digits-cd", command(teacher, "a", presets=["digit-cd"])),
         (2, "two presets named ect", command(teacher, "a", presets=["ect", "ect"])),
         (2, "give --seeds", command(teacher, "a", "--set", "train.seed=3")),
         (2, "no time", command(teacher, "a", "--max-time", "0")),

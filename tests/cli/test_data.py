@@ -105,7 +105,7 @@ def test_prepare_fits_and_leaves_out_only_what_it_may(cmtool, tmp_path):
     refused = cmtool("data", "prepare", root, "z.zip")
     assert refused.code == 3
     assert "2.png" in refused.err
-    assert "to leave such images out, add --skip-bad" in refused.err
+    assert "To leave such images out, add --skip-bad" in refused.err
     hint = cmtool("data", "info", root).err.splitlines()[-1]
     assert cmtool(*shlex.split(hint.partition(": cmtool ")[2])).text == "readable.zip\n"
     (tmp_path / "readable.zip").unlink()

@@ -266,8 +266,8 @@ LABELS = {
     "a word": ([*GOOD[:9], [NAMES[9], "cat"]], "gives the class 'cat'"),
     "true": ([*GOOD[:9], [NAMES[9], True]], "gives the class True"),
     "no table": ("cat", "is not {'labels': [[name, class], ...]}"),
-    "null": (None, "has 0 classes, the model 10"),
-    "too many": ([*GOOD[:9], [NAMES[9], 11]], "has 12 classes, the model 10"),
+    "null": (None, "has 0 classes, the model has 10"),
+    "too many": ([*GOOD[:9], [NAMES[9], 11]], "has 12 classes, the model has 10"),
 }
 
 
@@ -286,7 +286,7 @@ def test_28_bad_labels_are_named(name, cmtool, tmp_path):
 
 def test_28_no_labels_for_a_model_that_wants_them(cmtool, tmp_path):
     path = zipped(tmp_path / "x.zip", [(n, png(i)) for i, n in enumerate(NAMES)])
-    refused(train(cmtool, path, "--set", "model.num_classes=10"), "has 0 classes, the model 10")
+    refused(train(cmtool, path, "--set", "model.num_classes=10"), "has 0 classes, the model has 10")
     path = zipped(path, [(n, png(i)) for i, n in enumerate(NAMES)], GOOD)
     conditional = ["--set", "model.num_classes=10", "--set", "train.batch=10"]
     assert train(cmtool, path, *conditional).code == 0
