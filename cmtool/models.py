@@ -27,7 +27,7 @@ from cmtool.system.devices import on_device, shapes_only
 from cmtool.weights import PUBLISHED
 
 ASSETS = Path(__file__).parent / "assets"
-BUNDLED = ("digits-edm", "digits-cd")
+BUNDLED = ("digits-edm", "digits-cmt", "digits-cd")
 SCALINGS_OF: dict[Kind, str] = {"teacher": "edm", "consistency": "consistency", "flow map": "edm"}
 """The scalings of a model whose file does not say them."""
 TRAINING_ONLY = {"dropout", "dropout_res"}

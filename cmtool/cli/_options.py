@@ -28,8 +28,9 @@ Checkpoint = Annotated[
     Option(
         "--checkpoint",
         "-c",
-        help="Run, checkpoint, weight file of any format, or digits-cd, digits-edm (bundled)."
-        " Default: the newest finished run under runs/, else digits-cd.",
+        help="Run, checkpoint, weight file of any format, hf:ORG/NAME, a published name, or what is"
+        " bundled: digits-cmt, digits-cd, digits-edm."
+        " Default: the newest finished run under runs/, else digits-cmt.",
         autocompletion=_completion.models,
     ),
 ]
@@ -281,7 +282,7 @@ def pick_model(
     from cmtool.models import load_model
 
     if checkpoint is None:
-        checkpoint = newest_run(kind) or ("digits-edm" if kind == "teacher" else "digits-cd")
+        checkpoint = newest_run(kind) or ("digits-edm" if kind == "teacher" else "digits-cmt")
         say(f"model: {checkpoint}")
     model = load_model(
         checkpoint, weights=weights, device=device, kind=parse_kind(said), preset=preset,
