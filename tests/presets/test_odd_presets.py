@@ -135,7 +135,7 @@ def test_the_size_of_images_is_answered_with_a_list(text, meant):
 def test_a_key_within_a_list_is_set_by_the_list():
     with pytest.raises(UserError, match=r"image_size\.0 = 99999") as caught:
         load_preset("digits-edm", {"model.image_size": [99999, 8]})
-    assert "--set model.image_size=VALUE" in caught.value.hint
+    assert "preset show edm model.image_size" in caught.value.hint
 
 
 def test_an_override_of_two_lines_sets_one_key():
