@@ -95,7 +95,8 @@ def _lpips_network(net: str, pooling: str, device: torch.device) -> nn.Module:
     trunk = TRUNKS[net]
     file = Path(torch.hub.get_dir()) / "checkpoints" / trunk.file
     remedy = (
-        f"cmtool weights get lpips-{net} ({trunk.megabytes} MB), or take another distance:"
+        f"cmtool weights get lpips-{net} ({trunk.megabytes} MB from"
+        f" https://download.pytorch.org/models/{trunk.file}), or take another distance:"
         " --set loss.distance=pseudo_huber"
     )
     if not file.is_file():
