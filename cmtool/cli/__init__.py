@@ -108,12 +108,10 @@ def _stop(number: int, _: FrameType | None) -> None:
 def entry() -> None:
     """Run `main`, and end the process without taking torch apart, which takes up to 0.5 s.
 
-    OpenMP's threads wait asleep unless the user says otherwise: by default they spin, and two jobs
-    that share the cores then take many times as long. Tasks of srun are processes of one run.
+    Tasks of srun are processes of one run.
     """
     from cmtool.system.slurm import ranks
 
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.update(ranks(os.environ))
     try:
         main()
