@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TEACHER, PRESET = "digits-edm", "digits-cmt"
 NUM = "512"
-DISTILLED = ["--set", "train.steps=800"]  # of 1,100, which reach a little more
+DISTILLED = ["--set", "train.steps=700"]  # of 1,100, which reach a little more
 TEACHER_STEPS, STUDENT_STEPS = (3, 5, 18), (1, 2, 4)
 FOLDER = Path("cmtool-demo")
 
