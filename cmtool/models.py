@@ -18,7 +18,6 @@ from cmtool.formats import read_foreign
 from cmtool.formats.checkpoints import Found, find, weights_in
 from cmtool.formats.foreign import Foreign
 from cmtool.formats.native import read_about, read_table, read_weights
-from cmtool.hub import PREFIX, fetched
 from cmtool.presets.build import SAMPLING, build_denoiser, build_network, noise_range
 from cmtool.presets.schema import Card, Choice, Kind, ModelSection, NoiseSection, Preset
 from cmtool.presets.toml import load_preset
@@ -26,6 +25,8 @@ from cmtool.presets.upgrade import of_kind, upgraded
 from cmtool.system.devices import on_device, shapes_only
 from cmtool.weights import PUBLISHED
 
+PREFIX = "hf:"
+"""How the name of a model of a hub begins."""
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("digits-edm", "digits-cmt", "digits-cd")
 SCALINGS_OF: dict[Kind, str] = {"teacher": "edm", "consistency": "consistency", "flow map": "edm"}
@@ -145,6 +146,8 @@ def find_model(name_or_path: str | Path, weights: str = "ema") -> FoundModel:
             raise MissingError(what, hint)
         return FoundModel(find(wanted.path, weights)[0], (), name)
     if name.startswith(PREFIX):
+        from cmtool.hub import fetched
+
         there = fetched(name)
         return FoundModel(find(there.path, weights)[0], there.notes, there.source)
     if re.match(r"https?:/", name):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cmtool.errors import InputError, MissingError, UserError, nearest
-from cmtool.system.download import OnBytes, OnNote, download
 from cmtool.system.files import file_sha256, read_own, write_atomic
+
+if TYPE_CHECKING:
+    from cmtool.system.download import OnBytes, OnNote
 
 OPENAI = "https://openaipublic.blob.core.windows.net/consistency"
 NVIDIA = "https://nvlabs-fi-cdn.nvidia.com"
@@ -189,6 +191,8 @@ def fetched(
     """
     wanted = published(name)
     path, known = wanted.path, expected_sha256(wanted)
+    from cmtool.system.download import download
+
     if path.is_file() and known is not None and file_sha256(path).startswith(known):
         return path
     if is_offline():
