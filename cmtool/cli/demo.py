@@ -36,7 +36,7 @@ def demo(
 
     `cmtool demo`
 
-    It takes about three minutes on two CPU cores and needs no network. Prints the path of the
+    It takes about four minutes on two CPU cores and needs no network. Prints the path of the
     report.
     """
     if out.exists() and not out.is_dir():
