@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from cmtool.system.records import Facts, known_facts, read_facts
 MANIFEST = "manifest.json"
 BEST = "best.json"
 NOT_WEIGHTS = {"optimizer", "method"}
+AGAIN = "give another checkpoint"
 """Tensor files of a checkpoint that hold no network."""
 T = TypeVar("T")
 
@@ -141,7 +143,9 @@ def whole_files(path: Path) -> dict[str, str]:
         facts = {name: (fact["bytes"], fact["sha256"]) for name, fact in listed.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         what = f"{path} is not a whole checkpoint: no manifest"
-        raise Damaged(what, "give another checkpoint") from None
+        files = sorted(f for f in path.glob("*.safetensors") if f.stem not in NOT_WEIGHTS)
+        hint = f"give its file of weights: {shlex.quote(str(files[0]))}" if files else AGAIN
+        raise Damaged(what, hint) from None
     for name, (size, _) in facts.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,8 +135,23 @@ def svgs(plots: Sequence[Plot]) -> Iterator[str]:
                     handlelength=1, borderaxespad=0.2,
                 )  # fmt: skip
             svg = io.StringIO()
-            figure.savefig(svg, format="svg", metadata={"Date": None})
+            with lenient_fonts():
+                figure.savefig(svg, format="svg", metadata={"Date": None})
             yield svg.getvalue()
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a figure in the format that the name says."""
+    with replacing(path) as temporary, lenient_fonts():
+        figure.savefig(temporary, dpi=110, format=path.suffix[1:])
+
+
+@contextmanager
+def lenient_fonts() -> Iterator[None]:
+    """Draw a letter that the font lacks as a box, and warn of none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
 
 
 def plain_lines(text: str) -> str:
@@ -174,8 +191,7 @@ def write_comparison(path: Path, plots: Sequence[Plot]) -> None:
         [*lines.values()], shown, loc="outside lower center", frameon=False,
         ncols=min(len(lines), 3), fontsize=8,
     )  # fmt: skip
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    write_figure(path, figure)
 
 
 def write_summary(path: Path, log: Log, panels: dict[str, Tensor], title: str) -> None:
@@ -191,8 +207,7 @@ def write_summary(path: Path, log: Log, panels: dict[str, Tensor], title: str) -
         axis.imshow(picture(images, 10).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(plain_lines(name), fontsize=10)
         axis.set_axis_off()
-    with replacing(path) as temporary:
-        plot.savefig(temporary, dpi=110, format="png")
+    write_figure(path, plot)
 
 
 def write_curves(
@@ -208,8 +223,7 @@ def write_curves(
     axis.set(xlabel=plain(xlabel), ylabel=plain(ylabel), xscale="log", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, frameon=False)
-    with replacing(path) as temporary:
-        plot.savefig(temporary, dpi=110, format=path.suffix[1:])
+    write_figure(path, plot)
 
 
 class Reached(NamedTuple):
@@ -267,8 +281,7 @@ def write_methods(
         labels.append(f"in {n} step{'s' * (n > 1)}")
     above.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
     _draw_rows(below, samples)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    write_figure(path, figure)
 
 
 XLABELS = {"seconds": "seconds of training", "images": "images seen"}

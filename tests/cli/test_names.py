@@ -15,7 +15,7 @@ from cmtool.cli._watching import BarWatcher
 from cmtool.data.drawing import png_bytes
 from cmtool.presets.toml import load_preset, to_toml
 from cmtool.system.text import printable
-from cmtool.training.plots import Curve, Plot, svgs, write_curves, write_summary
+from cmtool.training.plots import Curve, Plot, svgs, write_comparison, write_curves, write_summary
 from cmtool.training.report import write_run_report
 from tests.cli.conftest import TINY
 
@@ -95,7 +95,11 @@ def test_where_a_value_came_from_is_a_comment_whatever_the_name(kind):
     assert tomllib.loads(text.encode().decode()) == tomllib.loads(to_toml(preset))
 
 
-DOLLARS = ["$x", "$$", "$\\frac{$", "costs $5 or $6", "\\$", "a_b^c $\\alpha", *STRANGE.values()]
+LETTERS = "\u6570\u5b57"
+"""matplotlib's own font lacks them."""
+DOLLARS = [
+    "$x", "$$", "$\\frac{$", "costs $5 or $6", "\\$", "a_b^c $\\alpha", LETTERS, *STRANGE.values()
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("words", DOLLARS)
@@ -104,7 +108,9 @@ def test_words_are_drawn_as_they_are(tmp_path, words):
     images = {words: torch.zeros(2, 3, 8, 8)}
     write_summary(tmp_path / "s.png", log, images, words)
     write_curves(tmp_path / "c.png", {words: [(1, 2), (2, 3)]}, words, words)
-    (page,) = svgs([Plot(words, [Curve(words, [1, 2], [1.0, 2.0]), Curve("b", [1], [2.0])])])
+    plot = Plot(words, [Curve(words, [1, 2], [1.0, 2.0]), Curve("b", [1], [2.0])])
+    write_comparison(tmp_path / "m.png", [plot])
+    (page,) = svgs([plot])
     assert printable(words) in page
 
 

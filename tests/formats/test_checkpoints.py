@@ -43,6 +43,19 @@ def test_half_a_checkpoint_does_not_exist(tmp_path, harm):
     assert newest_checkpoint(tmp_path)[0] is None
 
 
+def test_a_folder_with_weights_alone_says_which_file_to_give(tmp_path):
+    path = save_checkpoint(tmp_path, trained(1), {})
+    (path / "manifest.json").unlink()
+    with pytest.raises(InputError) as error:
+        verify(path)
+    assert error.value.hint == f"give its file of weights: {path / 'ema.safetensors'}"
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(InputError) as error:
+        verify(path)
+    assert error.value.hint == "give another checkpoint"
+
+
 def test_a_damaged_newer_checkpoint_costs_no_good_one(tmp_path):
     for steps in (1, 2, 3, 9):
         save_checkpoint(tmp_path, trained(steps), {})
