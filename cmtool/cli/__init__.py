@@ -179,8 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         say(f"error: rank {error.rank}: {error.what}" if mine else f"error: {error.what}", mine)
         if error.hint:
             say(f"hint: {error.hint}", mine)
-        on_purpose = isinstance(error, Stopped | Paused)
-        if on_purpose and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-            sys.exit(0)  # torchrun would start it again
+        if isinstance(error, Stopped | Paused) and "TORCHELASTIC_RUN_ID" in os.environ:
+            sys.exit(0)  # else torchrun would start it again, or print a traceback of its own
         sys.exit(error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
