@@ -98,17 +98,17 @@ def _write(drawing: Drawing, model: Model, chosen: Plan, path: Path) -> None:
 
     inputs = _probe(model, len(chosen.sigmas), 3)
     batch = torch.export.Dim("batch", min=1)
+    shapes = {"noise": {1: batch}, "labels": {0: batch} if "labels" in inputs else None}
     with _quiet():
+        traced = torch.export.export(
+            drawing, tuple(inputs.values()), dynamic_shapes=shapes, strict=False
+        )
         program: Any = torch.onnx.export(
-            drawing,
-            tuple(inputs.values()),
+            traced,
             dynamo=True,
             opset_version=OPSET,
             input_names=list(inputs),
             output_names=["images"],
-            dynamic_shapes={"noise": {1: batch}, "labels": {0: batch}}
-            if "labels" in inputs
-            else {"noise": {1: batch}, "labels": None},
             external_data=False,
         )
     proto = program.model_proto
