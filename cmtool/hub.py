@@ -71,7 +71,7 @@ def fetched(name: str) -> Fetched:
     InputError for what the hub has not or refuses, ResourceError for what the machine has not.
     """
     named = parsed(name)
-    with _told(name):
+    with told(name):
         listed = _in_cache(named) if is_offline() else _at_hub(named)
         files = _chosen(name, named, list(listed.files))
         before = _commit_in_cache(named)
@@ -129,7 +129,8 @@ def _is_shard(file: str, folder: str) -> bool:
     return re.fullmatch(rf"{re.escape(folder)}{name}-\d+-of-\d+\.safetensors", file) is not None
 
 
-def _library() -> Any:
+def library() -> Any:
+    """Return the hub's library. Raises MissingError without it."""
     try:
         import huggingface_hub
     except ImportError:
@@ -138,7 +139,7 @@ def _library() -> Any:
     return huggingface_hub
 
 
-def _places() -> dict[str, str | None]:
+def places() -> dict[str, str | None]:
     """Return the server and the cache by the hub's variables as they are now."""
     home = os.environ.get("HF_HOME")
     cache = os.environ.get("HF_HUB_CACHE") or (f"{home}/hub" if home else None)
@@ -147,8 +148,8 @@ def _places() -> dict[str, str | None]:
 
 def _at_hub(named: Named) -> Listed:
     """Return what the hub has of a repository."""
-    hub = _library()
-    api = hub.HfApi(endpoint=_places()["endpoint"])
+    hub = library()
+    api = hub.HfApi(endpoint=places()["endpoint"])
     try:
         info = api.model_info(named.repository, revision=named.revision, files_metadata=True)
         files = {each.rfilename: each.lfs.sha256 if each.lfs else None for each in info.siblings}
@@ -162,7 +163,7 @@ def _at_hub(named: Named) -> Listed:
 
 
 def _repository_in_cache(named: Named) -> Path:
-    cache = _places()["cache_dir"] or _library().constants.HF_HUB_CACHE
+    cache = places()["cache_dir"] or library().constants.HF_HUB_CACHE
     return Path(cache) / f"models--{named.repository.replace('/', '--')}"
 
 
@@ -195,14 +196,14 @@ def _in_cache(named: Named) -> Listed:
 
 def _file(named: Named, listed: Listed, file: str) -> Path:
     """Return one file, fetched at the commit and checked, unless it is in the cache."""
-    hub, places = _library(), _places()
-    known = {"revision": listed.commit, "cache_dir": places["cache_dir"]}
+    hub, where = library(), places()
+    known = {"revision": listed.commit, "cache_dir": where["cache_dir"]}
     cached = hub.try_to_load_from_cache(named.repository, file, **known)
     if isinstance(cached, str):
         return Path(cached)
     if is_offline():
         raise MissingError(f"{file} of {named.repository} is not in the hub's cache", "fetch it")
-    path = Path(hub.hf_hub_download(named.repository, file, **known, endpoint=places["endpoint"]))
+    path = Path(hub.hf_hub_download(named.repository, file, **known, endpoint=where["endpoint"]))
     expected = listed.files.get(file)
     if expected is not None and (found := file_sha256(path)) != expected:
         path.resolve().unlink()
@@ -213,7 +214,7 @@ def _file(named: Named, listed: Listed, file: str) -> Path:
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
+def told(name: str) -> Iterator[None]:
     """Turn what the hub's library raises in the block into errors of ours."""
     try:
         yield
@@ -226,7 +227,7 @@ def _told(name: str) -> Iterator[None]:
 
 
 def _error_of(error: OSError, name: str) -> Exception:
-    errors = _library().errors
+    errors = library().errors
     if is_full(error):
         return ResourceError(f"no room on the disk for {name}", "free disk space, and try again")
     if isinstance(error, errors.GatedRepoError):
@@ -239,5 +240,8 @@ def _error_of(error: OSError, name: str) -> Exception:
         return InputError(f"{name}: there is no such model", hint)
     if isinstance(error, errors.HfHubHTTPError):
         status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            hint = "put a token that may do it into HF_TOKEN, or: hf auth login"
+            return InputError(f"the hub does not allow it for {name}: {status}", hint)
         return InputError(f"the hub answers {status or 'an error'} for {name}", "try again later")
     return ResourceError(f"no answer from the hub for {name}: {error}", "try again later")

@@ -1,5 +1,6 @@
 """A hub on 127.0.0.1: repositories, revisions and files, as the real one has them."""
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -15,6 +16,8 @@ class Hub:
 
     def __init__(self):
         self.branches, self.commits = {}, {}
+        self.refuses, self.broken = None, False
+        self.blobs, self.messages, self.private = {}, [], {}
         self.asked, self.status, self.lies, self.kind = [], {}, {}, None
 
     def push(self, repository, files, branch="main"):
@@ -61,6 +64,54 @@ class Hub:
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         return 200, headers, self.lies.get(name, content)
 
+    def take(self, path, content, host):
+        """Return (status, content) for what is posted, as `answer` does."""
+        parts = unquote(urlsplit(path).path).strip("/").split("/")
+        if parts[0] == "put" and self.broken:
+            return 400, {"error": "broken off"}
+        if parts[0] == "put":
+            self.blobs[parts[1]] = content
+            return 200, {}
+        if self.refuses:
+            return self.refuses, {}
+        if parts[-1] == "commit" or parts[-2] == "commit":
+            return 200, self.commit("/".join(parts[2:4]), content, host)
+        asked = json.loads(content)
+        if parts == ["api", "validate-yaml"]:
+            return 200, {"errors": [], "warnings": []}
+        if parts == ["api", "repos", "create"]:
+            name = f"{asked['organization']}/{asked['name']}"
+            if any(known == name for known, _ in self.branches):
+                return 409, {"error": "it is there", "url": f"{host}/{name}"}
+            self.private[name] = asked.get("private") or asked.get("visibility") == "private"
+            self.push(name, {".gitattributes": b""})
+            return 200, {"url": f"{host}/{name}"}
+        if "preupload" in parts:
+            kinds = {True: "lfs", False: "regular"}
+            return 200, {"files": [
+                {"path": f["path"], "uploadMode": kinds[f["path"].endswith(".safetensors")],
+                 "shouldIgnore": False} for f in asked["files"]]}  # fmt: skip
+        assert parts[-1] == "batch", path
+        objects = [
+            {**o, "actions": {"upload": {"href": f"{host}/put/{o['oid']}", "header": {}}}}
+            for o in asked["objects"]
+        ]
+        return 200, {"transfer": "basic", "objects": objects}
+
+    def commit(self, repository, content, host):
+        """Make a commit of the lines of JSON that the hub's library sends."""
+        lines = [json.loads(line) for line in content.splitlines()]
+        self.messages.append(lines[0]["value"]["summary"])
+        files = dict(self.commits[repository, self.branches[repository, "main"]])
+        for line in lines[1:]:
+            value = line["value"]
+            whole = line["key"] == "file"
+            files[value["path"]] = (
+                base64.b64decode(value["content"]) if whole else self.blobs[value["oid"]]
+            )
+        commit = self.push(repository, files)
+        return {"commitOid": commit, "commitUrl": f"{host}/{repository}/commit/{commit}"}
+
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
@@ -84,6 +135,18 @@ def hub(monkeypatch, tmp_path):
                     self.wfile.write(content)
 
         do_HEAD = do_GET
+
+        def do_POST(self):
+            content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, said = hub.take(self.path, content, f"http://{self.headers['Host']}")
+            self.send_response(status)
+            body = json.dumps(said).encode()
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_PUT = do_POST
 
         def log_message(self, *_):
             pass

@@ -142,6 +142,50 @@ def _export(model: Model, out: Path, steps: int | None, sigmas: str | None) -> s
     return "onnx"
 
 
+@app.command("push")
+def push(
+    path: Source,
+    repository: Annotated[
+        str, Argument(metavar="hf:ORG/NAME", help="Repository; it is made unless it is there.")
+    ],
+    licence: Annotated[
+        str | None,
+        Option("--license", help="Licence of the weights, as the hub names it: apache-2.0, mit."),
+    ] = None,
+    weights: Weights = "ema",
+    kind: KindOption = None,
+    private: Annotated[
+        bool, Option("--private", help="Make a new repository a private one.")
+    ] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace files in the repository, by a new commit.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put a model onto the Hugging Face hub, with a card that says how it was made.
+
+    `cmtool checkpoint push runs/mine hf:me/my-model --license apache-2.0`
+
+    The hub gets the weights in cmtool's format, the preset, a README.md with what the run knows of
+    its data, teacher and numbers, and its last samples. The token is that of `hf auth login`, or
+    HF_TOKEN. Prints hf:ORG/NAME@COMMIT, which every command takes as a model.
+    """
+    if licence is None:
+        hint = "say under which licence others may use it, for example --license apache-2.0"
+        raise UserError("checkpoint push needs --license", hint)
+    with importing_torch():
+        from cmtool.models import load_model
+        from cmtool.publish import push as push_model
+
+    model = load_model(path, weights=weights, kind=parse_kind(kind))
+    tell_notes(model)
+    name = push_model(model, repository, licence, private=private, overwrite=overwrite)
+    if as_json:
+        emit_json({"name": name, "license": licence, "from": describe(model)})
+    else:
+        emit(name)
+
+
 @app.command("average")
 def average(
     run: Annotated[
