@@ -1,9 +1,15 @@
 import json
+import time
 
+import onnxruntime
 import pytest
 import torch
 
+from cmtool.core.rng import SeededNoise, seeded_labels
 from cmtool.data.decoding import read_image
+from cmtool.data.images import to_uint8
+from cmtool.models import load_model
+from cmtool.sampling import sample
 from tests.golden import GOLDEN, golden
 
 
@@ -115,12 +121,26 @@ def test_bad_input(cmtool, arguments, code, what):
 
 @pytest.mark.slow
 def test_the_bundled_model_becomes_onnx(cmtool, tmp_path):
+    """Its pictures of 100 seeds are those of `cmtool sample`, to one grey level."""
     made = cmtool("checkpoint", "convert", "digits-cd", "digits.onnx", "--steps", "2")
     assert made.code == 0, made.err
     assert made.text == "digits.onnx\n"
     assert "within" in made.err
     again = cmtool("checkpoint", "convert", "digits-cd", "digits.onnx")
     assert (again.code, "--overwrite" in again.err) == (2, True)
+    model, seeds = load_model("digits-cd"), range(100)
+    start = time.perf_counter()
+    ours = to_uint8(sample(model, seeds, steps=2))
+    between = time.perf_counter()
+    draw = SeededNoise(seeds)
+    noise = torch.stack([draw(torch.empty(100, 3, 8, 8)) for _ in range(2)])
+    inputs = {"noise": noise.numpy(), "labels": seeded_labels(seeds, 10).numpy()}
+    (images,) = onnxruntime.InferenceSession(tmp_path / "digits.onnx").run(None, inputs)
+    took = between - start, time.perf_counter() - between
+    apart = (to_uint8(torch.from_numpy(images)).int() - ours.int()).abs()
+    print(f"cmtool {took[0]:.3f} s, ONNX Runtime with its start {took[1]:.3f} s")
+    assert int(apart.max()) <= 1
+    assert float((apart > 0).float().mean()) < 1e-3
 
 
 @pytest.mark.parametrize(
