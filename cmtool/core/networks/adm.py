@@ -20,10 +20,10 @@ from cmtool.core.networks.layers import (
     Linear32,
     check_labels,
     check_options,
-    check_patch,
     check_size,
     checkpointed,
     downsampled,
+    patch_channels,
     sinusoidal_embedding,
     upsampled,
     warp,
@@ -196,7 +196,6 @@ class Adm(nn.Module):
         self.options = o = options
         widths = (channels, o.model_channels, o.head_channels, o.min_group_channels)
         check_options(widths, o.channel_mult, o.num_res_blocks, o.attention_levels)
-        check_patch(o.patch_size)
         width = o.model_channels
         emb_channels = 4 * width
         self.two_time = o.two_time
@@ -219,7 +218,7 @@ class Adm(nn.Module):
         def attention(level: int, c: int) -> list[nn.Module]:
             return [o.attention(c)] if level in o.attention_levels else []
 
-        pixels = channels * o.patch_size**2
+        pixels = patch_channels(channels, o.patch_size)
         top = len(o.channel_mult) - 1
         c = width * o.channel_mult[0]
         self.input_blocks = nn.ModuleList([nn.ModuleList([Stem(pixels, c, 3, padding=1)])])
