@@ -121,8 +121,8 @@ def running(methods, place, *more, method="ct", **options):
     return command
 
 
-KILLS = 22
-LENGTH = 70
+KILLS = 14
+LENGTH = 50
 
 
 @pytest.mark.parametrize("method", ["ct", "edm", "cd"])
