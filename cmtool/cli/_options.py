@@ -44,7 +44,7 @@ Weights = Annotated[
 Device = Annotated[
     str,
     Option(
-        help="Device: cpu, cuda, cuda:1, ..., or auto, which is a GPU if there is one.",
+        help="Device: cpu, cuda, cuda:1, mps, ..., or auto, which is a GPU if there is one.",
         autocompletion=_completion.devices,
     ),
 ]
@@ -199,8 +199,9 @@ def pick_device(name: str) -> str:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    has_mps = torch.backends.mps.is_available()
     try:
-        chosen = own_device(name, num_gpus, local_rank, local_size)
+        chosen = own_device(name, num_gpus, local_rank, local_size, has_mps)
         _check_device(chosen)
     except UserError as error:
         error.rank = processes()[0] if local_rank == 0 else None
@@ -208,13 +209,15 @@ def pick_device(name: str) -> str:
     return chosen
 
 
-def own_device(name: str, num_gpus: int, local_rank: int, local_size: int) -> str:
+def own_device(
+    name: str, num_gpus: int, local_rank: int, local_size: int, has_mps: bool = False
+) -> str:
     """Return the device that --device means for one of `local_size` processes on a machine.
 
     Raises UserError for one GPU named for several processes, ResourceError for too few GPUs.
     """
     if name == "auto":
-        name = "cuda" if num_gpus else "cpu"
+        name = "cuda" if num_gpus else "mps" if has_mps and local_size == 1 else "cpu"
     if local_size == 1 or not name.startswith("cuda"):
         return name
     if name != "cuda":

@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from cmtool.core.losses import noise_point
 from cmtool.core.noise import NoiseRange, Stage
 from cmtool.core.tangents import tangent
-from cmtool.core.tensors import level, to_device
+from cmtool.core.tensors import doubled, level, to_device
 from cmtool.core.types import Denoiser
 from cmtool.errors import DivergedError
 
@@ -33,8 +33,8 @@ def adaptive_step(
     point = noise_point(x0, level(sigma, x0).contiguous(), noise)
     with torch.no_grad():
         f0, v = tangent(f, point, labels)
-    fall, square = (v * (f0 - x0)).double().sum(), v.double().square().sum()
-    return float(lam / (1 + lam) * fall / square.clamp_min(torch.finfo(torch.float64).tiny))
+    fall, square = doubled(v * (f0 - x0)).sum(), doubled(v).square().sum()
+    return float(lam / (1 + lam) * fall / square.clamp_min(torch.finfo(square.dtype).tiny))
 
 
 def adaptive_grid(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmtool.core.tensors import level
+from cmtool.core.tensors import doubled, level
 from cmtool.core.types import Denoiser, Solver
 
 
@@ -70,4 +70,4 @@ def deviations(
 
 
 def _rms(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).square().mean().sqrt())
+    return float((doubled(a) - doubled(b)).square().mean().sqrt())

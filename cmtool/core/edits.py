@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cmtool.core.tensors import clip, identity
+from cmtool.core.tensors import clip, doubled, identity
 from cmtool.core.types import Projection, RandnLike
 from cmtool.errors import InputError, UserError
 
@@ -138,9 +138,9 @@ def interpolate(noise_a: Tensor, noise_b: Tensor, weights: Tensor) -> Tensor:
     Both are unit noise (1, C, H, W); the angle is that between the flattened tensors (Song et al.
     2023, App. D). Nearly parallel ones are mixed along the straight line.
     """
-    cosine = F.cosine_similarity(noise_a.flatten().double(), noise_b.flatten().double(), dim=0)
+    cosine = F.cosine_similarity(doubled(noise_a.flatten()), doubled(noise_b.flatten()), dim=0)
     angle = torch.arccos(cosine.clamp(-1, 1))
-    w = weights.double().reshape(-1, 1, 1, 1)
+    w = doubled(weights).reshape(-1, 1, 1, 1)
     a, b = 1 - w, w
     if math.sin(angle) > 1e-6:
         a, b = torch.sin(a * angle) / torch.sin(angle), torch.sin(b * angle) / torch.sin(angle)
@@ -179,8 +179,8 @@ def within(x: Tensor, weights: Tensor, total: Tensor, dim: int) -> Tensor:
     `dim`. The nearest point is clip(x + lambda weights); lambda is found by bisection, since the
     sum rises with it.
     """
-    x, goal = x.double(), total.double().unsqueeze(dim)
-    w = weights.double()
+    x, goal = doubled(x), doubled(total).unsqueeze(dim)
+    w = doubled(weights)
     reach = (1 + x.abs().amax(dim, keepdim=True)) / w.min()
     low, high = -reach, reach
     for _ in range(60):

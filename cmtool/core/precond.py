@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cmtool.core.tensors import channels_last, expand, to_device
+from cmtool.core.tensors import channels_last, doubled, expand, to_device
 
 
 class Scalings(NamedTuple):
@@ -118,7 +118,7 @@ def iddpm_label(
     levels = to_device(
         torch.tensor(iddpm_sigmas(c_1, c_2, steps), dtype=torch.float64), sigma.device
     )
-    index = (sigma.double()[:, None] - levels).abs().argmin(1)
+    index = (doubled(sigma)[:, None] - levels).abs().argmin(1)
     return (steps - 1 - index).to(sigma.dtype)
 
 

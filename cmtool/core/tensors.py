@@ -7,6 +7,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+NO_FLOAT64 = {"mps"}
+"""Devices that refuse float64. There noise levels and sums are float32."""
+
+
+def precise(device: torch.device | str) -> torch.dtype:
+    """Return float64, or float32 on a device that has no better."""
+    return torch.float32 if torch.device(device).type in NO_FLOAT64 else torch.float64
+
+
+def doubled(t: Tensor) -> Tensor:
+    """Return a tensor in float64, or as near to it as its device can."""
+    return t.to(precise(t.device))
+
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
     """Return `value` (B,) as (B, 1, 1, 1), on the device and in the dtype of the image `like`."""
@@ -27,7 +40,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 def level(sigma: float | Tensor, like: Tensor) -> Tensor:
     """Return one noise level for a whole batch: (B,) float64 on the device of `like`."""
-    value = torch.as_tensor(sigma, dtype=torch.float64, device=like.device)
+    value = torch.as_tensor(sigma, dtype=precise(like.device), device=like.device)
     return value.expand(like.shape[0])
 
 
@@ -51,7 +64,10 @@ def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
     """Return the tensor on a device; on its way to a GPU nobody waits for it, or for what is there.
 
     A copy out of memory that is not page-locked waits for all that the GPU has to do before it.
+    float64 becomes float32 for a device that has no better.
     """
+    if tensor.dtype == torch.float64:
+        tensor = tensor.to(precise(device))
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

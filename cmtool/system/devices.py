@@ -33,6 +33,8 @@ def best_precision(device: str) -> str:
     These are recent GPUs, and CPUs with AVX-512 BF16 or AMX, where a step takes half to two thirds
     of its time. On other CPUs bf16 is slower than fp32.
     """
+    if device.startswith("mps"):
+        return "fp32"
     if device.startswith("cuda"):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -107,6 +109,8 @@ def synchronise(device: str) -> None:
     """Wait until a GPU has done what it was given; a CPU has."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+    elif device.startswith("mps"):
+        torch.mps.synchronize()
 
 
 def free_memory(device: str) -> int | None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from cmtool.core.noise import NoiseRange
+from cmtool.core.tensors import doubled, precise
 from cmtool.errors import ResourceError, is_full
 from cmtool.presets.schema import Preset
 from cmtool.system.dist import Group
@@ -85,11 +86,12 @@ class Meter:
     def __init__(self, noise_range: NoiseRange, device: str) -> None:
         edges = band_edges(noise_range)
         self.names = band_names(edges)
-        self.edges = torch.tensor(edges, dtype=torch.float64, device=device)
+        best = precise(device)
+        self.edges = torch.tensor(edges, dtype=best, device=device)
         self.bands = torch.arange(len(self.names), device=device)[:, None]
-        self.loss = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self.loss = torch.zeros(len(self.names), dtype=best, device=device)
         self.images = torch.zeros_like(self.loss)
-        self.norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.norm = torch.zeros((), dtype=best, device=device)
         self.steps = self.skipped = 0
 
     def add(self, info: StepInfo) -> None:
@@ -97,9 +99,9 @@ class Meter:
         if info.skipped:
             self.skipped += 1
             return
-        place = torch.bucketize(info.sigma.double(), self.edges, right=True)  # (B,)
+        place = torch.bucketize(doubled(info.sigma), self.edges, right=True)  # (B,)
         inside = place == self.bands  # (bands, B)
-        self.loss += torch.where(inside, info.loss.double(), 0).sum(1)
+        self.loss += torch.where(inside, doubled(info.loss), 0).sum(1)
         self.images += inside.sum(1)
         self.norm += info.grad_norm
         self.steps += 1

@@ -22,7 +22,7 @@ Layers = Mapping[str, Mapping[str, Any]]
 """Dotted keys with values, by their origin."""
 SURVEYED = 4096
 """Images of a data set that are looked at, evenly spread."""
-MOST_SIDE = {"cpu": 32, "cuda": 64}
+MOST_SIDE = {"cpu": 32, "mps": 32, "cuda": 64}
 """Larger images are made smaller, unless the user gives a size."""
 SHARE_OF_MEMORY = 0.7
 EDM_SIGMA_DATA = 0.5

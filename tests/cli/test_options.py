@@ -29,6 +29,12 @@ def test_each_process_gets_a_gpu_of_its_own(name, num_gpus, rank, size, device):
     assert own_device(name, num_gpus, rank, size) == device
 
 
+def test_an_apple_gpu_is_taken_by_one_process_where_there_is_no_other():
+    assert own_device("auto", 0, 0, 1, has_mps=True) == "mps"
+    assert own_device("auto", 1, 0, 1, has_mps=True) == "cuda"
+    assert own_device("auto", 0, 1, 2, has_mps=True) == "cpu"
+
+
 def test_one_gpu_for_several_processes_is_refused():
     with pytest.raises(UserError, match=r"--device cuda:0 for 2 processes") as caught:
         own_device("cuda:0", 8, 1, 2)
