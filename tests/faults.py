@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 import cmtool.cli
 import cmtool.data.datasets
 import cmtool.training.run
+from cmtool.system.slurm import ranks
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -54,6 +55,7 @@ def _command(arguments, folder, streams, options):
     if options.get("environment") is not None:
         os.environ.clear()
         os.environ.update(options["environment"])
+        os.environ.update(ranks(os.environ))  # of srun
     if not options.get("rights", True):  # root's, to write anywhere
         assert ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24)) == 0
     sys.argv = ["cmtool", *arguments]

@@ -269,7 +269,6 @@ def _config(o: AdmOptions, channels: int, num_classes: int, image_size: int) -> 
         "middle_norm": not o.middle_norm and not o.scale_shift,
         "middle_attention": not o.middle_attention,
         "double_norm": o.double_norm,
-        "patch_size": o.patch_size != 1,
     }
     for name, differs in odd.items():
         if differs:

@@ -57,8 +57,6 @@ SIZES = {
     "large": Size(192, 3, 64, 32, 0.1, (1, 2, 3, 4, 4, 4), 512, 0.1),
 }
 MOST_LEVELS = 6
-PATCHED_SIDE = 24
-"""From this side on a slim network works on patches: the finest level costs a CPU most."""
 
 
 class Facts(NamedTuple):
@@ -118,31 +116,26 @@ def picture_size(facts: Facts, device: str, side: int | None) -> tuple[int, int]
 
 
 def network_for(size: tuple[int, int], chosen: Size) -> dict[str, Any]:
-    """Return the network of a preset: each level halves the images, down to few places.
+    """Return the network of a preset: each level halves the images, down to few pixels.
 
-    Those are 8 or fewer, and attention starts at 16; in a slim network they are 4, and it is 8. A
-    slim network of larger images has a place for each 2x2 pixels, and is twice as wide.
+    Those are 8 or fewer, and attention starts at 16; in a slim network they are 4, and it is 8.
     """
-    is_slim = not chosen.channel_mult
-    patch = 2 if is_slim and min(size) >= PATCHED_SIDE else 1
-    places, few = [side // patch for side in size], 4 if is_slim else 8
-    depth = 2
-    while min(places) >> (depth - 1) > few and depth < MOST_LEVELS:
+    depth, few = 2, 8 if chosen.channel_mult else 4
+    while min(size) >> (depth - 1) > few and depth < MOST_LEVELS:
         depth += 1
-    while depth > 1 and any(side % (1 << (depth - 1)) for side in places):
+    while depth > 1 and any(side % (1 << (depth - 1)) for side in size):
         depth -= 1
-    small = [level for level in range(depth) if max(places) >> level <= 2 * few]
+    small = [level for level in range(depth) if max(size) >> level <= 2 * few]
     slim = (1,) * (depth - depth // 2) + (2,) * (depth // 2)
-    network = {
+    return {
         "name": "adm",
-        "model_channels": chosen.model_channels * patch,
+        "model_channels": chosen.model_channels,
         "channel_mult": list(chosen.channel_mult[:depth] or slim),
         "num_res_blocks": chosen.num_res_blocks,
         "attention_levels": small or [depth - 1],
         "head_channels": chosen.head_channels,
         "norm_groups": chosen.norm_groups,
     }
-    return network | ({"patch_size": patch} if patch > 1 else {})
 
 
 def data_layers(preset: str, facts: Facts, device: str, wish: Wish) -> Layers:

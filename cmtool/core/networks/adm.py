@@ -23,7 +23,6 @@ from cmtool.core.networks.layers import (
     check_size,
     checkpointed,
     downsampled,
-    patch_channels,
     sinusoidal_embedding,
     upsampled,
     warp,
@@ -60,9 +59,6 @@ class AdmOptions:
     """Length of the augmentation labels (EDM), 0 for none."""
     two_time: bool = False
     """The network also takes the label of the level that it jumps to: a flow map."""
-    patch_size: int = 1
-    """Squares of so many pixels a side, a power of 2, become the channels of one place: less to
-    compute at the finest level, which costs most."""
     dropout: float = 0.0
 
     def group_norm(self, channels: int) -> GroupNorm32:
@@ -218,10 +214,9 @@ class Adm(nn.Module):
         def attention(level: int, c: int) -> list[nn.Module]:
             return [o.attention(c)] if level in o.attention_levels else []
 
-        pixels = patch_channels(channels, o.patch_size)
         top = len(o.channel_mult) - 1
         c = width * o.channel_mult[0]
-        self.input_blocks = nn.ModuleList([nn.ModuleList([Stem(pixels, c, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([nn.ModuleList([Stem(channels, c, 3, padding=1)])])
         skips = [c]
         for level, mult in enumerate(o.channel_mult):
             for _ in range(o.num_res_blocks):
@@ -249,7 +244,7 @@ class Adm(nn.Module):
         self.out = nn.Sequential(
             o.group_norm(c),
             nn.SiLU(),
-            zero_init(nn.Conv2d(c, pixels * (2 if o.learn_sigma else 1), 3, padding=1)),
+            zero_init(nn.Conv2d(c, channels * (2 if o.learn_sigma else 1), 3, padding=1)),
         )
 
     def forward(
@@ -268,9 +263,7 @@ class Adm(nn.Module):
         Raises InputError for a size the levels do not divide, for labels given to an
         unconditional network, and for none given to a conditional one.
         """
-        patch = self.options.patch_size
-        halvings = len(self.options.channel_mult) - 1 + patch.bit_length() - 1
-        check_size(x.shape[-2], x.shape[-1], halvings)
+        check_size(x.shape[-2], x.shape[-1], len(self.options.channel_mult) - 1)
         check_labels(labels, self.num_classes)
         emb = sinusoidal_embedding(noise_label, self.options.model_channels)
         if self.options.augment_dim:
@@ -282,7 +275,7 @@ class Adm(nn.Module):
         if labels is not None:
             emb = emb + self.label_emb(labels)
         emb = F.silu(emb)
-        h = F.pixel_unshuffle(x, patch) if patch > 1 else x
+        h = x
         skips = []
         for entry in children(self.input_blocks):
             h = run(entry, h, emb)
@@ -291,8 +284,6 @@ class Adm(nn.Module):
         for entry in children(self.output_blocks):
             h = run(entry, torch.cat([h, skips.pop()], dim=1), emb)
         out: Tensor = self.out(h)
-        if patch > 1:
-            out = F.pixel_shuffle(out, patch)
         return out[:, : self.channels]
 
 

@@ -215,13 +215,6 @@ def check_options(
         raise ValueError(f"{levels} levels of {blocks} blocks are more than {MAX_BLOCKS}")
 
 
-def patch_channels(channels: int, side: int) -> int:
-    """Return the channels of a patch. Raises ValueError unless its side is a power of 2 to 64."""
-    if side not in (1, 2, 4, 8, 16, 32, 64):
-        raise ValueError(f"patch_size {side} is no power of 2 up to 64")
-    return channels * side**2
-
-
 def check_size(height: int, width: int, halvings: int) -> None:
     """Raise InputError unless both sides can be halved so often; names the nearest sizes."""
     unit = 2**halvings

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
+from torch.nn.functional import silu
 
 from cmtool.core.networks import NETWORKS
 from cmtool.core.networks.adm import Adm, AdmOptions, ResBlock
@@ -163,22 +163,6 @@ def test_double_norm_is_the_formula_of_scm_and_can_be_differentiated_forwards():
 def test_double_norm_without_a_scale_is_refused():
     with pytest.raises(ValueError, match="needs scale_shift"):
         Adm(AdmOptions(**TINY, double_norm=True, scale_shift=False), 3)
-
-
-def test_patches_are_channels_of_a_network_of_single_pixels():
-    torch.manual_seed(0)
-    patched = Adm(AdmOptions(**TINY, patch_size=2), 3).eval()
-    plain = Adm(AdmOptions(**TINY), 12).eval()
-    plain.load_state_dict(patched.state_dict())
-    torch.nn.init.normal_(plain.out[2].weight, std=0.1)
-    patched.load_state_dict(plain.state_dict())
-    x, label = torch.randn(2, 3, 16, 24), torch.tensor([0.1, 2.0])
-    out = plain(pixel_unshuffle(x, 2), label)
-    torch.testing.assert_close(patched(x, label), pixel_shuffle(out, 2), atol=0, rtol=0)
-    with pytest.raises(InputError, match="halves them 2 times"):
-        patched(torch.randn(1, 3, 18, 16), label[:1])
-    with pytest.raises(ValueError, match="patch_size 3 is no power of 2"):
-        Adm(AdmOptions(**TINY, patch_size=3), 3)
 
 
 def test_a_seed_draws_the_weights_that_it_drew_in_0_1():
