@@ -1,4 +1,4 @@
-"""CIFAR-10's tarball, read as a stream and without unpickling."""
+"""CIFAR-10 as its archive has it, packed or extracted; read without unpickling."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import hashlib
 import io
 import itertools
 import lzma
+import re
+import shlex
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,8 +21,10 @@ import torch
 from cmtool.data import archives
 from cmtool.data.archives import MAX_RATIO
 from cmtool.data.entries import MAX_MEMBER, Entries, Labels, fingerprint, numbered
+from cmtool.data.labels import unnamed
 from cmtool.errors import InputError
 from cmtool.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
+from cmtool.system.files import read_regular
 
 MAX_UNPACKED = 256 << 20
 """Bytes that the tarball may unpack to; CIFAR-10 has 178 million."""
@@ -36,6 +40,10 @@ UNPACKERS: dict[bytes, Callable[..., Any]] = {
     b"\xfd7zXZ\x00": lzma.open,
 }
 """How to unpack a file, by how it starts."""
+COMMANDS = {b"\x1f\x8b": "gunzip -c", b"BZh": "bunzip2 -c", b"\xfd7zXZ\x00": "unxz -c"}
+"""Commands that do so."""
+Batch = tuple[str, np.ndarray[Any, Any], list[int]]
+"""Name, rows (N, 3072) uint8 and classes of one file."""
 
 
 class Limited:
@@ -53,14 +61,13 @@ class Limited:
         return content
 
 
-def is_tarball(path: Path) -> bool:
-    """Tell whether a file begins as a tar archive does, or as any that is packed."""
+def is_packed(path: Path) -> bool:
+    """Tell whether a file begins as one that gzip, bzip2 or xz has packed."""
     with path.open("rb") as opened:
-        start = opened.read(tarfile.BLOCKSIZE)
-    return start.startswith(tuple(UNPACKERS)) or start[257:262] == b"ustar"
+        return opened.read(8).startswith(tuple(UNPACKERS))
 
 
-def cifar_entries(path: Path) -> Entries:
+def cifar_entries(path: Path, rule: str = "auto") -> Entries:
     """Return the 50,000 training images of cifar-10-python.tar.gz, batch after batch.
 
     Raises InputError for any other tarball, and for one that unpacks to far more than it has.
@@ -70,16 +77,48 @@ def cifar_entries(path: Path) -> Entries:
     except DAMAGE as error:
         raise InputError(f"{path} is not CIFAR-10's archive: {error}", "fetch it again") from None
     if not batches:
-        hint = "give cifar-10-python.tar.gz; extract a tarball of pictures, and give the folder"
+        hint = "give cifar-10-python.tar.gz, or a .tar of images"
+        if is_packed(path):
+            hint = f"if it is a tar of images, unpack it: {_unpacking(path)}"
         raise InputError(f"{path} holds no data_batch_1 ...", hint)
+    return _entries(path, batches, rule)
+
+
+def cifar_folder(path: Path, rule: str = "auto") -> Entries:
+    """Return the images of an extracted cifar-10-batches-py/, as those of its archive.
+
+    Raises InputError for a batch that is damaged, or of anything else.
+    """
+    batches = []
+    for file in sorted(path.glob("data_batch_*"))[:MAX_MEMBERS]:
+        content = read_regular(file, MAX_MEMBER, "extract the archive again")
+        try:
+            batches.append((file.name, *cifar_batch(content, len(content))))
+        except DAMAGE as error:
+            what = f"{file} is not a batch of CIFAR-10: {error}"
+            raise InputError(what, "extract the archive again") from None
+    return _entries(path, batches, rule)
+
+
+def _entries(path: Path, batches: Sequence[Batch], rule: str) -> Entries:
     rows = np.concatenate([part for _, part, _ in batches])
     classes = [label for _, _, part in batches for label in part]
     pictures = torch.from_numpy(rows.reshape(-1, 3, 32, 32))
-    mark = fingerprint([hashlib.sha256(rows.tobytes()).hexdigest()], classes)
-    return Entries(numbered(len(classes)), lambda i: pictures[i], Labels(classes), mark)
+    labels = unnamed(str(path), Labels(classes), rule)
+    mark = fingerprint([hashlib.sha256(rows.tobytes()).hexdigest()], labels.classes)
+    return Entries(numbered(len(classes)), lambda i: pictures[i], labels, mark)
 
 
-def _batches(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any], list[int]]]:
+def _unpacking(path: Path) -> str:
+    """Return the command that unpacks a file beside itself, whatever its name ends in."""
+    with path.open("rb") as opened:
+        start = opened.read(8)
+    unpack = next(word for magic, word in COMMANDS.items() if start.startswith(magic))
+    target = path.with_name(re.sub(r"(\.tar)?\.\w+$", "", path.name) + ".tar")
+    return f"{unpack} {shlex.quote(str(path))} > {shlex.quote(str(target))}"
+
+
+def _batches(path: Path) -> Iterator[Batch]:
     """Yield the name, rows and classes of each data_batch_N of a tarball."""
     with path.open("rb") as opened:
         start = opened.read(8)
