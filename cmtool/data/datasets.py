@@ -7,6 +7,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from cmtool.data.decoding import WHITE, check_background
 from cmtool.data.entries import Labels
-from cmtool.data.labels import unnamed
-from cmtool.data.sources import How, LazyImages, listed_entries, open_images
+from cmtool.data.labels import RULES, no_column, unnamed
+from cmtool.data.sources import How, LazyImages, has_columns, listed_entries, open_images
 from cmtool.errors import InputError, nearest
 from cmtool.system.files import expanded
 
@@ -176,6 +177,19 @@ def load_dataset(
     for index, image in enumerate(everything):
         image.copy_(lazy.image(index))
     return Dataset(name, everything, targets, count, "", class_names, notes)
+
+
+def check_rule(name: str, labels: str) -> None:
+    """Raise InputError for a rule of labels.RULES that is none, nor can be the name of a column.
+
+    Only tables have columns, and tar archives files that may have them.
+    """
+    if labels in RULES:
+        return
+    with suppress(InputError):
+        if has_columns(place_of(name)[0], labels):
+            return
+    raise no_column(name or "a preset without data", labels)
 
 
 def place_of(name: str) -> tuple[Path, str]:

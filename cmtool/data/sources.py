@@ -38,7 +38,7 @@ from cmtool.data.images import fitted, recoloured
 from cmtool.data.labels import SPLITS, TRAIN, find_labels, max_table
 from cmtool.data.lsun import lmdb_entries
 from cmtool.data.shards import tar_entries
-from cmtool.data.tables import is_table, is_table_name
+from cmtool.data.tables import Tables, is_table, is_table_name
 from cmtool.errors import InputError
 from cmtool.system.files import read_regular
 
@@ -86,6 +86,19 @@ def open_images(path: Path, how: How = How()) -> Entries | None:
         entries = tar_entries([path], str(path), how.labels)
         return cifar_entries(path, how.labels) if entries is None else entries
     return cifar_entries(path, how.labels) if is_packed(path) else None
+
+
+def has_columns(path: Path, labels: str) -> bool:
+    """Tell whether classes may be found by a column of this name: in a table, or in a tar."""
+    if path.is_file() and is_table(path):
+        return labels in Tables([path], str(path)).class_columns()
+    if path.is_dir():
+        every = [name for name in _files(path) if not is_hidden(name)]
+        tables = sorted(filter(is_table_name, every))
+        if tables:
+            return labels in Tables([path / tables[0]], str(path)).class_columns()
+        return any(name.endswith(".tar") for name in every)
+    return path.suffix == ".tar"
 
 
 def folder_entries(path: Path, how: How = How()) -> Entries:
@@ -143,12 +156,12 @@ def _files(path: Path) -> Iterator[str]:
 
 def _packed_entries(path: Path, every: Sequence[str], how: How) -> Entries:
     """Return the images in the archives or tables of a folder, or of one split of them."""
-    if (path / "data_batch_1").is_file() and not how.split:
-        return cifar_folder(path, how.labels)
+    entries = cifar_folder(path, how.labels) if not how.split else None
+    if entries is not None:
+        return entries
     seen = [name for name in every if not is_hidden(name)]
     tables, tars = list(filter(is_table_name, seen)), [n for n in seen if n.endswith(".tar")]
     packed = [path / name for name in of_split(str(path), tables or tars, how.split)]
-    entries = None
     if tables:
         entries = table_entries(packed, str(path), how.labels, how.column)
     elif tars:
