@@ -98,7 +98,9 @@ class Tables:
     def _schema(self, number: int) -> Any:
         file = self.file(number)
         with naming(self.paths[number]):
-            return file.schema if isinstance(file, Stream) else file.schema_arrow
+            schema = file.schema if isinstance(file, Stream) else file.schema_arrow
+            _ = schema.names  # raises for names that are no text
+            return schema
 
     def binary_columns(self) -> dict[str, Column]:
         """Return the columns that may hold files: of bytes, or of a struct with a field of them."""
@@ -151,27 +153,25 @@ class Tables:
                 continue
             with naming(path):
                 for group in range(file.metadata.num_row_groups):
-                    parts.append(Part(number, group, self._checked(file, group, column, size)))
+                    parts.append(Part(number, group, self._checked(file, group, size)))
         total = sum(part.rows for part in parts)
         if not 0 < total <= MAX_IMAGES:
             raise InputError(f"{self.source} has {total:,} rows", f"give 1 to {MAX_IMAGES:,}")
         return [part for part in parts if part.rows]
 
-    def _checked(self, file: Any, group: int, column: Column, size: int) -> int:
-        """Return the rows of a group of parquet. Raises ValueError for what it cannot have."""
+    def _checked(self, file: Any, group: int, size: int) -> int:
+        """Return the rows of a group of parquet. Raises ValueError for what it cannot have.
+
+        Its columns are not asked: of some damaged ones, to look at them ends the process.
+        """
         facts = file.metadata.row_group(group)
-        chunks = (facts.column(i) for i in range(facts.num_columns))
-        chunk = next((chunk for chunk in chunks if chunk.path_in_schema == column.path), None)
-        if chunk is None:
-            raise ValueError(f"group {group} has no {column.path}")
-        packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
-        most = min(MAX_ARRAY, MAX_RATIO * max(packed, 1))
-        if not 0 <= packed <= size or not 0 <= unpacked <= most:
+        rows, unpacked = int(facts.num_rows), int(facts.total_byte_size)
+        if not 0 <= unpacked <= MAX_RATIO * size:
             raise ValueError(f"group {group} of its rows claims {unpacked:,} bytes")
-        if not 0 <= facts.num_rows <= 64 * size:
-            raise ValueError(f"group {group} claims {facts.num_rows:,} rows")
+        if not 0 <= rows <= 64 * size:
+            raise ValueError(f"group {group} claims {rows:,} rows")
         self.largest = max(self.largest, unpacked)
-        return int(facts.num_rows)
+        return rows
 
     def batches(self, part: Part, column: Column, rows: int = ROWS) -> Iterator[Any]:
         """Yield the column, some rows at a time. Raises InputError for a damaged file."""

@@ -243,7 +243,7 @@ def test_names_that_begin_with_a_class_are_told(tmp_path, names, told):
     for path in (zipped(tmp_path, {}, names), folder(tmp_path, names)):
         found = load_dataset(path)
         assert found.labels is None
-        assert [("labels.csv" in note) for note in found.notes] == [True] * told
+        assert [("--labels prefix" in note) for note in found.notes] == [True] * told
 
 
 def test_other_files_are_counted_by_their_endings(tmp_path):
