@@ -205,11 +205,7 @@ def _csv_labels(content: bytes, shown: str) -> Table:
     named = [(name, label.strip()) for name, label in rows]
     classes = {label: place for place, label in enumerate(sorted({label for _, label in named}))}
     table = _table([(name, classes[label] if label else None) for name, label in named], shown)
-    for name, place in classes.items():
-        if not any(map(str.isalpha, name)):
-            note = f"{shown} has names, sorted as text: {name[:40]!r} is class {place}"
-            return table, tuple(classes), (note,)
-    return table, tuple(classes), ()
+    return table, tuple(classes), _odd_names(classes, shown)
 
 
 PARSERS: dict[str, Callable[[bytes, str], Table | None]] = {
@@ -253,19 +249,27 @@ def labels_of(values: Sequence[Any], names: Names, shown: str, known: Sequence[s
 
     `known` are the names of numbers. Raises InputError for the first image without a class.
     """
-    texts = {value for value in values if isinstance(value, str)}
-    table: dict[str, int] = {}
-    if texts and not all(map(NUMBER.fullmatch, texts)):
-        table, known = {text: place for place, text in enumerate(sorted(texts))}, sorted(texts)
-    elif texts:
-        table = {text: int(match[1]) for text in texts if (match := NUMBER.fullmatch(text))}
+    texts = sorted({value for value in values if isinstance(value, str) and value.strip()})
+    table = {text: int(match[1]) for text in texts if (match := NUMBER.fullmatch(text))}
+    notes: tuple[str, ...] = ()
+    if len(table) < len(texts):
+        table, known = {text: place for place, text in enumerate(texts)}, texts
+        notes = _odd_names(texts, shown)
     classes = []
     for index, value in enumerate(values):
         label = _class(table.get(value) if isinstance(value, str) else value)
         if label is None or (table and not isinstance(value, str)):
             raise _no_class(shown, names[index], value)
         classes.append(label)
-    return Labels(classes, tuple(known))
+    return Labels(classes, tuple(known), notes)
+
+
+def _odd_names(names: Iterable[str], shown: str) -> tuple[str, ...]:
+    """Return a note about the first name without a letter: it may be meant as a number."""
+    for place, name in enumerate(names):
+        if not any(map(str.isalpha, name)):
+            return (f"{shown} has names, sorted as text: {name[:40]!r} is class {place}",)
+    return ()
 
 
 def _no_class(shown: str, name: str, given: Any) -> InputError:

@@ -25,7 +25,7 @@ from cmtool.data.entries import (
     other_ending,
     told_left_out,
 )
-from cmtool.data.headers import Header, headers
+from cmtool.data.headers import BLOCK, Header, headers
 from cmtool.data.labels import (
     LABEL_KEYS,
     RULES,
@@ -61,18 +61,23 @@ class Index:
         self.tables: dict[str, Any] = {}
         self.beside: dict[str, bytes] = {}
         self.others: Counter[str] = Counter()
+        self.notes: tuple[str, ...] = ()
         for number in range(len(paths)):
             self._add_all(number)
 
     def _add_all(self, number: int) -> None:
         """Add the members of an archive. Raises InputError for one that is damaged."""
-        path = self.paths[number]
+        path, end = self.paths[number], 0
         with opened_input(path, AGAIN) as file:
+            file_size = os.fstat(file.fileno()).st_size
             try:
-                for header in headers(file, os.fstat(file.fileno()).st_size):
+                for header in headers(file, file_size):
                     self._add(number, header, file)
+                    end = header.start + header.size
             except (ValueError, OSError, OverflowError) as error:
                 raise InputError(f"{path} is damaged: {error}", AGAIN) from None
+        if end + BLOCK > file_size:
+            self.notes += (f"{path} does not end as a tar archive does: it may be cut short",)
 
     def _add(self, number: int, header: Header, file: IO[bytes]) -> None:
         name = header.name.removeprefix("./")
@@ -156,6 +161,7 @@ def tar_entries(paths: Sequence[Path], source: str, rule: str = "auto") -> Entri
     names = Names(shown[place] for place in places)
     plain = [index.names[place] for place in places]
     labels = _labels(index, plain, names, source, _beside(index, source))
+    labels = labels._replace(notes=labels.notes + index.notes)
     shard, start, size = (array(a.typecode, (a[p] for p in places)) for a in (
         index.shard, index.start, index.size
     ))  # fmt: skip
