@@ -78,7 +78,9 @@ def test_an_image_that_cannot_be_read_has_a_fingerprint_too(tmp_path):
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("form", ["shards", "parquet", "saved"])
-def test_streams_of_every_form_are_the_batches_of_the_folder(form, workers, shards, tmp_path, monkeypatch):  # fmt: skip
+def test_streams_of_every_form_are_the_batches_of_the_folder(
+    form, workers, shards, tmp_path, monkeypatch
+):
     """In any number of processes and parts, from any step."""
     plan = {"batch": 4, "shards": shards, "seed": 1, "device": "cpu", "flip": True}
     wanted = batches(load_dataset(str(as_folder(tmp_path))), **plan)
@@ -95,14 +97,8 @@ def test_streams_of_every_form_are_the_batches_of_the_folder(form, workers, shar
 
 
 LONG = "folder/" * 20 + "picture.png"
-ODD_NAMES = [
-    "a.png",
-    "é/ü.png",
-    LONG,
-    "x" * 120 + ".png",
-    "b/" * 60 + "y" * 150 + ".png",
-    "./c.png",
-]
+LONGER = "b/" * 60 + "y" * 150 + ".png"
+ODD_NAMES = ["a.png", "é/ü.png", LONG, "x" * 120 + ".png", LONGER, "./c.png"]
 
 
 @pytest.mark.parametrize("how", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -121,7 +117,7 @@ def test_headers_are_those_that_tarfile_reads(how, tmp_path):
         found = list(headers(file, len(content)))
     with tarfile.open(tmp_path / "x.tar") as t:
         theirs = t.getmembers()
-    assert [h.name for h in found] == [m.name for m in theirs]
+    assert [h.name.rstrip("/") for h in found] == [m.name for m in theirs]
     assert [(h.start, h.size) for h in found] == [(m.offset_data, m.size) for m in theirs]
     kinds = ["folder", "a link", "a link", "a device", "a pipe"]
     assert [h.kind for h in found] == ["file"] * (len(theirs) - 5) + kinds
@@ -254,8 +250,8 @@ REFUSED = {
     "a table of 2 MB": (lambda p: hostile(p, tail=header("x", 2 << 20, b"x") + bytes(3 << 20)),
                         "a header of 2,097,152 bytes"),
     "a negative size": (lambda p: hostile(p, tail=negative()), "is no number|no header"),
-    "no header": (lambda p: hostile(p, tail=b"junk" * 256), "no number|no header of a file at byte 1,024"),
-    "a link": (lambda p: hostile(p, ("1.png", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})),
+    "no header": (lambda p: hostile(p, tail=b"junk" * 256), "no number|no header"),
+    "a link": (lambda p: hostile(p, ("1.png", {"type": tarfile.SYMTYPE, "linkname": "/etc"})),
                "'1.png' in .* is a link"),
     "a hard link": (lambda p: hostile(p, ("1.png", {"type": tarfile.LNKTYPE, "linkname": "0.png"})),
                     "'1.png' in .* is a link"),
@@ -302,12 +298,20 @@ def test_names_that_climb_out_are_only_names(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.tar"]
 
 
-@pytest.mark.parametrize("kept", [0, 511, 512 * 3 + 10, 512 * 5])
+@pytest.mark.parametrize("kept", [0, 511, 512 * 3 + 10])
 def test_an_archive_that_is_cut_short_is_refused(kept, tmp_path):
     path = as_tar(tmp_path)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(InputError):
         load_dataset(str(path))
+
+
+def test_an_archive_without_an_end_is_told(tmp_path):
+    path = as_tar(tmp_path)
+    with tarfile.open(path) as archive:
+        third = archive.getmembers()[3]
+    path.write_bytes(path.read_bytes()[: third.offset])
+    assert [("it may be cut short" in note) for note in load_dataset(str(path)).notes] == [True]
 
 
 def test_an_archive_that_changes_later_is_named(tmp_path):
@@ -322,7 +326,7 @@ def test_an_archive_that_changes_later_is_named(tmp_path):
 
 
 def test_of_damaged_archives_nothing_else_comes_out_than_an_error_that_names_them(tmp_path):
-    whole = as_tar(tmp_path).read_bytes()
+    whole, refused = as_tar(tmp_path).read_bytes(), set()
     for seed in range(300):
         path = tmp_path / "y.tar"
         path.write_bytes(damaged(whole, random.Random(seed)))
@@ -331,8 +335,9 @@ def test_of_damaged_archives_nothing_else_comes_out_than_an_error_that_names_the
             data = load_dataset(str(path), in_memory=False)
             data.images[torch.arange(len(data))]
         except InputError as error:
-            assert "y.tar" in error.what
+            refused.add("y.tar" in error.what)
         assert time.process_time() - start < 1
+    assert refused == {True}
 
 
 @pytest.mark.parametrize("name", ["pipe:touch canary", "s-{000..009}.tar", "*.tar"])
@@ -348,7 +353,7 @@ def test_a_word_that_others_run_or_fill_in_is_only_a_name(name, tmp_path, monkey
 def test_splits_are_refused_and_chosen_as_the_hint_says(names, tmp_path):
     for count, name in enumerate(names, 2):
         as_tar(tmp_path, dict(list(FILES.items())[:count]), f"s/{name}")
-    with pytest.raises(InputError, match="holds .*rain") as caught:
+    with pytest.raises(InputError, match="holds (t|T)") as caught:
         load_dataset(str(tmp_path / "s"))
     chosen = caught.value.hint.removeprefix("give one of them: ")
     assert len(load_dataset(chosen)) == 2
