@@ -196,13 +196,15 @@ class Tables:
         """Yield a column of bytes, some rows at a time, with the length of each value."""
         import pyarrow.compute as pc
 
-        total = 0
+        total, most = 0, min(MAX_ARRAY, MAX_RATIO * self.paths[part.file].stat().st_size)
         for values in self.batches(part, column):
             with naming(self.paths[part.file]):
                 lengths = [length or 0 for length in pc.binary_length(values).to_pylist()]
                 total += sum(lengths)
-                if max(lengths, default=0) > MAX_MEMBER or total > MAX_ARRAY:
-                    raise ValueError(f"it unpacks to more than {MAX_MEMBER:,} bytes an image")
+                if max(lengths, default=0) > MAX_MEMBER:
+                    raise ValueError(f"an image of it has more than {MAX_MEMBER:,} bytes")
+                if total > most:
+                    raise ValueError(f"a group of its rows unpacks to more than {most:,} bytes")
             yield values, lengths
 
 

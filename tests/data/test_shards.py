@@ -105,10 +105,15 @@ ODD_NAMES = ["a.png", "é/ü.png", LONG, "x" * 120 + ".png", LONGER, "./c.png"]
 def test_headers_are_those_that_tarfile_reads(how, tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w", format=how, pax_headers={"comment": "of all"}) as t:
         for size, name in enumerate(ODD_NAMES):
-            if how != tarfile.USTAR_FORMAT or len(name) < 120:
+            if how != tarfile.USTAR_FORMAT or max(map(len, name.split("/"))) <= 100:
                 member(t, name, b"x" * 300 * size, mtime=1.5 if how == tarfile.PAX_FORMAT else 1)
         member(t, "folder", type=tarfile.DIRTYPE)
-        member(t, "link", type=tarfile.SYMTYPE, linkname="z" * 200)
+        member(
+            t,
+            "link",
+            type=tarfile.SYMTYPE,
+            linkname="z" * (100 if how == tarfile.USTAR_FORMAT else 200),
+        )
         member(t, "hard", type=tarfile.LNKTYPE, linkname="a.png")
         member(t, "device", type=tarfile.CHRTYPE)
         member(t, "pipe", type=tarfile.FIFOTYPE)
@@ -353,7 +358,7 @@ def test_a_word_that_others_run_or_fill_in_is_only_a_name(name, tmp_path, monkey
 def test_splits_are_refused_and_chosen_as_the_hint_says(names, tmp_path):
     for count, name in enumerate(names, 2):
         as_tar(tmp_path, dict(list(FILES.items())[:count]), f"s/{name}")
-    with pytest.raises(InputError, match="holds (t|T)") as caught:
+    with pytest.raises(InputError, match=r"holds (t|T)") as caught:
         load_dataset(str(tmp_path / "s"))
     chosen = caught.value.hint.removeprefix("give one of them: ")
     assert len(load_dataset(chosen)) == 2
