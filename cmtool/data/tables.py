@@ -86,7 +86,7 @@ class Tables:
 
     def file(self, number: int) -> Any:
         """Return a ParquetFile, or a Stream."""
-        key = (os.getpid(), number)  # what is open does not survive a fork
+        key = (os.getpid(), number)  # pyarrow promises nothing after a fork
         if key not in self.opened:
             while len(self.opened) >= KEPT_FILES:
                 self.opened.popitem(last=False)

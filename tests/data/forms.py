@@ -81,7 +81,7 @@ def as_parquet(root, *, rows=None, split="train", **options):
     """Two files of parquet, in groups of few rows."""
     from pyarrow import parquet
 
-    rows, options = table() if rows is None else rows, {"row_group_size": 3, **options}
+    rows, options = table() if rows is None else rows, {"row_group_size": 4, **options}
     folder = root / "parquet" / "data"
     folder.mkdir(parents=True, exist_ok=True)
     half = len(rows) // 2

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cmtool.data import datasets as data_module
+from cmtool.data import entries as entries_module
 from cmtool.data.batches import batches
 from cmtool.data.datasets import load_dataset
 from cmtool.data.headers import headers
@@ -68,6 +69,12 @@ def test_the_fingerprint_of_streamed_images_is_of_sizes_contents_order_and_class
     assert load_dataset(str(as_zip(tmp_path)), **load).fingerprint() != first
 
 
+def test_a_file_that_is_not_hashed_counts_by_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(entries_module, "HASHED", 4)  # of 12: the first, fourth, seventh and tenth
+    first, name = streamed_mark(as_zip(tmp_path)), NAMES[1]
+    assert streamed_mark(as_zip(tmp_path, FILES | {name: FILES[name] + b"x"})) != first
+
+
 def test_an_image_that_cannot_be_read_has_a_fingerprint_too(tmp_path):
     folder = as_folder(tmp_path)
     (folder / NAMES[3]).unlink()
@@ -115,6 +122,9 @@ def test_headers_are_those_that_tarfile_reads(how, tmp_path):
             linkname="z" * (100 if how == tarfile.USTAR_FORMAT else 200),
         )
         member(t, "hard", type=tarfile.LNKTYPE, linkname="a.png")
+        claiming = tarfile.TarInfo("hard too")
+        claiming.type, claiming.linkname, claiming.size = tarfile.LNKTYPE, "a.png", 5000
+        t.addfile(claiming)  # no content follows
         member(t, "device", type=tarfile.CHRTYPE)
         member(t, "pipe", type=tarfile.FIFOTYPE)
     content = (tmp_path / "x.tar").read_bytes()
@@ -123,9 +133,12 @@ def test_headers_are_those_that_tarfile_reads(how, tmp_path):
     with tarfile.open(tmp_path / "x.tar") as t:
         theirs = t.getmembers()
     assert [h.name.rstrip("/") for h in found] == [m.name for m in theirs]
-    assert [(h.start, h.size) for h in found] == [(m.offset_data, m.size) for m in theirs]
-    kinds = ["folder", "a link", "a link", "a device", "a pipe"]
-    assert [h.kind for h in found] == ["file"] * (len(theirs) - 5) + kinds
+    sizes = [0 if m.islnk() else m.size for m in theirs]
+    assert [(h.start, h.size) for h in found] == [
+        (m.offset_data, size) for m, size in zip(theirs, sizes, strict=True)
+    ]
+    kinds = ["folder", "a link", "a link", "a link", "a device", "a pipe"]
+    assert [h.kind for h in found] == ["file"] * (len(theirs) - 6) + kinds
 
 
 def samples(path, beside, files=FILES):
@@ -256,6 +269,7 @@ REFUSED = {
                         "a header of 2,097,152 bytes"),
     "a negative size": (lambda p: hostile(p, tail=negative()), "is no number|no header"),
     "no header": (lambda p: hostile(p, tail=b"junk" * 256), "no number|no header"),
+    "another letter": (lambda p: renamed(p), "no header of a file at byte 1,024"),
     "a link": (lambda p: hostile(p, ("1.png", {"type": tarfile.SYMTYPE, "linkname": "/etc"})),
                "'1.png' in .* is a link"),
     "a hard link": (lambda p: hostile(p, ("1.png", {"type": tarfile.LNKTYPE, "linkname": "0.png"})),
@@ -265,6 +279,13 @@ REFUSED = {
     "a name twice": (lambda p: hostile(p, ("0.png", {})), "holds '0.png' twice"),
     "an image too large": (lambda p: large(p), "'1.png' in .* has 68,157,440 bytes"),
 }  # fmt: skip
+
+
+def renamed(path):
+    """An archive whose second header was changed without its checksum."""
+    hostile(path, ("1.png", {}))
+    path.write_bytes(path.read_bytes().replace(b"1.png", b"2.png"))
+    return str(path)
 
 
 def negative():
