@@ -1,6 +1,6 @@
 """The headers of a tar archive, one after the other. Contents are passed over, nothing is written.
 
-The tarfile module makes an object of each member, and takes ten times as long.
+The tarfile module keeps an object of each member, and takes twice as long.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ PLAIN = b"0\0 7"
 """Types of regular files."""
 WITHOUT_CONTENT = b"123456"
 """Types of links, devices, folders and pipes: no content follows, whatever size they claim."""
+OCTAL = re.compile(b"[0-7]*")
 RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
 
 
@@ -105,7 +106,7 @@ def _number(field: bytes) -> int:
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
-    if not re.fullmatch(b"[0-7]*", digits):
+    if not OCTAL.fullmatch(digits):
         raise ValueError(f"{field!r} is no number")
     return int(digits or b"0", 8)
 
