@@ -84,6 +84,7 @@ def _write_native(model: Model, path: Path) -> None:
         "preset": model.preset.model_dump(mode="json"),
         "cmtool": __version__,
         "made": {"from": Path(model.source).name, "format": model.format, "sha256": model.sha256},
+        **native.named_classes(model.class_names),
     }
     native.write_weights(path, dict(model.f.network.state_dict()), about)
 

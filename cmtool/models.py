@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,12 +18,13 @@ from cmtool.errors import InputError, MissingError, Stopped, UserError
 from cmtool.formats import read_foreign
 from cmtool.formats.checkpoints import Found, find, weights_in
 from cmtool.formats.foreign import Foreign
-from cmtool.formats.native import read_about, read_table, read_weights
+from cmtool.formats.native import class_names_in, read_about, read_table, read_weights
 from cmtool.presets.build import SAMPLING, build_denoiser, build_network, noise_range
 from cmtool.presets.schema import Card, Choice, Kind, ModelSection, NoiseSection, Preset
 from cmtool.presets.toml import load_preset
 from cmtool.presets.upgrade import of_kind, upgraded
 from cmtool.system.devices import on_device, shapes_only
+from cmtool.system.files import read_own
 from cmtool.weights import PUBLISHED
 
 PREFIX = "hf:"
@@ -41,7 +43,7 @@ class Model:
 
     `preset` is a whole Preset for models trained with cmtool, else a Card. `held` are the names of
     all weights where the model came from, `notes` what had to be assumed about it. `levels_file`
-    is for searched noise levels; a bundled model has none.
+    is for searched noise levels; a bundled model has none. `class_names` are those that are known.
     """
 
     f: Preconditioned
@@ -55,6 +57,7 @@ class Model:
     notes: tuple[str, ...] = ()
     kind_is_said: bool = True
     levels_file: Path | None = None
+    class_names: tuple[str, ...] = ()
 
     @property
     def noise_range(self) -> NoiseRange:
@@ -71,6 +74,7 @@ class Stored(NamedTuple):
     weights: str
     held: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 def load_model(
@@ -115,6 +119,7 @@ def load_model(
         notes=(*passed_over, *stored.notes, *guessed),
         kind_is_said=not guessed,
         levels_file=levels_file,
+        class_names=stored.class_names[: card.model.num_classes],
     )
 
 
@@ -224,7 +229,20 @@ def _read_native(file: Path) -> Stored:
         if not tensor.is_floating_point():
             raise InputError(f"{file} holds {name} as {tensor.dtype}", "make it again")
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    return Stored(card, kind, tensors, weights, weights_in(file.parent) or (weights,))
+    names = class_names_in(about) or _recorded_names(file)
+    return Stored(card, kind, tensors, weights, weights_in(file.parent) or (weights,), (), names)
+
+
+def _recorded_names(file: Path) -> tuple[str, ...]:
+    """Return the names of classes in the run.json of a checkpoint's run: cmtool 0.1 had no others.
+
+    None if there are none.
+    """
+    record = file.absolute().parent.parent.parent / "run.json"
+    try:
+        return class_names_in(json.loads(read_own(record)))
+    except (OSError, ValueError, RecursionError, AttributeError, InputError):
+        return ()
 
 
 def _read_foreign(found: Found, weights: str, kind: Kind | None, preset: str | None) -> Stored:

@@ -23,6 +23,7 @@ ONE_IMPORTER = {
     "tomlkit": "presets/toml.py",
     "msgpack": "formats/jcm_msgpack.py",
     "lmdb": "data/lsun.py",
+    "pyarrow": "data/tables.py",
     "matplotlib": "training/plots.py",
     "jinja2": "training/report.py",
     "filelock": ("training/lock.py", "system/download.py"),

@@ -6,9 +6,11 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from typer.main import get_command
 
 import cmtool as package
@@ -19,7 +21,7 @@ from cmtool.presets.toml import _known
 from tests.cli.conftest import TINY, cmtool  # noqa: F401  # a fixture
 
 ROOT = Path(package.__file__).parent
-ELSEWHERE = {"--nproc-per-node", "--help"}
+ELSEWHERE = {"--nproc-per-node", "--help", "--hard-dereference"}
 
 
 def hints():
@@ -111,6 +113,8 @@ def place(tmp_path):
     write(tmp_path / "bad", ["a.png", "b.png"])
     (tmp_path / "bad" / "b.png").write_bytes(b"no picture")
     write(tmp_path, ["large.png"], side=20)
+    pictures = [(tmp_path / "mixed/a.png").read_bytes()]
+    parquet.write_table(pa.table({"a": pictures, "b": pictures}), tmp_path / "two.parquet")
     (tmp_path / "digit.png").write_bytes(png_bytes(torch.zeros(3, 8, 8, dtype=torch.uint8)))
     return tmp_path
 
@@ -146,6 +150,8 @@ MET = {
     "a file in the way": ["edit", "colorize", "digit.png", "--out", "digit.png", "-c", "digits-cd"],
     "classes": ["train", "--preset", "digits-edm", "--data", "pets", "--out", "r", *SMALL, *TINY],
     "a preset in the way": ["preset", "new", "--data", "pets", "--out", "e.toml"],
+    "columns of images": ["data", "info", "two.parquet"],
+    "names without a prefix": ["data", "info", "mixed", "--labels", "prefix"],
     "no images": ["train", "--preset", "edm"],
 }  # fmt: skip
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import typer
@@ -75,7 +77,12 @@ def known_classes(ctx: typer.Context) -> Iterable[str]:
     checkpoint = ctx.params.get("checkpoint")
     if checkpoint in (None, *registry("models.py", "BUNDLED")):
         return map(str, range(10))
-    table = tomllib.loads(read_own(Path(str(checkpoint)) / "preset.toml").decode())
+    run = Path(str(checkpoint))
+    with suppress(OSError, ValueError):
+        names = json.loads(read_own(run / "run.json")).get("class_names")
+        if names:
+            return map(str, names[:MOST])
+    table = tomllib.loads(read_own(run / "preset.toml").decode())
     return map(str, range(min(int(table["model"]["num_classes"]), MOST)))
 
 

@@ -33,10 +33,11 @@ class ModelOptions:
     steps: shared.Steps = None
     sigmas: shared.Sigmas = None
     class_: Annotated[
-        int | None,
+        str | None,
         Option(
             "--class",
-            help="Class of a conditional model. Default: the class that fits best.",
+            help="Class of a conditional model, a number or a name. Default: the class that fits"
+            " best.",
             autocompletion=_completion.classes,
         ),
     ] = None
@@ -49,16 +50,22 @@ class ModelOptions:
 
     def load(self) -> tuple[Model, str]:
         """Return the model and the precision to run it in. Raises UserError, InputError."""
-        from cmtool.sampling import check_classes
-
         where = shared.pick_device(self.device)
         precision = shared.pick_precision(self.precision, where)
         model = shared.pick_model(
             self.checkpoint, self.weights, where, kind="consistency", preset=self.preset
         )
-        if self.class_ is not None:
-            check_classes([self.class_], 1, model.preset.model.num_classes)
+        self.label(model)
         return model, precision
+
+    def label(self, model: Model) -> int | None:
+        """Return the number of --class. Raises UserError for one that the model does not have."""
+        if self.class_ is None:
+            return None
+        classes = shared.parse_classes(self.class_, model)
+        if len(classes) > 1:
+            raise UserError(f"--class {self.class_!r} of a picture", "give one class")
+        return classes[0]
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ def edit_pictures(name: str, row: Callable[..., Prepare], options: EditOptions, 
     for source, edit in prepared.items():
         chosen = edit_plan(model.preset, options.steps, sigmas, edit.levels)
         chosen = chosen._replace(precision=precision)
-        label = options.class_
+        label = options.label(model)
         if label is None:
             label = best_class(model, edit.edit, chosen, options.seed)
             if label is not None:
@@ -191,14 +198,15 @@ def interpolate_between(
 
     pictures = [read_image(read_input(image), image) for image in images]
     model, precision = options.load()
+    label = options.label(model)
     if pictures:
         chosen = edit_plan(model.preset, options.steps, sigmas, stroke_levels(model))
         chosen = chosen._replace(precision=precision)
         given = [from_uint8(picture) for picture in pictures]
-        drawn = between_images(model, chosen, given, frames, seed, options.class_, images)
+        drawn = between_images(model, chosen, given, frames, seed, label, images)
     else:
         chosen = plan(model.preset, options.steps, sigmas)._replace(precision=precision)
-        drawn = between_seeds(model, chosen, (ends[0], ends[1]), frames, options.class_)
+        drawn = between_seeds(model, chosen, (ends[0], ends[1]), frames, label)
     about = {
         "cmtool:edit": "interpolate", "cmtool:model": model.sha256,
         "cmtool:ends": ",".join(images or map(str, ends)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import gc
 import inspect
 import os
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
     from cmtool.presets.schema import Kind
     from cmtool.sampling import Plan
 
+LabelRule = Annotated[
+    str,
+    Option(
+        "--labels",
+        help="How classes are found: auto, folders, prefix (cat of cat_01.png), none, or the name"
+        " of a column. In training: --set data.labels.",
+    ),
+]
 Checkpoint = Annotated[
     str | None,
     Option(
@@ -108,6 +117,8 @@ AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing files.")]
 
 Command = Callable[..., Any]
+MOST_NAMES = 10
+"""Names of classes that a hint offers."""
 MAX_SEEDS = 10_000_000
 T = TypeVar("T")
 
@@ -160,6 +171,34 @@ def parse_list(text: str, number: Callable[[str], T], what: str, hint: str) -> l
         return [number(part) for part in text.split(",")]
     except ValueError:
         raise UserError(what, hint) from None
+
+
+def parse_classes(text: str, model: Model) -> list[int]:
+    """Return the classes of a text: a name of the model's, or numbers and names with commas.
+
+    Raises UserError for one that the model does not have.
+    """
+    from cmtool.sampling import check_classes
+
+    known = {name: index for index, name in reversed([*enumerate(model.class_names)])}
+    parts = [text] if text in known else text.split(",")
+    classes = []
+    for part in map(str.strip, parts):
+        if re.fullmatch("-?[0-9]{1,18}", part):
+            classes.append(int(part))
+        elif part in known:
+            classes.append(known[part])
+        elif known:
+            close = difflib.get_close_matches(part, known, n=MOST_NAMES, cutoff=0.5)
+            good = close or list(known)[:MOST_NAMES]
+            raise UserError(f"the model has no class {part!r}", nearest(part, good))
+        elif not model.preset.model.num_classes:
+            raise UserError(f"class {part!r} for an unconditional model", "leave the class out")
+        else:
+            what = f"--class {text!r}: the model knows its classes by number alone"
+            raise UserError(what, "a class index, or one per seed: 0,1,2")
+    check_classes(classes, len(classes), model.preset.model.num_classes)
+    return classes
 
 
 def parse_sigmas(text: str | None) -> list[float] | None:

@@ -244,6 +244,7 @@ def describe(model: Model) -> dict[str, Any]:
         "image_size": list(card.model.image_size),
         "channels": card.model.channels,
         "classes": card.model.num_classes,
+        "class_names": list(model.class_names) or None,
         "sigma": {
             "min": card.noise.sigma_min,
             "max": card.noise.sigma_max,

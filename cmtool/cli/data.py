@@ -11,7 +11,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperCommand
 
-from cmtool.cli._options import AsJson
+from cmtool.cli._options import AsJson, LabelRule
 from cmtool.cli._output import emit, emit_json, make_folder, say
 from cmtool.errors import InputError, UserError
 
@@ -27,15 +27,30 @@ app = typer.Typer(no_args_is_help=True, help="Inspect a set of images, or prepar
 
 Source = Annotated[
     str,
-    Argument(metavar="SRC", help="Folder, zip, npz, CIFAR-10 tarball, LSUN database, or digits."),
+    Argument(
+        metavar="SRC",
+        help="Folder, zip, npz, tar, parquet, datasets folder, CIFAR-10 archive, LSUN database, or"
+        " digits. FOLDER:train is one split of its archives.",
+    ),
 ]
+ColumnName = Annotated[
+    str,
+    Option(
+        "--column", show_default=False,
+        help="Column of the images, where a table has several. In training: --set data.column.",
+    ),
+]  # fmt: skip
 
 
 @app.command("info")
-def info(source: Source, as_json: AsJson = False) -> None:
+def info(
+    source: Source, labels: LabelRule = "auto", column: ColumnName = "", as_json: AsJson = False
+) -> None:
     """Print what a set holds: number, sizes, modes, classes and mean of its images, and bad files.
 
     `cmtool data info images/`
+
+    `cmtool data info shards/ --labels prefix`
 
     `cmtool data info cifar-10-python.tar.gz --json`
 
@@ -47,7 +62,7 @@ def info(source: Source, as_json: AsJson = False) -> None:
     from cmtool.data.decoding import WITH_ALPHA
     from cmtool.data.survey import Survey, surveys
 
-    data = load_dataset(source, in_memory=False)
+    data = load_dataset(source, in_memory=False, labels=labels, column=column)
     _tell(data)
     found = Survey()
     for part in _with_progress(surveys(data, _workers(len(data))), len(data)):
@@ -62,7 +77,7 @@ def info(source: Source, as_json: AsJson = False) -> None:
         "background": "white" if found.modes.keys() & {*WITH_ALPHA} else None,
         "classes": data.num_classes,
         "class_names": list(data.class_names) or None,
-        "images_per_class": None if data.labels is None else torch.bincount(data.labels).tolist(),
+        "images_per_class": None if data.labels is None else _per_class(data),
         "mean": [round(m, 4) for m in mean.tolist()],
         "sigma_data": round(found.sigma_data, 4),
         "unreadable": found.bad,
@@ -76,8 +91,18 @@ def info(source: Source, as_json: AsJson = False) -> None:
         _print_facts(facts)
     if bad := len(found.bad):
         command = f"cmtool data prepare {shlex.quote(source)} readable.zip --skip-bad"
+        command += f" --labels {shlex.quote(labels)}" * (labels != "auto")
+        command += f" --column {shlex.quote(column)}" * bool(column)
         hint = f"replace them, or leave them out: {command}"
         raise InputError(f"{bad} of {len(data)} images cannot be read", hint)
+
+
+def _per_class(data: Dataset) -> list[int]:
+    import torch
+
+    assert data.labels is not None
+    counts: list[int] = torch.bincount(data.labels, minlength=data.num_classes).tolist()
+    return counts
 
 
 def _tell(data: Dataset) -> None:
@@ -139,6 +164,8 @@ def prepare(
             help="Leave out images that cannot be read: all of them, or at most N.",
         ),
     ] = 0,
+    labels: LabelRule = "auto",
+    column: ColumnName = "",
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the archive.")] = False,
 ) -> None:
     """Write images and classes into a zip in the layout of EDM's tool. Prints its path.
@@ -160,7 +187,7 @@ def prepare(
     _make_place(out, overwrite=overwrite)
     data = load_dataset(
         source, size=None if size is None else (size, size), channels=1 if grey else 3, fit=fit,
-        background=background, in_memory=False,
+        background=background, in_memory=False, labels=labels, column=column,
     )  # fmt: skip
     _tell(data)
     classes = [None] * len(data) if data.labels is None else data.labels.tolist()

@@ -13,7 +13,7 @@ import typer
 from typer import Argument, Option
 
 from cmtool.cli import _completion
-from cmtool.cli._options import AsJson, Device, Overwrite, pick_device
+from cmtool.cli._options import AsJson, Device, LabelRule, Overwrite, pick_device
 from cmtool.cli._output import check_free, emit, emit_json, say, write_bytes
 from cmtool.cli._table import show_table
 from cmtool.errors import UserError, nearest
@@ -137,6 +137,7 @@ def new(
         Option(min=4, help="Side of the images in pixels. Default: theirs, to 32 on a CPU or 64."),
     ] = None,
     hours: Annotated[float, Option(min=0, help="Hours that the training may take here.")] = 1.0,
+    labels: LabelRule = "auto",
     out: Annotated[
         Path | None, Option(help="File to write, or - for stdout. Default: DATA-METHOD.toml.")
     ] = None,
@@ -167,7 +168,7 @@ def new(
         check_free(path, overwrite)
     where = data if data.partition(":")[0] == "digits" else str(Path(data).absolute())
     wish = Wish(size, image_size, hours)
-    facts = facts_of(where)
+    facts = facts_of(where, labels)
     resolved, layers = planned(method, pick_device(device), {}, facts=facts, wish=wish)
     command = "distill --teacher RUN" if needs_teacher(resolved.preset) else "train"
     text = extension(

@@ -50,8 +50,8 @@ class SampleOptions:
         str | None,
         Option(
             "--class",
-            help="Class of every image, or one per seed: 0,1,2. Default: each image's seed draws"
-            " its class.",
+            help="Class of every image, or one per seed: 0,1,2. A class is a number, or a name that"
+            " the training images gave it: cat. Default: each image's seed draws its class.",
             autocompletion=_completion.classes,
         ),
     ] = None
@@ -151,8 +151,7 @@ def _labels(class_: str | None, seeds: list[int], model: Model) -> Tensor | None
     count = model.preset.model.num_classes
     if class_ is None:
         return seeded_labels(seeds, count) if count else None
-    hint = "a class index, or one per seed: 0,1,2"
-    given = shared.parse_list(class_, int, f"--class {class_!r}", hint)
+    given = shared.parse_classes(class_, model)
     check_classes(given, len(seeds), count)
     return torch.tensor(given).expand(len(seeds))
 

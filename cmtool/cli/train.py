@@ -18,6 +18,7 @@ from cmtool.errors import UserError
 
 if TYPE_CHECKING:
     from cmtool.models import Model
+    from cmtool.presets.schema import DataSection
     from cmtool.presets.toml import Resolved
 
 Preset = Annotated[
@@ -68,10 +69,10 @@ def _train(
         what = f"preset {name} needs a teacher, and cmtool train takes none"
         raise UserError(what, f"cmtool distill --preset {name}{' --dry-run' * options.dry_run}")
     if not options.stored and is_method_preset(name):
-        path = resolved.preset.data.path
-        if not path:
+        data = resolved.preset.data
+        if not data.path:
             raise UserError(f"preset {name} names no images", "add --data DIR: your images")
-        resolved = _fitted(options, name, path, images=path, start=start)
+        resolved = _fitted(options, name, data.path, images=data, start=start)
     _run(options, name, resolved, None, start)
 
 
@@ -104,7 +105,7 @@ def _fitted(
     name: str,
     to: str,
     *,
-    images: str | None = None,
+    images: DataSection | None = None,
     teacher: Model | None = None,
     start: Model | None = None,
 ) -> Resolved:
@@ -117,9 +118,10 @@ def _fitted(
         what = f"preset {name} is fitted to {to} by one process"
         raise UserError(what, f"cmtool preset new --method {name} --data DIR, then --preset FILE")
     say(f"preset {name}, fitted to {to}")
+    facts = None if images is None else facts_of(images.path, images.labels, images.column)
     resolved, _ = planned(
-        name, pick_device(options.device), options.layers,
-        facts=None if images is None else facts_of(images), teacher=teacher, start=start, wish=wish,
+        name, pick_device(options.device), options.layers, facts=facts, teacher=teacher,
+        start=start, wish=wish,
     )  # fmt: skip
     _tell_plan(resolved)
     return resolved
@@ -202,7 +204,7 @@ def _on_its_images(options: RunOptions, name: str, teacher: Model) -> Resolved:
         return resolved
     if theirs.path != ours.path:
         say(f"images: {theirs.path}, the teacher's")
-    layer = {"data.path": theirs.path, "data.fit": theirs.fit}
+    layer = {f"data.{key}": getattr(theirs, key) for key in ("path", "labels", "column", "fit")}
     return resolve(name, {f"teacher {teacher.source}": layer, **options.layers})
 
 

@@ -32,7 +32,7 @@ from cmtool.data.entries import (
     left_out,
     numbered,
 )
-from cmtool.data.labels import MAX_CLASSES, find_labels, max_table
+from cmtool.data.labels import MAX_CLASSES, find_labels, max_table, unnamed
 from cmtool.errors import InputError
 from cmtool.system.files import replacing
 
@@ -85,10 +85,10 @@ class ZipReader:
         return content
 
 
-def zip_entries(path: Path, labelled: bool = True) -> Entries:
-    """Return the images in a zip. Raises InputError for names that come twice, and for bombs.
+def zip_entries(path: Path, rule: str = "auto") -> Entries:
+    """Return the images in a zip, and their classes by one of labels.RULES.
 
-    Unless `labelled`, a table of labels in it is not read.
+    Raises InputError for names that come twice, and for bombs.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -101,7 +101,7 @@ def zip_entries(path: Path, labelled: bool = True) -> Entries:
                 if size > max_table(len(images)):
                     hint = "a table of labels is smaller: remove or replace it"
                     raise InputError(f"{name} in {path} has {size:,} bytes", hint)
-                tables[name] = archive.read(name) if labelled else b""
+                tables[name] = archive.read(name) if rule == "auto" else b""
     except ZIP_DAMAGE as error:
         raise InputError(f"{path} is damaged: {error}", "fetch it again") from None
     if any(member.header_offset < 0 for member in every):
@@ -134,17 +134,18 @@ def zip_entries(path: Path, labelled: bool = True) -> Entries:
             what = f"{names[index]!r} in {path} is damaged: {error}"
             raise InputError(what, "replace it") from None
 
-    labels = find_labels(str(path), listed, tables.get, labelled)
+    labels = find_labels(str(path), listed, tables.get, rule)
     facts = (f"{name} {crc}" for name, crc in zip(listed, reader.crc, strict=True))
     others = left_out(member.filename for member in every if not member.is_dir())
-    return Entries(names, read, labels, fingerprint(facts, labels.classes), others)
+    mark = fingerprint(facts, labels.classes)
+    return Entries(names, read, labels, mark, others, lambda: reader.size)
 
 
-def npz_entries(path: Path, labelled: bool = True) -> Entries:
+def npz_entries(path: Path, rule: str = "auto") -> Entries:
     """Return arr_0 (N, H, W, C) uint8 and arr_1 (N,) of an npz, as ADM's tools write them.
 
-    What is not compressed stays in the file. Raises InputError for anything else in it. Unless
-    `labelled`, arr_1 does not matter.
+    What is not compressed stays in the file. Raises InputError for anything else in it. With the
+    rule "none", arr_1 does not matter.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -154,7 +155,8 @@ def npz_entries(path: Path, labelled: bool = True) -> Entries:
                 hint = "write N x H x W x 3 of uint8 as arr_0: numpy.savez(FILE, images)"
                 raise InputError(f"{path} has no arr_0, but {held or 'nothing'}", hint)
             images = arrays["arr_0.npy"]()
-            labels = arrays["arr_1.npy"]() if labelled and "arr_1.npy" in arrays else None
+            has_classes = rule == "auto" and "arr_1.npy" in arrays
+            labels = arrays["arr_1.npy"]() if has_classes else None
             facts = [f"{member.filename} {member.CRC}" for member in archive.infolist()]
     except InputError:
         raise
@@ -178,7 +180,8 @@ def npz_entries(path: Path, labelled: bool = True) -> Entries:
     def read(index: int) -> Tensor:
         return torch.from_numpy(np.array(images[index].transpose(2, 0, 1), order="C"))
 
-    return Entries(numbered(len(images)), read, Labels(classes), fingerprint(facts, classes))
+    found = unnamed(str(path), Labels(classes), rule)
+    return Entries(numbered(len(images)), read, found, fingerprint(facts, classes))
 
 
 def _checked_array(

@@ -1,4 +1,4 @@
-"""CIFAR-10's tarball, read as a stream and without unpickling."""
+"""CIFAR-10 as its archive has it, packed or extracted; read without unpickling."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import hashlib
 import io
 import itertools
 import lzma
+import re
+import shlex
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,8 +22,18 @@ import torch
 from cmtool.data import archives
 from cmtool.data.archives import MAX_RATIO
 from cmtool.data.entries import MAX_MEMBER, Entries, Labels, fingerprint, numbered
+from cmtool.data.labels import unnamed
 from cmtool.errors import InputError
-from cmtool.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
+from cmtool.formats.safe_pickle import (
+    NUMPY_TABLE,
+    Array,
+    Dtype,
+    Global,
+    Machine,
+    Refused,
+    expect,
+)
+from cmtool.system.files import read_regular
 
 MAX_UNPACKED = 256 << 20
 """Bytes that the tarball may unpack to; CIFAR-10 has 178 million."""
@@ -36,6 +49,20 @@ UNPACKERS: dict[bytes, Callable[..., Any]] = {
     b"\xfd7zXZ\x00": lzma.open,
 }
 """How to unpack a file, by how it starts."""
+COMMANDS = {b"\x1f\x8b": "gunzip -c", b"BZh": "bunzip2 -c", b"\xfd7zXZ\x00": "unxz -c"}
+"""Commands that do so."""
+META = "batches.meta"
+"""The file with the names of the classes."""
+
+
+def _latin(machine: Machine, text: Any, encoding: Any) -> str:
+    """Stand in for bytes that Python 3 writes for Python 2: the text that it makes them of."""
+    if encoding != "latin1":
+        raise Refused(f"it encodes text as {str(encoding)[:20]!r}")
+    return str(expect(text, str))
+
+
+CIFAR_TABLE = {**NUMPY_TABLE, Global("_codecs", "encode"): _latin}
 
 
 class Limited:
@@ -53,34 +80,86 @@ class Limited:
         return content
 
 
-def is_tarball(path: Path) -> bool:
-    """Tell whether a file begins as a tar archive does, or as any that is packed."""
+def is_packed(path: Path) -> bool:
+    """Tell whether a file begins as one that gzip, bzip2 or xz has packed."""
     with path.open("rb") as opened:
-        start = opened.read(tarfile.BLOCKSIZE)
-    return start.startswith(tuple(UNPACKERS)) or start[257:262] == b"ustar"
+        return opened.read(8).startswith(tuple(UNPACKERS))
 
 
-def cifar_entries(path: Path) -> Entries:
+def cifar_entries(path: Path, rule: str = "auto") -> Entries:
     """Return the 50,000 training images of cifar-10-python.tar.gz, batch after batch.
 
     Raises InputError for any other tarball, and for one that unpacks to far more than it has.
     """
     try:
-        batches = sorted(_batches(path), key=lambda batch: batch[0])
+        entries = _entries(path, _members(path), rule)
     except DAMAGE as error:
         raise InputError(f"{path} is not CIFAR-10's archive: {error}", "fetch it again") from None
-    if not batches:
-        hint = "give cifar-10-python.tar.gz; extract a tarball of pictures, and give the folder"
+    if entries is None:
+        hint = "give cifar-10-python.tar.gz, or a .tar of images"
+        if is_packed(path):
+            hint = f"if it is a tar of images, unpack it: {_unpacking(path)}"
         raise InputError(f"{path} holds no data_batch_1 ...", hint)
+    return entries
+
+
+def cifar_folder(path: Path, rule: str = "auto") -> Entries | None:
+    """Return the images of an extracted cifar-10-batches-py/, as those of its archive.
+
+    None if there are none. Raises InputError for a folder that is damaged.
+    """
+    hint = "extract the archive again"
+    files = [file for file in sorted(path.iterdir()) if _is_wanted(file.name)][:MAX_MEMBERS]
+    contents = ((file.name, read_regular(file, MAX_MEMBER, hint)) for file in files)
+    try:
+        return _entries(path, ((name, text, len(text)) for name, text in contents), rule)
+    except DAMAGE as error:
+        raise InputError(f"{path} is not CIFAR-10's folder: {error}", hint) from None
+
+
+def _is_wanted(name: str) -> bool:
+    return name.startswith("data_batch_") or name == META
+
+
+def _entries(path: Path, files: Iterable[tuple[str, bytes, int]], rule: str) -> Entries | None:
+    """Return the images in files, each given by name, content and size; None if there are none."""
+    batches, names = [], tuple[str, ...]()
+    for name, content, size in files:
+        if name == META:
+            names = _class_names(content, size)
+        else:
+            batches.append((name, *cifar_batch(content, size)))
+    if not batches:
+        return None
+    batches.sort(key=lambda batch: batch[0])
     rows = np.concatenate([part for _, part, _ in batches])
     classes = [label for _, _, part in batches for label in part]
     pictures = torch.from_numpy(rows.reshape(-1, 3, 32, 32))
-    mark = fingerprint([hashlib.sha256(rows.tobytes()).hexdigest()], classes)
-    return Entries(numbered(len(classes)), lambda i: pictures[i], Labels(classes), mark)
+    labels = unnamed(str(path), Labels(classes, names), rule)
+    mark = fingerprint([hashlib.sha256(rows.tobytes()).hexdigest()], labels.classes)
+    return Entries(numbered(len(classes)), lambda i: pictures[i], labels, mark)
 
 
-def _batches(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any], list[int]]]:
-    """Yield the name, rows and classes of each data_batch_N of a tarball."""
+def _class_names(content: bytes, size: int) -> tuple[str, ...]:
+    """Return the names of the classes, none if the file does not have them."""
+    with suppress(*DAMAGE):
+        table = expect(Machine(size, CIFAR_TABLE).run(io.BytesIO(content), len(content)), dict)
+        names = [expect(name, str) for name in expect(table.get("label_names"), list)]
+        return tuple(names) if len(names) == 10 else ()
+    return ()
+
+
+def _unpacking(path: Path) -> str:
+    """Return the command that unpacks a file beside itself, whatever its name ends in."""
+    with path.open("rb") as opened:
+        start = opened.read(8)
+    unpack = next(word for magic, word in COMMANDS.items() if start.startswith(magic))
+    target = path.with_name(re.sub(r"(\.tar)?\.\w+$", "", path.name) + ".tar")
+    return f"{unpack} {shlex.quote(str(path))} > {shlex.quote(str(target))}"
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes, int]]:
+    """Yield the name, content and size of each file of a tarball that is wanted."""
     with path.open("rb") as opened:
         start = opened.read(8)
     unpack = next((f for magic, f in UNPACKERS.items() if start.startswith(magic)), open)
@@ -93,10 +172,10 @@ def _batches(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any], list[int]]
             if member.size > MAX_MEMBER or member.issparse():
                 raise ValueError(f"{member.name!r} has {member.size:,} bytes, or holes")
             name = member.name.rpartition("/")[2]
-            if member.isfile() and name.startswith("data_batch_"):
+            if member.isfile() and _is_wanted(name):
                 file = t.extractfile(member)
                 assert file is not None
-                yield name, *cifar_batch(file.read(MAX_MEMBER), member.size)
+                yield name, file.read(MAX_MEMBER), member.size
 
 
 def cifar_batch(content: bytes, size: int) -> tuple[np.ndarray[Any, Any], list[int]]:
@@ -105,7 +184,7 @@ def cifar_batch(content: bytes, size: int) -> tuple[np.ndarray[Any, Any], list[i
     Raises Refused for anything else in it, ValueError and its kin for a damaged file.
     """
     stream = io.BytesIO(content)
-    table = expect(Machine(size, NUMPY_TABLE).run(stream, len(content)), dict)
+    table = expect(Machine(size, CIFAR_TABLE).run(stream, len(content)), dict)
     rows, classes = table.get("data"), table.get("labels")
     match rows.state if isinstance(rows, Array) else None:
         case (_, (int(count), 3072), Dtype("u1"), False | 0, str(text)):

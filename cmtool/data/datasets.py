@@ -5,8 +5,10 @@ from __future__ import annotations
 import colorsys
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +18,9 @@ import torch
 from torch import Tensor
 
 from cmtool.data.decoding import WHITE, check_background
-from cmtool.data.sources import LazyImages, listed_entries, open_images
+from cmtool.data.entries import Labels
+from cmtool.data.labels import RULES, no_column, unnamed
+from cmtool.data.sources import How, LazyImages, has_columns, listed_entries, open_images
 from cmtool.errors import InputError, nearest
 from cmtool.system.files import expanded
 
@@ -46,6 +50,7 @@ class Dataset:
     """Images (N, C, H, W) uint8 with labels (N,) int64 or None.
 
     `class_names` are those of the classes, if they have any; `notes` is what to tell the user.
+    `older_hash` is the fingerprint that cmtool 0.1 gave to streamed images, if it had another.
     """
 
     name: str
@@ -55,6 +60,7 @@ class Dataset:
     known_hash: str = ""
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    older_hash: str = ""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -75,6 +81,8 @@ class Dataset:
 
     @cached_property
     def _hash(self) -> str:
+        if isinstance(self.images, LazyImages):
+            return self.images.entries.contents()
         digest = hashlib.sha256()
         for chunk in self.chunks(4096):
             digest.update(chunk.numpy().tobytes())
@@ -130,39 +138,76 @@ def load_dataset(
     fit: str = "exact",
     background: str = WHITE,
     in_memory: bool = True,
-    labelled: bool = True,
+    labels: str = "auto",
+    column: str = "",
 ) -> Dataset:
     """Return a data set by name (`digits`, `digits:held-out`) or by path.
 
-    A path is a folder or zip of images, an npz, CIFAR-10's python tarball, or an LSUN database;
-    images are brought to `size` (H, W) by the rule `fit`, with alpha laid on the `background`. Up
+    A path is a folder or zip of images, an npz, tar shards, a parquet table, a folder of Hugging
+    Face datasets, CIFAR-10's archive or an LSUN database; `:train` after a folder chooses a split.
+    Images are brought to `size` (H, W) by the rule `fit`, with alpha laid on the `background`. Up
     to 256 MiB are decoded at once. More are decoded on request, and so are all without `in_memory`.
-    Unless `labelled`, what a table says of the classes does not matter. Raises InputError naming
-    the file that cannot be used, UserError for a colour that is none.
+    Classes are found by `labels`, one of labels.RULES or a column; `column` names the images of a
+    table of several. Raises InputError naming the file that cannot be used, UserError for a colour
+    that is none.
     """
     known, _, split = name.partition(":")
     if known in DATASETS:
-        return DATASETS[known](split or "train")
+        unnamed(name, Labels(), labels)  # checks the rule
+        data = DATASETS[known](split or "train")
+        is_plain = labels == "none"
+        return replace(data, labels=None, num_classes=0, class_names=()) if is_plain else data
     check_background(background)
-    path = expanded(name)
-    if not name or not path.exists():
-        hint = f"{nearest(name, DATASETS)}, or give the path of a folder, zip, npz or tarball"
-        raise InputError(f"no data set or folder {name!r}", hint)
-    entries = open_images(path, labelled)
+    path, split = place_of(name)
+    entries = open_images(path, How(labels, column, split))
     if entries is None:
-        hint = "give a folder or zip of images, an npz, or a tarball"
+        hint = "give a folder or zip of images, an npz, a tar or a parquet table"
         raise InputError(f"{name} is not a data set", hint)
     lazy = LazyImages(name, entries, channels, size, fit, background)
     classes, class_names, notes = entries.labels
-    labels = None if classes is None else torch.tensor(classes)
-    count = 0 if labels is None else int(labels.max()) + 1
+    targets = None if classes is None else torch.tensor(classes)
+    count = 0 if targets is None else max(int(targets.max()) + 1, len(class_names))
     notes += () if entries.left_out is None else (f"{name}: {entries.left_out}",)
     if not in_memory or math.prod(lazy.shape) > MAX_IN_MEMORY:
-        return Dataset(name, lazy, labels, count, entries.fingerprint, class_names, notes)
+        known, older = entries.fingerprint, ""
+        if entries.sizes is not None:
+            known, older = "", entries.fingerprint
+        return Dataset(name, lazy, targets, count, known, class_names, notes, older)
     everything = torch.empty(lazy.shape, dtype=torch.uint8)
     for index, image in enumerate(everything):
         image.copy_(lazy.image(index))
-    return Dataset(name, everything, labels, count, "", class_names, notes)
+    return Dataset(name, everything, targets, count, "", class_names, notes)
+
+
+def check_rule(name: str, labels: str) -> None:
+    """Raise InputError for a rule of labels.RULES that is none, nor can be the name of a column.
+
+    Only tables have columns, and tar archives files that may have them.
+    """
+    if labels in RULES:
+        return
+    with suppress(InputError):
+        if has_columns(place_of(name)[0], labels):
+            return
+    raise no_column(name or "a preset without data", labels)
+
+
+def place_of(name: str) -> tuple[Path, str]:
+    """Return the path that a name stands for, and the split of its files: "" for all.
+
+    Raises InputError where there is nothing.
+    """
+    path = expanded(name)
+    if name and path.exists():
+        return path, ""
+    start, _, split = name.rpartition(":")
+    folder = expanded(start)
+    if start and folder.is_dir():
+        return (folder / split, "") if (folder / split).is_dir() else (folder, split)
+    hint = f"{nearest(name, DATASETS)}, or give the path of a folder, zip, npz, tar or parquet"
+    if re.search(r"^pipe:|[*?{]", name):
+        hint = "nothing is run or filled in: give the folder that holds the archives"
+    raise InputError(f"no data set or folder {name!r}", hint)
 
 
 def examples(data: Dataset, count: int) -> Tensor:

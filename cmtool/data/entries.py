@@ -7,16 +7,22 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from torch import Tensor
 
 from cmtool.data.decoding import SUFFIXES
+from cmtool.errors import InputError
 
 MAX_MEMBER = 64 << 20
 """Bytes that one image in an archive may have."""
+MAX_IMAGES = 50_000_000
+"""Images of tar archives and tables."""
 LOOKED_FOR = f"looked for {', '.join(SUFFIXES)}, in files and folders that are not hidden"
+HASHED = 64
+"""Files of a streamed set whose content is hashed, evenly spread."""
 TABLES = ("dataset.json", "labels.csv")
 """Tables of labels beside the images, the first of which counts."""
 
@@ -54,7 +60,9 @@ class Entries(NamedTuple):
     """What a source holds: a name per image, how to read one, labels, and a hash of it all.
 
     `read` gives a file's content, or the image itself (C, H, W) uint8 where it is not encoded.
-    `left_out` says which other files there are; None if there are none.
+    `left_out` says which other files there are; None if there are none. `sizes` gives the bytes of
+    each image's file: then `contents` is the hash that counts, and `fingerprint` the one that
+    cmtool 0.1 had, "" if it did not read such a source.
     """
 
     names: Names
@@ -62,6 +70,24 @@ class Entries(NamedTuple):
     labels: Labels
     fingerprint: str
     left_out: str | None = None
+    sizes: Callable[[], Sequence[int]] | None = None
+
+    def contents(self) -> str:
+        """Return a hash of image files: of all their sizes, of the content of some, of classes.
+
+        It is the same in a folder, zip, tar or table: of an image's name only its place in the
+        order counts, for a table may have no names. A file that cannot be read counts as empty.
+        """
+        assert self.sizes is not None
+        sizes = self.sizes()
+        digest = hashlib.sha256(array("Q", sizes).tobytes())
+        for place in range(min(HASHED, len(sizes))):
+            with suppress(InputError):
+                content = self.read(place * len(sizes) // min(HASHED, len(sizes)))
+                assert isinstance(content, bytes)
+                digest.update(hashlib.sha256(content).digest())
+        digest.update(repr(self.labels.classes).encode())
+        return digest.hexdigest()[:16]
 
 
 def numbered(count: int) -> Names:
@@ -81,7 +107,11 @@ def is_hidden(name: str) -> bool:
 
 def left_out(names: Iterable[str]) -> str | None:
     """Return how many of the files are no images, by their endings; None if there are none."""
-    endings = Counter(ending for name in names if (ending := _ending(name)) is not None)
+    return told_left_out(Counter(filter(None, map(other_ending, names))))
+
+
+def told_left_out(endings: Counter[str]) -> str | None:
+    """Return how many files are left out, by their endings; None if there are none."""
     if not endings:
         return None
     ranked = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
@@ -90,7 +120,7 @@ def left_out(names: Iterable[str]) -> str | None:
     return f"{endings.total():,} other files are left out: {shown}{more}"
 
 
-def _ending(name: str) -> str | None:
+def other_ending(name: str) -> str | None:
     """Return as what a file is left out; None for an image, a table, and what is no data."""
     if name in TABLES or is_image(name):
         return None

@@ -1,4 +1,4 @@
-"""Classes of images: from a table beside them, or from the folders they are in."""
+"""Classes of images: from a table beside them, their folders, or how their names begin."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import csv
 import io
 import json
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmtool.data.entries import Labels, is_image
-from cmtool.errors import InputError
+from cmtool.data.entries import Labels, Names, is_image
+from cmtool.errors import InputError, nearest
 
 EDM_FOLDER = 5
 """EDM's archives spread images over folders named by five digits. These are not classes."""
 MAX_CLASSES = 1_000_000
+LABEL_KEYS = ("label", "labels", "cls", "class")
+"""Columns of tables, and keys of the .json beside an image, that hold classes."""
 NUMBER = re.compile(r"\s*([+-]?[0-9]{1,18})(?:\.0*)?\s*")
 TRAIN = ("train", "training")
 SPLITS = {*TRAIN, "val", "valid", "validation", "test", "testing"}
@@ -31,33 +34,98 @@ def max_table(images: int) -> int:
     return (1 << 20) + (1 << 10) * images
 
 
-def find_labels(
-    source: str, names: Sequence[str], read: Callable[[str], bytes | None], wanted: bool = True
-) -> Labels:
-    """Return a class per image from dataset.json, labels.csv or the sub-folders, or none.
+Read = Callable[[str], bytes | None]
+"""`name -> content` of a file beside the images, None if there is none."""
 
-    `read(name)` returns a file beside the images, or None. Names of Windows, with backslashes, are
-    understood. Unless `wanted`, the content of a table does not matter. Raises InputError naming
-    the first bad entry, and for a folder that holds train and other splits.
+
+def find_labels(source: str, names: Sequence[str], read: Read, rule: str = "auto") -> Labels:
+    """Return a class per image, or none, by one of RULES.
+
+    `read` gives a table beside the images; with the rule "none" its content does not matter. Names
+    of Windows, with backslashes, are understood. Raises InputError naming the first bad entry, for
+    a folder that holds train and other splits, and for the name of a column: there are none.
     """
-    names = [_posix(name) for name in names]
+    if rule not in RULES:
+        raise no_column(source, rule)
+    return RULES[rule](source, [_posix(name) for name in names], read)
+
+
+def no_column(source: str, rule: str, columns: Iterable[str] = ()) -> InputError:
+    """Return the error for labels by a column that a source does not have."""
+    hint = nearest(rule, [*RULES, *columns])
+    return InputError(f"data.labels = {rule!r}: {source} has no such column", hint)
+
+
+def unnamed(source: str, labels: Labels, rule: str) -> Labels:
+    """Return the labels of images that have no file names. Raises InputError for other rules."""
+    if rule not in RULES:
+        raise no_column(source, rule)
+    if rule in ("folders", "prefix"):
+        what = f"data.labels = {rule!r}: the images in {source} have no names of files"
+        raise InputError(what, other_rule(source, "auto"))
+    return labels if rule == "auto" else Labels()
+
+
+def other_rule(source: str, rule: str) -> str:
+    """Return the hint to read classes by another rule: commands that work when they are typed."""
+    place = shlex.quote(source)
+    command = f"cmtool data info {place} --labels {rule}"
+    return f"{command}. In training, add --set data.labels={rule}"
+
+
+def _auto(source: str, names: Sequence[str], read: Read) -> Labels:
+    """A table of classes beside the images (dataset.json, labels.csv, a column), else folders."""
     tables = [(name, content) for name in PARSERS if (content := read(name)) is not None]
     for name, content in tables[:1]:
-        found = PARSERS[name](content, f"{name} in {source}") if wanted else None
+        found = PARSERS[name](content, f"{name} in {source}")
         others = tuple(f"{other} in {source} is not read: {name} counts" for other, _ in tables[1:])
         if found is None:
             return Labels(notes=others)
         labels = _looked_up(found, names, f"{name} in {source}")
         return labels._replace(notes=labels.notes + others)
+    folders = {name.rpartition("/")[0] for name in names}
+    if all(c.isdigit() and len(c) == EDM_FOLDER for c in folders):
+        return Labels(notes=_numbered(source, sorted(folders), names))
+    if len(folders) < 2:
+        return Labels(notes=_prefixes(source, names))
+    return _folders(source, names, read)
+
+
+def _folders(source: str, names: Sequence[str], read: Read) -> Labels:
+    """The folder that an image is in, sorted as text; a table beside them is not read."""
     folders = [name.rpartition("/")[0] for name in names]
     classes = {folder: place for place, folder in enumerate(sorted(set(folders)))}
-    if all(c.isdigit() and len(c) == EDM_FOLDER for c in classes):
-        return Labels(notes=_numbered(list(classes), names))
-    if len(classes) < 2:
-        return Labels(notes=_prefixes(names))
     _refuse_splits(source, classes)
     notes = _loose(folders) + _order(list(classes))
     return Labels([classes[folder] for folder in folders], tuple(classes), notes)
+
+
+def _prefix(source: str, names: Sequence[str], read: Read) -> Labels:
+    """What stands before the first _ in a file's name, sorted as text: cat of cat_01.png."""
+    starts = [name.rpartition("/")[2].partition("_")[:2] for name in names]
+    for name, (_, mark) in zip(names, starts, strict=True):
+        if not mark:
+            what = f"data.labels = 'prefix': {name!r} in {source} has no _"
+            raise InputError(what, f"rename it, or try {other_rule(source, 'auto')}")
+    _refuse_splits(source, {name.rpartition("/")[0] for name in names})
+    classes = {start: place for place, start in enumerate(sorted({start for start, _ in starts}))}
+    return Labels([classes[start] for start, _ in starts], tuple(classes))
+
+
+def _none(source: str, names: Sequence[str], read: Read) -> Labels:
+    """No classes, whatever there is."""
+    if all(read(name) is None for name in PARSERS):
+        _refuse_splits(source, {name.rpartition("/")[0] for name in names})
+    return Labels()
+
+
+RULES: dict[str, Callable[[str, Sequence[str], Read], Labels]] = {
+    "auto": _auto,
+    "folders": _folders,
+    "prefix": _prefix,
+    "none": _none,
+}
+"""How classes are found. Any other word names a column."""
 
 
 def _refuse_splits(source: str, folders: Iterable[str]) -> None:
@@ -73,12 +141,12 @@ def _refuse_splits(source: str, folders: Iterable[str]) -> None:
     raise InputError(f"{source} holds {', '.join(splits)}", hint)
 
 
-def _numbered(folders: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+def _numbered(source: str, folders: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
     """Return a note where folders of five digits hold other files than EDM's archives do."""
     if len(folders) < 2 or all(re.search(r"/img[0-9]{8}\.png$", name) for name in names):
         return ()
     what = f"folders of five digits, as {folders[0]}, are not read as classes"
-    return (f"{what}, for EDM's archives have such; rename them, or write labels.csv",)
+    return (f"{what}, for EDM's archives have such; if they are: {other_rule(source, 'folders')}",)
 
 
 def _loose(folders: Sequence[str]) -> tuple[str, ...]:
@@ -88,14 +156,14 @@ def _loose(folders: Sequence[str]) -> tuple[str, ...]:
     return (f"{count:,} of the images are in no folder: they are class 0, without a name",)
 
 
-def _prefixes(names: Sequence[str]) -> tuple[str, ...]:
+def _prefixes(source: str, names: Sequence[str]) -> tuple[str, ...]:
     """Return a note where files are named by class, as ADM's loader reads them: cat_01.png."""
     starts = Counter(name.rpartition("/")[2].partition("_")[0] for name in names if "_" in name)
     if starts.total() < len(names) or len(starts) < 2 or min(starts.values()) < 2:
         return ()
     shown = ", ".join(f"{start}_" for start in sorted(starts)[:5])
     what = f"names begin with {shown}{', ...' if len(starts) > 5 else ''}: they are not read as"
-    return (f"{what} classes; put each class into a folder of its own, or write labels.csv",)
+    return (f"{what} classes; if they are: {other_rule(source, 'prefix')}",)
 
 
 def _order(folders: list[str]) -> tuple[str, ...]:
@@ -137,11 +205,7 @@ def _csv_labels(content: bytes, shown: str) -> Table:
     named = [(name, label.strip()) for name, label in rows]
     classes = {label: place for place, label in enumerate(sorted({label for _, label in named}))}
     table = _table([(name, classes[label] if label else None) for name, label in named], shown)
-    for name, place in classes.items():
-        if not any(map(str.isalpha, name)):
-            note = f"{shown} has names, sorted as text: {name[:40]!r} is class {place}"
-            return table, tuple(classes), (note,)
-    return table, tuple(classes), ()
+    return table, tuple(classes), _odd_names(classes, shown)
 
 
 PARSERS: dict[str, Callable[[bytes, str], Table | None]] = {
@@ -180,19 +244,51 @@ def _class(label: Any) -> int | None:
     return label if type(label) is int and 0 <= label < MAX_CLASSES else None
 
 
+def labels_of(values: Sequence[Any], names: Names, shown: str, known: Sequence[str] = ()) -> Labels:
+    """Return the class of each image by the values of a column: numbers, or names sorted as text.
+
+    `known` are the names of numbers. Raises InputError for the first image without a class.
+    """
+    texts = sorted({value for value in values if isinstance(value, str) and value.strip()})
+    table = {text: int(match[1]) for text in texts if (match := NUMBER.fullmatch(text))}
+    notes: tuple[str, ...] = ()
+    if len(table) < len(texts):
+        table, known = {text: place for place, text in enumerate(texts)}, texts
+        notes = _odd_names(texts, shown)
+    classes = []
+    for index, value in enumerate(values):
+        label = _class(table.get(value) if isinstance(value, str) else value)
+        if label is None or (table and not isinstance(value, str)):
+            raise _no_class(shown, names[index], value)
+        classes.append(label)
+    return Labels(classes, tuple(known), notes)
+
+
+def _odd_names(names: Iterable[str], shown: str) -> tuple[str, ...]:
+    """Return a note about the first name without a letter: it may be meant as a number."""
+    for place, name in enumerate(names):
+        if not any(map(str.isalpha, name)):
+            return (f"{shown} has names, sorted as text: {name[:40]!r} is class {place}",)
+    return ()
+
+
+def _no_class(shown: str, name: str, given: Any) -> InputError:
+    """Return the error for an image that has no class, or one that is none."""
+    what, hint = f"gives the class {repr(given)[:40]}", "correct that line"
+    if given is None:
+        what, hint = "gives no class", "add it"
+    hint = f"classes are whole numbers from 0 to {MAX_CLASSES - 1:,}: {hint}"
+    if isinstance(given, list):
+        hint = "a vector means a class if it has one 1 among 0s: write whole numbers"
+    return InputError(f"{shown} {what} for {name!r}", hint)
+
+
 def _looked_up(found: Table, names: Sequence[str], shown: str) -> Labels:
     """Return the class of each name. Raises InputError for the first that has none."""
     (table, known, notes), labels = found, []
     for name in names:
         label = _class(table.get(name))
         if label is None:
-            given = repr(table.get(name))[:40]
-            what, hint = f"gives the class {given}", "correct that line"
-            if table.get(name) is None:
-                what, hint = "gives no class", "add it"
-            hint = f"classes are whole numbers from 0 to {MAX_CLASSES - 1:,}: {hint}"
-            if isinstance(table.get(name), list):
-                hint = "a vector means a class if it has one 1 among 0s: write whole numbers"
-            raise InputError(f"{shown} {what} for {name!r}", hint)
+            raise _no_class(shown, name, table.get(name))
         labels.append(label)
     return Labels(labels, known, notes)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cmtool.data.entries import Entries, Labels, Names, fingerprint
+from cmtool.data.labels import unnamed
 from cmtool.errors import InputError, MissingError
 
 AGAIN = "fetch the database again"
@@ -40,8 +41,11 @@ def check_whole(file: Path) -> None:
         raise InputError(what, AGAIN)
 
 
-def lmdb_entries(path: Path) -> Entries:
-    """Return the images of an LSUN database folder. Raises MissingError without the lmdb extra."""
+def lmdb_entries(path: Path, rule: str = "auto") -> Entries:
+    """Return the images of an LSUN database folder, which have no classes.
+
+    Raises MissingError without the lmdb extra.
+    """
     try:
         import lmdb
     except ImportError:
@@ -68,4 +72,5 @@ def lmdb_entries(path: Path) -> Entries:
         with environment().begin() as transaction:
             return bytes(transaction.get(names[index].encode("utf-8", "surrogateescape")))
 
-    return Entries(names, read, Labels(), fingerprint((names[i] for i in range(len(names))), None))
+    labels = unnamed(str(path), Labels(), rule)
+    return Entries(names, read, labels, fingerprint((names[i] for i in range(len(names))), None))

@@ -6,55 +6,143 @@ A source is opened by its content and name. It is never extracted: images are de
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import zipfile
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cmtool.data.archives import npz_entries, zip_entries
-from cmtool.data.cifar import cifar_entries, is_tarball
+from cmtool.data.cifar import cifar_entries, cifar_folder, is_packed
+from cmtool.data.columns import table_entries
 from cmtool.data.decoding import MAX_FILE, WHITE, image_mode, read_image
-from cmtool.data.entries import LOOKED_FOR, Entries, Labels, Names, fingerprint, is_image, left_out
+from cmtool.data.entries import (
+    LOOKED_FOR,
+    Entries,
+    Labels,
+    Names,
+    fingerprint,
+    is_hidden,
+    is_image,
+    left_out,
+)
+from cmtool.data.headers import BLOCK, is_tar
 from cmtool.data.images import fitted, recoloured
-from cmtool.data.labels import find_labels, max_table
+from cmtool.data.labels import SPLITS, TRAIN, find_labels, max_table
 from cmtool.data.lsun import lmdb_entries
+from cmtool.data.shards import tar_entries
+from cmtool.data.tables import Tables, is_table, is_table_name
 from cmtool.errors import InputError
 from cmtool.system.files import read_regular
 
 AGAIN = "repair the file, or remove it"
 
 
-def open_images(path: Path, labelled: bool = True) -> Entries | None:
-    """Return the images of a folder, zip, npz, tarball or lmdb; None for anything else.
+class How(NamedTuple):
+    """How a source is read: its classes by one of labels.RULES or a column, of tables which column.
 
-    Unless `labelled`, what a table says of their classes does not matter. Raises InputError for a
-    pipe or a device, which are not read, and for damaged archives.
+    `split` chooses among the archives or tables of a folder.
+    """
+
+    labels: str = "auto"
+    column: str = ""
+    split: str = ""
+
+
+def open_images(path: Path, how: How = How()) -> Entries | None:
+    """Return the images of a folder, zip, npz, tar, table or lmdb; None for anything else.
+
+    Raises InputError for a pipe or a device, which are not read, for damaged archives, and for
+    classes that cannot be found as `how` says.
     """
     if path.is_dir():
         is_lmdb = (path / "data.mdb").is_file()
-        return lmdb_entries(path) if is_lmdb else folder_entries(path, labelled)
+        return lmdb_entries(path, how.labels) if is_lmdb else folder_entries(path, how)
     if not path.is_file():
         raise InputError(f"{path} is not a regular file", "give a folder or a file of images")
+    if how.split:
+        what = f"{path} is one file, and has no split {how.split!r}"
+        raise InputError(what, f"give the file: {path}")
     is_npz = path.suffix.lower() == ".npz"
     if zipfile.is_zipfile(path):
-        return (npz_entries if is_npz else zip_entries)(path, labelled)
+        return (npz_entries if is_npz else zip_entries)(path, how.labels)
     with path.open("rb") as opened:
-        if opened.read(4) == b"PK\x03\x04":
-            what = f"{path} is a zip archive that is cut short"
-            raise InputError(what, "copy or download it again")
+        start = opened.read(BLOCK)
+    if start.startswith(b"PK\x03\x04"):
+        what = f"{path} is a zip archive that is cut short"
+        raise InputError(what, "copy or download it again")
     if is_npz:
-        return npz_entries(path, labelled)
-    return cifar_entries(path) if is_tarball(path) else None
+        return npz_entries(path, how.labels)
+    if is_table(path):
+        return table_entries([path], str(path), how.labels, how.column)
+    if is_tar(start):
+        entries = tar_entries([path], str(path), how.labels)
+        return cifar_entries(path, how.labels) if entries is None else entries
+    return cifar_entries(path, how.labels) if is_packed(path) else None
 
 
-def folder_entries(path: Path, labelled: bool = True) -> Entries:
-    """Return the images under a folder, and under those that links in it lead to, by path."""
-    every, above = [], {os.fspath(path): frozenset[str]()}
+def has_columns(path: Path, labels: str) -> bool:
+    """Tell whether classes may be found by a column of this name: in a table, or in a tar."""
+    if path.is_file() and is_table(path):
+        return labels in Tables([path], str(path)).class_columns()
+    if path.is_dir():
+        every = [name for name in _files(path) if not is_hidden(name)]
+        tables = sorted(filter(is_table_name, every))
+        if tables:
+            return labels in Tables([path / tables[0]], str(path)).class_columns()
+        return any(name.endswith(".tar") for name in every)
+    return path.suffix == ".tar"
+
+
+def folder_entries(path: Path, how: How = How()) -> Entries:
+    """Return the images under a folder, and under those that links in it lead to, by path.
+
+    Without images as files, they are those of the archives or tables in it.
+    """
+    every = sorted(_files(path))
+    found = list(filter(is_image, every))
+    if not found or how.split:
+        return _packed_entries(path, every, how)
+
+    def beside(name: str) -> bytes | None:
+        file = path / name
+        if not os.path.lexists(file):
+            return None
+        is_read = how.labels == "auto"
+        return read_regular(file, max_table(len(found)), AGAIN) if is_read else b""
+
+    labels = find_labels(str(path), found, beside, how.labels)
+    facts = (f"{name} {(path / name).lstat().st_size}" for name in found)
+    names = Names(found)
+
+    def read(index: int) -> bytes:
+        return read_regular(path / names[index], MAX_FILE, AGAIN)
+
+    def sizes() -> Sequence[int]:
+        return array("Q", (_size(path / names[index]) for index in range(len(names))))
+
+    mark = fingerprint(facts, labels.classes)
+    return Entries(names, read, labels, mark, left_out(every), sizes)
+
+
+def _size(file: Path) -> int:
+    """Return the bytes of a file, 0 for a link to nothing."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def _files(path: Path) -> Iterator[str]:
+    """Yield the paths of all files under a folder, relative to it."""
+    above = {os.fspath(path): frozenset[str]()}
     for folder, folders, files in os.walk(path, followlinks=True):
         real, outer = os.path.realpath(folder), above.pop(folder)
         if real in outer:  # a link that leads back
@@ -63,28 +151,44 @@ def folder_entries(path: Path, labelled: bool = True) -> Entries:
         above |= {os.path.join(folder, name): outer | {real} for name in folders}
         inside = os.path.relpath(folder, path)
         for file in files:
-            every.append(file if inside == "." else f"{inside}/{file}".replace(os.sep, "/"))
-    found = sorted(filter(is_image, every))
-    if not found:
-        hint = LOOKED_FOR
-        if (path / "data_batch_1").is_file():
-            hint = "give cifar-10-python.tar.gz, the archive that this folder was in"
-        raise InputError(f"no images in {path}", hint)
+            yield file if inside == "." else f"{inside}/{file}".replace(os.sep, "/")
 
-    def beside(name: str) -> bytes | None:
-        file = path / name
-        if not os.path.lexists(file):
-            return None
-        return read_regular(file, max_table(len(found)), AGAIN) if labelled else b""
 
-    labels = find_labels(str(path), found, beside, labelled)
-    sizes = (f"{name} {(path / name).lstat().st_size}" for name in found)
-    names = Names(found)
+def _packed_entries(path: Path, every: Sequence[str], how: How) -> Entries:
+    """Return the images in the archives or tables of a folder, or of one split of them."""
+    entries = cifar_folder(path, how.labels) if not how.split else None
+    if entries is not None:
+        return entries
+    seen = [name for name in every if not is_hidden(name)]
+    tables, tars = list(filter(is_table_name, seen)), [n for n in seen if n.endswith(".tar")]
+    packed = [path / name for name in of_split(str(path), tables or tars, how.split)]
+    if tables:
+        entries = table_entries(packed, str(path), how.labels, how.column)
+    elif tars:
+        entries = tar_entries(packed, str(path), how.labels)
+    if entries is None:
+        raise InputError(f"no images in {path}", LOOKED_FOR)
+    return entries
 
-    def read(index: int) -> bytes:
-        return read_regular(path / names[index], MAX_FILE, AGAIN)
 
-    return Entries(names, read, labels, fingerprint(sizes, labels.classes), left_out(every))
+def of_split(source: str, files: Sequence[str], split: str) -> list[str]:
+    """Return those of the files that are of a split, by their names: train-00000.parquet.
+
+    Raises InputError for a split that there is not, and, without one, for files of several.
+    """
+    found: dict[str, list[str]] = {}
+    for file in files:
+        words = re.split(r"[/_.-]", file)
+        found.setdefault(next((w for w in words if w.lower() in SPLITS), ""), []).append(file)
+    if split and split not in found:
+        good = ", ".join(f"{source}:{name}" for name in filter(None, sorted(found)))
+        hint = f"give one of {good}" if good else f"leave it out: {source}"
+        raise InputError(f"{source} has no split {split!r}", hint)
+    train = next((name for name in found if name.lower() in TRAIN), None)
+    if not split and train is not None and len(found) > 1:
+        what = f"{source} holds {', '.join(filter(None, sorted(found)))}"
+        raise InputError(what, f"give one of them: {source}:{train}")
+    return found[split] if split else list(files)
 
 
 def listed_entries(paths: Sequence[str]) -> Entries:

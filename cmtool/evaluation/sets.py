@@ -82,7 +82,7 @@ def open_set(given: Given) -> Opened:
     stored = read_statistics(names[0])
     if stored is not None:
         return stored
-    return load_dataset(names[0], in_memory=False, labelled=False)
+    return load_dataset(names[0], in_memory=False, labels="none")
 
 
 def collect(
@@ -190,7 +190,7 @@ def _from_statistics(
             )
             hint = "give the images, or statistics of cmtool eval reference --keep-features"
             raise InputError(what, hint)
-        images = load_dataset(name, in_memory=False, labelled=False)
+        images = load_dataset(name, in_memory=False, labels="none")
         found = collect(images, missing, setup, num=num, side=side)
         gaussian, rows = gaussian or found.gaussian, found.rows if rows is None else rows
     single = len(rows) if rows is not None else 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from cmtool.errors import InputError
 
 KEY = "cmtool"
 MAX_HEADER = 4 << 20
+MAX_NAMES = 200_000
+"""Letters that the names of all classes may have."""
 MAX_TENSORS = 20_000
 AGAIN = "download or make the file again"
 
@@ -29,6 +32,24 @@ def write_weights(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)  # safetensors makes files only their owner can read
+
+
+def named_classes(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return what `about` says of the names of a model's classes: nothing if they are numbers.
+
+    Nor does it where they would take the room of the header.
+    """
+    is_plain = list(names) == [str(number) for number in range(len(names))]
+    if is_plain or sum(map(len, names)) > MAX_NAMES:
+        return {}
+    return {"class_names": list(names)}
+
+
+def class_names_in(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of classes in `about`, or in a run's record; none if it has none."""
+    names = about.get("class_names")
+    is_listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if names is not None and is_listed else ()
 
 
 def read_weights(path: Path, device: str = "cpu") -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from cmtool.core.precond import NOISE_LABELS, SCALINGS
 from cmtool.core.samplers import SAMPLERS
 from cmtool.core.solvers import SOLVERS
 from cmtool.data.images import FITS
+from cmtool.data.labels import RULES
 from cmtool.errors import UserError, nearest
 from cmtool.presets.toml import as_toml, field_schema, meaning
 
@@ -25,6 +26,7 @@ REGISTRIES: dict[str, Mapping[str, Any]] = {
     "model.noise_label": NOISE_LABELS,
     "model.scalings": SCALINGS,
     "data.fit": FITS,
+    "data.labels": RULES,
     "loss.method": METHODS,
     "loss.levels": LEVELS,
     "loss.solver": SOLVERS,

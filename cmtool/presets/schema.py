@@ -129,6 +129,12 @@ class DataSection(Section):
     """The training images: a data set's name or a path, and how they are brought to size."""
 
     path: str = Field("", description="a data set's name or a path; a method's preset has none")
+    labels: str = Field(
+        "auto",
+        description="how classes are found: by a rule, or by the column of a table, or the key of"
+        " the .json files in a tar, of this name",
+    )
+    column: str = Field("", description="column of images, for a table that has several")
     fit: str = Field(
         "exact", description="how images are brought to size: exact (not at all), edm, adm or box"
     )

@@ -89,6 +89,22 @@ def read_regular(path: str | Path, limit: int, hint: str = "check the path") -> 
     return content
 
 
+def opened_input(path: Path, hint: str) -> IO[bytes]:
+    """Open a regular file, or one that a link leads to, to read parts of it.
+
+    Raises InputError, with the hint, for what cannot be opened; a pipe is not waited for.
+    """
+    try:
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  # the caller closes it
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read: {reason}", hint) from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InputError(f"{path} is not a regular file", hint)
+    return file
+
+
 def expanded(name: str) -> Path:
     """Return the path of a name, ~ as the home folder: a shell leaves it as it is in quotes."""
     try:

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from cmtool import __version__
 from cmtool.errors import DivergedError, InputError, ResourceError, UserError, is_full
 from cmtool.formats import checkpoints
 from cmtool.formats.checkpoints import MANIFEST, Score
-from cmtool.formats.native import read_weights, write_weights
+from cmtool.formats.native import named_classes, read_weights, write_weights
 from cmtool.presets.schema import Preset
 from cmtool.system.dist import Group
 from cmtool.system.files import file_facts, sync, write_json
@@ -157,9 +157,11 @@ def no_room(name: str, hint: str) -> ResourceError:
     return ResourceError(what, f"{hint}; the checkpoints before it are intact")
 
 
-def about_model(preset: Preset) -> dict[str, Any]:
+def about_model(preset: Preset, class_names: Sequence[str] = ()) -> dict[str, Any]:
     """Return what the header of a file of weights says of its model."""
-    return {"kind": preset.kind, "preset": preset.model_dump(mode="json"), "cmtool": __version__}
+    names = named_classes(class_names[: preset.model.num_classes])
+    about = {"kind": preset.kind, "preset": preset.model_dump(mode="json"), "cmtool": __version__}
+    return {**about, **names}
 
 
 class Saver:

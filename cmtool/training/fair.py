@@ -73,6 +73,8 @@ def shared_layers(terms: Terms) -> Layers:
     return {
         "the comparison": {
             "data.path": data.path if asked.data is None else asked.data,
+            "data.labels": data.labels,
+            "data.column": data.column,
             "data.fit": data.fit if is_theirs or data.fit != "exact" else "adm",
             "data.background": data.background,
             "data.flip": data.flip,

@@ -268,7 +268,8 @@ def store_averages(run: Run, tools: Tools, news: News) -> None:
         averages = average_tensors(run.state)
         if tools.writer:
             with tools.writer.expendable(f"{FOLDER}/"):
-                store(run.out, news.step, averages, about_model(run.preset))
+                about = about_model(run.preset, run.data.class_names)
+                store(run.out, news.step, averages, about)
     run.group.meet(f"averaged {news.step}")
 
 

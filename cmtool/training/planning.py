@@ -69,6 +69,8 @@ class Facts(NamedTuple):
     channels: int
     classes: int
     sigma_data: float
+    rules: Mapping[str, str] = {}
+    """How its classes and images are found, by keys of a preset, but for what is usual."""
 
 
 class Wish(NamedTuple):
@@ -82,19 +84,22 @@ class Wish(NamedTuple):
 WISH = Wish()
 
 
-def facts_of(path: str) -> Facts:
+def facts_of(path: str, labels: str = "auto", column: str = "") -> Facts:
     """Return what a data set holds. Raises InputError for one without images that can be read."""
-    data, found = load_dataset(path, in_memory=False), Survey()
+    data, found = load_dataset(path, in_memory=False, labels=labels, column=column), Survey()
     for part in surveys(data, every=max(len(data) // SURVEYED, 1)):
         found.add(part)
     if not found.good:
         raise InputError(f"no image of {path} can be read", f"cmtool data info {path}")
+    rules = {"data.labels": labels} if labels != "auto" else {}
+    rules |= {"data.column": column} if column else {}
     sides = [(int(w), int(h)) for w, h in (size.split("x") for size in found.sizes)]
     w, h = sides[0]
     return Facts(
         path=path, images=len(data), size=(h, w) if len(sides) == 1 else None,
         shortest=min(map(min, sides)), channels=1 if set(found.modes) <= GREY else 3,
         classes=data.num_classes, sigma_data=round(found.sigma_data, 3) or EDM_SIGMA_DATA,
+        rules=rules,
     )  # fmt: skip
 
 
@@ -153,6 +158,7 @@ def data_layers(preset: str, facts: Facts, device: str, wish: Wish) -> Layers:
     return {
         "the images": {
             "data.path": facts.path,
+            **facts.rules,
             "data.fit": "exact" if is_one_size else "adm",
             "model.image_size": list(size),
             "model.channels": facts.channels,
@@ -181,6 +187,8 @@ def teacher_layers(preset: str, teacher: Model) -> Layers:
     return {
         f"teacher {teacher.source}": {
             "data.path": theirs.data.path,
+            "data.labels": theirs.data.labels,
+            "data.column": theirs.data.column,
             "data.fit": "adm" if theirs.data.fit == "exact" else theirs.data.fit,
             "data.background": theirs.data.background,
             "data.flip": theirs.data.flip,
@@ -209,7 +217,11 @@ def start_layers(start: Model, facts: Facts) -> Layers:
     if isinstance(card, Preset):
         layer |= {"train.batch": card.train.batch, "train.lr": card.train.lr}
     return {
-        "the images": {"data.path": facts.path, "model.num_classes": facts.classes},
+        "the images": {
+            "data.path": facts.path,
+            **facts.rules,
+            "model.num_classes": facts.classes,
+        },
         about: layer,
     }
 

@@ -156,7 +156,7 @@ def reported(out: Path, watcher: Watcher) -> Iterator[None]:
 def make_saver(run: Run) -> Saver:
     """Return what writes the run's checkpoints."""
     preset = run.preset
-    about = about_model(preset)
+    about = about_model(preset, run.data.class_names)
     folder, keep = run.out / "checkpoints", preset.run.keep
     return Saver(folder, about, keep=keep, keep_best=preset.run.keep_best, note=run.watcher.note)
 

@@ -19,7 +19,7 @@ from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.paths import Draw
 from cmtool.core.samplers import check_levels
 from cmtool.data.batches import batches
-from cmtool.data.datasets import Dataset, load_dataset
+from cmtool.data.datasets import Dataset, check_rule, load_dataset
 from cmtool.data.decoding import check_background
 from cmtool.data.images import check_fit_rule
 from cmtool.data.survey import check_images
@@ -265,6 +265,7 @@ def check_components(preset: Preset) -> None:
     pick_score(preset.run.eval_metric)
     check_fit_rule(preset.data.fit)
     check_background(preset.data.background)
+    check_rule(preset.data.path, preset.data.labels)
     chosen = plan(preset)  # of the sample grids
     build_sampler(chosen.sampler)
     check_levels(chosen.sigmas, preset.noise.sigma_min)
@@ -275,7 +276,7 @@ def load_images(preset: Preset, tell: Callable[[str], None]) -> Dataset:
     size, channels = preset.model.image_size, preset.model.channels
     data = load_dataset(
         preset.data.path, size=size, channels=channels, fit=preset.data.fit,
-        background=preset.data.background,
+        background=preset.data.background, labels=preset.data.labels, column=preset.data.column,
     )  # fmt: skip
     for note in data.notes:
         tell(note)

@@ -243,7 +243,7 @@ def test_names_that_begin_with_a_class_are_told(tmp_path, names, told):
     for path in (zipped(tmp_path, {}, names), folder(tmp_path, names)):
         found = load_dataset(path)
         assert found.labels is None
-        assert [("labels.csv" in note) for note in found.notes] == [True] * told
+        assert [("--labels prefix" in note) for note in found.notes] == [True] * told
 
 
 def test_other_files_are_counted_by_their_endings(tmp_path):
@@ -256,3 +256,81 @@ def test_other_files_are_counted_by_their_endings(tmp_path):
     (note,) = load_dataset(many).notes
     assert note.endswith("1 .x5, ...")
     assert not load_dataset(zipped(tmp_path, {"dataset.json": json_of(0, 1, 0, 1)})).notes
+
+
+RULES_OF = {
+    "prefix": (["cat_0.png", "a/cat_1.png", "a/dog_x_0.png"], [0, 0, 1], ("cat", "dog")),
+    "folders": (["00001/a_0.png", "00002/b.png", "00002/c.png"], [0, 1, 1], ("00001", "00002")),
+    "none": (["cat/a.png", "dog/b.png"], None, ()),
+}
+
+
+@pytest.mark.parametrize("rule", RULES_OF)
+def test_classes_are_found_by_the_rule_that_is_named(tmp_path, rule):
+    names, classes, known = RULES_OF[rule]
+    for path in (zipped(tmp_path, {}, names), folder(tmp_path, names)):
+        found = load_dataset(path, labels=rule)
+        assert (len(found), found.class_names) == (len(names), known)
+        if classes is None:
+            assert (found.labels, found.num_classes) == (None, 0)
+        else:
+            named = dict(zip(names, classes, strict=True))
+            assert found.labels.tolist() == [named[name] for name in sorted(names)]
+
+
+@pytest.mark.parametrize("rule", ["folders", "prefix", "none"])
+def test_a_table_does_not_matter_to_another_rule(tmp_path, rule):
+    names = ["a/x_0.png", "a/x_1.png", "b/y_0.png", "b/y_1.png"]
+    found = load_dataset(zipped(tmp_path, {"labels.csv": "no table"}, names), labels=rule)
+    assert rule == "none" or found.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_prefixes_are_those_of_guided_diffusion(tmp_path):
+    """Its rule: what stands before the first _ of a file's name, whatever folder it is in."""
+    names = ["b/n02_7_1.png", "a/n01_3.png", "a/n02_4.png", "10_5.png", "9_6.png"]
+    found = load_dataset(folder(tmp_path, names), labels="prefix")
+    starts = [name.split("/")[-1].split("_")[0] for name in sorted(names)]
+    classes = {start: place for place, start in enumerate(sorted(set(starts)))}
+    assert found.labels.tolist() == [classes[start] for start in starts]
+    assert found.class_names == ("10", "9", "n01", "n02")
+
+
+def test_a_name_without_a_prefix_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"'other\.png' in .* has no _") as caught:
+        load_dataset(folder(tmp_path, ["cat_0.png", "other.png"]), labels="prefix")
+    assert "--labels auto" in caught.value.hint
+
+
+@pytest.mark.parametrize("rule", ["prefix", "none", "folders"])
+def test_splits_are_refused_under_every_rule(tmp_path, rule):
+    path = folder(
+        tmp_path, [f"{split}/{kind}_0.png" for split in ("train", "val") for kind in "ab"]
+    )
+    with pytest.raises(InputError, match="holds train, val"):
+        load_dataset(path, labels=rule)
+
+
+@pytest.mark.parametrize("rule", ["prefx", "label", ""])
+def test_a_rule_that_is_none_is_refused_with_the_nearest(tmp_path, rule):
+    np.savez(tmp_path / "x.npz", np.zeros((4, 8, 8, 3), np.uint8), np.arange(4))
+    for source in (
+        folder(tmp_path, NAMES),
+        zipped(tmp_path, {}),
+        str(tmp_path / "x.npz"),
+        "digits",
+    ):
+        with pytest.raises(
+            InputError, match=f"data.labels = '{rule}'.* has no such column"
+        ) as caught:
+            load_dataset(source, labels=rule)
+        assert "choose from auto, folders, none, prefix" in caught.value.hint
+
+
+def test_images_without_names_have_their_own_classes_or_none(tmp_path):
+    np.savez(tmp_path / "x.npz", np.zeros((4, 8, 8, 3), np.uint8), np.arange(4))
+    for source in (str(tmp_path / "x.npz"), "digits"):
+        assert load_dataset(source, labels="none").labels is None
+        assert load_dataset(source).labels is not None
+        with pytest.raises(InputError, match="have no names of files") as caught:
+            load_dataset(source, labels="prefix")
+        assert f"cmtool data info {source} --labels auto" in caught.value.hint

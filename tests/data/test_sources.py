@@ -3,6 +3,8 @@ import gzip
 import io
 import json
 import multiprocessing
+import pickle
+import shlex
 import struct
 import subprocess
 import sys
@@ -221,6 +223,9 @@ def cifar_pickle(rows, labels):
     return content
 
 
+KINDS = [f"kind {i}" for i in range(10)]
+
+
 def test_cifars_tarball_is_read_without_unpickling(tmp_path):
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 256, (10, 3072), dtype=np.uint8)
@@ -233,21 +238,47 @@ def test_cifars_tarball_is_read_without_unpickling(tmp_path):
             member = tarfile.TarInfo(f"cifar-10-batches-py/data_batch_{batch}")
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
-    found = load_dataset(str(path), size=(32, 32))
-    assert torch.equal(found.images, torch.from_numpy(rows).reshape(10, 3, 32, 32))
-    assert found.labels.tolist() == labels
+        content = pickle.dumps({"label_names": KINDS}, protocol=2)
+        member = tarfile.TarInfo("cifar-10-batches-py/batches.meta")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path, filter="data")
+    for source in (path, tmp_path / "cifar-10-batches-py"):
+        found = load_dataset(str(source), size=(32, 32))
+        assert torch.equal(found.images, torch.from_numpy(rows).reshape(10, 3, 32, 32))
+        assert found.labels.tolist() == labels
+        assert found.class_names == tuple(KINDS)
+        assert load_dataset(str(source), labels="none").labels is None
+    marks = {
+        load_dataset(str(source), in_memory=False).fingerprint()
+        for source in (path, tmp_path / "cifar-10-batches-py")
+    }
+    assert len(marks) == 1
 
 
-def test_the_last_part_of_a_split_zip_and_cifars_folder_are_named(tmp_path):
+def test_bytes_of_python_3_in_cifars_batches_are_read_and_other_encodings_refused(tmp_path):
+    rows = np.arange(2 * 3072, dtype=np.uint64).astype(np.uint8).reshape(2, 3072)
+    table = {"data": rows, "labels": [3, 4]}
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps(table, protocol=2))
+    found = load_dataset(str(tmp_path))
+    assert torch.equal(found.images, torch.from_numpy(rows).reshape(2, 3, 32, 32))
+    content = (tmp_path / "data_batch_1").read_bytes().replace(b"latin1", b"utf-16")
+    (tmp_path / "data_batch_1").write_bytes(content)
+    with pytest.raises(InputError, match="it encodes text as 'utf-16'"):
+        load_dataset(str(tmp_path))
+
+
+def test_the_last_part_of_a_split_zip_and_a_damaged_folder_of_cifar_are_named(tmp_path):
     whole = zipped(tmp_path / "x.zip").read_bytes()
     (tmp_path / "x.zip").write_bytes(whole[500:])  # as the .zip beside .z01
     with pytest.raises(InputError, match=r"x\.zip is damaged: its start is missing"):
         load_dataset(str(tmp_path / "x.zip"))
     (tmp_path / "data_batch_1").write_bytes(b"")
     (tmp_path / "x.zip").unlink()
-    with pytest.raises(InputError, match="no images in") as caught:
+    with pytest.raises(InputError, match="is not CIFAR-10's folder") as caught:
         load_dataset(str(tmp_path))
-    assert "cifar-10-python.tar.gz" in caught.value.hint
+    assert "extract the archive again" in caught.value.hint
 
 
 def test_code_in_cifars_tarball_does_not_run(tmp_path):
@@ -285,15 +316,27 @@ def test_a_tarball_that_unpacks_to_far_more_is_left_at_once(tmp_path):
 
 
 def test_of_a_tarball_of_many_files_the_first_are_looked_at(tmp_path):
-    path = tmp_path / "x.tar"
-    with tarfile.open(path, "w") as archive:
+    path = tmp_path / "x.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
         for i in range(1000):
             archive.addfile(tarfile.TarInfo(f"{i}.png"))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: 200 * tarfile.BLOCKSIZE] + b"junk" * 1000)
+    whole = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(whole[: 200 * tarfile.BLOCKSIZE] + b"junk" * 1000))
     with pytest.raises(InputError, match="holds no data_batch_1") as caught:
         load_dataset(str(path))
-    assert "extract" in caught.value.hint
+    assert caught.value.hint.endswith(f"gunzip -c {path} > {tmp_path / 'x.tar'}")
+
+
+def test_a_packed_tar_of_images_is_read_once_it_is_unpacked_as_the_hint_says(tmp_path):
+    for how, name in (("gz", "x y.tgz"), ("bz2", "x.tar.bz2"), ("xz", "odd")):
+        with tarfile.open(tmp_path / name, f"w:{how}") as archive:
+            archive.add(write(tmp_path / how), ".")
+        with pytest.raises(InputError, match="holds no data_batch_1") as caught:
+            load_dataset(str(tmp_path / name))
+        command = caught.value.hint.partition(": ")[2]
+        subprocess.run(["sh", "-c", command], check=True)
+        unpacked = Path(shlex.split(command)[-1])
+        assert torch.equal(load_dataset(str(unpacked)).images, PICTURES)
 
 
 @pytest.mark.parametrize("shards", [1, 2])
