@@ -1,0 +1,107 @@
+"""One command, repeated as a scheduler does, ends in the bits of a run that nothing disturbed."""
+
+import math
+import os
+import signal
+import time
+
+import pytest
+
+from tests.cli.conftest import TINY
+from tests.faults import Command, assert_same_run, fast_disk, leftovers, status, steps
+from tests.processes import free_port
+
+pytestmark = pytest.mark.slow
+
+LENGTH = 150
+COMMAND = [
+    "train", "--preset", "digits-ct", *TINY, "--set", f"train.steps={LENGTH}",
+    "--set", "run.checkpoint_every=5", "--resume", "auto",
+]  # fmt: skip
+
+
+def alone():
+    return [{}]
+
+
+def torchrun():
+    port = str(free_port())
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+    return [
+        {"RANK": str(n), "LOCAL_RANK": str(n), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **meeting}
+        for n in range(2)
+    ]
+
+
+def srun():
+    here = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "2",
+            "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "7",
+            "MASTER_PORT": str(free_port())}  # fmt: skip
+    return [{**here, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)} for n in range(2)]
+
+
+def start(launcher, folder, name, time_limit):
+    words = [*COMMAND, "--max-time", time_limit, "--out", name]
+    return [
+        Command(*words, folder=folder, environment={**os.environ, **place}) for place in launcher()
+    ]
+
+
+def ends(ranks):
+    return [rank.finish()[0] for rank in ranks]
+
+
+def newest(out):
+    return steps(out)[-1] if (out / "checkpoints").is_dir() and steps(out) else 0
+
+
+@pytest.mark.parametrize("launcher", [alone, torchrun, srun])
+def test_four_starts_and_a_power_cut_end_bit_equal(launcher, tmp_path):
+    is_torchrun = launcher is torchrun
+    with fast_disk() as folder:
+        run, straight = folder / "run", folder / "straight"
+        began = time.monotonic()
+        ranks = start(launcher, folder, "straight", "10m")
+        ranks[0].wait_for(lambda: newest(straight) >= 2)
+        first = time.monotonic() - began
+        assert set(ends(ranks)) == {0}
+        limit = first + (time.monotonic() - began - first) / 4  # a quarter of the steps
+
+        def again():
+            return start(launcher, folder, "run", f"{math.ceil(limit)}s")
+
+        def some_steps_on(ranks):
+            before = newest(run)
+            ranks[0].wait_for(lambda: newest(run) > before)
+
+        ranks = again()  # the time is up
+        assert set(ends(ranks)) == {0 if is_torchrun else 75}
+        assert (status(run)["state"], status(run)["exit_code"]) == ("stopped", 75)
+
+        ranks = again()
+        some_steps_on(ranks)
+        for rank in ranks:
+            rank.send(signal.SIGTERM)
+        assert set(ends(ranks)) == {0 if is_torchrun else 143}
+        assert (status(run)["state"], status(run)["exit_code"]) == ("stopped", 143)
+
+        ranks = again()
+        some_steps_on(ranks)
+        ranks[-1].send(signal.SIGKILL)
+        assert ends(ranks) == [5, -9] if len(ranks) > 1 else [-9]
+
+        ranks = again()
+        some_steps_on(ranks)
+        for rank in ranks:
+            rank.send(signal.SIGKILL)
+        assert set(ends(ranks)) == {-9}
+
+        deadline = time.monotonic() + 200
+        while status(run)["state"] != "done":
+            assert time.monotonic() < deadline
+            assert set(ends(again())) <= {0, 75}
+        assert newest(run) == LENGTH
+        assert_same_run(folder / "straight", run)
+        assert leftovers(run) == []
+        last = again()[0].finish()
+        assert last[:2] == (0, f"run/checkpoints/step-{LENGTH:07d}\n")
