@@ -15,7 +15,7 @@ from cmtool.errors import InputError, UserError
 from cmtool.evaluation.gaussian import Gaussian, frechet_distance
 
 if TYPE_CHECKING:
-    from cmtool.evaluation.features import Extractor
+    from cmtool.evaluation.extractor import Extractor
 
 KID = {"subsets": 100, "size": 1000, "seed": 0}
 INCEPTION_SCORE = {"split": 5000}
@@ -242,7 +242,10 @@ NOTHING, GAUSSIAN, ROWS, BOTH = Needs(), Needs(gaussian=True), Needs(rows=True),
 METRICS: dict[str, Metric] = {
     "fid": Metric(
         fid, ("fid",), GAUSSIAN, GAUSSIAN, lowest_is_best=True,
-        names={"digits": "fd-digits", "pixels": "fd-pixels"},
+        names={
+            "clip": "fd-clip", "digits": "fd-digits", "dinov2": "fd-dinov2", "own": "fd-own",
+            "pixels": "fd-pixels",
+        },
         help="""Print the Frechet distance between images and a reference, as one JSON object.
 
         `cmtool eval fid -c digits-cd`
@@ -255,10 +258,16 @@ METRICS: dict[str, Metric] = {
 
         `cmtool eval fid samples.zip --reference cifar10.zip --protocol clean --cross-check`
 
+        `cmtool eval fid samples.zip --reference img64.pkl --protocol dinov2`
+
+        `cmtool eval fid samples.zip --reference faces/ --features net.pt --trust`
+
         Against the bundled digits the features are those of the bundled classifier: the number is
         fd-digits, not the FID of papers. A FID falls with the number of images: compare equal
         numbers only. --protocol pixels needs no weights: fd-pixels compares the images at 8x8, so
-        it sees colours and coarse shapes, and nothing finer. With --cross-check the JSON object
+        it sees colours and coarse shapes, and nothing finer. --protocol dinov2 is FD-DINOv2, as
+        EDM2 reports it; clip is FD-CLIP. --features names a network of your own: images in,
+        features out. It is code, and runs only with --trust. With --cross-check the JSON object
         also has the number of clean-fid.""",
     ),
     "kid": Metric(
