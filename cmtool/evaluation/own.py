@@ -6,6 +6,7 @@ names its sha256.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +74,14 @@ def own_extractor(own: Own, device: str = "cpu") -> Extractor:
         takes.resize if takes.size else "none", notes=(note,) if unsaid else (), file=path,
         input=str(takes),
     )  # fmt: skip
+
+
+def label(name: str, own: Own | None) -> str:
+    """Return the name of a score, which tells features of the user's own from others of theirs."""
+    if own is None:
+        return name
+    digest = hashlib.sha256(f"{checked_sha256(own)} {own.input}".encode()).hexdigest()
+    return f"{'fd' if name == 'fid' else name.removesuffix('-own')}-own-{digest[:8]}"
 
 
 def checked_sha256(own: Own) -> str:

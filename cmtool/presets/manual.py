@@ -55,7 +55,10 @@ WORDS = {
     "array": "a list",
     "object": "a table",
 }
-BOUNDS = {"exclusiveMinimum": "above", "minimum": "at least", "maximum": "at most"}
+BOUNDS = {
+    "exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below",
+    "maximum": "at most",
+}  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -116,8 +119,12 @@ def _range(key: str) -> list[str]:
     if allowed:
         return [f"One of {', '.join(map(str, allowed))}."]
     kinds = [part for part in facts.get("anyOf", [facts]) if part.get("type") != "null"]
-    kind = kinds[0]
+    words = " or ".join(filter(None, map(_kind, kinds)))
+    return [f"{words[0].upper()}{words[1:]}."] if words else []
+
+
+def _kind(kind: Mapping[str, Any]) -> str:
+    """Return a type and its bounds in words."""
     form = ",d" if kind.get("type") == "integer" else "g"
     bounds = " and ".join(f"{word} {kind[b]:{form}}" for b, word in BOUNDS.items() if b in kind)
-    words = " ".join(filter(None, [WORDS.get(kind.get("type", ""), ""), bounds]))
-    return [f"{words[0].upper()}{words[1:]}."] if words else []
+    return " ".join(filter(None, [WORDS.get(kind.get("type", ""), ""), bounds]))
