@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 
 from cmtool.core.methods import METHODS, Models
-from cmtool.core.rng import keyed_generator
+from cmtool.core.rng import keyed_generator, seeded
 from cmtool.data.datasets import Dataset, load_dataset
 from cmtool.data.drawing import png_bytes
 from cmtool.data.held_out import Subset, split
@@ -15,9 +16,9 @@ from cmtool.data.images import from_uint8
 from cmtool.errors import UserError
 from cmtool.evaluation.held_out import CHUNK, held_out_loss, last_stage
 from cmtool.models import load_model
+from cmtool.presets.build import build_denoiser, build_network
 from cmtool.presets.toml import load_preset, preset_names
 from cmtool.system.dist import ALONE
-from cmtool.training.state import build_state
 from tests.cli.conftest import TINY, bare_runs, cmtool  # noqa: F401  # fixtures
 from tests.cli.test_train import assert_equal
 
@@ -69,45 +70,58 @@ def test_streamed_images_are_parted_alike_and_stay_streamed():
     assert train.fingerprint() != split(streamed, 0.201)[0].fingerprint()
 
 
-TEACHERS = {"teacher": "digits-edm", "consistency": "digits-cd"}
-SMALL = {"model.network.model_channels": 16, "model.network.norm_groups": 4,
-         "model.network.head_channels": 16, "train.batch": 8}  # fmt: skip
+OPTIONS = {"model_channels": 16, "norm_groups": 4, "head_channels": 16, "dropout": 0.3}
+SMALL = {**{f"model.network.{k}": v for k, v in OPTIONS.items()}, "train.batch": 8}
+ELSEWHERE = {
+    "uncertain_denoising": ("imagenet64-edm2-s", "digits-edm"),
+    "continuous_distillation": ("cifar10-cd-continuous-l2-stopgrad", "digits-cd"),
+    "live_distillation": ("cifar10-cd-continuous-l2", "digits-cd"),
+}
+"""Where the methods are that no preset of the digits has, and one of the same kind."""
 
 
+@cache
 def of_method(name):
-    """A small preset of the digits with a method, and the teacher that it takes."""
-    for preset_name in preset_names():
-        preset = load_preset(preset_name)
-        if preset_name.startswith("digits") and preset.loss.method.name == name:
-            row = METHODS[name]
-            teacher = load_model(TEACHERS[row.teacher_kind]) if row.needs_teacher else None
-            return load_preset(preset_name, {} if row.needs_teacher else SMALL), teacher
-    return None, None
+    """A small preset of the digits with a method."""
+    if name in ELSEWHERE:
+        theirs, ours = ELSEWHERE[name]
+        preset = load_preset(theirs)
+        return load_preset(ours, SMALL).model_copy(update={"loss": preset.loss})
+    names = [n for n in preset_names() if n.startswith("digits-")]
+    return next(p for n in names if (p := load_preset(n, SMALL)).loss.method.name == name)
+
+
+def network_of(preset, seed):
+    """A denoiser of a preset, no weight of which is 0."""
+    with seeded(keyed_generator("network", seed)):
+        made = build_denoiser(preset, build_network(preset.model))
+        for p in made.parameters():
+            p.data += 0.05 * torch.randn(p.shape)
+    return made.train()
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_a_loss_that_does_not_depend_on_chance(name):
-    preset, teacher = of_method(name)
-    if preset is None:
-        pytest.skip("no preset of the digits")
-    if name == "progressive_distillation" or METHODS[name].needs_teacher:
-        preset = preset.model_copy(update={"model": teacher.preset.model})
-    state = build_state(preset, teacher, "cpu")
-    if METHODS[name].before is not None:
-        state.own.sigmas[:4] = torch.tensor([0.002, 0.1, 2.0, 80.0])
-        state.own.facts[:] = torch.tensor([4, 0])
+def test_every_method_has_a_loss_that_depends_on_the_model_alone(name):
+    preset, row = of_method(name), METHODS[name]
+    assert preset.loss.method.name == name
+    f, guide = network_of(preset, 0), network_of(load_preset("digits-edm", SMALL), 1).eval()
+    own = row.owns() if row.owns else None
+    if row.before is not None:
+        own.sigmas[:4] = torch.tensor([0.002, 0.1, 2.0, 80.0])
+        own.facts[:] = torch.tensor([4, 0])
     held = load_dataset("digits:held-out")
-    f = next(iter(state.emas.values())).model if state.emas else state.student
-    models = Models(f, state.target or f, own=state.own)
-    loss = held_out_loss(preset, held, teacher and teacher.f, 40, "cpu")
+    target = network_of(preset, 2) if preset.loss.target in ("ema", "previous") else f
+    loss = held_out_loss(preset, held, guide, 5, "cpu")
     torch.manual_seed(1)
-    first = loss(models, 1, ALONE, None)
-    torch.manual_seed(2)
     before = torch.get_rng_state()
-    assert loss(models, 2, ALONE, None) == first
+    first = loss(Models(f, target, own=own), 1, ALONE, None)
     assert torch.equal(before, torch.get_rng_state())
-    assert first == first
+    torch.manual_seed(2)
+    assert loss(Models(f, target, own=own), 2, ALONE, None) == first
+    assert f.training
     assert all(p.grad is None for p in f.parameters())
+    other = network_of(preset, 3)
+    assert loss(Models(other, other, own=own), 3, ALONE, None) != first
 
 
 def test_a_teachers_loss_is_edms_by_hand():
@@ -177,7 +191,8 @@ def test_the_stage_is_the_last():
     assert stage.n == max(last_stage(preset).n, 10)
 
 
-LOSS = ["--set", "run.eval_metric=loss", "--eval-every", "1", "--set", "run.eval_num=40"]
+LOSS = ["--set", "run.eval_metric=loss", "--eval-every", "1", "--set", "run.eval_num=8", "--set",
+        "run.sample_grid=4"]  # fmt: skip
 
 
 def log(run):
@@ -187,13 +202,14 @@ def log(run):
 @pytest.mark.usefixtures("bare_runs")
 def test_a_run_measures_its_loss_on_images_that_it_does_not_train_on(cmtool, tmp_path):  # noqa: F811
     run = ["train", "--preset", "digits-ct", *TINY, "--set", "data.held_out=0.05", "--set",
-           "train.steps=3", "--set", "run.sample_every=100"]  # fmt: skip
+           "train.steps=3", "--set", "run.sample_every=100",
+           "--set", "run.sample_grid=4"]  # fmt: skip
     made = cmtool(*run, *LOSS, "--out", "r")
     assert made.code == 0, made.err
     assert "577 images are held out, 10,959 are trained on" in made.err
     found = [line["eval"] for line in log(tmp_path / "r")]
     assert [(v["metric"], v["num"], v["step"]) for v in found] == [
-        ("loss", 40, s) for s in (1, 2, 3)
+        ("loss", 8, s) for s in (1, 2, 3)
     ]
     best = json.loads((tmp_path / "r/checkpoints/best.json").read_text())
     values = {f"step-{v['step']:07}": v["value"] for v in found}

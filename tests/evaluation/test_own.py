@@ -15,7 +15,7 @@ from cmtool.evaluation.features import build_extractor
 from cmtool.evaluation.measure import evaluate
 from cmtool.evaluation.own import Own
 from cmtool.system.files import file_sha256
-from tests.cli.conftest import cmtool  # noqa: F401  # a fixture
+from tests.cli.conftest import TINY, bare_runs, cmtool  # noqa: F401  # fixtures
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
@@ -226,6 +226,81 @@ def test_statistics_belong_to_the_file_and_to_what_it_takes(cmtool, net, folders
     assert (changed.code, "was made with sha256" in changed.err) == (3, True)
     alone = cmtool("eval", "fid", "a", "--reference", "b.npz")
     assert (alone.code, "--features FILE.pt" in alone.err) == (2, True)
+
+
+SMALL = ["--preset", "digits-ct", *TINY, "--set", "train.steps=2", "--set", "run.eval_num=20",
+         "--set", "run.sample_grid=4", "--set", "data.fit=box", "--eval-every", "1"]  # fmt: skip
+
+
+def evaluations(run):
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return [line["eval"] for line in map(json.loads, lines) if line.get("eval")]
+
+
+@pytest.mark.usefixtures("bare_runs")
+def test_a_preset_names_the_network_of_its_run_by_its_hash(cmtool, net, tmp_path):  # noqa: F811
+    run = ["train", *SMALL, "--features", "net.pt", "--features-input", "12,imagenet,bilinear"]
+    assert cmtool(*run, "--out", "r").code == 4
+    made = cmtool(*run, "--trust", "--out", "r")
+    assert made.code == 0, made.err
+    found = evaluations(tmp_path / "r")[-1]
+    same = value(cmtool("eval", "fid", "-c", "r", "--num", "20", "--reference", "digits",
+                        *run[-4:], "--trust", "--device", "cpu"))  # fmt: skip
+    assert found["value"] == pytest.approx(same["value"], rel=1e-9)
+    assert found["metric"].startswith("fd-own-")
+    stored = (tmp_path / "r/preset.toml").read_text()
+    assert f'sha256 = "{file_sha256(net)}"' in stored
+    longer = ["train", "--resume", "--out", "r", "--device", "cpu"]
+    assert cmtool(*longer).code == 0
+    with torch.no_grad():
+        module = Net()
+        module.weight += 1
+    write(module, net)
+    changed = cmtool(*longer)
+    assert (changed.code, "is another file than is named" in changed.err) == (4, True)
+
+
+def test_a_preset_may_name_it_and_dry_run_checks_what_it_says(cmtool, net):  # noqa: F811
+    dry = ["train", *SMALL, "--dry-run"]
+    kid = ["--features", "net.pt", "--trust", "--set", "run.eval_metric=kid"]
+    shown = cmtool(*dry, *kid)
+    assert shown.code == 0, shown.err
+    assert 'name = "kid"' in shown.text
+    for wrong in (["--features-input", "12"], ["--trust"], [*kid[:3], "--features-input", "12,x"],
+                  [*kid[:4], "run.eval_metric=fd-digits"], ["--set", "run.eval_metric=fd-own"],
+                  ["--set", "run.eval_metric={name='kid',sha256='0'}"]):  # fmt: skip
+        refused = cmtool(*dry, *wrong)
+        assert (refused.code, refused.out) == (2, b""), wrong
+
+
+@pytest.mark.usefixtures("bare_runs")
+def test_a_resumed_run_may_have_another_metric(cmtool, net, tmp_path):  # noqa: F811
+    assert cmtool("train", *SMALL, "--out", "r", "--max-time", "0").code == 75
+    more = cmtool("train", "--resume", "--out", "r", "--device", "cpu", "--features", "net.pt",
+                  "--trust")  # fmt: skip
+    assert more.code == 0, more.err
+    names = [each["metric"].partition("-own")[0] for each in evaluations(tmp_path / "r")]
+    assert names[-1] == "fd"
+    back = cmtool("train", "--resume", "--out", "r", "--device", "cpu", "--set",
+                  "run.eval_metric=fd-pixels")  # fmt: skip
+    assert back.code == 0, back.err
+
+
+def test_a_search_goes_by_it(cmtool, net, tmp_path):  # noqa: F811
+    search = ["search", "-c", "digits-cd", "--steps", "2", "--num", "8", "--grid", "4", "--device",
+              "cpu", "--out", "found.json"]  # fmt: skip
+    for wrong in (["--trust"], ["--features", "net.pt", "--trust", "--metric", "fd-digits"]):
+        assert cmtool(*search, *wrong).code == 2
+    assert cmtool(*search, "--features", "net.pt").code == 4
+    made = cmtool(*search, "--features", "net.pt", "--trust", "--json")
+    assert made.code == 0, made.err
+    kept = json.loads((tmp_path / "found.json").read_text())
+    assert kept["metric"].startswith("fd-own-")
+    sigmas = json.loads(made.text)["sigmas"]
+    key = ",".join(f"{s:.6g}" for s in sigmas)
+    content = value(cmtool("eval", "fid", "-c", "digits-cd", "--sigmas", key, "--num", "8",
+                           "--features", "net.pt", "--trust", "--device", "cpu"))  # fmt: skip
+    assert kept["evaluations"][key] == pytest.approx(content["value"], rel=1e-5)
 
 
 def test_edm2s_statistics_have_a_gaussian_for_each_protocol(tmp_path):
