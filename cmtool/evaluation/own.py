@@ -96,7 +96,7 @@ def checked_sha256(own: Own) -> str:
     if own.sha256 is None and not own.trust:
         what = f"{path} is code, which runs when it is loaded"
         hint = "add --trust, if you know where the file comes from"
-        raise MissingError(what, f"{hint}; in a preset: --set run.eval_metric.sha256={found}")
+        raise MissingError(what, f'{hint}; a preset says sha256 = "{found}"')
     return found
 
 

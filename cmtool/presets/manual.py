@@ -87,14 +87,14 @@ def explained(key: str, values: Mapping[str, Any]) -> Entry:
     if shown not in values:
         raise UserError(f"no key {key!r}", nearest(key, [k.removesuffix(".name") for k in values]))
     value = values[shown]
-    text = as_toml(value)
+    line = f"# {key} is not set" if value is None else f"{key} = {as_toml(value)}"
     registry = REGISTRIES.get(key)
     choices = [_choice(name, row) for name, row in sorted(registry.items())] if registry else []
     says = meaning(key)
     said = [f"{says[0].upper()}{says[1:]}."] if says else []
     if choices:
-        return Entry(key, f"{key} = {text}", [*said, "One of:", *(f"  {c}" for c in choices)])
-    return Entry(key, f"{key} = {text}", [*said, *_range(key)])
+        return Entry(key, line, [*said, "One of:", *(f"  {c}" for c in choices)])
+    return Entry(key, line, [*said, *_range(key)])
 
 
 def _choice(name: str, row: Any) -> str:
