@@ -340,13 +340,14 @@ def _used(settings: Mapping[str, Any], num: int, few: int) -> dict[str, Any]:
 
 def _numbers(row: Metric, found: list[Values]) -> dict[str, Any]:
     """Return the value; of one run with its standard error, of several with their spread."""
-    runs = [{name: each[name].value for name in row.values} for each in found]
+    names = [name for name in row.values if name in found[0]]
+    runs = [{name: each[name].value for name in names} for each in found]
     if len(runs) == 1:
-        errors = {name: found[0][name].error for name in row.values}
+        errors = {name: found[0][name].error for name in names}
         shown = {name: None if math.isnan(error) else error for name, error in errors.items()}
         known = not all(map(math.isnan, errors.values()))
         return {"value": _plain(runs[0])} | ({"standard_error": _plain(shown)} if known else {})
-    columns = {name: [run[name] for run in runs] for name in row.values}
+    columns = {name: [run[name] for run in runs] for name in names}
     mean = _plain({name: statistics.fmean(column) for name, column in columns.items()})
     spread = _plain({name: statistics.stdev(column) for name, column in columns.items()})
     least = row.lowest_is_best

@@ -180,8 +180,8 @@ class Metric:
     """A row of METRICS: a function of two sets, what it needs of them, and how it is shown.
 
     `compute` gets the features of the images, those of the reference, and the feature network; it
-    returns the numbers that `values` names. `names` holds other names of the metric by protocol.
-    The best of several runs is the least value, if `lowest_is_best`.
+    returns the numbers that `values` names, or those that there are. `names` holds other names of
+    the metric by protocol. The best of several runs is the least value, if `lowest_is_best`.
     """
 
     compute: Callable[[Features, Features, Extractor], Values]
@@ -225,8 +225,9 @@ def precision_and_recall(images: Features, reference: Features, extractor: Extra
 
 
 def all_metrics(images: Features, reference: Features, extractor: Extractor) -> Values:
-    """Return the numbers of the four metrics."""
-    computes = (fid, kid, inception, precision_and_recall)
+    """Return the numbers of the four metrics; of three for a feature network without classes."""
+    scored = (inception,) if extractor.logits is not None else ()
+    computes = (fid, kid, *scored, precision_and_recall)
     return {k: v for each in computes for k, v in each(images, reference, extractor).items()}
 
 

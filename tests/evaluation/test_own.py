@@ -303,6 +303,14 @@ def test_a_search_goes_by_it(cmtool, net, tmp_path):  # noqa: F811
     assert kept["evaluations"][key] == pytest.approx(content["value"], rel=1e-5)
 
 
+def test_all_leaves_the_score_out_where_there_are_no_classes():
+    made, real = pictures(30), pictures(30, seed=1)
+    found = evaluate(made, "all", real, protocol="pixels")["value"]
+    assert found.keys() == {"fid", "kid", "precision", "recall"}
+    with pytest.raises(UserError, match="has no classes"):
+        evaluate(made, "is", protocol="pixels")
+
+
 def test_edm2s_statistics_have_a_gaussian_for_each_protocol(tmp_path):
     """The pickle of calculate_metrics.py: {"num_images", "fid": {...}, "fd_dinov2": {...}}."""
     import pickle
