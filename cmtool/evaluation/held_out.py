@@ -77,14 +77,14 @@ def held_out_loss(
 
     def mine(models: Models, group: Group, on_drawn: OnDrawn | None) -> dict[int, list[float]]:
         """Return the losses of this process's parts; every process calls the networks as often."""
-        found = {}
+        found, total = {}, sum(map(len, parts))
         for first in range(0, len(parts), group.world_size):
             number = first + group.rank
             values = losses(models, min(number, len(parts) - 1))
             if number < len(parts):
                 found[number] = values
             if on_drawn is not None:
-                on_drawn(min(first + group.world_size, len(parts)) * CHUNK, len(parts) * CHUNK)
+                on_drawn(min((first + group.world_size) * CHUNK, total), total)
         return found
 
     def loss(models: Models, step: int, group: Group, on_drawn: OnDrawn | None) -> float:

@@ -201,9 +201,9 @@ def log(run):
 
 @pytest.mark.usefixtures("bare_runs")
 def test_a_run_measures_its_loss_on_images_that_it_does_not_train_on(cmtool, tmp_path):  # noqa: F811
-    run = ["train", "--preset", "digits-ct", *TINY, "--set", "data.held_out=0.05", "--set",
+    run = ["train", "--preset", "digits-edm", *TINY, "--set", "data.held_out=0.05", "--set",
            "train.steps=3", "--set", "run.sample_every=100",
-           "--set", "run.sample_grid=4"]  # fmt: skip
+           "--set", "run.sample_grid=4", "--set", "sample.steps=1"]  # fmt: skip
     made = cmtool(*run, *LOSS, "--out", "r")
     assert made.code == 0, made.err
     assert "577 images are held out, 10,959 are trained on" in made.err
@@ -214,6 +214,10 @@ def test_a_run_measures_its_loss_on_images_that_it_does_not_train_on(cmtool, tmp
     best = json.loads((tmp_path / "r/checkpoints/best.json").read_text())
     values = {f"step-{v['step']:07}": v["value"] for v in found}
     assert best["checkpoint"] == min(values, key=values.get)
+    model, preset = load_model(str(tmp_path / "r")), load_preset(str(tmp_path / "r/preset.toml"))
+    _, held = split(load_dataset("digits"), 0.05)
+    loss = held_out_loss(preset, held, None, 8, "cpu")
+    assert found[-1]["value"] == loss(Models(model.f, model.f), 3, ALONE, None)
     record = json.loads((tmp_path / "r/run.json").read_text())["data"]
     assert (record["images"], len(record["held_out"])) == (10_959, 16)
     assert cmtool(*run, "--out", "plain").code == 0
