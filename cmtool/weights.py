@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 OPENAI = "https://openaipublic.blob.core.windows.net/consistency"
 NVIDIA = "https://nvlabs-fi-cdn.nvidia.com"
 TORCHVISION = "https://download.pytorch.org/models"
+META = "https://dl.fbaipublicfiles.com"
+CLIP = "https://openaipublic.azureedge.net/clip/models"
 NO_COMMERCE = "CC BY-NC-SA 4.0: no commercial use"
 RESEARCH = "NVIDIA's terms for research: no commercial use"
 OFFLINE = ("CMTOOL_OFFLINE", "HF_HUB_OFFLINE")
@@ -142,6 +144,20 @@ PUBLISHED: dict[str, Published] = {
         None,
         553,
         wants_consent=True,
+    ),
+    "dinov2": Published(
+        f"{META}/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+        "DINOv2's ViT-L/14, the feature network of FD-DINOv2",
+        "Apache-2.0",
+        "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+        1218,
+    ),
+    "clip": Published(
+        f"{CLIP}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+        "CLIP's ViT-B/32, the feature network of FD-CLIP",
+        "MIT",
+        "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+        354,
     ),
     **{
         f"lpips-{net}": Published(

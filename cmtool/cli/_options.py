@@ -113,6 +113,26 @@ KindOption = Annotated[
 NoMetadata = Annotated[
     bool, Option("--no-metadata", help="Do not write into the PNG how it was made.")
 ]
+Features = Annotated[
+    Path | None,
+    Option(
+        "--features",
+        help="Feature network of your own, a TorchScript file: images in, features out. It is code:"
+        " it runs only with --trust.",
+    ),
+]
+FeaturesInput = Annotated[
+    str,
+    Option(
+        "--features-input",
+        help="What your network takes: size, range (-1..1, 0..1, 0..255, uint8, imagenet, clip) and"
+        " resize rule (bicubic, bilinear, nearest, crop), as in 224,imagenet,bicubic. Default: what"
+        " the file says, else images of their own size in -1..1.",
+    ),
+]
+Trust = Annotated[
+    bool, Option("--trust", help="Use a weight file of unknown sha256, or run your own.")
+]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing files.")]
 

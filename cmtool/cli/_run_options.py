@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from cmtool.cli import _completion
-from cmtool.cli._options import AsJson, Device
+from cmtool.cli._options import AsJson, Device, Features, FeaturesInput, Trust
 from cmtool.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,9 +79,14 @@ class RunOptions:
     eval_every: Annotated[
         int | None,
         Option(
-            min=0, help="Measure the EMA weights every so many steps (fd-digits: 8x8 RGB only)."
+            min=0,
+            help="Measure the EMA weights every so many steps: by fd-digits (8x8 RGB only), what"
+            " --features says, or run.eval_metric of the preset.",
         ),
     ] = None
+    features: Features = None
+    features_input: FeaturesInput = ""
+    trust: Trust = False
     device: Device = "auto"
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False
     auto_resume: Annotated[
@@ -135,7 +141,26 @@ class RunOptions:
             "--eval-every": {"run.eval_every": self.eval_every},
         }  # fmt: skip
         layers = {flag: given for flag, given in flags.items() if None not in given.values()}
-        return {**layers, "--set": dict(map(parse_override, self.set_ or []))}
+        told = dict(map(parse_override, self.set_ or []))
+        return {**layers, "--set": told, "--features": self._features(told)}
+
+    def _features(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keys that --features sets: the file is named by its sha256 in the preset.
+
+        The metric is fid unless it is `told`. Raises UserError, or as `checked_sha256`.
+        """
+        if self.features is None:
+            if self.features_input or self.trust:
+                option = "--features-input" if self.features_input else "--trust"
+                raise UserError(f"{option} without --features", "name the file: --features FILE.pt")
+            return {}
+        from cmtool.evaluation.own import Own, checked_sha256
+
+        sha256 = checked_sha256(Own(self.features, trust=self.trust))
+        name = told.get("run.eval_metric", told.get("run.eval_metric.name", "fid"))
+        about = {"features": str(self.features), "sha256": sha256, "input": self.features_input}
+        said = {"name": name, **{key: value for key, value in about.items() if value}}
+        return {f"run.eval_metric.{key}": value for key, value in said.items()}
 
     def resolve(self, preset: str) -> Resolved:
         """Return the preset with what the command line changes; a resumed run has its own."""

@@ -22,6 +22,8 @@ from cmtool.cli._options import (
     Batch,
     Checkpoint,
     Device,
+    Features,
+    FeaturesInput,
     FirstSeed,
     KindOption,
     ModelPreset,
@@ -29,6 +31,7 @@ from cmtool.cli._options import (
     Sampler,
     Sigmas,
     Steps,
+    Trust,
     Weights,
     pick_device,
     pick_model,
@@ -100,7 +103,8 @@ ProtocolOption = Annotated[
     str | None,
     typer.Option(
         "--protocol",
-        help="edm, adm, clean, legacy-tf, digits, pixels, vgg16 (pr only)."
+        help="edm, adm, clean, legacy-tf, dinov2, clip, digits, pixels, vgg16 (pr only), own (with"
+        " --features)."
         " Default: digits against the bundled digits, else edm.",
         autocompletion=_completion.protocols,
     ),
@@ -109,7 +113,6 @@ FeatureWeights = Annotated[
     Path | None,
     typer.Option(help="The weight file of the feature network, if it is in another place."),
 ]
-Trust = Annotated[bool, typer.Option("--trust", help="Use a weight file of unknown sha256.")]
 FeaturePrecision = Annotated[
     str,
     typer.Option(
@@ -167,6 +170,8 @@ def metric_command(
     preset: ModelPreset = None,
     kind: KindOption = None,
     feature_weights: FeatureWeights = None,
+    features: Features = None,
+    features_input: FeaturesInput = "",
     trust: Trust = False,
     feature_precision: FeaturePrecision = "fp32",
     cross_check: CrossCheck = False,
@@ -197,9 +202,9 @@ def metric_command(
         request = Request(
             images=draw if given is None else given, metric=metric, protocol=protocol, num=num,
             reference="digits" if reference is None else reference, reference_num=reference_num,
-            runs=runs, cross_check=cross_check, feature_weights=feature_weights, trust=trust,
-            feature_precision=feature_precision, batch=batch, workers=workers, device=where,
-            group=group, progress=progress,
+            runs=runs, cross_check=cross_check, feature_weights=feature_weights, features=features,
+            features_input=features_input, trust=trust, feature_precision=feature_precision,
+            batch=batch, workers=workers, device=where, group=group, progress=progress,
         )  # fmt: skip
         content, notes = measure(request)
     for note in notes:
@@ -291,6 +296,8 @@ def reference_command(
     ] = False,
     batch: Batch = 256,
     feature_weights: FeatureWeights = None,
+    features: Features = None,
+    features_input: FeaturesInput = "",
     trust: Trust = False,
     feature_precision: FeaturePrecision = "fp32",
     workers: Workers = 2,
@@ -317,7 +324,8 @@ def reference_command(
     where = pick_device(device)
     with joined(where, TIMEOUT) as group, showing() as progress:
         request = Request(
-            images=data, protocol=protocol, num=num, feature_weights=feature_weights, trust=trust,
+            images=data, protocol=protocol, num=num, feature_weights=feature_weights,
+            features=features, features_input=features_input, trust=trust,
             feature_precision=feature_precision, batch=batch, workers=workers, device=where,
             group=group, progress=progress,
         )  # fmt: skip

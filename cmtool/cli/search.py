@@ -12,8 +12,11 @@ from cmtool.cli._options import (
     Batch,
     Checkpoint,
     Device,
+    Features,
+    FeaturesInput,
     KindOption,
     ModelPreset,
+    Trust,
     Weights,
     pick_device,
     pick_model,
@@ -33,11 +36,18 @@ def search(
         typer.Option(min=3, help="Points of the grid of levels. Default: the model's own grid."),
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="The number to minimise: fd-digits, fid or kid.")
-    ] = "fd-digits",
+        str | None,
+        typer.Option(
+            help="The number to minimise: fd-digits, fid, kid, fd-dinov2, fd-clip or fd-pixels."
+            " Default: fd-digits; fid with --features."
+        ),
+    ] = None,
     reference: Annotated[
         str, typer.Option(help="Data set or folder that the images are compared with.")
     ] = "digits",
+    features: Features = None,
+    features_input: FeaturesInput = "",
+    trust: Trust = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Default: beside the weights.")
     ] = None,
@@ -54,15 +64,24 @@ def search(
 
     `cmtool search -c runs/mine --steps 3 --num 10000`
 
+    `cmtool search -c runs/mine --reference photos/ --features net.pt --trust`
+
     Levels are added one at a time, each by ternary search on the metric (Song et al. 2023). Every
     evaluation is kept: the same command goes on where it was stopped. Prints the levels.
     """
-    from cmtool.evaluation.during_training import score_names
+    from cmtool.evaluation.during_training import check_own, score_names
+    from cmtool.evaluation.own import Own
     from cmtool.evaluation.search import Search
     from cmtool.sampling import grid_size
 
+    metric = metric or ("fid" if features else "fd-digits")
     if metric not in score_names():
         raise UserError(f"unknown --metric {metric!r}", nearest(metric, score_names()))
+    if features is None and (features_input or trust):
+        what = "--features-input or --trust without --features"
+        raise UserError(what, "name the file: --features FILE.pt")
+    own = None if features is None else Own(features, features_input, trust)
+    check_own(metric, own)
     where = pick_device(device)
     model = pick_model(checkpoint, weights, where, "consistency", said=kind, preset=preset)
     points = grid or grid_size(model.preset)
@@ -71,7 +90,7 @@ def search(
     file = out or model.levels_file
     if file is None:
         raise UserError(f"{model.source} comes with cmtool and is not changed", "give an --out")
-    wanted = Search(model, metric, reference, num, first_seed, points, file, batch, where)
+    wanted = Search(model, metric, reference, num, first_seed, points, file, batch, where, own)
     with showing() as progress:
         sigmas, value = wanted.levels(steps, say, progress)
     say(f"written to {file}: --steps {steps} takes them from there")

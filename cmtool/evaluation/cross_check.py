@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from cmtool.errors import MissingError, UserError
-from cmtool.evaluation.features import CLEAN_FID_MODES, INCEPTION, PROTOCOLS, Extractor
+from cmtool.evaluation.extractor import Extractor
+from cmtool.evaluation.features import CLEAN_FID_MODES, INCEPTION, PROTOCOLS
 from cmtool.evaluation.gaussian import Gaussian, frechet_distance
 
 

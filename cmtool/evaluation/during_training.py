@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
+from cmtool.core.methods import Models
 from cmtool.core.precond import Preconditioned
+from cmtool.core.types import Denoiser
 from cmtool.data.datasets import Dataset
 from cmtool.errors import UserError
 from cmtool.evaluation.features import PROTOCOLS, build_extractor
+from cmtool.evaluation.held_out import held_out_loss
 from cmtool.evaluation.measure import drawn_batches
 from cmtool.evaluation.metrics import METRICS, Features
+from cmtool.evaluation.own import OPTION, Own, label
 from cmtool.evaluation.sets import OnProgress, Setup, collect, extract
+from cmtool.evaluation.takes import Takes, parsed
 from cmtool.presets.build import pick
 from cmtool.presets.schema import Choice, Preset
 from cmtool.sampling import OnDrawn, evaluating, plan
 from cmtool.system.dist import ALONE, Group
 
 BATCH = 256
+LOSS = "loss"
 Score = Callable[..., float]
 """From (batches of a process's images, uint8, group, a new turn) to a number: less is better."""
 
@@ -34,12 +41,30 @@ class Verdict(NamedTuple):
     step: int
 
 
+Value = Callable[[Models, int, Group, OnDrawn | None], float]
+"""From the models at a step to a number: less is better. Every process calls it."""
+
+
 class Evaluation(NamedTuple):
-    """How a run is evaluated: the name of a score, the score, and the images it takes."""
+    """How a run is evaluated: the name of a number, what finds it, and the images it takes."""
 
     name: str
-    score: Score
+    value: Value
     num: int
+
+
+class Given(NamedTuple):
+    """What an evaluation is built from: the run's preset and images, those held out, the teacher.
+
+    `progress` is told how far the features of the data are.
+    """
+
+    preset: Preset
+    data: Dataset
+    held: Dataset | None
+    teacher: Denoiser | None
+    device: str
+    progress: OnProgress | None = None
 
 
 def score_names() -> dict[str, tuple[str, str]]:
@@ -51,18 +76,41 @@ def score_names() -> dict[str, tuple[str, str]]:
     return names
 
 
-def build_score(name: str, data: Dataset, device: str, progress: OnProgress | None = None) -> Score:
+def build_score(
+    name: str,
+    data: Dataset,
+    device: str,
+    progress: OnProgress | None = None,
+    own: Own | None = None,
+) -> Score:
     """Return the score `name` of images against a data set, whose features are taken once.
 
-    `progress` is told how far the features of the data are. Raises UserError for data that the
-    score is not for, MissingError for missing weights.
+    `progress` is told how far the features of the data are. `own` is a feature network of the
+    user's own. Raises UserError for data that the score is not for, MissingError for missing
+    weights.
     """
     metric, protocol = score_names()[name]
-    return score_of(metric, protocol, data, device, progress)
+    return score_of(metric, "own" if own else protocol, data, device, progress, own)
+
+
+def check_own(name: str, own: Own | None) -> None:
+    """Raise UserError for features of the user's own with a score that has its own, or without."""
+    _, protocol = score_names()[name]
+    if own is not None and protocol not in ("edm", "own"):
+        raise UserError(f"features of your own with {name}, which has its own", "choose fid or kid")
+    if own is None and protocol == "own":
+        raise UserError(f"{name} without a network", "name it: --features FILE.pt")
+    if own is not None:
+        parsed(own.input, Takes(), OPTION)
 
 
 def score_of(
-    metric: str, protocol: str, data: Dataset, device: str, progress: OnProgress | None = None
+    metric: str,
+    protocol: str,
+    data: Dataset,
+    device: str,
+    progress: OnProgress | None = None,
+    own: Own | None = None,
 ) -> Score:
     """Return the score of a metric by a protocol against a data set; else as `build_score`."""
     row, shape = METRICS[metric], tuple(data.images.shape[1:])
@@ -72,7 +120,8 @@ def score_of(
         hint = "--set run.eval_metric=fd-pixels, which needs no weights, or fid, which does"
         name = row.names.get(protocol, metric)
         raise UserError(f"{name} measures RGB images of 8x8; {has}", hint)
-    extractor = build_extractor(protocol, device=device)
+    own = own and own._replace(size=shape[1:])
+    extractor = build_extractor(protocol, device=device, own=own)
     setup = Setup(protocol, extractor)
 
     @cache
@@ -89,42 +138,86 @@ def score_of(
     return score
 
 
-def pick_score(choice: Choice) -> Callable[..., Score]:
-    """Return what builds a score, as `build_score` does. Raises UserError for no such score."""
-    scores = {name: partial(build_score, name) for name in score_names()}
-    return pick(scores, choice, "run.eval_metric")
+def evaluation_by_images(
+    name: str, given: Given, *, features: str | None = None, input: str = "",
+    sha256: str | None = None,
+) -> Evaluation:  # fmt: skip
+    """Return the evaluation by a score of images that the model draws, as the preset says.
+
+    They are those of seeds 0 to run.eval_num - 1: the value is the one of `cmtool eval`.
+    """
+    own = own_of(features, input, sha256)
+    check_own(name, own)
+    preset, num, device = given.preset, given.preset.run.eval_num, given.device
+    score = build_score(name, given.data, device, given.progress, own)
+
+    def value(models: Models, step: int, group: Group, on_drawn: OnDrawn | None) -> float:
+        f, chosen = models.student, plan(preset)
+        assert isinstance(f, Preconditioned)
+        drawn = drawn_batches(
+            f, preset, chosen, range(num), batch=BATCH, device=device, group=group,
+            on_drawn=on_drawn,
+        )  # fmt: skip
+        with evaluating(f):
+            return score(drawn, group, step)
+
+    return Evaluation(label(name, own), value, num)
 
 
-def build_evaluation(
-    preset: Preset, data: Dataset, device: str, progress: OnProgress | None = None
-) -> Evaluation | None:
+def own_of(features: str | None, takes: str, sha256: str | None) -> Own | None:
+    """Return the feature network that a preset names, None if it names none. Raises UserError."""
+    if features is not None:
+        return Own(Path(features).expanduser(), takes, sha256=sha256)
+    if takes or sha256:
+        raise UserError("run.eval_metric names no features", "set run.eval_metric.features too")
+    return None
+
+
+def evaluation_by_loss(given: Given) -> Evaluation:
+    """Return the evaluation by the run's own loss on held-out images, run.eval_num at most."""
+    preset, held = given.preset, given.held
+    assert held is not None, "check_metric sees to it"
+    most = preset.run.eval_num
+    loss = held_out_loss(preset, held, given.teacher, most, given.device)
+    return Evaluation(LOSS, loss, min(most, len(held)))
+
+
+def pick_metric(choice: Choice) -> Callable[[Given], Evaluation]:
+    """Return what builds a run's evaluation. Raises UserError for a metric that there is not."""
+    by_images = {name: partial(evaluation_by_images, name) for name in score_names()}
+    return pick({**by_images, LOSS: evaluation_by_loss}, choice, "run.eval_metric", ["given"])
+
+
+def check_metric(preset: Preset) -> None:
+    """Raise UserError for a metric, or an option of it, that cannot be; no file is looked for."""
+    choice = preset.run.eval_metric
+    pick_metric(choice)
+    if choice.name != LOSS:
+        options = choice.options
+        takes, sha256 = options.get("input", ""), options.get("sha256")
+        check_own(choice.name, own_of(options.get("features"), takes, sha256))
+    elif preset.data.held_out is None:
+        what = "run.eval_metric = 'loss' without images to measure it on"
+        raise UserError(what, "--set data.held_out=0.05, a share of the data, or a path of others")
+
+
+def build_evaluation(given: Given) -> Evaluation | None:
     """Return how a run is evaluated; None if it is not.
 
     Raises UserError for a metric or data that cannot be, MissingError for missing weights.
     """
-    if not preset.run.eval_every:
+    if not given.preset.run.eval_every:
         return None
-    choice = preset.run.eval_metric
-    return Evaluation(choice.name, pick_score(choice)(data, device, progress), preset.run.eval_num)
+    return pick_metric(given.preset.run.eval_metric)(given)
 
 
 def evaluate(
     evaluation: Evaluation,
-    f: Preconditioned,
-    preset: Preset,
+    models: Models,
     step: int,
     group: Group,
-    device: str,
     on_drawn: OnDrawn | None = None,
 ) -> Verdict:
-    """Return the verdict over the images of seeds 0 to num - 1, sampled as the preset says.
-
-    Every process calls this, and draws its share; the value is the one of `cmtool eval`.
-    """
-    name, score, num = evaluation
-    seeds, chosen = range(num), plan(preset)
-    drawn = drawn_batches(
-        f, preset, chosen, seeds, batch=BATCH, device=device, group=group, on_drawn=on_drawn
-    )
-    with evaluating(f):
-        return Verdict(name, score(drawn, group, step), num, step)
+    """Return the verdict over the student of `models`; every process calls this."""
+    name, value, num = evaluation
+    return Verdict(name, value(models, step, group, on_drawn), num, step)

@@ -9,9 +9,8 @@ import contextlib
 import hashlib
 import os
 import tempfile
-import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,62 +18,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmtool.core.tensors import chunks_of
 from cmtool.data.images import from_uint8
 from cmtool.errors import InputError, MissingError, UserError, nearest
+from cmtool.evaluation.extractor import Extractor, loaded_script
 from cmtool.evaluation.inception import WIDTH, clean_resized, folded, tf_resized
+from cmtool.evaluation.own import Own, own_extractor
+from cmtool.evaluation.takes import Takes
+from cmtool.evaluation.vit import clip_image, dinov2
 from cmtool.formats.native import read_weights
 from cmtool.models import ASSETS
 from cmtool.system.devices import autocast, full_float32, on_device
 from cmtool.system.files import file_sha256
+from cmtool.weights import PUBLISHED, Published
 
 Resize = Literal["tf", "clean"]
 CLEAN_FID_MODES: dict[str, str] = {"clean": "clean", "tf": "legacy_tensorflow"}
 VGG_WIDTH = 4096
 PIXELS_SIDE = 8
 AGREEMENT = 1e-3  # how far folded features may be from the file's own, relative to their norm
-NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
-TERMS = "NVIDIA's terms for research"
-
-
-class Extractor(NamedTuple):
-    """A feature network: from images (B, 3, H, W) uint8 to features (B, width) float32.
-
-    A number depends on the network, the very file of its weights, and how images are resized.
-    `logits` makes class logits of features, if there are any; `file` is None for bundled weights.
-    """
-
-    name: str
-    sha256: str
-    width: int
-    network: Callable[[Tensor], Tensor]
-    logits: Callable[[Tensor], Tensor] | None
-    chunk: int
-    device: str
-    resize: str = "none"
-    precision: str = "fp32"
-    notes: tuple[str, ...] = ()
-    file: Path | None = None
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What the JSON object says of the features."""
-        keys = ("name", "sha256", "width", "resize", "precision")
-        return {key: getattr(self, key) for key in keys}
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return features (B, width) of images (B, 3 or 1, H, W) uint8, on the device.
-
-        The network always sees `chunk` images, so that the features of an image do not depend on
-        the others. Raises InputError for images that are neither RGB nor grey.
-        """
-        if images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
-        if images.shape[1] != 3:
-            raise InputError(f"images of {images.shape[1]} channels", "give RGB or grey ones")
-        parts = [self.network(part.to(self.device)) for part in chunks_of(images, self.chunk)]
-        return torch.cat(parts)[: len(images)]
 
 
 class DigitsFeatures(nn.Module):
@@ -139,7 +100,7 @@ def inception_extractor(
     the features of the file's own code, else that code is run. Logits have no bias, as in the
     published scores. Raises MissingError for a file that is damaged or holds another network.
     """
-    script, stored = _read_inception(path)
+    script, stored = _read_weights(path)
     notes: tuple[str, ...] = ()
     try:
         weight = stored["output.weight"].float()
@@ -172,7 +133,7 @@ def vgg16_extractor(path: Path, sha256: str, *, device: str = "cpu") -> Extracto
     Kynkaanniemi et al. (2019), StyleGAN2-ADA and ECT take precision and recall of them. Raises
     MissingError for a file that is damaged or holds another network.
     """
-    network = _loaded_script(path)
+    network = loaded_script(path)
     try:
         with torch.no_grad():
             width = network(torch.zeros(1, 3, 32, 32), return_features=True).numel()
@@ -189,25 +150,47 @@ def vgg16_extractor(path: Path, sha256: str, *, device: str = "cpu") -> Extracto
     return Extractor("vgg16", sha256, VGG_WIDTH, features, None, chunk, device, "inside", file=path)
 
 
-def _read_inception(path: Path) -> tuple[Any, dict[str, Tensor]]:
+VITS: dict[str, tuple[str, Callable[[Mapping[str, Tensor]], nn.Module], Takes]] = {
+    "dinov2": ("dinov2-vitl14", dinov2, Takes((224, 224), "imagenet", "bicubic")),
+    "clip": ("clip-vit-b-32", clip_image, Takes((224, 224), "clip", "crop")),
+}
+"""The name of a transformer's features, how it is made of a file's tensors, and what it takes."""
+
+
+def vit_extractor(kind: str, path: Path, sha256: str, *, device: str = "cpu") -> Extractor:
+    """Return the class token of a vision transformer in a file.
+
+    `dinov2` resizes and normalises as EDM2's calculate_metrics.py, and takes the 1,024 features
+    after the last norm. `clip` does as clean-fid's clip_features.py, and takes the 512 features
+    after the projection. Raises MissingError for a file that is damaged or of another network.
+    """
+    name, make, takes = VITS[kind]
+    _, stored = _read_weights(path)
+    try:
+        network = make(stored)
+        width = network(torch.zeros(1, 3, *(takes.size or (224, 224)))).shape[1]
+    except (KeyError, ValueError, RuntimeError):
+        raise MissingError(f"{path} is no network of {kind}", "delete it") from None
+    network = on_device(network, device).eval()
+
+    def features(images: Tensor) -> Tensor:
+        with full_float32():
+            return torch.as_tensor(network(takes(images))).float()
+
+    chunk = 8 if device == "cpu" else 64
+    return Extractor(name, sha256, width, features, None, chunk, device, str(takes), file=path)
+
+
+def _read_weights(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """Return the script in a file, None if it is a state dict; and its tensors."""
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            script = _loaded_script(path)
+            script = loaded_script(path)
             return script, {name: t.detach() for name, t in script.state_dict().items()}
     try:
         return None, dict(torch.load(path, weights_only=True, map_location="cpu"))
     except Exception:  # a page, a half download: torch's reader fails in many ways
         raise MissingError(f"{path} is damaged", "delete it, and fetch it again") from None
-
-
-def _loaded_script(path: Path) -> Any:
-    with warnings.catch_warnings():  # TorchScript is deprecated, but the files are in it
-        warnings.simplefilter("ignore")
-        try:
-            return torch.jit.load(path, map_location="cpu").eval()
-        except RuntimeError:
-            raise MissingError(f"{path} is damaged", "delete it, and fetch it again") from None
 
 
 def _agree(network: nn.Module, script: Any) -> bool:
@@ -233,7 +216,7 @@ class Protocol(NamedTuple):
     `metric` is the only metric that takes them, `shape` (C, H, W) the only shape of the images.
     """
 
-    network: Literal["digits", "inception", "pixels", "vgg16"]
+    network: Literal["clip", "digits", "dinov2", "inception", "own", "pixels", "vgg16"]
     resize: Resize | None = None
     metric: str | None = None
     shape: tuple[int, int, int] | None = None
@@ -242,9 +225,12 @@ class Protocol(NamedTuple):
 PROTOCOLS = {
     "adm": Protocol("inception", "tf"),  # OpenAI's evaluator, as the paper reports
     "clean": Protocol("inception", "clean"),  # clean-fid: bicubic, antialiased
+    "clip": Protocol("clip"),  # CLIP's ViT-B/32, as clean-fid and Kynkaanniemi et al. (2023)
     "digits": Protocol("digits", shape=(3, 8, 8)),  # the classifier of the bundled digits, 8x8
+    "dinov2": Protocol("dinov2"),  # DINOv2's ViT-L/14, as EDM2 and ECT report FD-DINOv2
     "edm": Protocol("inception", "tf"),  # EDM's fid.py
     "legacy-tf": Protocol("inception", "tf"),  # clean-fid's legacy_tensorflow, as the JAX release
+    "own": Protocol("own"),  # a network of the user's own, which --features names
     "pixels": Protocol("pixels"),  # the pixels of the image at 8x8: no weights, and no fine detail
     "vgg16": Protocol("vgg16", metric="pr"),  # improved precision and recall, as ECT and StyleGAN
 }
@@ -258,18 +244,26 @@ class WeightFile(NamedTuple):
     what: str
     megabytes: int
     sha256: str | None = None
+    key: str = "inception"
+    """What cmtool weights calls it."""
+
+    @property
+    def published(self) -> Published:
+        """What cmtool weights knows of it."""
+        return PUBLISHED[self.key]
 
     @property
     def url(self) -> str:
         """Where the file comes from."""
-        return f"{NVIDIA}/{self.name}"
+        return self.published.url
 
 
-INCEPTION = WeightFile(
-    "inception-2015-12-05.pt", "Inception v3 of 2015, the feature network of FID", 96,
-    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
-)  # fmt: skip
-VGG16 = WeightFile("vgg16.pt", "VGG-16, the feature network of improved precision and recall", 553)
+def _known(key: str) -> WeightFile:
+    row = PUBLISHED[key]
+    return WeightFile(row.file, row.what, row.megabytes or 0, row.sha256, key)
+
+
+INCEPTION, VGG16, DINOV2, CLIP = map(_known, ("inception", "vgg16", "dinov2", "clip"))
 
 
 def build_extractor(
@@ -279,11 +273,13 @@ def build_extractor(
     trust: bool = False,
     precision: str = "fp32",
     device: str = "cpu",
+    own: Own | None = None,
 ) -> Extractor:
     """Return the feature network of a protocol.
 
     `file` holds its weights, if they are not in one of the usual places; `trust` takes a file of
-    unknown sha256. Raises UserError, and MissingError for the file.
+    unknown sha256. `own` is the network of the protocol `own`. Raises UserError, and MissingError
+    for the file.
     """
     if protocol not in PROTOCOLS:
         raise UserError(f"unknown --protocol {protocol!r}", nearest(protocol, PROTOCOLS))
@@ -294,6 +290,12 @@ def build_extractor(
     network, resize = PROTOCOLS[protocol][:2]
     if network != "inception" and precision != "fp32":
         raise UserError(f"--feature-precision {precision} of --protocol {protocol}", "leave it out")
+    if own is not None and network == "own":
+        return own_extractor(own, device)
+    if own is not None:
+        raise UserError(f"--features with --protocol {protocol}", "leave --protocol out")
+    if network == "own":
+        raise UserError("--protocol own names no network", "give its file: --features FILE.pt")
     if network in ("digits", "pixels"):
         if file is not None or trust:
             what = f"--feature-weights or --trust with --protocol {protocol}, which needs no file"
@@ -301,8 +303,11 @@ def build_extractor(
         if network == "pixels":
             return pixels_extractor(device)
         return digits_extractor(*load_digits_features(), device)
-    path = find_file(VGG16 if network == "vgg16" else INCEPTION, file, trust)
+    wanted = {"inception": INCEPTION, "vgg16": VGG16, "dinov2": DINOV2, "clip": CLIP}[network]
+    path = find_file(wanted, file, trust)
     sha256 = file_sha256(path)
+    if network in VITS:
+        return vit_extractor(network, path, sha256, device=device)
     if resize is None:
         return vgg16_extractor(path, sha256, device=device)
     return inception_extractor(path, sha256, resize=resize, precision=precision, device=device)
@@ -334,11 +339,11 @@ def find_file(wanted: WeightFile, given: Path | None = None, trust: bool = False
         hint += "" if path == shared else "; or add --trust to use it as it is"
         raise MissingError(f"{what}, not {wanted.sha256[:12]}...", hint)
     known = "" if wanted.sha256 is None else f"; sha256 {wanted.sha256[:12]}..."
-    name = "inception" if wanted is INCEPTION else "vgg16"
-    hint = f"cmtool weights get {name} --accept-terms ({wanted.megabytes} MB{known}; {TERMS})"
+    terms, consent = wanted.published.terms, " --accept-terms" * wanted.published.wants_consent
+    hint = f"cmtool weights get {wanted.key}{consent} ({wanted.megabytes} MB{known}; {terms})"
     hint += f", or download {wanted.url} to {own[0]}"
     hint += ", or name the file with --feature-weights"
     coarse = ". Without a file, --protocol pixels gives a coarse number"
     raise MissingError(
-        f"{wanted.name} is missing: {wanted.what}", hint + coarse * (wanted is INCEPTION)
+        f"{wanted.name} is missing: {wanted.what}", hint + coarse * (wanted.key != "vgg16")
     )

@@ -22,6 +22,7 @@ from cmtool.errors import UserError, nearest
 from cmtool.evaluation import cross_check
 from cmtool.evaluation.features import PROTOCOLS, build_extractor
 from cmtool.evaluation.metrics import GAUSSIAN, METRICS, Features, Metric, Needs, Values
+from cmtool.evaluation.own import Own
 from cmtool.evaluation.sets import (
     Given,
     OnProgress,
@@ -59,6 +60,7 @@ class Request:
 
     `images` may be a function, which is called after the weights of the feature network are found.
     `protocol` None is the usual one for the reference. `num` and `reference_num` None are all.
+    `features` is a feature network of the user's own, and `features_input` what it takes.
     """
 
     images: Given | Callable[[], Given | ModelImages]
@@ -70,6 +72,8 @@ class Request:
     runs: int = 1
     cross_check: bool = False
     feature_weights: Path | None = None
+    features: Path | None = None
+    features_input: str = ""
     trust: bool = False
     feature_precision: str = "fp32"
     batch: int = 256
@@ -96,18 +100,23 @@ def evaluate(
     reference_num: int | None = None,
     cross_check: bool = False,
     feature_weights: str | Path | None = None,
+    features: str | Path | None = None,
+    features_input: str = "",
     trust: bool = False,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Return a metric of images against a reference, as the JSON object of `cmtool eval`.
 
     Images and reference: a tensor (N, C, H, W), uint8 or in [-1, 1]; a name or path; a list of
-    image files. The number is under "value". Raises UserError, InputError or MissingError.
+    image files. `features` is a TorchScript file of your own, which makes the features of images
+    as `features_input` says, for example "224,imagenet"; it is code, and runs if you `trust` it.
+    The number is under "value". Raises UserError, InputError or MissingError.
     """
     request = Request(
         images=images, metric=metric, reference=reference, protocol=protocol, num=num,
         reference_num=reference_num, cross_check=cross_check, trust=trust, device=device,
         feature_weights=None if feature_weights is None else Path(feature_weights),
+        features=None if features is None else Path(features), features_input=features_input,
     )  # fmt: skip
     return measure(request).content
 
@@ -160,7 +169,8 @@ def facts_of(
             "images": [images.num, images.first_seed],
         }  # fmt: skip
     options = {f"--{key.replace('_', '-')}": getattr(request, key) for key in same}
-    return {**options, "--protocol": setup.protocol, "--reference": _mark(reference), **about}
+    chosen_features = {"--protocol": setup.protocol, "features": setup.extractor.facts}
+    return {**options, **chosen_features, "--reference": _mark(reference), **about}
 
 
 def _mark(opened: Opened | None) -> list[Any] | None:
@@ -192,18 +202,34 @@ def build_setup(request: Request, reference: Opened | None) -> Setup:
         is_bundled = reference is not None and reference.name.partition(":")[0] in DATASETS
         usual = "digits" if is_bundled else "edm"
     protocol = request.protocol or usual
+    if request.features is not None and request.protocol is None:
+        protocol = "own"
     row = PROTOCOLS.get(protocol)
     if row is not None and row.metric not in (None, request.metric):
         hint = f"it is for {row.metric}; take --protocol edm"
         raise UserError(f"{request.metric} of --protocol {protocol}", hint)
     if row is not None and request.cross_check:
         cross_check.check_usage(request.metric, protocol, request.runs)
+    own = _own(request, reference)
     extractor = build_extractor(
-        protocol, file=request.feature_weights, trust=request.trust,
-        precision=request.feature_precision, device=request.device,
+        protocol, file=request.feature_weights, trust=request.trust and own is None,
+        precision=request.feature_precision, device=request.device, own=own,
     )  # fmt: skip
     batch, workers = request.batch, request.workers
     return Setup(protocol, extractor, batch, workers, request.group, request.progress)
+
+
+def _own(request: Request, reference: Opened | None) -> Own | None:
+    """Return the feature network of the user's own that is asked for, if one is."""
+    if request.features is None:
+        if request.features_input:
+            what = f"--features-input {request.features_input} without --features"
+            raise UserError(what, "name the network: --features FILE.pt")
+        return None
+    if request.feature_weights is not None:
+        raise UserError("--features and --feature-weights", "give one of them")
+    _, _, *size = reference.images.shape if isinstance(reference, Dataset) else (0, 0)
+    return Own(request.features, request.features_input, request.trust, size=tuple(size))
 
 
 def drawn_batches(
@@ -314,13 +340,14 @@ def _used(settings: Mapping[str, Any], num: int, few: int) -> dict[str, Any]:
 
 def _numbers(row: Metric, found: list[Values]) -> dict[str, Any]:
     """Return the value; of one run with its standard error, of several with their spread."""
-    runs = [{name: each[name].value for name in row.values} for each in found]
+    names = [name for name in row.values if name in found[0]]
+    runs = [{name: each[name].value for name in names} for each in found]
     if len(runs) == 1:
-        errors = {name: found[0][name].error for name in row.values}
+        errors = {name: found[0][name].error for name in names}
         shown = {name: None if math.isnan(error) else error for name, error in errors.items()}
         known = not all(map(math.isnan, errors.values()))
         return {"value": _plain(runs[0])} | ({"standard_error": _plain(shown)} if known else {})
-    columns = {name: [run[name] for run in runs] for name in row.values}
+    columns = {name: [run[name] for run in runs] for name in names}
     mean = _plain({name: statistics.fmean(column) for name, column in columns.items()})
     spread = _plain({name: statistics.stdev(column) for name, column in columns.items()})
     least = row.lowest_is_best

@@ -15,7 +15,7 @@ from cmtool.errors import InputError, UserError
 from cmtool.evaluation.gaussian import Gaussian, frechet_distance
 
 if TYPE_CHECKING:
-    from cmtool.evaluation.features import Extractor
+    from cmtool.evaluation.extractor import Extractor
 
 KID = {"subsets": 100, "size": 1000, "seed": 0}
 INCEPTION_SCORE = {"split": 5000}
@@ -180,8 +180,8 @@ class Metric:
     """A row of METRICS: a function of two sets, what it needs of them, and how it is shown.
 
     `compute` gets the features of the images, those of the reference, and the feature network; it
-    returns the numbers that `values` names. `names` holds other names of the metric by protocol.
-    The best of several runs is the least value, if `lowest_is_best`.
+    returns the numbers that `values` names, or those that there are. `names` holds other names of
+    the metric by protocol. The best of several runs is the least value, if `lowest_is_best`.
     """
 
     compute: Callable[[Features, Features, Extractor], Values]
@@ -225,8 +225,9 @@ def precision_and_recall(images: Features, reference: Features, extractor: Extra
 
 
 def all_metrics(images: Features, reference: Features, extractor: Extractor) -> Values:
-    """Return the numbers of the four metrics."""
-    computes = (fid, kid, inception, precision_and_recall)
+    """Return the numbers of the four metrics; of three for a feature network without classes."""
+    scored = (inception,) if extractor.logits is not None else ()
+    computes = (fid, kid, *scored, precision_and_recall)
     return {k: v for each in computes for k, v in each(images, reference, extractor).items()}
 
 
@@ -242,7 +243,10 @@ NOTHING, GAUSSIAN, ROWS, BOTH = Needs(), Needs(gaussian=True), Needs(rows=True),
 METRICS: dict[str, Metric] = {
     "fid": Metric(
         fid, ("fid",), GAUSSIAN, GAUSSIAN, lowest_is_best=True,
-        names={"digits": "fd-digits", "pixels": "fd-pixels"},
+        names={
+            "clip": "fd-clip", "digits": "fd-digits", "dinov2": "fd-dinov2", "own": "fd-own",
+            "pixels": "fd-pixels",
+        },
         help="""Print the Frechet distance between images and a reference, as one JSON object.
 
         `cmtool eval fid -c digits-cd`
@@ -255,10 +259,16 @@ METRICS: dict[str, Metric] = {
 
         `cmtool eval fid samples.zip --reference cifar10.zip --protocol clean --cross-check`
 
+        `cmtool eval fid samples.zip --reference img64.pkl --protocol dinov2`
+
+        `cmtool eval fid samples.zip --reference faces/ --features net.pt --trust`
+
         Against the bundled digits the features are those of the bundled classifier: the number is
         fd-digits, not the FID of papers. A FID falls with the number of images: compare equal
         numbers only. --protocol pixels needs no weights: fd-pixels compares the images at 8x8, so
-        it sees colours and coarse shapes, and nothing finer. With --cross-check the JSON object
+        it sees colours and coarse shapes, and nothing finer. --protocol dinov2 is FD-DINOv2, as
+        EDM2 reports it; clip is FD-CLIP. --features names a network of your own: images in,
+        features out. It is code, and runs only with --trust. With --cross-check the JSON object
         also has the number of clean-fid.""",
     ),
     "kid": Metric(

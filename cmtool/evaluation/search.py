@@ -12,6 +12,7 @@ from cmtool.data.datasets import load_dataset
 from cmtool.errors import UserError
 from cmtool.evaluation.during_training import build_score
 from cmtool.evaluation.measure import drawn_batches
+from cmtool.evaluation.own import Own, label
 from cmtool.evaluation.sets import OnProgress
 from cmtool.formats.native import read_table
 from cmtool.models import Model
@@ -59,7 +60,8 @@ def search_indices(
 class Search:
     """A search on a grid of `points` levels, for the least score of the images of `num` seeds.
 
-    `file` keeps all scores, so that the same search goes on where it was stopped.
+    `file` keeps all scores, so that the same search goes on where it was stopped. `own` is a
+    feature network of the user's own.
     """
 
     model: Model
@@ -71,6 +73,7 @@ class Search:
     file: Path
     batch: int = 256
     device: str = "cpu"
+    own: Own | None = None
 
     def levels(
         self, steps: int, tell: Callable[[str], None], progress: OnProgress | None = None
@@ -83,7 +86,7 @@ class Search:
         kept = self._kept()
         scores: dict[str, float] = kept["evaluations"]
         preset, device = self.model.preset, self.device
-        score = build_score(self.metric, load_dataset(self.reference), device, progress)
+        score = build_score(self.metric, load_dataset(self.reference), device, progress, self.own)
         seeds = range(self.first_seed, self.first_seed + self.num)
         told = None if progress is None else partial(progress, "drawn")
         draw = partial(
@@ -111,8 +114,8 @@ class Search:
     def _kept(self) -> dict[str, Any]:
         """Return what the file has of an earlier search, scores only of the same one."""
         about = {
-            "model": self.model.sha256, "metric": self.metric, "reference": self.reference,
-            "num": self.num, "first_seed": self.first_seed,
+            "model": self.model.sha256, "metric": label(self.metric, self.own),
+            "reference": self.reference, "num": self.num, "first_seed": self.first_seed,
         }  # fmt: skip
         start: dict[str, Any] = {**about, "evaluations": {}, "levels": {}}
         if not self.file.exists():

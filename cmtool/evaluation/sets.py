@@ -23,7 +23,8 @@ from cmtool.data.datasets import Dataset, listed_images, load_dataset
 from cmtool.data.decoding import SUFFIXES
 from cmtool.data.images import to_uint8
 from cmtool.errors import InputError, UserError
-from cmtool.evaluation.features import CLEAN_FID_MODES, PROTOCOLS, Extractor
+from cmtool.evaluation.extractor import Extractor
+from cmtool.evaluation.features import CLEAN_FID_MODES, PROTOCOLS
 from cmtool.evaluation.gaussian import Gaussian, GaussianSums
 from cmtool.evaluation.metrics import Features, Needs
 from cmtool.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
@@ -31,6 +32,8 @@ from cmtool.system.dist import ALONE, Group
 from cmtool.system.files import file_sha256, replacing
 
 MAX_WIDTH = 16_384  # the most features an image may have: their covariance takes 2 GiB
+EDM2_KEYS = {"dinov2": "fd_dinov2"}
+"""Where EDM2's files of statistics have those of other protocols than FID's."""
 MAX_RATIO = 200  # the most that statistics may be compressed: floats hardly are
 
 
@@ -40,6 +43,7 @@ class Statistics(NamedTuple):
     `gaussian` is its mu and sigma, if it has them; `num` in it is 0 if the file does not say it.
     `rows` are the features (N, D) themselves, if it has them. `has_images` says whether it holds
     images too. `about` says how cmtool made the file; it is empty for files of other tools.
+    `others` are the Gaussians that EDM2's file has for other protocols than those of Inception.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Statistics(NamedTuple):
     rows: Tensor | None
     has_images: bool
     about: dict[str, Any]
+    others: Mapping[str, Gaussian] = {}
 
 
 Opened = Dataset | Statistics
@@ -174,7 +179,8 @@ def _from_statistics(
 ) -> Features:
     """Return what a file of statistics has of a set, and take the rest from its images."""
     _check_comparable(stored, setup)
-    name, gaussian, rows = stored.name, stored.gaussian, stored.rows
+    name, rows = stored.name, stored.rows
+    gaussian = stored.others.get(setup.protocol, stored.gaussian)
     if needs.gaussian and gaussian is None and rows is not None:
         sums = GaussianSums(rows.shape[1])
         sums.add(rows)
@@ -209,7 +215,8 @@ def _from_statistics(
 def _check_comparable(stored: Statistics, setup: Setup) -> None:
     """Raise InputError for statistics of other features than the protocol's."""
     name, protocol, extractor = stored.name, setup.protocol, setup.extractor
-    tensors = stored.gaussian and stored.gaussian.mean, stored.rows
+    gaussian = stored.others.get(protocol, stored.gaussian)
+    tensors = gaussian and gaussian.mean, stored.rows
     for width in (tensor.shape[-1] for tensor in tensors if tensor is not None):
         if width != extractor.width:
             what = f"{name} has {width} features an image, --protocol {protocol} has"
@@ -220,9 +227,10 @@ def _check_comparable(stored: Statistics, setup: Setup) -> None:
         made = stored.about.get("protocol")
         is_other = isinstance(made, str) and made in PROTOCOLS and made != protocol
         remedy = f"--protocol {made}" if is_other else "give its --feature-weights"
-        for key in ("name", "resize", "sha256"):
+        remedy = "give its --features and --features-input" if made == "own" else remedy
+        for key in ("name", "resize", "sha256", "input"):
             wanted = getattr(extractor, key)
-            if said.get(key) != wanted:
+            if said.get(key, "" if key == "input" else None) != wanted:
                 what = f"{name} was made with {key} {said.get(key)!r}"
                 hint = f"{remedy}, or make it again"
                 raise InputError(f"{what}, --protocol {protocol} is {wanted!r}", hint)
@@ -282,7 +290,19 @@ def read_statistics(name: str | Path) -> Statistics | None:
     if num.ndim != 0 or num.dtype.kind not in "iu" or num < 0:
         raise InputError(f"{path}: num is {str(num)[:40]}", "it must be the number of images")
     gaussian = Gaussian(mean, covariance, int(num))
-    return Statistics(os.fspath(name), gaussian, rows, "arr_0" in arrays, about)
+    others = _others(path, arrays)
+    return Statistics(os.fspath(name), gaussian, rows, "arr_0" in arrays, about, others)
+
+
+def _others(path: Path, arrays: Mapping[str, Any]) -> dict[str, Gaussian]:
+    """Return the Gaussians of other protocols, which EDM2's file has beside that of FID."""
+    found = {}
+    for protocol in EDM2_KEYS:
+        if f"{protocol} mu" in arrays:
+            mean = _finite(path, "mu", arrays[f"{protocol} mu"], 1)
+            covariance = _finite(path, "sigma", arrays[f"{protocol} sigma"], 2)
+            found[protocol] = Gaussian(mean, covariance, 0)
+    return found
 
 
 def write_statistics(
@@ -318,13 +338,18 @@ def _npz_arrays(path: Path) -> dict[str, Any]:
 
 
 def _pickled_arrays(path: Path) -> dict[str, Any]:
-    """Return mu and sigma of a pickle, at its top or under `fid`. Nothing in it is executed."""
+    """Return mu and sigma of a pickle, at its top or under `fid`. Nothing in it is executed.
+
+    Those of other protocols have its name before theirs.
+    """
     size = path.stat().st_size
     try:
         with path.open("rb") as opened:
             table = expect(Machine(size, NUMPY_TABLE).run(opened, size), dict)
-        table = expect(table.get("fid", table), dict)
-        return {name: _array(table[name]) for name in ("mu", "sigma") if name in table}
+        parts = {"": expect(table.get("fid", table), dict)}
+        parts |= {f"{p} ": expect(table[k], dict) for p, k in EDM2_KEYS.items() if k in table}
+        names = ("mu", "sigma")
+        return {f"{p}{n}": _array(part[n]) for p, part in parts.items() for n in names if n in part}
     except Refused as error:
         what = f"{path} is no pickle of statistics: {error}"
         raise InputError(what, "it was not run: give an npz") from None

@@ -57,7 +57,10 @@ WORDS = {
     "array": "a list",
     "object": "a table",
 }
-BOUNDS = {"exclusiveMinimum": "above", "minimum": "at least", "maximum": "at most"}
+BOUNDS = {
+    "exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below",
+    "maximum": "at most",
+}  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -86,14 +89,14 @@ def explained(key: str, values: Mapping[str, Any]) -> Entry:
     if shown not in values:
         raise UserError(f"no key {key!r}", nearest(key, [k.removesuffix(".name") for k in values]))
     value = values[shown]
-    text = as_toml(value)
+    line = f"# {key} is not set" if value is None else f"{key} = {as_toml(value)}"
     registry = REGISTRIES.get(key)
     choices = [_choice(name, row) for name, row in sorted(registry.items())] if registry else []
     says = meaning(key)
     said = [f"{says[0].upper()}{says[1:]}."] if says else []
     if choices:
-        return Entry(key, f"{key} = {text}", [*said, "One of:", *(f"  {c}" for c in choices)])
-    return Entry(key, f"{key} = {text}", [*said, *_range(key)])
+        return Entry(key, line, [*said, "One of:", *(f"  {c}" for c in choices)])
+    return Entry(key, line, [*said, *_range(key)])
 
 
 def _choice(name: str, row: Any) -> str:
@@ -118,8 +121,12 @@ def _range(key: str) -> list[str]:
     if allowed:
         return [f"One of {', '.join(map(str, allowed))}."]
     kinds = [part for part in facts.get("anyOf", [facts]) if part.get("type") != "null"]
-    kind = kinds[0]
+    words = " or ".join(filter(None, map(_kind, kinds)))
+    return [f"{words[0].upper()}{words[1:]}."] if words else []
+
+
+def _kind(kind: Mapping[str, Any]) -> str:
+    """Return a type and its bounds in words."""
     form = ",d" if kind.get("type") == "integer" else "g"
     bounds = " and ".join(f"{word} {kind[b]:{form}}" for b, word in BOUNDS.items() if b in kind)
-    words = " ".join(filter(None, [WORDS.get(kind.get("type", ""), ""), bounds]))
-    return [f"{words[0].upper()}{words[1:]}."] if words else []
+    return " ".join(filter(None, [WORDS.get(kind.get("type", ""), ""), bounds]))

@@ -142,6 +142,11 @@ class DataSection(Section):
         "white", description="colour under transparent parts: a name, or #rrggbb"
     )
     flip: bool = Field(False, description="mirror half of the images at random")
+    held_out: Annotated[float, Field(gt=0, lt=1)] | str | None = Field(
+        None,
+        description="images that training does not see, for run.eval_metric = loss: a share of the"
+        " data, or a data set's name or path",
+    )
     augment: float = Field(0.0, ge=0, le=1, description="probability of each of EDM's warps")
     workers: Count = Field(
         2, le=1024, description="processes that decode what is too large for memory"
@@ -265,7 +270,9 @@ class RunSection(Section):
         1024, description="images of an evaluation"
     )
     eval_metric: Choice = Field(
-        Choice(name="fd-digits"), description="what is measured: a protocol, such as fd-digits"
+        Choice(name="fd-digits"),
+        description="what is measured: a protocol, such as fd-digits; fid or kid with options"
+        " features (a TorchScript file), its sha256 and input; or loss, of data.held_out",
     )
     keep_best: Count = Field(1, description="checkpoints kept beside the newest, by their value")
     sharding: Literal["none", "fsdp"] = Field(

@@ -341,14 +341,25 @@ def _comments(origins: Mapping[str, str], explain: bool) -> Comment:
 
 
 def with_values(text: str, values: Mapping[str, tuple[Any, str]]) -> str:
-    """Return TOML with the values of some dotted keys, and their origins; the rest untouched."""
+    """Return TOML with the values of some dotted keys, and their origins; the rest untouched.
+
+    A key whose value is None is taken out. A component that was its name alone becomes a table.
+    """
     document = tomlkit.parse(text)
     for dotted, (value, origin) in values.items():
         *names, key = dotted.split(".")
         table: Any = document
         for name in names:
+            if not isinstance(table.get(name), Mapping):
+                known = table.pop(name, None)  # a table must stand after the values
+                table[name] = tomlkit.table()
+                if known is not None:
+                    table[name]["name"] = known
             table = table[name]
-        table[key] = _item(value, origin)
+        if value is None:
+            table.pop(key, None)
+        else:
+            table[key] = _item(value, origin)
     return tomlkit.dumps(document)
 
 

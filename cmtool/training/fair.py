@@ -121,7 +121,8 @@ def picked_protocol(asked: str | None, preset: Preset) -> str:
     Raises UserError for one that is unknown, or is not for these images.
     """
     shape = (preset.model.channels, *preset.model.image_size)
-    good = [name for name, row in PROTOCOLS.items() if row.metric in (None, METRIC)]
+    rows = PROTOCOLS.items()
+    good = [n for n, row in rows if row.metric in (None, METRIC) and row.network != "own"]
     good = [name for name in good if PROTOCOLS[name].shape in (None, shape)]
     if asked is None:
         is_bundled = preset.data.path.partition(":")[0] in DATASETS

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmtool.core.methods import Models
 from cmtool.core.precond import Preconditioned
 from cmtool.data.datasets import examples
 from cmtool.data.drawing import png_bytes
@@ -195,7 +196,7 @@ def evaluate_model(run: Run, tools: Tools, news: News) -> None:
     assert run.evaluation is not None
     with tools.clock.pause():
         news.verdict = evaluate(
-            run.evaluation, kept_model(run.state), run.preset, news.step, run.group, run.device,
+            run.evaluation, kept_models(run.state), news.step, run.group,
             on_drawn=partial(run.watcher.working, "images to evaluate"),
         )  # fmt: skip
 
@@ -293,6 +294,12 @@ def draw_samples(run: Run, tools: Tools, news: News) -> None:
 def kept_model(state: TrainState) -> Preconditioned:
     """Return the model that is sampled: the first weights EMA, else the student."""
     return next(iter(state.emas.values())).model if state.emas else state.student
+
+
+def kept_models(state: TrainState) -> Models:
+    """Return the kept model as a student, with the target of the run and its method's module."""
+    student = kept_model(state)
+    return Models(student, state.target or student, own=state.own)
 
 
 def fixed_images(run: Run, model: Preconditioned, card: Card, what: str) -> Tensor:

@@ -43,6 +43,7 @@ class DataFacts(Facts):
     name: str
     images: Count
     fingerprint: str
+    held_out: str | None = None
 
 
 class ModelFacts(Facts):

@@ -67,7 +67,7 @@ def train(
         for note in start.notes:
             watcher.note(note)
         run = group.together(lambda: set_up(start, watcher, teacher, init, device, group), "built")
-        group.alike(lambda: data_facts(run.data), "data")
+        group.alike(lambda: data_facts(run.data, run.held), "data")
         group.agreed(lambda: claim.enter_context(claimed(run, start)), "claimed")
         if group.leads:
             lead(run, start, stop, observers)

@@ -60,16 +60,25 @@ def start_facts(
     }
 
 
-def data_facts(data: Dataset) -> dict[str, object]:
+def data_facts(data: Dataset, held: Dataset | None) -> dict[str, object]:
     """Return what must be the same of the data in all processes of a run."""
-    return {"number of images": len(data), "fingerprint of the images": data.fingerprint()}
+    return {
+        "number of images": len(data), "fingerprint of the images": data.fingerprint(),
+        "fingerprint of the images held out": None if held is None else held.fingerprint(),
+    }  # fmt: skip
 
 
 def run_inputs(run: Run) -> dict[str, object]:
     """Return what run.json says of data and teacher; a resumed run compares it."""
-    data, teacher = run.data, run.teacher
+    data, held, teacher = run.data, run.held, run.teacher
+    apart = {} if held is None else {"held_out": held.fingerprint()}
     return {
-        "data": {"name": data.name, "images": len(data), "fingerprint": data.fingerprint()},
+        "data": {
+            "name": data.name,
+            "images": len(data),
+            "fingerprint": data.fingerprint(),
+            **apart,
+        },
         "teacher": teacher and described(teacher),
     }
 
@@ -90,7 +99,10 @@ def check_same(run: Run) -> None:
     for name, now in run_inputs(run).items():
         before = recorded.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
-            before, now = ({k: v for k, v in d.items() if k not in LOCATION} for d in (before, now))
+            before, now = (
+                {k: v for k, v in d.items() if k not in LOCATION and v is not None}
+                for d in (before, now)
+            )
             if before.get("fingerprint") == run.data.older_hash != "":
                 before["fingerprint"] = run.data.fingerprint()  # cmtool 0.1 began the run
         if before is not None and before != now:

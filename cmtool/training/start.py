@@ -21,10 +21,16 @@ from cmtool.core.samplers import check_levels
 from cmtool.data.batches import batches
 from cmtool.data.datasets import Dataset, check_rule, load_dataset
 from cmtool.data.decoding import check_background
+from cmtool.data.held_out import split
 from cmtool.data.images import check_fit_rule
 from cmtool.data.survey import check_images
 from cmtool.errors import InputError, UserError
-from cmtool.evaluation.during_training import Evaluation, build_evaluation, pick_score
+from cmtool.evaluation.during_training import (
+    Evaluation,
+    Given,
+    build_evaluation,
+    check_metric,
+)
 from cmtool.models import TRAINING_ONLY, Model
 from cmtool.presets.build import (
     build_augment,
@@ -91,6 +97,7 @@ class Run(NamedTuple):
     device: str
     group: Group
     data: Dataset
+    held: Dataset | None
     evaluation: Evaluation | None
     objective: Objective
     curriculum: Curriculum
@@ -221,11 +228,14 @@ def set_up(
     """Return a run, ready for its first step. Raises UserError or InputError if a part is wrong."""
     preset = start.preset
     check_components(preset)
-    data = load_images(preset, watcher.note)
-    check_fit(preset, data, teacher)
-    evaluation = build_evaluation(preset, data, device, watcher.working)
+    data, held = load_parts(preset, watcher.note)
+    for part in (data,) if held is None else (data, held):
+        check_fit(preset, part, teacher)
+    guide = teacher.f if teacher else None
+    given = Given(preset, data, held, guide, device, watcher.working)
+    evaluation = build_evaluation(given)
     check_trackers(trackers_of(preset))  # now, and not at the first line of the log
-    objective = build_objective(preset, teacher.f if teacher else None, device)
+    objective = build_objective(preset, guide, device)
     curriculum = build_curriculum(preset)
     if data.is_checked_first and not start.resume:
         watcher.note(f"decoding all {len(data):,} images once, to find bad ones before training")
@@ -240,9 +250,9 @@ def set_up(
         seed=preset.train.seed, device=device, flip=preset.data.flip, workers=preset.data.workers,
         timeout=preset.data.timeout, rank=group.rank, world_size=group.world_size,
     )  # fmt: skip
-    microbatch = build_source(preset, images, teacher.f if teacher else None)
+    microbatch = build_source(preset, images, guide)
     return Run(
-        preset, start.out, watcher, teacher, init, device, group, data, evaluation, objective,
+        preset, start.out, watcher, teacher, init, device, group, data, held, evaluation, objective,
         curriculum, state, microbatch, build_method(preset).before,
     )  # fmt: skip
 
@@ -262,7 +272,7 @@ def check_components(preset: Preset) -> None:
     build_method(preset)
     build_curriculum(preset)(0, preset.train.steps)
     pick(OPTIMIZERS, preset.train.optimizer, "train.optimizer", ["lr"])
-    pick_score(preset.run.eval_metric)
+    check_metric(preset)
     check_fit_rule(preset.data.fit)
     check_background(preset.data.background)
     check_rule(preset.data.path, preset.data.labels)
@@ -284,6 +294,23 @@ def load_images(preset: Preset, tell: Callable[[str], None]) -> Dataset:
         return data
     tell(f"the {data.num_classes} classes of {data.name} are not used: the model has none")
     return replace(data, labels=None, num_classes=0)
+
+
+def load_parts(preset: Preset, tell: Callable[[str], None]) -> tuple[Dataset, Dataset | None]:
+    """Return the images to train on, and those held out, if some are: data.held_out says which."""
+    data, chosen = load_images(preset, tell), preset.data.held_out
+    if chosen is None:
+        return data, None
+    if not isinstance(chosen, str):
+        data, held = split(data, chosen)
+        tell(f"{len(held):,} images are held out, {len(data):,} are trained on")
+        return data, held
+    other = preset.data.model_copy(update={"path": chosen})
+    held = load_images(preset.model_copy(update={"data": other}), tell)
+    if data.class_names != held.class_names and preset.model.num_classes:
+        what = f"the classes of {held.name} are not those of {data.name}"
+        raise InputError(what, "name images of the same classes: --set data.held_out=PATH")
+    return data, held
 
 
 def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:

@@ -96,6 +96,13 @@ def test_what_a_key_may_be_is_said_in_sentences(key):
         assert len(line) > 4
 
 
+def test_a_key_that_is_not_set_is_explained_too(cmtool):
+    shown = cmtool("preset", "show", "digits-cd", "data.held_out")
+    assert shown.code == 0, shown.err
+    assert "# data.held_out is not set" in shown.text
+    assert "A number above 0 and below 1 or a text." in shown.text
+
+
 def test_new_writes_a_preset_that_fits_the_images(cmtool, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "seconds_a_step", lambda *_: 0.1)
     for name in ("cats/a", "cats/b", "dogs/c"):

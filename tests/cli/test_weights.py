@@ -33,7 +33,8 @@ def publish(monkeypatch, name, sha256):
 def test_all_addresses_are_of_their_publishers_and_names_are_told_apart():
     hosts = {wanted.url.split("/")[2] for wanted in PUBLISHED.values()}
     assert hosts == {
-        "openaipublic.blob.core.windows.net", "nvlabs-fi-cdn.nvidia.com", "download.pytorch.org"
+        "openaipublic.blob.core.windows.net", "nvlabs-fi-cdn.nvidia.com", "download.pytorch.org",
+        "dl.fbaipublicfiles.com", "openaipublic.azureedge.net",
     }  # fmt: skip
     assert all(wanted.url.startswith("https://") for wanted in PUBLISHED.values())
     assert {w.url.split("/")[2] for w in PUBLISHED.values() if w.wants_consent} == {

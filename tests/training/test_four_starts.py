@@ -26,11 +26,11 @@ def alone():
 
 def torchrun():
     port = str(free_port())
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
-    return [
-        {"RANK": str(n), "LOCAL_RANK": str(n), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **meeting}
-        for n in range(2)
-    ]
+    meeting = {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "none",
+    }  # fmt: skip
+    return [{"RANK": str(n), "LOCAL_RANK": str(n), **meeting} for n in range(2)]
 
 
 def srun():
