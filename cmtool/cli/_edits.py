@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from cmtool.cli import _completion
 from cmtool.cli import _options as shared
+from cmtool.cli._devices import pick_device, pick_precision
 from cmtool.cli._output import check_free, prepare_output, read_stdin, say, write_bytes
 from cmtool.errors import InputError, UserError
 
@@ -50,8 +51,8 @@ class ModelOptions:
 
     def load(self) -> tuple[Model, str]:
         """Return the model and the precision to run it in. Raises UserError, InputError."""
-        where = shared.pick_device(self.device)
-        precision = shared.pick_precision(self.precision, where)
+        where = pick_device(self.device)
+        precision = pick_precision(self.precision, where)
         model = shared.pick_model(
             self.checkpoint, self.weights, where, kind="consistency", preset=self.preset
         )

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import gc
 import inspect
-import os
 import re
-import sys
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from typer import Option
 
 from cmtool.cli import _completion
-from cmtool.cli._output import processes, say
-from cmtool.errors import InputError, ResourceError, UserError, nearest
+from cmtool.cli._output import say
+from cmtool.errors import InputError, UserError, nearest
 
 if TYPE_CHECKING:
     from cmtool.models import Model
@@ -227,90 +223,6 @@ def parse_sigmas(text: str | None) -> list[float] | None:
         return None
     what = f"--sigmas {text!r} is not a list of numbers"
     return parse_list(text, float, what, "for example 80,0.8")
-
-
-@contextmanager
-def importing_torch() -> Iterator[None]:
-    """Rest the garbage collector while the block imports torch, which takes a fifth less time.
-
-    What is imported stays until the process ends, so the collector skips it from then on. Does
-    nothing if torch is imported already.
-    """
-    if "torch" in sys.modules:
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-def pick_device(name: str) -> str:
-    """Return the device to use; each process on a machine gets a GPU of its own.
-
-    Raises UserError for a device that is missing or that cannot serve all processes, ResourceError
-    for too few GPUs. Only the first process of each machine reports it.
-    """
-    with importing_torch():
-        import torch
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
-    has_mps = torch.backends.mps.is_available()
-    try:
-        chosen = own_device(name, num_gpus, local_rank, local_size, has_mps)
-        _check_device(chosen)
-    except UserError as error:
-        error.rank = processes()[0] if local_rank == 0 else None
-        raise
-    return chosen
-
-
-def own_device(
-    name: str, num_gpus: int, local_rank: int, local_size: int, has_mps: bool = False
-) -> str:
-    """Return the device that --device means for one of `local_size` processes on a machine.
-
-    Raises UserError for one GPU named for several processes, ResourceError for too few GPUs.
-    """
-    if name == "auto":
-        name = "cuda" if num_gpus else "mps" if has_mps and local_size == 1 else "cpu"
-    if local_size == 1 or not name.startswith("cuda"):
-        return name
-    if name != "cuda":
-        hint = "give cuda: each process takes its own GPU"
-        raise UserError(f"--device {name} for {local_size} processes", hint)
-    if local_size > num_gpus:
-        fewer = f"torchrun --nproc-per-node {num_gpus}, and --accumulate to keep the batch"
-        hint = fewer if num_gpus else "use --device cpu"
-        raise ResourceError(f"{local_size} processes on a machine with {num_gpus} GPUs", hint)
-    return f"cuda:{local_rank}"
-
-
-def _check_device(name: str) -> None:
-    """Check that a device works, and make a GPU this process's own. Raises UserError."""
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-        if name.startswith("cuda:"):
-            torch.cuda.set_device(name)  # NCCL uses it too
-    except (RuntimeError, AssertionError) as error:
-        what = f"device {name!r}: {str(error).splitlines()[0]}"
-        raise UserError(what, "use auto, cpu, or a device torch sees") from None
-
-
-def pick_precision(name: str, device: str) -> str:
-    """Return the precision of --precision on a device. Raises UserError."""
-    from cmtool.system.devices import HALF, best_precision
-
-    if name == "auto":
-        return best_precision(device)
-    if name not in ("fp32", *HALF):
-        raise UserError(f"unknown --precision {name!r}", nearest(name, ["auto", "fp32", *HALF]))
-    return name
 
 
 def parse_kind(text: str | None) -> Kind | None:

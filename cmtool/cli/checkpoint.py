@@ -9,12 +9,12 @@ import typer
 from typer import Argument, Option
 
 from cmtool.cli import _completion
+from cmtool.cli._devices import importing_torch
 from cmtool.cli._options import (
     AsJson,
     KindOption,
     ModelPreset,
     Weights,
-    importing_torch,
     parse_kind,
     pick_plan,
     tell_notes,

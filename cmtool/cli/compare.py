@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from cmtool.cli import _completion
-from cmtool.cli._options import (
-    AsJson,
-    Device,
-    importing_torch,
-    newest_run,
-    parse_seeds,
-    pick_device,
-    tell_notes,
-)
+from cmtool.cli._devices import importing_torch, pick_device
+from cmtool.cli._options import AsJson, Device, newest_run, parse_seeds, tell_notes
 from cmtool.cli._output import emit_json, processes, say
 from cmtool.cli._run_options import parse_time
 from cmtool.cli._table import show_table

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cmtool.cli import _completion
+from cmtool.cli._devices import pick_device
 from cmtool.cli._options import (
     NUM,
     AsJson,
@@ -17,7 +18,6 @@ from cmtool.cli._options import (
     FirstSeed,
     ModelPreset,
     Weights,
-    pick_device,
     pick_model,
 )
 from cmtool.cli._output import check_free, emit_json, make_folder, processes, say

@@ -196,8 +196,7 @@ def prepare(
         for number, (index, content) in enumerate(_readable(data, skip_bad))
     )
     count = write_zip(out, pictures)
-    h, w = data.images.shape[2:]
-    say(f"{count} images of {w}x{h}")
+    say(f"{count} images of {data.images.shape[3]}x{data.images.shape[2]}")
     emit(str(out))
 
 

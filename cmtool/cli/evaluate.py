@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 from cmtool.cli import _completion
+from cmtool.cli._devices import pick_device, pick_precision
 from cmtool.cli._options import (
     NUM,
     AsJson,
@@ -33,10 +34,8 @@ from cmtool.cli._options import (
     Steps,
     Trust,
     Weights,
-    pick_device,
     pick_model,
     pick_plan,
-    pick_precision,
 )
 from cmtool.cli._output import (
     check_free,

@@ -13,7 +13,8 @@ import typer
 from typer import Argument, Option
 
 from cmtool.cli import _completion
-from cmtool.cli._options import AsJson, Device, LabelRule, Overwrite, pick_device
+from cmtool.cli._devices import pick_device
+from cmtool.cli._options import AsJson, Device, LabelRule, Overwrite
 from cmtool.cli._output import check_free, emit, emit_json, say, write_bytes
 from cmtool.cli._table import show_table
 from cmtool.errors import UserError, nearest

@@ -10,7 +10,8 @@ import typer
 from typer import Argument, Option
 
 from cmtool.cli import _completion
-from cmtool.cli._options import AsJson, importing_torch
+from cmtool.cli._devices import importing_torch
+from cmtool.cli._options import AsJson
 from cmtool.cli._output import check_free, emit_json, make_folder, say
 from cmtool.cli._table import show_table
 from cmtool.errors import InputError, UserError

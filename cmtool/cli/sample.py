@@ -14,6 +14,7 @@ from typer import Option
 from cmtool.cli import _completion
 from cmtool.cli import _options as shared
 from cmtool.cli._archive import ARCHIVES, image_name, told, write_archive
+from cmtool.cli._devices import pick_device, pick_precision
 from cmtool.cli._output import emit, emit_json, joined, prepare_output, say, write_bytes
 from cmtool.cli._watching import showing
 from cmtool.errors import InputError, ResourceError, Stopped, UserError, nearest
@@ -86,8 +87,8 @@ class SampleOptions:
             raise UserError(
                 f"unknown --rounding {self.rounding!r}", nearest(self.rounding, ROUNDINGS)
             )
-        where = shared.pick_device(self.device)
-        precision = shared.pick_precision(self.precision, where)
+        where = pick_device(self.device)
+        precision = pick_precision(self.precision, where)
         model = shared.pick_model(
             self.checkpoint, self.weights, where, said=self.kind, preset=self.preset
         )

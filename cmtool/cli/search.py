@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cmtool.cli._devices import pick_device
 from cmtool.cli._options import (
     AsJson,
     Batch,
@@ -18,12 +19,23 @@ from cmtool.cli._options import (
     ModelPreset,
     Trust,
     Weights,
-    pick_device,
     pick_model,
 )
 from cmtool.cli._output import emit, emit_json, say
 from cmtool.cli._watching import showing
 from cmtool.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from cmtool.evaluation.own import Own
+
+
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        help="The number to minimise: fd-digits, fid, kid, fd-dinov2, fd-clip or fd-pixels."
+        " Default: fd-digits; fid with --features."
+    ),
+]
 
 
 def search(
@@ -35,13 +47,7 @@ def search(
         int | None,
         typer.Option(min=3, help="Points of the grid of levels. Default: the model's own grid."),
     ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help="The number to minimise: fd-digits, fid, kid, fd-dinov2, fd-clip or fd-pixels."
-            " Default: fd-digits; fid with --features."
-        ),
-    ] = None,
+    metric: Metric = None,
     reference: Annotated[
         str, typer.Option(help="Data set or folder that the images are compared with.")
     ] = "digits",
@@ -69,19 +75,11 @@ def search(
     Levels are added one at a time, each by ternary search on the metric (Song et al. 2023). Every
     evaluation is kept: the same command goes on where it was stopped. Prints the levels.
     """
-    from cmtool.evaluation.during_training import check_own, score_names
-    from cmtool.evaluation.own import Own
     from cmtool.evaluation.search import Search
     from cmtool.sampling import grid_size
 
     metric = metric or ("fid" if features else "fd-digits")
-    if metric not in score_names():
-        raise UserError(f"unknown --metric {metric!r}", nearest(metric, score_names()))
-    if features is None and (features_input or trust):
-        what = "--features-input or --trust without --features"
-        raise UserError(what, "name the file: --features FILE.pt")
-    own = None if features is None else Own(features, features_input, trust)
-    check_own(metric, own)
+    own = _checked(metric, features, features_input, trust)
     where = pick_device(device)
     model = pick_model(checkpoint, weights, where, "consistency", said=kind, preset=preset)
     points = grid or grid_size(model.preset)
@@ -98,3 +96,18 @@ def search(
         emit_json({"sigmas": sigmas, "metric": metric, "value": value, "file": str(file)})
     else:
         emit(",".join(f"{sigma:.6g}" for sigma in sigmas))
+
+
+def _checked(metric: str, features: Path | None, features_input: str, trust: bool) -> Own | None:
+    """Return the user's own features, if any. Raises UserError where options do not fit."""
+    from cmtool.evaluation.during_training import check_own, score_names
+    from cmtool.evaluation.own import Own
+
+    if metric not in score_names():
+        raise UserError(f"unknown --metric {metric!r}", nearest(metric, score_names()))
+    if features is None and (features_input or trust):
+        what = "--features-input or --trust without --features"
+        raise UserError(what, "name the file: --features FILE.pt")
+    own = None if features is None else Own(features, features_input, trust)
+    check_own(metric, own)
+    return own

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from cmtool.cli import _completion
-from cmtool.cli._options import newest_run, pick_device, tell_notes, with_options
+from cmtool.cli._devices import pick_device
+from cmtool.cli._options import newest_run, tell_notes, with_options
 from cmtool.cli._output import emit, emit_json, processes, say
 from cmtool.cli._run_options import RunOptions, parse_time
 from cmtool.cli._watching import make_watcher

@@ -7,8 +7,9 @@ import pytest
 import typer
 
 from cmtool.cli import build_app
+from cmtool.cli._devices import own_device
 from cmtool.cli._edits import EditOptions
-from cmtool.cli._options import own_device, with_options
+from cmtool.cli._options import with_options
 from cmtool.cli.edit import EDITS
 from cmtool.errors import ResourceError, UserError
 

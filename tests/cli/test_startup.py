@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch  # noqa: F401  # it is imported, as far as the first test knows
 
-from cmtool.cli._options import importing_torch
+from cmtool.cli._devices import importing_torch
 
 
 def test_the_collector_works_on_where_torch_is_imported_already():
