@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from cmtool import sampling
 from cmtool.core import edits, tensors
+from cmtool.evaluation.features import build_extractor
 from cmtool.models import load_model
 from cmtool.presets.build import needs_teacher
 from cmtool.presets.schema import Choice
@@ -69,6 +70,10 @@ def test_the_sums_of_a_log_line():
     four = torch.zeros(4, device="meta")
     meter.add(StepInfo(1, four, four, four[0], 0.1, 18, 0.0, False, 0.0))
     assert meter.loss.dtype == torch.float32
+
+
+def test_features_are_computed_elsewhere():
+    assert build_extractor("digits", device="meta").device == "cpu"
 
 
 def test_a_projection_of_an_edit():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cmtool.core.tensors import precise
 from cmtool.data.images import from_uint8
 from cmtool.errors import InputError, MissingError, UserError, nearest
 from cmtool.evaluation.extractor import Extractor, loaded_script
@@ -278,9 +279,10 @@ def build_extractor(
     """Return the feature network of a protocol.
 
     `file` holds its weights, if they are not in one of the usual places; `trust` takes a file of
-    unknown sha256. `own` is the network of the protocol `own`. Raises UserError, and MissingError
-    for the file.
+    unknown sha256. `own` is the network of the protocol `own`. Without float64 on the device, it
+    computes on the CPU. Raises UserError, and MissingError for the file.
     """
+    device = device if precise(device) == torch.float64 else "cpu"
     if protocol not in PROTOCOLS:
         raise UserError(f"unknown --protocol {protocol!r}", nearest(protocol, PROTOCOLS))
     if precision not in ("fp32", "bf16"):
