@@ -20,6 +20,7 @@ from cmtool import __version__
 from cmtool.cli._output import check_processes, keep_stderr, say
 from cmtool.cli._usage import UsageError, explained
 from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError, is_full
+from cmtool.system.portable import is_nohup, signals
 
 COMMANDS = {
     "train": ("train", "train"),
@@ -136,8 +137,8 @@ def _end(what: str, hint: str, code: int, *, any_rank: bool = False) -> NoReturn
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; a UserError becomes two lines on stderr and its exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+    for number in signals():
+        if not is_nohup(number):
             signal.signal(number, _stop)
     # a stream the caller closed is None, and print(file=None) would write to the other one
     sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115

@@ -35,6 +35,7 @@ from cmtool.data.entries import (
 from cmtool.data.labels import MAX_CLASSES, find_labels, max_table, unnamed
 from cmtool.errors import InputError
 from cmtool.system.files import replacing
+from cmtool.system.portable import flags, read_at
 
 MAX_RATIO = 200
 """Bytes that one packed byte of an image may unpack to."""
@@ -70,12 +71,12 @@ class ZipReader:
     def __call__(self, index: int) -> bytes:
         """Return the content of a member. Raises ValueError for a damaged one."""
         if self.opened is None or self.opened[0] != os.getpid():
-            self.opened = (os.getpid(), os.open(self.path, os.O_RDONLY))
+            self.opened = (os.getpid(), os.open(self.path, flags("O_RDONLY", "O_BINARY")))
         file, start = self.opened[1], self.offset[index]
-        header = os.pread(file, LOCAL_HEADER.size, start)
+        header = read_at(file, LOCAL_HEADER.size, start)
         signature, name_bytes, extra_bytes = LOCAL_HEADER.unpack(header)
         start += LOCAL_HEADER.size + name_bytes + extra_bytes
-        content = os.pread(file, self.packed[index], start)
+        content = read_at(file, self.packed[index], start)
         if not self.stored[index]:
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, self.size[index])
         if signature != b"PK\x03\x04" or len(content) != self.size[index]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import math
 import os
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cmtool.errors import BusyError, InputError, ResourceError, UserError, is_full
+from cmtool.system.portable import flags, lock, read_at, write_at
 
 OTHER = "give another --out, remove it, or --overwrite"
 
@@ -33,8 +33,8 @@ class KeptImages:
         header = json.dumps({"images drawn so far": key, "shape": self.shape}).encode() + b"\n"
         self.start = len(header)
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-            self.file = open(os.open(path, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115
+            how = flags("O_RDWR", "O_CREAT", "O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC")
+            self.file = open(os.open(path, how, 0o666), "r+b", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}", OTHER) from None
         try:
@@ -62,7 +62,7 @@ class KeptImages:
     def all(self, images: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the images that are kept, then the given ones, which are kept from now on."""
         for index in range(len(self)):
-            content = os.pread(self.file.fileno(), self.bytes, self.start + index * self.bytes)
+            content = read_at(self.file.fileno(), self.bytes, self.start + index * self.bytes)
             yield torch.from_numpy(np.frombuffer(bytearray(content), np.uint8).reshape(self.shape))
         for image in images:
             self._write(image.numpy().tobytes(), self.start + self.count * self.bytes)
@@ -72,7 +72,7 @@ class KeptImages:
     def _write(self, content: bytes, at: int) -> None:
         """Write at a place. Raises ResourceError when the disk is full."""
         try:
-            if os.pwrite(self.file.fileno(), content, at) < len(content):
+            if write_at(self.file.fileno(), content, at) < len(content):
                 raise OSError(errno.ENOSPC, "no room for all of it")
         except OSError as error:
             if not is_full(error):
@@ -89,7 +89,7 @@ class KeptImages:
 def _lock(descriptor: int, path: Path) -> None:
     """Raise BusyError while another process has the file; some file systems have no locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor)
     except BlockingIOError:
         what = f"{path} is being written by another process"
         raise BusyError(what, "wait for it, or give another --out") from None

@@ -38,6 +38,7 @@ from cmtool.data.labels import (
 )
 from cmtool.errors import InputError
 from cmtool.system.files import opened_input
+from cmtool.system.portable import read_at
 
 AGAIN = "fetch it again, or make the archive again"
 MAX_CLS = 1 << 10
@@ -170,7 +171,7 @@ def tar_entries(paths: Sequence[Path], source: str, rule: str = "auto") -> Entri
         path = paths[shard[at]]
         try:
             with open(path, "rb", buffering=0) as file:  # in any process; a shard is not kept open
-                content = os.pread(file.fileno(), size[at], start[at])
+                content = read_at(file.fileno(), size[at], start[at])
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}", AGAIN) from None
         if len(content) != size[at]:

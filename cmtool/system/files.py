@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cmtool.errors import InputError, ResourceError, is_full
+from cmtool.system.portable import flags, sync_flags
 
 SPECIAL = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)
 """What opening says of a link that is not followed, a pipe without a reader, a socket, a device."""
@@ -28,11 +29,11 @@ def opened(path: Path, mode: str = "rb", buffering: int = -1) -> IO[Any]:
     The name must not be a link, and a pipe is not waited for. Raises InputError for these and every
     other special file, OSError as `open` does.
     """
-    flags = os.O_NOFOLLOW | os.O_NONBLOCK
+    more = flags("O_NOFOLLOW", "O_NONBLOCK")
     what, hint = f"{path} is not a regular file", "remove it, or give another path"
     try:
         file = open(  # noqa: SIM115  # the caller closes it
-            path, mode, buffering, opener=lambda name, own: os.open(name, own | flags, 0o666)
+            path, mode, buffering, opener=lambda name, own: os.open(name, own | more, 0o666)
         )
     except OSError as error:
         if error.errno in SPECIAL:
@@ -113,9 +114,9 @@ def expanded(name: str) -> Path:
         return Path(name)
 
 
-def _without_waiting(path: str, flags: int) -> int:
+def _without_waiting(path: str, own: int) -> int:
     """Open a file; of a fifo, do not wait for somebody to write to it."""
-    return os.open(path, flags | os.O_NONBLOCK)
+    return os.open(path, own | flags("O_NONBLOCK"))
 
 
 def write_json(path: Path, content: dict[str, Any], *, durable: bool = False) -> None:
@@ -146,7 +147,10 @@ def sync(path: Path) -> bool:
 
     Return False for a folder of a file system that cannot do it.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    how = sync_flags(path.is_dir())
+    if how is None:
+        return False
+    descriptor = os.open(path, how)
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from cmtool.errors import InputError, ResourceError
+from cmtool.system.portable import STOPPING, has_fork, signals
 
 WORKER_TIMEOUT = 300
 """Seconds without a result after which workers count as hanging."""
@@ -39,10 +40,14 @@ def made_ahead(
 ) -> Iterator[Any]:
     """Yield single items in an order; worker processes make them ahead, or this one if 0.
 
+    Where there is no fork it is this one: others could not share the images.
+
     Raises ResourceError when a worker died, or when all gave nothing for `timeout` seconds. It is
     raised while waiting for an item, never during other work, and then no worker is left.
     """
-    before, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
+    workers = workers if has_fork() else 0
+    before = signal.getsignal(signal.SIGCHLD) if has_fork() else None
+    others = multiprocessing.active_children()
     given = _load(items, order, workers)
     crew = [child for child in multiprocessing.active_children() if child not in others]
     late = threading.Event()
@@ -106,13 +111,13 @@ def _load(items: TorchDataset[Any], order: Iterable[int], workers: int) -> Itera
 
 def _ignore_signals(_: int) -> None:
     """Make a worker ignore signals, which a terminal sends to it too: its parent ends it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in signals(STOPPING[:4]):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _handle_children(handler: Any) -> None:
     """Set the handler for the end of a child process, where Python allows it."""
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread() and has_fork():
         signal.signal(signal.SIGCHLD, handler)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +20,7 @@ from cmtool.errors import ResourceError, is_full
 from cmtool.presets.schema import Preset
 from cmtool.system.dist import Group
 from cmtool.system.files import opened, read_own, write_atomic
+from cmtool.system.portable import peak_resident
 from cmtool.training.fit import StepInfo
 from cmtool.training.records import LogLine
 
@@ -212,8 +211,7 @@ def peak_memory(device: str) -> int:
     """Return the most bytes of memory this process has held: of the GPU, else resident."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -19,11 +19,11 @@ from cmtool.formats.native import write_weights
 from cmtool.system import dist
 from cmtool.system.devices import is_out_of_memory
 from cmtool.system.files import write_atomic, write_json
+from cmtool.system.portable import is_nohup, signals
 from cmtool.training.fit import Diverged
 from cmtool.training.plots import picture
 from cmtool.training.start import Run
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 PAUSE = 1000
 """A reason to stop that is not a signal: the time is up."""
 
@@ -88,8 +88,7 @@ class Stop:
 def stop_signals(max_seconds: float | None) -> Iterator[Stop]:
     """Handle the signals that stop a run, and the end of its time, during a block."""
     stop = Stop(None if max_seconds is None else time.monotonic() + max_seconds)
-    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    handled = [number for number in SIGNALS if not (is_nohup and number == signal.SIGHUP)]
+    handled = [number for number in signals() if not is_nohup(number)]
     before = [signal.signal(number, stop.note) for number in handled]
     try:
         yield stop
