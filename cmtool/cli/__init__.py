@@ -20,7 +20,6 @@ from cmtool import __version__
 from cmtool.cli._output import check_processes, keep_stderr, say
 from cmtool.cli._usage import UsageError, explained
 from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError, is_full
-from cmtool.system.portable import is_nohup, signals
 
 COMMANDS = {
     "train": ("train", "train"),
@@ -137,6 +136,8 @@ def _end(what: str, hint: str, code: int, *, any_rank: bool = False) -> NoReturn
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; a UserError becomes two lines on stderr and its exit code."""
+    from cmtool.system.portable import is_nohup, signals
+
     for number in signals():
         if not is_nohup(number):
             signal.signal(number, _stop)
