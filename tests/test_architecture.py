@@ -13,8 +13,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 ROOMS = [
     "errors", "core", "system", "weights", "hub", "formats", "data", "presets", "models",
-    "sampling", "editing", "convert", "export", "evaluation", "training", "publish", "docs", "assets",
-    "cli",
+    "sampling", "editing", "convert", "export", "evaluation", "training", "publish", "docs",
+    "assets", "cli",
 ]  # fmt: skip
 """From the ground up: a room imports those before it, and itself."""
 ONE_IMPORTER = {
