@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -27,6 +28,7 @@ import cmtool.cli
 import cmtool.data.datasets
 import cmtool.training.run
 from cmtool.system.slurm import ranks
+from tests.cli.conftest import hasten
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -58,6 +60,8 @@ def _command(arguments, folder, streams, options):
         os.environ.update(ranks(os.environ))  # of srun
     if not options.get("rights", True):  # root's, to write anywhere
         assert ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24)) == 0
+    if options.get("bare"):
+        hasten(pytest.MonkeyPatch())
     sys.argv = ["cmtool", *arguments]
     cmtool.cli.main(arguments)
 
@@ -68,7 +72,8 @@ class Command:
     def __init__(self, *arguments, folder, **options):
         """Options: `max_file`, how long files may be; `streamed`, data are, however few they be;
 
-        `tty`, the terminal it runs on; `environment`; and `rights`, whether root has any.
+        `tty`, the terminal it runs on; `environment`; `rights`, whether root has any; and `bare`,
+        without the report and the look at memory.
         """
         number = next(NUMBERS)
         self.streams = [Path(STREAMS.name) / f"{name}-{number}" for name in ("out", "err")]

@@ -30,6 +30,7 @@ def test_auto_is_a_value_of_resume_alone(words, meant):
     assert with_auto_resume(words) == meant
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_one_command_starts_goes_on_and_ends_bit_equal(cmtool, tmp_path):
     straight = cmtool(*TINY, "--out", "straight")
     assert straight.code == 0, straight.err

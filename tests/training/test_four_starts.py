@@ -13,10 +13,10 @@ from tests.processes import free_port
 
 pytestmark = pytest.mark.slow
 
-LENGTH = 150
+LENGTH = 48
 COMMAND = [
     "train", "--preset", "digits-ct", *TINY, "--set", f"train.steps={LENGTH}",
-    "--set", "run.checkpoint_every=5", "--resume", "auto",
+    "--set", "run.checkpoint_every=4", "--resume", "auto",
 ]  # fmt: skip
 
 
@@ -43,7 +43,8 @@ def srun():
 def start(launcher, folder, name, time_limit):
     words = [*COMMAND, "--max-time", time_limit, "--out", name]
     return [
-        Command(*words, folder=folder, environment={**os.environ, **place}) for place in launcher()
+        Command(*words, folder=folder, environment={**os.environ, **place}, bare=True)
+        for place in launcher()
     ]
 
 
