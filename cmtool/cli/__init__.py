@@ -134,6 +134,17 @@ def _end(what: str, hint: str, code: int, *, any_rank: bool = False) -> NoReturn
     sys.exit(code)
 
 
+def ends_well_for_torchrun(error: UserError) -> bool:
+    """Tell whether torchrun is to take a stop on purpose for an end in good order.
+
+    Else it would start the processes again, or print a traceback of its own when the time is up. A
+    signal is another matter: torchrun got it too, and on another node it would wait for this one.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not isinstance(error, Stopped | Paused):
+        return False
+    return isinstance(error, Paused) or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; a UserError becomes two lines on stderr and its exit code."""
     from cmtool.system.portable import is_nohup, signals
@@ -181,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         say(f"error: rank {error.rank}: {error.what}" if mine else f"error: {error.what}", mine)
         if error.hint:
             say(f"hint: {error.hint}", mine)
-        if isinstance(error, Stopped | Paused) and "TORCHELASTIC_RUN_ID" in os.environ:
-            sys.exit(0)  # else torchrun would start it again, or print a traceback of its own
+        if ends_well_for_torchrun(error):
+            sys.exit(0)
         sys.exit(error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)

@@ -76,7 +76,10 @@ def processes() -> tuple[int, int]:
 def check_processes() -> None:
     """Raise UserError for variables that torchrun would not set so: some are left by others."""
     hint = "start several processes with torchrun; for one: unset RANK WORLD_SIZE LOCAL_RANK"
-    wanted = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    wanted = {
+        "WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0,
+        "TORCHELASTIC_MAX_RESTARTS": 0,
+    }  # fmt: skip
     for name, least in wanted.items():
         value = os.environ.get(name, str(least))
         if not re.fullmatch("[0-9]{1,9}", value) or int(value) < least:

@@ -69,7 +69,7 @@ ODD_VARIABLES = [
     {"RANK": "-1", "WORLD_SIZE": "2"}, {"RANK": "5", "WORLD_SIZE": "2"}, {"RANK": "1"},
     {"RANK": "1", "WORLD_SIZE": "1"}, {"LOCAL_RANK": "x"}, {"LOCAL_WORLD_SIZE": ""},
     {"RANK": "\u0661", "WORLD_SIZE": "2"}, {"RANK": "1.0", "WORLD_SIZE": "2"},
-    {"WORLD_SIZE": "9" * 5000, "RANK": "9" * 5000},
+    {"TORCHELASTIC_MAX_RESTARTS": "x"}, {"WORLD_SIZE": "9" * 5000, "RANK": "9" * 5000},
 ]  # fmt: skip
 
 
