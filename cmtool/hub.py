@@ -25,6 +25,8 @@ NETWORKS = (
     "diffusion_pytorch_model.fp16.bin",
 )  # fmt: skip
 """Weights of a diffusers network, the best first."""
+CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+"""Packages by which the hub's library may speak to it; their errors are not all OSErrors."""
 SINGLE = (".safetensors", ".pt", ".pth", ".pkl", ".msgpack")
 OLD_NORM = (
     "the .bin of ImageNet 64x64 is older than a fix of its attention: a .safetensors beside it, or"
@@ -224,6 +226,10 @@ def told(name: str) -> Iterator[None]:
         if type(error).__name__ != "HFValidationError":
             raise
         raise UserError(f"{name} names no model of a hub", str(error).splitlines()[0]) from None
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in CLIENTS:
+            raise
+        raise _no_answer(name, error) from None
 
 
 def _error_of(error: OSError, name: str) -> Exception:
@@ -244,4 +250,9 @@ def _error_of(error: OSError, name: str) -> Exception:
             hint = "put a token that may do it into HF_TOKEN, or: hf auth login"
             return InputError(f"the hub does not allow it for {name}: {status}", hint)
         return InputError(f"the hub answers {status or 'an error'} for {name}", "try again later")
-    return ResourceError(f"no answer from the hub for {name}: {error}", "try again later")
+    return _no_answer(name, error)
+
+
+def _no_answer(name: str, error: Exception) -> ResourceError:
+    what = f"no whole answer from the hub for {name}: {error}"
+    return ResourceError(what, "try again; check the network, and HF_ENDPOINT if it is set")

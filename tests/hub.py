@@ -16,7 +16,7 @@ class Hub:
 
     def __init__(self):
         self.branches, self.commits = {}, {}
-        self.refuses, self.broken = None, False
+        self.refuses, self.broken, self.cut = None, False, None
         self.blobs, self.messages, self.private = {}, [], {}
         self.asked, self.status, self.lies, self.kind = [], {}, {}, None
 
@@ -132,7 +132,10 @@ def hub(monkeypatch, tmp_path):
             self.end_headers()
             if self.command == "GET":
                 with contextlib.suppress(OSError):
-                    self.wfile.write(content)
+                    self.wfile.write(content[: hub.cut] if "resolve" in self.path else content)
+                    if hub.cut is not None:
+                        self.close_connection = True
+                        self.connection.close()
 
         do_HEAD = do_GET
 

@@ -1,14 +1,18 @@
 """Models of a hub: found, fetched once, checked, pinned, and told where they are not."""
 
+import errno
+import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from cmtool.errors import InputError, MissingError, UserError
+from cmtool.data.decoding import read_image
+from cmtool.errors import InputError, MissingError, ResourceError, UserError
 from cmtool.hub import NETWORKS, _chosen, fetched, parsed
 from cmtool.models import ASSETS, load_model
+from tests.cli.conftest import cmtool  # noqa: F401
 
 STUDENT = (ASSETS / "digits-cd.safetensors").read_bytes()
 NAME = "someone/digits"
@@ -152,3 +156,56 @@ def test_two_at_once_fetch_once(hub):
         paths = list(pool.map(lambda _: fetched(f"hf:{NAME}").path, range(2)))
     assert paths[0] == paths[1]
     assert paths[0].read_bytes() == STUDENT
+
+
+def test_commands_take_models_of_the_hub_and_say_which_commit(hub, cmtool, tmp_path, monkeypatch):  # noqa: F811
+    student = hub.push(NAME, {"digits.safetensors": STUDENT})
+    teacher = hub.push(
+        "someone/edm", {"t.safetensors": (ASSETS / "digits-edm.safetensors").read_bytes()}
+    )
+    drawn = cmtool("sample", "-c", f"hf:{NAME}", "--seeds", "0-3", "--out", "hub.png")
+    assert drawn.code == 0, drawn.err
+    assert cmtool("sample", "-c", "digits-cd", "--seeds", "0-3", "--out", "ours.png").code == 0
+    assert torch.equal(read_image(tmp_path / "hub.png"), read_image(tmp_path / "ours.png"))
+    measured = cmtool("eval", "fid", "-c", f"hf:{NAME}", "--num", "20")
+    assert measured.code == 0, measured.err
+    assert f"hf:{NAME}@{student}" in measured.text
+    more = ["--set", "train.steps=1", "--set", "train.batch=4", "--device", "cpu", "--out", "run"]
+    taught = cmtool("distill", "--teacher", "hf:someone/edm", "--preset", "digits-cd", *more)
+    assert taught.code == 0, taught.err
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["teacher"]["source"] == f"hf:someone/edm@{teacher}/t.safetensors"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    asked = len(hub.asked)
+    assert cmtool("sample", "-c", f"hf:{NAME}", "--seeds", "0", "--out", "a.png").code == 0
+    assert len(hub.asked) == asked
+
+
+def test_a_cut_file_is_told_never_used_and_fetched_again(hub, tmp_path):
+    hub.push(NAME, {"digits.safetensors": STUDENT})
+    hub.cut = len(STUDENT) // 2
+    with pytest.raises(ResourceError, match="no whole answer"):
+        load_model(f"hf:{NAME}")
+    assert not list((tmp_path / "hub").rglob("snapshots/*/*.safetensors"))
+    hub.cut = None
+    assert load_model(f"hf:{NAME}").sha256 == load_model("digits-cd").sha256
+
+
+def test_a_hub_that_is_not_there_is_told(hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ResourceError) as error:
+        load_model(f"hf:{NAME}")
+    assert "HF_ENDPOINT" in error.value.hint
+
+
+def test_no_room_on_the_disk_is_told_and_nothing_half_is_used(hub, monkeypatch):
+    hub.push(NAME, {"digits.safetensors": STUDENT})
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.hf_hub_download", full)
+        with pytest.raises(ResourceError, match="no room on the disk"):
+            load_model(f"hf:{NAME}")
+    assert load_model(f"hf:{NAME}").kind == "consistency"

@@ -29,7 +29,7 @@ Preset = Annotated[
         autocompletion=_completion.presets,
         help="A preset's name or a TOML file. One that names no data, such as edm or ect, is fitted"
         " to yours, for an hour or --max-time on this device: see it with --dry-run."
-        " Default: for digits those of digits, for your own images edm in train and cd in distill.",
+        " Default: for digits those of digits, for your own images edm in train, cmt in distill.",
     ),
 ]
 Init = Annotated[
@@ -158,7 +158,7 @@ def _distill(
 
     The student has the teacher's architecture, starts from its weights, and learns from the same
     images unless --data or the preset names others. Without --preset it is digits-cd for digits and
-    cd for your own images. Prints the folder of the last checkpoint.
+    cmt for your own images. Prints the folder of the last checkpoint.
     """
     first = options.resolve(preset or "digits-cd")
     from cmtool.presets.build import needs_teacher
@@ -191,7 +191,7 @@ def _preset_for(options: RunOptions, teacher: Model) -> str:
     """Return the preset of a distillation for which none is named: by the teacher's images."""
     theirs = getattr(getattr(teacher.preset, "data", None), "path", "")
     images = (options.data or theirs or "digits").partition(":")[0]
-    return "digits-cd" if images == "digits" else "cd"
+    return "digits-cd" if images == "digits" else "cmt"
 
 
 def _on_its_images(options: RunOptions, name: str, teacher: Model) -> Resolved:

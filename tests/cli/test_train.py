@@ -512,7 +512,7 @@ def test_own_images_need_no_preset(cmtool, tmp_path):
     student = cmtool("distill", "--teacher", "runs/t", "--out", "runs/s", *QUICK)
     assert student.code == 0, student.err
     preset = load_preset(str(tmp_path / "runs/s/preset.toml"))
-    assert preset.loss.method.name == "consistency_distillation"
+    assert preset.loss.method.name == "mid_training"
     assert preset.data.path == "pets"
     own_images(tmp_path / "drawings", classes=("x", "y", "z"))
     tuned = cmtool("train", "--init", "runs/t", "--data", "drawings", "--out", "runs/u", *QUICK)
