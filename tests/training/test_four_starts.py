@@ -1,6 +1,5 @@
 """One command, repeated as a scheduler does, ends in the bits of a run that nothing disturbed."""
 
-import math
 import os
 import signal
 import time
@@ -13,10 +12,10 @@ from tests.processes import free_port
 
 pytestmark = pytest.mark.slow
 
-LENGTH = 48
+LENGTH = 120
 COMMAND = [
     "train", "--preset", "digits-ct", *TINY, "--set", f"train.steps={LENGTH}",
-    "--set", "run.checkpoint_every=4", "--resume", "auto",
+    "--set", "run.checkpoint_every=5", "--resume", "auto",
 ]  # fmt: skip
 
 
@@ -61,15 +60,14 @@ def test_four_starts_and_a_power_cut_end_bit_equal(launcher, tmp_path):
     is_torchrun = launcher is torchrun
     with fast_disk() as folder:
         run, straight = folder / "run", folder / "straight"
-        began = time.monotonic()
         ranks = start(launcher, folder, "straight", "10m")
-        ranks[0].wait_for(lambda: newest(straight) >= 2)
-        first = time.monotonic() - began
+        ranks[0].wait_for(lambda: newest(straight) > 0)
+        began = time.monotonic()
         assert set(ends(ranks)) == {0}
-        limit = first + (time.monotonic() - began - first) / 4  # a quarter of the steps
+        limit = max(int((time.monotonic() - began) / 3), 1)  # seconds for a third of the steps
 
         def again():
-            return start(launcher, folder, "run", f"{math.ceil(limit)}s")
+            return start(launcher, folder, "run", f"{limit}s")
 
         def some_steps_on(ranks):
             before = newest(run)
