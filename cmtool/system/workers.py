@@ -45,10 +45,9 @@ def made_ahead(
     Raises ResourceError when a worker died, or when all gave nothing for `timeout` seconds. It is
     raised while waiting for an item, never during other work, and then no worker is left.
     """
-    workers = workers if has_fork() else 0
     before = signal.getsignal(signal.SIGCHLD) if has_fork() else None
     others = multiprocessing.active_children()
-    given = _load(items, order, workers)
+    given = _load(items, order, workers if has_fork() else 0)
     crew = [child for child in multiprocessing.active_children() if child not in others]
     late = threading.Event()
 
