@@ -49,6 +49,10 @@ def test_a_folder_with_weights_alone_says_which_file_to_give(tmp_path):
     with pytest.raises(InputError) as error:
         verify(path)
     assert error.value.hint == f"give its file of weights: {path / 'ema.safetensors'}"
+    (path / "ema.safetensors").rename(path / "method.safetensors")  # no weights of a network
+    with pytest.raises(InputError) as error:
+        verify(path)
+    assert error.value.hint == f"give its file of weights: {path / 'model.safetensors'}"
     for file in path.glob("*.safetensors"):
         file.unlink()
     with pytest.raises(InputError) as error:
