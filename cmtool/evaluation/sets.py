@@ -118,36 +118,39 @@ def extract(
     """Return the features of the images (B, C, H, W) uint8 that all processes have together.
 
     Every process calls this with its own images; no two calls have both `side` and turn alike. If
-    only the Gaussian is needed, memory does not grow with the number of images.
+    only the Gaussian is needed, memory grows by a hash an image. Single features are in the order
+    of hashes of their images: what is drawn of them by place is the same for any order, number of
+    processes or threads.
     """
     extractor, group = setup.extractor, setup.group
-    sums, kept, marks, num = GaussianSums(extractor.width), [], 0, 0
+    sums = GaussianSums(extractor.width)
+    kept: list[Tensor] = []
+    hashes: list[int] = []
 
     def take_all() -> None:
-        nonlocal marks, num
         for images in _regrouped(batches, extractor.chunk):
             features = extractor(images)
             if needs.gaussian:
                 sums.add(features)
             if needs.rows:
                 kept.append(features.cpu())
-            marks += sum(map(_hash, images.cpu()))
-            num += len(images)
+            hashes.extend(map(_hash, images.cpu()))
             if setup.progress is not None:
-                setup.progress(side, num, total)
+                setup.progress(side, len(hashes), total)
 
     group.together(take_all, f"features of {side} {setup.turn}")
-    counts = group.gather((num, marks))
-    num, marks = (sum(column) for column in zip(*counts, strict=True))
+    everyone = [mark for part in group.gather(hashes) for mark in part]
+    num = len(everyone)
     if num < 2:
         raise InputError(f"{num} image{'s' * (num != 1)} to evaluate", "give 2 or more")
     rows = None
     if needs.rows:
-        rows = _sorted(torch.cat([torch.cat(part) for part in group.gather(kept) if part]))
+        rows = torch.cat([torch.cat(part) for part in group.gather(kept) if part])
+        rows = rows[torch.tensor(sorted(range(num), key=everyone.__getitem__))]
     if needs.gaussian and group.world_size > 1:
         sums.add_others(group.sum)
     gaussian = sums.gaussian() if needs.gaussian else None
-    return Features(gaussian, rows, num, f"{marks % 2**64:016x}")
+    return Features(gaussian, rows, num, f"{sum(everyone) % 2**64:016x}")
 
 
 def _regrouped(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
@@ -166,12 +169,6 @@ def _hash(image: Tensor) -> int:
     """Return a hash of one image."""
     content = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
-
-
-def _sorted(rows: Tensor) -> Tensor:
-    """Return features (N, D) sorted by a hash of each: what is drawn by place is then the same."""
-    keys = [hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest() for row in rows]
-    return rows[torch.tensor(sorted(range(len(rows)), key=keys.__getitem__))]
 
 
 def _from_statistics(
@@ -209,7 +206,7 @@ def _from_statistics(
     about["images"] = num_images or None
     if needs.rows and single != num_images:
         about["single_images"] = single
-    return Features(gaussian, None if rows is None else _sorted(rows), num_images, "", about)
+    return Features(gaussian, rows, num_images, "", about)
 
 
 def _check_comparable(stored: Statistics, setup: Setup) -> None:

@@ -88,6 +88,8 @@ def test_evaluate_is_the_eval_command_for_notebooks(tmp_path):
     assert theirs.pop("images")["name"] == "a.npz"
     assert ours.pop("images")["name"] == "tensor"
     assert ours.pop("value") == pytest.approx(theirs.pop("value"), rel=1e-6)
+    errors = [each["standard_error"].pop("kid") for each in (ours, theirs)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-6)  # its threads may be others
     assert ours == theirs
     with pytest.raises(UserError, match="metric 'fud'"):
         evaluate(images, "fud")

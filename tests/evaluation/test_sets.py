@@ -36,6 +36,19 @@ def test_a_set_is_one_whatever_stands_for_it(setup, tmp_path):
         open_set(images[0])
 
 
+def test_the_order_of_features_is_that_of_images_whatever_their_last_bits_are(setup):
+    images, extractor = pictures(40), setup.extractor
+    features = extractor.network
+    noisy = extractor._replace(network=lambda x: features(x) * (1 + 1e-6))
+    found, other = (
+        collect(
+            open_set(images.flip(0) if turned else images), BOTH, setup._replace(extractor=each)
+        )
+        for turned, each in enumerate((extractor, noisy))
+    )
+    torch.testing.assert_close(found.rows, other.rows, rtol=1e-5, atol=1e-6)
+
+
 def test_statistics_give_what_they_were_made_of(setup, tmp_path):
     opened = open_set(pictures(9))
     assert isinstance(opened, Dataset)
