@@ -99,6 +99,7 @@ def test_what_cannot_be_counted_is_not_known(monkeypatch):
 
 
 def test_the_peak_is_measured_once_and_no_kernel_of_that_shape_is_faster():
+    peak_flops.cache_clear()  # what is compared is measured at one time: a machine may be busy
     peak = peak_flops("cpu", "fp32")
     assert peak_flops("cpu", "fp32") is peak
     a = torch.ones(384, 384)
