@@ -28,6 +28,8 @@ from cmtool.sampling import Plan, Sigmas, model_device
 
 STROKE_LEVELS = ((5.38, 1.0), (2.24, 0.4))
 """The paper's levels for strokes on pictures of 256 pixels (App. D), and the least of each."""
+VARIATION = 1.5
+"""The noise level of variations: what is drawn stays, and how it is drawn is another."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,36 @@ def denoise(
     """
     prepare = partial(prepare_denoise, sigma=sigma)
     return _edit(model, prepare, (image,), None, None, label, seed, fit, singly=sigma is None)
+
+
+def deblur(
+    model: Model, image: Tensor, kernel: Tensor, *, steps: int | None = None,
+    sigmas: Sigmas = None, label: int | None = None, seed: int = 0, fit: str = "exact",
+) -> Tensor:  # fmt: skip
+    """Return the image without the blur of a kernel (h, w), odd sides: its frequencies stay.
+
+    `cmtool.core.edits` has gaussian_kernel and motion_kernel.
+    """
+    prepare = partial(prepare_deblur, kernel=kernel)
+    return _edit(model, prepare, (image,), steps, sigmas, label, seed, fit)
+
+
+def outpaint(
+    model: Model, image: Tensor, margins: tuple[int, int, int, int], *, steps: int | None = None,
+    sigmas: Sigmas = None, label: int | None = None, seed: int = 0,
+) -> Tensor:  # fmt: skip
+    """Return the image with new pixels around it: left, top, right and bottom `margins`."""
+    prepare = partial(prepare_outpaint, margins=margins)
+    return _edit(model, prepare, (image,), steps, sigmas, label, seed, "tile")
+
+
+def variations(
+    model: Model, image: Tensor, sigma: float = VARIATION, *, label: int | None = None,
+    seed: int = 0, fit: str = "exact",
+) -> Tensor:  # fmt: skip
+    """Return another picture like the image: noised to the level sigma, and back."""
+    prepare = partial(prepare_variations, sigma=sigma)
+    return _edit(model, prepare, (image,), None, None, label, seed, fit)
 
 
 def interpolate(
@@ -229,10 +261,59 @@ def prepare_denoise(
     low, high = model.preset.noise.sigma_min, model.preset.noise.sigma_max
     if sigma is None:
         sigma = min(max(float(edits.estimate_sigma(x)), low), high)
+    _check_level(model, sigma)
+    return PreparedEdit(edits.denoise(x), layout, (layout.unpad(x),), (sigma,))
+
+
+def prepare_deblur(
+    model: Model, images: Tensor, kernel: Tensor, *, fit: str, name: str
+) -> PreparedEdit:
+    """Return the edit that takes the blur of a kernel (h, w) out.
+
+    Raises UserError for a kernel larger than the images.
+    """
+    layout, x = _on_canvas(model, images, fit, name)
+    edit = edits.deblur(x, kernel)
+    return PreparedEdit(edit, layout, (layout.unpad(x),))
+
+
+def prepare_outpaint(
+    model: Model, images: Tensor, margins: tuple[int, int, int, int], *, fit: str, name: str
+) -> PreparedEdit:
+    """Return the edit that makes `margins` (left, top, right, bottom) of new pixels.
+
+    `fit` is not asked: the larger picture is made of tiles. Raises UserError for margins that are
+    none.
+    """
+    left, top, right, bottom = margins
+    if min(margins) < 0 or not any(margins):
+        raise UserError(f"margins of {margins}", "give pixels from 0, and one side of 1 or more")
+    around = (left, right, top, bottom)
+    large = torch.nn.functional.pad(images, around, mode="replicate")
+    new = torch.nn.functional.pad(torch.zeros_like(images[:, :1]), around, value=1.0) > 0.5
+    return prepare_inpaint(model, large, new, fit="tile", name=name)
+
+
+def prepare_variations(
+    model: Model, images: Tensor, sigma: float, *, fit: str, name: str
+) -> PreparedEdit:
+    """Return the edit that draws images again from the level `sigma`, in two calls.
+
+    The second level is a fourth of the first. Raises UserError for a sigma outside the model's
+    range.
+    """
+    layout, x = _on_canvas(model, images, fit, name)
+    _check_level(model, sigma)
+    levels = near_levels(model, (sigma, sigma / 4))
+    return PreparedEdit(edits.stroke(x), layout, (layout.unpad(x),), levels)
+
+
+def _check_level(model: Model, sigma: float) -> None:
+    """Raise UserError for a level that is none of the model's."""
+    low, high = model.preset.noise.sigma_min, model.preset.noise.sigma_max
     if not low <= sigma <= high:
         what = f"--sigma {sigma:g} is none of the model's noise levels"
         raise UserError(what, f"the model knows {low:g} to {high:g}")
-    return PreparedEdit(edits.denoise(x), layout, (layout.unpad(x),), (sigma,))
 
 
 def run_prepared(
@@ -298,8 +379,12 @@ def stroke_levels(model: Model) -> tuple[float, ...]:
     side; those of the training grid nearest to that are taken.
     """
     side = min(model.preset.model.image_size)
+    return near_levels(model, [max(level * side / 256, least) for level, least in STROKE_LEVELS])
+
+
+def near_levels(model: Model, wanted: Sequence[float]) -> tuple[float, ...]:
+    """Return the levels of the training grid nearest to those wanted, from high to low."""
     known = sampling_levels(sampling.grid_size(model.preset), model.noise_range)[:-1]
-    wanted = [max(level * side / 256, least) for level, least in STROKE_LEVELS]
     near = {min(known, key=lambda k: abs(k / s - s / k)) for s in wanted}
     return tuple(sorted(near, reverse=True))
 

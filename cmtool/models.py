@@ -14,6 +14,7 @@ from torch import Tensor
 from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import NoiseRange
 from cmtool.core.precond import Preconditioned
+from cmtool.data.datasets import DATASETS
 from cmtool.errors import InputError, MissingError, Stopped, UserError
 from cmtool.formats import read_foreign
 from cmtool.formats.checkpoints import Found, find, weights_in
@@ -58,6 +59,13 @@ class Model:
     kind_is_said: bool = True
     levels_file: Path | None = None
     class_names: tuple[str, ...] = ()
+
+    @property
+    def bundled_data(self) -> str:
+        """The bundled data set that the model was trained on; the digits, if on none."""
+        path = self.preset.data.path if isinstance(self.preset, Preset) else ""
+        known = path.partition(":")[0]
+        return known if known in DATASETS else "digits"
 
     @property
     def noise_range(self) -> NoiseRange:

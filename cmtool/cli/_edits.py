@@ -14,6 +14,7 @@ from cmtool.cli import _completion
 from cmtool.cli import _options as shared
 from cmtool.cli._devices import pick_device, pick_precision
 from cmtool.cli._output import check_free, prepare_output, read_stdin, say, write_bytes
+from cmtool.cli._show import Show, show
 from cmtool.errors import InputError, UserError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class ModelOptions:
         ),
     ] = None
     overwrite: shared.Overwrite = False
+    show: Show = False
     no_metadata: shared.NoMetadata = False
     weights: shared.Weights = "ema"
     preset: shared.ModelPreset = None
@@ -98,10 +100,11 @@ class EditOptions(ModelOptions):
 
 
 class Output(NamedTuple):
-    """Where answers go: --out, and whether they may replace files."""
+    """Where answers go: --out, whether they may replace files, and whether the terminal too."""
 
     out: str
     overwrite: bool
+    show: bool = False
 
     @property
     def is_one_file(self) -> bool:
@@ -122,6 +125,8 @@ class Output(NamedTuple):
         """
         from cmtool.data.drawing import png_bytes, row
 
+        if self.show:
+            show([*before, *answers])
         if self.is_one_file:
             write_bytes(self.out, png_bytes(row([*before, *answers]), about), tell=True)
             return
@@ -135,6 +140,8 @@ class Output(NamedTuple):
         from cmtool.data.drawing import ANIMATIONS, animation_bytes
 
         if (suffix := Path(self.out).suffix.lower()) in ANIMATIONS:
+            if self.show:
+                show(list(frames))
             write_bytes(self.out, animation_bytes(frames, suffix), tell=True)
         else:
             self.write([f"frame{i:04d}.png" for i in range(len(frames))], frames, about, [])
@@ -146,7 +153,7 @@ def edit_pictures(name: str, row: Callable[..., Prepare], options: EditOptions, 
     sources = options.images or ["-"]
     contents = {source: read_input(source) for source in sources}
     prepare_output(options.out, options.overwrite, (".png",))
-    output = Output(options.out, options.overwrite)
+    output = Output(options.out, options.overwrite, options.show)
     if len(sources) > 1 and output.is_one_file:
         raise UserError(f"{len(sources)} pictures and --out {options.out}", "give a folder")
     names = _answer_names(sources, options.variations)
@@ -213,7 +220,7 @@ def interpolate_between(
         "cmtool:ends": ",".join(images or map(str, ends)),
         "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)), **precision_info(chosen),
     }  # fmt: skip
-    output = Output(out, options.overwrite)
+    output = Output(out, options.overwrite, options.show)
     output.write_frames(to_uint8(drawn).cpu(), {} if options.no_metadata else about)
 
 

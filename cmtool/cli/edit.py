@@ -156,6 +156,103 @@ def denoise(
     return prepare
 
 
+def deblur(
+    gaussian: Annotated[
+        float | None, Option("--gaussian", help="The blur is a Gaussian of so many pixels.")
+    ] = None,
+    motion: Annotated[
+        str | None,
+        Option(help="The blur is a straight motion: LENGTH,ANGLE, in pixels and degrees."),
+    ] = None,
+    kernel: Annotated[
+        Path | None, Option(help="The blur as a grey picture of odd sides: white is most.")
+    ] = None,
+) -> Prepare:
+    """Take a known blur out of a picture; what the blur left of it stays.
+
+    `cmtool edit deblur photo.png --gaussian 1.5 --out sharp.png`
+
+    `cmtool edit deblur photo.png --motion 5,30 --out sharp.png`
+
+    The picture is taken to go on at its other side. An even edge, such as white paper, is best.
+    """
+    if sum(given is not None for given in (gaussian, motion, kernel)) != 1:
+        what = "edit deblur needs one option that says what the blur is"
+        raise UserError(what, "add --gaussian PIXELS, --motion LENGTH,ANGLE or --kernel FILE")
+
+    def prepare(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
+        from cmtool.core.edits import gaussian_kernel
+        from cmtool.data.decoding import read_kernel
+        from cmtool.editing import prepare_deblur
+
+        if kernel is not None:
+            weights = read_kernel(kernel)
+        else:
+            weights = motion_of(motion) if motion is not None else gaussian_kernel(gaussian or 0)
+        return prepare_deblur(model, images, weights, fit=fit, name=name)
+
+    if gaussian is not None and not 0 < gaussian <= 100:
+        raise UserError(f"--gaussian {gaussian:g}", "give pixels: more than 0, at most 100")
+    return prepare
+
+
+def motion_of(motion: str) -> Tensor:
+    """Return the kernel of "LENGTH,ANGLE". Raises UserError."""
+    from cmtool.core.edits import motion_kernel
+
+    try:
+        length, angle = map(float, motion.split(","))
+    except ValueError:
+        what = f"--motion {motion!r} is not two numbers"
+        raise UserError(what, "give LENGTH,ANGLE, for example 5,30") from None
+    if not (0 < length <= 1000 and -360 <= angle <= 360):
+        raise UserError(f"--motion {motion!r}", "give pixels from 0 to 1000, and degrees")
+    return motion_kernel(length, angle)
+
+
+def outpaint(
+    by: Annotated[
+        str, Option(help="Pixels on every side; or LEFT,TOP,RIGHT,BOTTOM, where 0 is none.")
+    ] = "",
+) -> Prepare:
+    """Make a picture larger by new pixels around it; the picture itself stays.
+
+    `cmtool edit outpaint photo.png --by 8 --out larger.png`
+
+    `cmtool edit outpaint photo.png --by 0,0,16,0 --variations 4 --out four/`
+
+    The larger picture is made in overlapping tiles of the model's size.
+    """
+    from cmtool.editing import prepare_outpaint
+
+    hint = "add --by PIXELS or --by LEFT,TOP,RIGHT,BOTTOM, for example --by 8"
+    try:
+        given = [int(part) for part in by.split(",")]
+    except ValueError:
+        raise UserError(f"--by {by!r} is not one or four whole numbers", hint) from None
+    sides = given * 4 if len(given) == 1 else given
+    if len(sides) != 4 or not 0 < max(sides) <= 4096 or min(sides) < 0:
+        raise UserError(f"--by {by!r} is not one or four numbers of pixels", hint)
+    return partial(prepare_outpaint, margins=(sides[0], sides[1], sides[2], sides[3]))
+
+
+def variations(
+    sigma: Annotated[
+        float,
+        Option(help="The noise level from which the picture is drawn again: higher changes more."),
+    ] = 1.5,
+) -> Prepare:
+    """Draw other pictures like one: noised to a level, and back.
+
+    `cmtool edit variations photo.png --variations 5 --out five.png`
+
+    `cmtool edit variations photo.png --sigma 5 --seed 3 --out other.png`
+    """
+    from cmtool.editing import prepare_variations
+
+    return partial(prepare_variations, sigma=sigma)
+
+
 def box_mask(box: str, h: int, w: int) -> Tensor:
     """Return the mask (1, h, w) uint8 of "LEFT,TOP,WIDTH,HEIGHT". Raises UserError."""
     import torch
@@ -187,6 +284,9 @@ EDITS: dict[str, EditRow] = {
     "colorize": EditRow(colorize),
     "stroke": EditRow(stroke),
     "denoise": EditRow(denoise, without=("steps", "sigmas", "variations")),
+    "deblur": EditRow(deblur),
+    "outpaint": EditRow(outpaint, without=("fit",)),
+    "variations": EditRow(variations, without=("steps", "sigmas")),
 }
 
 for _name, _row in EDITS.items():

@@ -94,7 +94,8 @@ Images = Annotated[
 Reference = Annotated[
     str | None,
     typer.Option(
-        help="What to compare with: data, or statistics (npz, pkl). Default: digits.",
+        help="What to compare with: data, or statistics (npz, pkl). Default: the bundled data that"
+        " the model was trained on, else digits.",
         autocompletion=_completion.data_sets,
     ),
 ]
@@ -102,9 +103,8 @@ ProtocolOption = Annotated[
     str | None,
     typer.Option(
         "--protocol",
-        help="edm, adm, clean, legacy-tf, dinov2, clip, digits, pixels, vgg16 (pr only), own (with"
-        " --features)."
-        " Default: digits against the bundled digits, else edm.",
+        help="edm, adm, clean, legacy-tf, dinov2, clip, digits, emoji, pixels, vgg16 (pr only),"
+        " own (with --features). Default: that of bundled data against them, else edm.",
         autocompletion=_completion.protocols,
     ),
 ]
@@ -182,7 +182,8 @@ def metric_command(
     fail_below: FailBelow = None,
 ) -> None:
     """Measure by the metric that the command is named after."""
-    from cmtool.evaluation.measure import ModelImages, Request, measure
+    from cmtool.evaluation.measure import measure
+    from cmtool.evaluation.request import ModelImages, Request
 
     metric, has_reference = str(ctx.command.name), (reference, reference_num) != (None, None)
     check_usage(metric, has_reference, fail_above, fail_below)
@@ -200,7 +201,7 @@ def metric_command(
             refuse_options(ctx.params)
         request = Request(
             images=draw if given is None else given, metric=metric, protocol=protocol, num=num,
-            reference="digits" if reference is None else reference, reference_num=reference_num,
+            reference=reference, reference_num=reference_num,
             runs=runs, cross_check=cross_check, feature_weights=feature_weights, features=features,
             features_input=features_input, trust=trust, feature_precision=feature_precision,
             batch=batch, workers=workers, device=where, group=group, progress=progress,
@@ -318,7 +319,8 @@ def reference_command(
         raise UserError(f"--out {out} is the data itself", "give another --out")
     make_folder(out.parent)
 
-    from cmtool.evaluation.measure import Request, save_reference
+    from cmtool.evaluation.measure import save_reference
+    from cmtool.evaluation.request import Request
 
     where = pick_device(device)
     with joined(where, TIMEOUT) as group, showing() as progress:

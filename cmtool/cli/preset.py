@@ -155,6 +155,7 @@ def new(
     time for, by three short steps that are timed here. Prints the path of the file; stderr has the
     next command.
     """
+    from cmtool.data.datasets import DATASETS
     from cmtool.presets.build import needs_teacher
     from cmtool.presets.toml import extension, is_method_preset, preset_names
     from cmtool.training.planning import Wish, facts_of, planned
@@ -167,7 +168,7 @@ def new(
         if path.suffix != ".toml":
             raise UserError(f"{path} is not a .toml", "give the preset a name that ends in .toml")
         check_free(path, overwrite)
-    where = data if data.partition(":")[0] == "digits" else str(Path(data).absolute())
+    where = data if data.partition(":")[0] in DATASETS else str(Path(data).absolute())
     wish = Wish(size, image_size, hours)
     facts = facts_of(where, labels)
     resolved, layers = planned(method, pick_device(device), {}, facts=facts, wish=wish)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from cmtool.cli import _options as shared
 from cmtool.cli._archive import ARCHIVES, image_name, told, write_archive
 from cmtool.cli._devices import pick_device, pick_precision
 from cmtool.cli._output import emit, emit_json, joined, prepare_output, say, write_bytes
+from cmtool.cli._show import MOST, Show, show
 from cmtool.cli._watching import showing
 from cmtool.errors import InputError, ResourceError, Stopped, UserError, nearest
 
@@ -66,6 +67,7 @@ class SampleOptions:
         ),
     ] = "samples"
     overwrite: shared.Overwrite = False
+    show: Show = False
     batch: shared.Batch = 256
     rounding: Annotated[
         str, Option(help="Rounding to 8 bits: nearest, or floor as the PyTorch release does.")
@@ -131,6 +133,8 @@ def _sample(options: SampleOptions) -> None:
             facts = write_one_file(drawing)
         else:
             facts = write_folder(drawing)
+    if options.show:
+        show(drawing.some())
     if options.as_json and out != "-":
         chosen = drawing.plan
         about = {"sigmas": chosen.sigmas, "precision": chosen.precision}
@@ -173,6 +177,8 @@ class Drawing:
     to_uint8: Callable[[Tensor], Tensor]
     group: Group
     progress: OnProgress | None = None
+    drawn: list[Tensor] = field(default_factory=list)
+    """The first images that this process drew, for --show."""
 
     def facts(self) -> dict[str, Any]:
         """Return what must be the same in all processes; other words may mean the same."""
@@ -199,7 +205,14 @@ class Drawing:
             self.model.f, self.model.preset, self.plan, seeds, labels=labels,
             batch=self.options.batch, device=self.device, on_drawn=on_drawn,
         )  # fmt: skip
-        return self.to_uint8(torch.cat(list(drawn))).cpu()
+        images = self.to_uint8(torch.cat(list(drawn))).cpu()
+        if self.options.show:
+            self.drawn.extend(images[: max(0, MOST - len(self.drawn))])
+        return images
+
+    def some(self) -> list[Tensor]:
+        """Return the first images (C, H, W), drawn now if they all were files before."""
+        return self.drawn or list(self.draw(range(min(MOST, len(self.seeds)))))
 
     def rounds(self, indices: Sequence[int]) -> Iterator[Sequence[int]]:
         """Yield this process's part of each round: at most a batch of the indices, in order."""

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 Metric = Annotated[
     str | None,
     typer.Option(
-        help="The number to minimise: fd-digits, fid, kid, fd-dinov2, fd-clip or fd-pixels."
-        " Default: fd-digits; fid with --features."
+        help="The number to minimise: fd-digits, fd-emoji, fid, kid, fd-dinov2, fd-clip or"
+        " fd-pixels. Default: that of the bundled data; fid with --features."
     ),
 ]
 
@@ -49,8 +49,12 @@ def search(
     ] = None,
     metric: Metric = None,
     reference: Annotated[
-        str, typer.Option(help="Data set or folder that the images are compared with.")
-    ] = "digits",
+        str | None,
+        typer.Option(
+            help="Data set or folder that the images are compared with. Default: the bundled data"
+            " that the model was trained on, else digits."
+        ),
+    ] = None,
     features: Features = None,
     features_input: FeaturesInput = "",
     trust: Trust = False,
@@ -78,10 +82,11 @@ def search(
     from cmtool.evaluation.search import Search
     from cmtool.sampling import grid_size
 
-    metric = metric or ("fid" if features else "fd-digits")
-    own = _checked(metric, features, features_input, trust)
+    own = _checked(metric or "fid", features, features_input, trust)
     where = pick_device(device)
     model = pick_model(checkpoint, weights, where, "consistency", said=kind, preset=preset)
+    metric = metric or ("fid" if features else f"fd-{model.bundled_data}")
+    reference = reference or model.bundled_data
     points = grid or grid_size(model.preset)
     if points - 1 < steps:
         raise UserError(f"--steps {steps} on a grid of {points}", f"give at most {points - 1}")

@@ -29,7 +29,8 @@ Preset = Annotated[
         autocompletion=_completion.presets,
         help="A preset's name or a TOML file. One that names no data, such as edm or ect, is fitted"
         " to yours, for an hour or --max-time on this device: see it with --dry-run."
-        " Default: for digits those of digits, for your own images edm in train, cmt in distill.",
+        " Default: for digits and emoji those of their name, for your own images edm in train and"
+        " cmt in distill.",
     ),
 ]
 Init = Annotated[
@@ -77,6 +78,9 @@ def _train(
     _run(options, name, resolved, None, start)
 
 
+TEACHERS = {"digits": "digits-edm", "emoji": "emoji-edm"}
+STUDENTS = {"digits": "digits-cd", "emoji": "emoji-cmt"}
+"""Presets that are taken for bundled data; others are fitted to the images."""
 SHARE_OF_TIME = 0.85
 """What the steps of a fitted preset take of --max-time; samples and checkpoints take some too."""
 
@@ -85,7 +89,7 @@ def _default_preset(options: RunOptions, start: Model | None) -> str:
     """Return the preset of a training for which none is named: by its images."""
     if start is not None:
         return "edm" if start.kind == "teacher" else "ict"
-    return "edm" if options.data and options.data.partition(":")[0] != "digits" else "digits-edm"
+    return TEACHERS.get((options.data or "digits").partition(":")[0], "edm")
 
 
 def _starting_model(options: RunOptions, init: str | None) -> Model | None:
@@ -157,8 +161,8 @@ def _distill(
     `cmtool distill --preset digits-ecd --init runs/cmt --out runs/ecd`
 
     The student has the teacher's architecture, starts from its weights, and learns from the same
-    images unless --data or the preset names others. Without --preset it is digits-cd for digits and
-    cmt for your own images. Prints the folder of the last checkpoint.
+    images unless --data or the preset names others. Without --preset it is digits-cd for digits,
+    emoji-cmt for emoji and cmt for your own images. Prints the folder of the last checkpoint.
     """
     first = options.resolve(preset or "digits-cd")
     from cmtool.presets.build import needs_teacher
@@ -191,7 +195,7 @@ def _preset_for(options: RunOptions, teacher: Model) -> str:
     """Return the preset of a distillation for which none is named: by the teacher's images."""
     theirs = getattr(getattr(teacher.preset, "data", None), "path", "")
     images = (options.data or theirs or "digits").partition(":")[0]
-    return "digits-cd" if images == "digits" else "cmt"
+    return STUDENTS.get(images, "cmt")
 
 
 def _on_its_images(options: RunOptions, name: str, teacher: Model) -> Resolved:

@@ -96,6 +96,73 @@ def colorize(gray: Tensor) -> Edit:
     return Edit(along * gray, project, finish)
 
 
+def deblur(blurred: Tensor, kernel: Tensor, least: float = 0.1) -> Edit:
+    """Return the edit that sharpens `blurred` (B, C, H, W), a picture blurred by a known kernel.
+
+    kernel (h, w) with odd sides, of sum 1; the picture goes on at its other side. What the blur
+    left of a frequency is put back, divided by its share, where that is `least` or more: noise
+    grows by up to 1 / least, and the other frequencies are generated. So this is the
+    pseudo-inverse of the blur (Kawar et al. 2022, DDRM). Raises UserError for a kernel that is
+    larger than the picture.
+    """
+    share = spectrum(kernel, blurred)
+    known = share.abs() >= least
+    there = torch.where(known, torch.fft.rfft2(doubled(blurred)) / torch.where(known, share, 1), 0)
+
+    def back(frequencies: Tensor) -> Tensor:
+        return torch.fft.irfft2(frequencies, s=blurred.shape[-2:]).to(blurred.dtype)
+
+    def project(x0: Tensor) -> Tensor:
+        return x0 + back(there - known * torch.fft.rfft2(doubled(x0)))
+
+    return Edit(back(there), project)
+
+
+def spectrum(kernel: Tensor, image: Tensor) -> Tensor:
+    """Return what a blur leaves of each frequency of `image` (..., H, W): (H, W // 2 + 1) complex.
+
+    Raises UserError for a kernel that is larger than the picture.
+    """
+    (h, w), size = kernel.shape, image.shape[-2:]
+    if h > size[0] or w > size[1]:
+        raise UserError(f"a blur of {w}x{h} pixels", f"the picture is {size[1]}x{size[0]}")
+    padded = F.pad(doubled(kernel.to(image.device)), (0, size[1] - w, 0, size[0] - h))
+    return torch.fft.rfft2(padded.roll((-(h // 2), -(w // 2)), (0, 1)))
+
+
+def blur(image: Tensor, kernel: Tensor) -> Tensor:
+    """Return (B, C, H, W) blurred by a kernel (h, w); the picture goes on at its other side."""
+    frequencies = torch.fft.rfft2(doubled(image)) * spectrum(kernel, image)
+    return torch.fft.irfft2(frequencies, s=image.shape[-2:]).to(image.dtype)
+
+
+def gaussian_kernel(sigma: float) -> Tensor:
+    """Return the kernel of a Gaussian blur of `sigma` pixels, out to 3 sigma."""
+    reach = max(1, math.ceil(3 * sigma))
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / sigma) ** 2)
+    return torch.outer(weights, weights) / weights.sum() ** 2
+
+
+def motion_kernel(length: float, angle: float) -> Tensor:
+    """Return the kernel of a straight motion of `length` pixels, `angle` degrees up from the right.
+
+    The way is walked in small steps, each shared by the four pixels around it.
+    """
+    reach = max(1, math.ceil(length / 2))
+    kernel = torch.zeros(2 * reach + 1, 2 * reach + 1, dtype=torch.float64)
+    steps = max(2, math.ceil(16 * length))
+    for step in range(steps):
+        way = length * ((step + 0.5) / steps - 0.5)
+        x = reach + way * math.cos(math.radians(angle))
+        y = reach - way * math.sin(math.radians(angle))
+        for row in (math.floor(y), math.floor(y) + 1):
+            for column in (math.floor(x), math.floor(x) + 1):
+                share = (1 - abs(y - row)) * (1 - abs(x - column))
+                if share > 0:
+                    kernel[row, column] += share
+    return kernel / kernel.sum()
+
+
 def stroke(painting: Tensor) -> Edit:
     """Return the edit that starts from a rough painting (B, C, H, W) and pins nothing.
 

@@ -5,7 +5,7 @@ Shapes, everywhere:
     x, x0, noise   (B, C, H, W)  float; images are in [-1, 1]; H and W need not be equal
     sigma          (B,)          noise level; float64 where it comes from a grid
     sigma_to       (B,)          noise level that a flow map jumps to, or None
-    labels         (B,)          int64 class indices, or None
+    labels         (B,)          int64 class indices, NO_CLASS where none is known; or None
     loss           (B,)          one value per image
 """
 
@@ -15,6 +15,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
+
+NO_CLASS = -1
+"""The label of an image whose class a conditional network is not told."""
 
 
 class Denoiser(Protocol):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cmtool.core.rng import keyed_generator
 from cmtool.core.tensors import to_device
+from cmtool.core.types import NO_CLASS
 from cmtool.data.datasets import Dataset, Images
 from cmtool.data.images import from_uint8
 from cmtool.errors import InputError, ResourceError
@@ -33,6 +34,7 @@ def batches(
     seed: int,
     device: str,
     flip: bool = False,
+    label_dropout: float = 0.0,
     workers: int = 0,
     timeout: float = WORKER_TIMEOUT,
     rank: int = 0,
@@ -41,10 +43,11 @@ def batches(
     """Return the function that gives each microbatch: x0 (batch / shards, C, H, W), labels or None.
 
     Each epoch has a permutation that is a function of (seed, epoch), and the images that `flip`
-    mirrors are a function of (seed, step, shard): a resumed or differently split run sees the same
-    images at the same steps. `workers` processes decode ahead for the shards of this `rank`, as
-    long as steps are asked for in order. Raises InputError for a batch that the shards do not
-    divide, and later ResourceError for a worker that died or hangs for `timeout` seconds.
+    mirrors, or that lose their label by `label_dropout`, are a function of (seed, step, shard): a
+    resumed or differently split run sees the same images at the same steps. `workers` processes
+    decode ahead for the shards of this `rank`, as long as steps are asked for in order. Raises
+    InputError for a batch that the shards do not divide, and later ResourceError for a worker that
+    died or hangs for `timeout` seconds.
     """
     if batch % shards:
         what = f"a batch of {batch} cannot be split into {shards} equal parts"
@@ -54,7 +57,7 @@ def batches(
     elif isinstance(data.images, Tensor):  # in memory, so on the GPU
         labels = None if data.labels is None else data.labels.to(device)
         data = replace(data, images=data.images.to(device), labels=labels)
-    pick = Picker(data, batch, batch // shards, seed, flip)
+    pick = Picker(data, batch, batch // shards, seed, flip, label_dropout)
     fetch: BatchFn = pick
     if workers and not isinstance(data.images, Tensor):
         fetch = PickerAhead(pick, workers, range(rank, shards, world_size), timeout)
@@ -76,6 +79,7 @@ class Picker:
     size: int
     seed: int
     flip: bool
+    label_dropout: float
 
     def __call__(self, step: int, shard: int) -> tuple[Tensor, Tensor | None]:
         """Return one microbatch, on the device where the images are."""
@@ -90,7 +94,15 @@ class Picker:
             mirrored = torch.rand(len(found), generator=generator) < 0.5
             mirrored = to_device(mirrored, str(found.device))[:, None, None, None]
             found = torch.where(mirrored, found.flip(3), found)
-        return found, None if labels is None else labels[index]
+        return found, None if labels is None else self.some(labels[index], step, shard)
+
+    def some(self, labels: Tensor, step: int, shard: int) -> Tensor:
+        """Return labels (B,) with a share of them, `label_dropout`, replaced by NO_CLASS."""
+        if not self.label_dropout:
+            return labels
+        generator = keyed_generator("label dropout", self.seed, step, shard)
+        dropped = torch.rand(len(labels), generator=generator) < self.label_dropout
+        return labels.masked_fill(to_device(dropped, str(labels.device)), NO_CLASS)
 
 
 def epoch_indices(count: int, seed: int, first: int, size: int) -> Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmtool.data import emoji as bundled_emoji
 from cmtool.data.decoding import WHITE, check_background
 from cmtool.data.entries import Labels
 from cmtool.data.labels import RULES, no_column, unnamed
@@ -25,6 +26,7 @@ from cmtool.errors import InputError, nearest
 from cmtool.system.files import expanded
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
+SPLITS = ("train", "held-out")
 COLOURINGS = 8
 HELD_OUT_EVERY = 5
 MAX_IN_MEMORY = 256 << 20
@@ -98,14 +100,13 @@ def digits(split: str = "train") -> Dataset:
     fifth of each class is held out. Each appears in 8 colourings, first all digits in their first
     colouring, then all in their second. Colours are a function of digit and colouring alone.
     """
-    if split not in ("train", "held-out"):
-        raise InputError(f"no split {split!r} of the digits", nearest(split, ["train", "held-out"]))
+    held_out_only = _is_held_out("digits", split)
     with np.load(DIGITS) as stored:
         ink_amount, labels = stored["images"], stored["labels"]
     index = np.arange(len(labels))
     rank = np.array([np.sum(labels[:i] == label) for i, label in enumerate(labels)])  # in class
     held_out = rank % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    chosen = index[held_out if split == "held-out" else ~held_out]
+    chosen = index[held_out if held_out_only else ~held_out]
     parts = []
     for colouring in range(COLOURINGS):
         colours = np.array([_colours(int(i) + colouring * len(labels)) for i in chosen])
@@ -116,6 +117,26 @@ def digits(split: str = "train") -> Dataset:
     repeated = torch.from_numpy(np.tile(labels[chosen], COLOURINGS).astype(np.int64))
     names = tuple(map(str, range(10)))
     return Dataset(f"digits:{split}", images, repeated, num_classes=10, class_names=names)
+
+
+def emoji(split: str = "train") -> Dataset:
+    """Return the bundled emoji as 32x32 RGB pictures on white, `split` train or held-out.
+
+    3,781 emoji as drawn for Noto Emoji (Google, Apache-2.0), then as drawn for Twemoji (Twitter and
+    other contributors, CC BY 4.0); classes are their nine categories. Every eighth base emoji of a
+    category is held out, with all its skin tones.
+    """
+    images, labels, names = bundled_emoji.read(_is_held_out("emoji", split))
+    name = f"emoji:{split}"
+    pictures = torch.from_numpy(images)
+    return Dataset(name, pictures, torch.from_numpy(labels), len(names), class_names=names)
+
+
+def _is_held_out(name: str, split: str) -> bool:
+    """Return whether a split is the one held out. Raises InputError if it is no split."""
+    if split not in SPLITS:
+        raise InputError(f"no split {split!r} of the {name}", nearest(split, SPLITS))
+    return split == "held-out"
 
 
 def _colours(index: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -234,4 +255,4 @@ def listed_images(paths: Sequence[str]) -> Dataset:
     return Dataset(name, images, None, 0, images.entries.fingerprint)
 
 
-DATASETS: dict[str, Callable[[str], Dataset]] = {"digits": digits}
+DATASETS: dict[str, Callable[[str], Dataset]] = {"digits": digits, "emoji": emoji}

@@ -100,6 +100,19 @@ def read_mask(path: Path) -> Tensor:
     return turn(found).contiguous()
 
 
+def read_kernel(path: Path) -> Tensor:
+    """Return the kernel (h, w) float64 of a blur, a grey picture of odd sides, of sum 1.
+
+    Raises InputError as `read_image` does, and for a picture that is no kernel.
+    """
+    weights = read_image(path, mode="L", background="black")[0].double()
+    h, w = weights.shape
+    if not (h % 2 and w % 2 and weights.any()):
+        what = f"{path} is no kernel of a blur"
+        raise InputError(what, "give a picture of odd width and height, white on black")
+    return weights / weights.sum()
+
+
 def image_mode(source: Path | bytes, name: str = "") -> str:
     """Return how an image file stores its pixels: RGB, L, P, CMYK, I;16 ..., "rotated" by EXIF."""
     return _use_image(

@@ -21,13 +21,12 @@ from torch.nn import functional as F
 from cmtool.core.tensors import precise
 from cmtool.data.images import from_uint8
 from cmtool.errors import InputError, MissingError, UserError, nearest
+from cmtool.evaluation.bundled import FEATURES, bundled_extractor, load_features
 from cmtool.evaluation.extractor import Extractor, loaded_script
 from cmtool.evaluation.inception import WIDTH, clean_resized, folded, tf_resized
 from cmtool.evaluation.own import Own, own_extractor
 from cmtool.evaluation.takes import Takes
 from cmtool.evaluation.vit import clip_image, dinov2
-from cmtool.formats.native import read_weights
-from cmtool.models import ASSETS
 from cmtool.system.devices import autocast, full_float32, on_device
 from cmtool.system.files import file_sha256
 from cmtool.weights import PUBLISHED, Published
@@ -37,44 +36,6 @@ CLEAN_FID_MODES: dict[str, str] = {"clean": "clean", "tf": "legacy_tensorflow"}
 VGG_WIDTH = 4096
 PIXELS_SIDE = 8
 AGREEMENT = 1e-3  # how far folded features may be from the file's own, relative to their norm
-
-
-class DigitsFeatures(nn.Module):
-    """The classifier whose last hidden layer is the feature space of `fd-digits`.
-
-    It learned the class and the colours of paper and ink together, so that the features see both
-    shape and colour. From features, `classes` makes logits, `colours` 6 values in [-1, 1].
-    """
-
-    WIDTH = 64
-
-    def __init__(self) -> None:
-        super().__init__()
-        convs = (nn.Conv2d(a, b, 3, s, 1) for a, b, s in ((3, 24, 1), (24, 48, 2), (48, 64, 1)))
-        layers: list[nn.Module] = [layer for conv in convs for layer in (conv, nn.SiLU())]
-        layers += nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, self.WIDTH), nn.SiLU()
-        self.layers = nn.Sequential(*layers)
-        self.classes = nn.Linear(self.WIDTH, 10)
-        self.colours = nn.Linear(self.WIDTH, 6)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return features (B, 64) of images (B, 3, 8, 8) in [-1, 1]. Raises InputError."""
-        if images.shape[1:] != (3, 8, 8):
-            c, h, w = images.shape[1:]
-            what = f"fd-digits needs RGB images of 8x8, not {w}x{h} with {c} channels"
-            hint = "it compares with the bundled digits only: give --reference, or --protocol edm"
-            raise InputError(what, hint)
-        features: Tensor = self.layers(images)
-        return features
-
-
-def digits_extractor(network: DigitsFeatures, sha256: str, device: str = "cpu") -> Extractor:
-    """Return the features of fd-digits."""
-    network = network.to(device).eval()
-    return Extractor(
-        "digits-features", sha256, network.WIDTH, lambda images: network(from_uint8(images)),
-        network.classes, 256, device,
-    )  # fmt: skip
 
 
 def pixels_extractor(device: str = "cpu") -> Extractor:
@@ -203,21 +164,13 @@ def _agree(network: nn.Module, script: Any) -> bool:
     return bool((ours - theirs).norm() <= AGREEMENT * theirs.norm())
 
 
-def load_digits_features() -> tuple[DigitsFeatures, str]:
-    """Return the bundled feature network of fd-digits, and the hash of its file."""
-    file = ASSETS / "digits-features.safetensors"
-    network = DigitsFeatures().eval().requires_grad_(False)
-    network.load_state_dict({name: t.float() for name, t in read_weights(file).items()})
-    return network, file_sha256(file)
-
-
 class Protocol(NamedTuple):
     """How images become features: the network, and its resize rule.
 
     `metric` is the only metric that takes them, `shape` (C, H, W) the only shape of the images.
     """
 
-    network: Literal["clip", "digits", "dinov2", "inception", "own", "pixels", "vgg16"]
+    network: Literal["clip", "digits", "dinov2", "emoji", "inception", "own", "pixels", "vgg16"]
     resize: Resize | None = None
     metric: str | None = None
     shape: tuple[int, int, int] | None = None
@@ -230,6 +183,7 @@ PROTOCOLS = {
     "digits": Protocol("digits", shape=(3, 8, 8)),  # the classifier of the bundled digits, 8x8
     "dinov2": Protocol("dinov2"),  # DINOv2's ViT-L/14, as EDM2 and ECT report FD-DINOv2
     "edm": Protocol("inception", "tf"),  # EDM's fid.py
+    "emoji": Protocol("emoji", shape=(3, 32, 32)),  # the classifier of the bundled emoji, 32x32
     "legacy-tf": Protocol("inception", "tf"),  # clean-fid's legacy_tensorflow, as the JAX release
     "own": Protocol("own"),  # a network of the user's own, which --features names
     "pixels": Protocol("pixels"),  # the pixels of the image at 8x8: no weights, and no fine detail
@@ -298,13 +252,13 @@ def build_extractor(
         raise UserError(f"--features with --protocol {protocol}", "leave --protocol out")
     if network == "own":
         raise UserError("--protocol own names no network", "give its file: --features FILE.pt")
-    if network in ("digits", "pixels"):
+    if network in (*FEATURES, "pixels"):
         if file is not None or trust:
             what = f"--feature-weights or --trust with --protocol {protocol}, which needs no file"
             raise UserError(what, "leave them out, or choose another --protocol")
         if network == "pixels":
             return pixels_extractor(device)
-        return digits_extractor(*load_digits_features(), device)
+        return bundled_extractor(*load_features(network), device)
     wanted = {"inception": INCEPTION, "vgg16": VGG16, "dinov2": DINOV2, "clip": CLIP}[network]
     path = find_file(wanted, file, trust)
     sha256 = file_sha256(path)

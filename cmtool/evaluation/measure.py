@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +22,9 @@ from cmtool.evaluation import cross_check
 from cmtool.evaluation.features import PROTOCOLS, build_extractor
 from cmtool.evaluation.metrics import GAUSSIAN, METRICS, Features, Metric, Needs, Values
 from cmtool.evaluation.own import Own
+from cmtool.evaluation.request import ModelImages, Request, Source, facts_of, with_reference
 from cmtool.evaluation.sets import (
     Given,
-    OnProgress,
     Opened,
     Setup,
     Statistics,
@@ -34,53 +33,11 @@ from cmtool.evaluation.sets import (
     open_set,
     save_features,
 )
-from cmtool.models import Model
 from cmtool.presets.schema import Card
 from cmtool.sampling import OnDrawn, Plan, generate
 from cmtool.system.dist import ALONE, Group
 
 PUBLISHED_NUM = 50_000  # images that published numbers are of; a number of fewer is a proxy
-
-
-class ModelImages(NamedTuple):
-    """The images that a model draws from `num` seeds; another run takes the next `num` seeds."""
-
-    model: Model
-    plan: Plan
-    num: int
-    first_seed: int = 0
-
-
-Source = Opened | ModelImages
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to measure, against what, and how.
-
-    `images` may be a function, which is called after the weights of the feature network are found.
-    `protocol` None is the usual one for the reference. `num` and `reference_num` None are all.
-    `features` is a feature network of the user's own, and `features_input` what it takes.
-    """
-
-    images: Given | Callable[[], Given | ModelImages]
-    metric: str = "fid"
-    reference: Given = "digits"
-    protocol: str | None = None
-    num: int | None = None
-    reference_num: int | None = None
-    runs: int = 1
-    cross_check: bool = False
-    feature_weights: Path | None = None
-    features: Path | None = None
-    features_input: str = ""
-    trust: bool = False
-    feature_precision: str = "fp32"
-    batch: int = 256
-    workers: int = 0
-    device: str = "cpu"
-    group: Group = ALONE
-    progress: OnProgress | None = None
 
 
 class Result(NamedTuple):
@@ -129,6 +86,9 @@ def measure(request: Request) -> Result:
     if request.metric not in METRICS:
         raise UserError(f"metric {request.metric!r}", nearest(request.metric, METRICS))
     row = METRICS[request.metric]
+    if request.reference is None:
+        request = with_reference(request)
+    assert request.reference is not None
     compared = open_set(request.reference) if any(row.reference) else None
     setup = build_setup(request, compared)
     given = request.images() if callable(request.images) else request.images
@@ -155,34 +115,6 @@ def measure(request: Request) -> Result:
     return result
 
 
-def facts_of(
-    request: Request, setup: Setup, images: Source, reference: Opened | None
-) -> dict[str, Any]:
-    """Return what must be the same in all processes of a measurement."""
-    same = ("metric", "num", "reference_num", "runs", "cross_check", "feature_precision", "batch")
-    about: dict[str, Any] = {"images": None if isinstance(images, ModelImages) else _mark(images)}
-    if isinstance(images, ModelImages):
-        model, chosen = images.model, images.plan
-        about = {
-            "model": model.sha256, "kind": model.kind, "sigmas": list(chosen.sigmas),
-            "sampler": chosen.sampler.model_dump(mode="json"), "precision": chosen.precision,
-            "images": [images.num, images.first_seed],
-        }  # fmt: skip
-    options = {f"--{key.replace('_', '-')}": getattr(request, key) for key in same}
-    chosen_features = {"--protocol": setup.protocol, "features": setup.extractor.facts}
-    return {**options, **chosen_features, "--reference": _mark(reference), **about}
-
-
-def _mark(opened: Opened | None) -> list[Any] | None:
-    """Return what tells a set, or statistics, from another at no cost."""
-    if opened is None:
-        return None
-    if isinstance(opened, Statistics):
-        found = opened.gaussian
-        return [found.num, float(found.mean.sum())] if found else []
-    return [len(opened), opened.known_hash]
-
-
 def save_reference(path: Path, request: Request, *, keep_features: bool) -> int:
     """Write statistics of images, or the single features too; return the number of images."""
     assert not callable(request.images)
@@ -199,8 +131,8 @@ def build_setup(request: Request, reference: Opened | None) -> Setup:
     if isinstance(reference, Statistics):
         usual = str(reference.about.get("protocol", "edm"))
     else:
-        is_bundled = reference is not None and reference.name.partition(":")[0] in DATASETS
-        usual = "digits" if is_bundled else "edm"
+        known = "" if reference is None else reference.name.partition(":")[0]
+        usual = known if known in DATASETS else "edm"
     protocol = request.protocol or usual
     if request.features is not None and request.protocol is None:
         protocol = "own"
@@ -384,7 +316,7 @@ def _notes(row: Metric, content: dict[str, Any], setup: Setup, num: int, few: in
         few_images = f"note: {few} images are no more than the {extractor.width} features"
         why = "the covariance is singular, and the distance is mostly that of few images"
         notes.append(f"{few_images}: {why}")
-    if content["proxy"] and setup.protocol != "digits":
+    if content["proxy"] and setup.protocol not in DATASETS:
         notes.append("note: published numbers are of 50,000 images; of fewer they are a proxy")
     asked, used = (each.get("kid", each) for each in (row.settings, content["settings"]))
     if asked.get("size") != used.get("size"):

@@ -244,8 +244,8 @@ METRICS: dict[str, Metric] = {
     "fid": Metric(
         fid, ("fid",), GAUSSIAN, GAUSSIAN, lowest_is_best=True,
         names={
-            "clip": "fd-clip", "digits": "fd-digits", "dinov2": "fd-dinov2", "own": "fd-own",
-            "pixels": "fd-pixels",
+            "clip": "fd-clip", "digits": "fd-digits", "dinov2": "fd-dinov2",
+            "emoji": "fd-emoji", "own": "fd-own", "pixels": "fd-pixels",
         },
         help="""Print the Frechet distance between images and a reference, as one JSON object.
 

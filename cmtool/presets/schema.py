@@ -142,6 +142,13 @@ class DataSection(Section):
         "white", description="colour under transparent parts: a name, or #rrggbb"
     )
     flip: bool = Field(False, description="mirror half of the images at random")
+    label_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of images whose class the network is not told, so that it learns images"
+        " of no class too",
+    )
     held_out: Annotated[float, Field(gt=0, lt=1)] | str | None = Field(
         None,
         description="images that training does not see, for run.eval_metric = loss: a share of the"

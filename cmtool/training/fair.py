@@ -78,6 +78,7 @@ def shared_layers(terms: Terms) -> Layers:
             "data.fit": data.fit if is_theirs or data.fit != "exact" else "adm",
             "data.background": data.background,
             "data.flip": data.flip,
+            "data.label_dropout": data.label_dropout,
             "train.batch": own.train.batch,
         }
     }
@@ -116,7 +117,7 @@ def lap_times(terms: Terms, presets: Mapping[str, Preset]) -> dict[str, float]:
 
 
 def picked_protocol(asked: str | None, preset: Preset) -> str:
-    """Return the protocol: the user's, else digits for the bundled digits and pixels for others.
+    """Return the protocol: the user's, else that of bundled data, else pixels.
 
     Raises UserError for one that is unknown, or is not for these images.
     """
@@ -125,8 +126,8 @@ def picked_protocol(asked: str | None, preset: Preset) -> str:
     good = [n for n, row in rows if row.metric in (None, METRIC) and row.network != "own"]
     good = [name for name in good if PROTOCOLS[name].shape in (None, shape)]
     if asked is None:
-        is_bundled = preset.data.path.partition(":")[0] in DATASETS
-        return "digits" if is_bundled and "digits" in good else "pixels"
+        known = preset.data.path.partition(":")[0]
+        return known if known in DATASETS and known in good else "pixels"
     if asked not in good:
         what = f"--protocol {asked!r} for images of {shape[2]}x{shape[1]}"
         raise UserError(what, nearest(asked, good))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cmtool.core.methods import METHODS
+from cmtool.data.datasets import DATASETS
 from cmtool.errors import UserError
 from cmtool.presets.build import needs_teacher
 from cmtool.presets.schema import Preset
@@ -84,7 +85,7 @@ def next_commands(out: Path, preset: Preset | None, status: Status | None) -> li
         return [Command("Go on with it", f"cmtool {command} --resume --out {run}")]
     if status.state != "done":
         return []
-    is_own = preset.data.path.partition(":")[0] != "digits"
+    is_own = preset.data.path.partition(":")[0] not in DATASETS
     data = shlex.quote(preset.data.path)
     picture, morph = (shlex.quote(f"{out.resolve().name}.{end}") for end in ("png", "gif"))
     reference = f" --reference {data}" if is_own else ""

@@ -192,6 +192,7 @@ def teacher_layers(preset: str, teacher: Model) -> Layers:
             "data.fit": "adm" if theirs.data.fit == "exact" else theirs.data.fit,
             "data.background": theirs.data.background,
             "data.flip": theirs.data.flip,
+            "data.label_dropout": theirs.data.label_dropout,
             "train.batch": theirs.train.batch,
             "train.lr": lr * min(theirs.train.lr / packaged_value("edm", "train.lr"), 1.0) * small,
         }

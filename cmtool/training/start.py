@@ -247,7 +247,8 @@ def set_up(
             watcher.note(f"new, not from {init.source}: {left}")
     images = batches(
         data, batch=preset.train.batch, shards=preset.train.accumulate * group.world_size,
-        seed=preset.train.seed, device=device, flip=preset.data.flip, workers=preset.data.workers,
+        seed=preset.train.seed, device=device, flip=preset.data.flip,
+        label_dropout=preset.data.label_dropout, workers=preset.data.workers,
         timeout=preset.data.timeout, rank=group.rank, world_size=group.world_size,
     )  # fmt: skip
     microbatch = build_source(preset, images, guide)

@@ -1,4 +1,4 @@
-"""Bundle a finished run: `python -m cmtool.assets.bundle runs/teacher digits-edm OUT.safetensors`.
+"""Bundle a finished run: `python -m tests.assets.bundle runs/teacher digits-edm OUT.safetensors`.
 
 Its kept weights go into one file in half precision, with what run.json says of how they were made.
 How to sample it is taken from the preset named, as good levels are found after training.

@@ -8,13 +8,18 @@ from hypothesis import strategies as st
 from cmtool.cli.edit import EDITS
 from cmtool.core.edits import (
     block_means,
+    blur,
     colorize,
+    deblur,
     denoise,
     estimate_sigma,
+    gaussian_kernel,
     inpaint,
     interpolate,
     luma,
+    motion_kernel,
     none_at_first,
+    spectrum,
     stroke,
     superres,
 )
@@ -42,8 +47,23 @@ def of_nothing(reference, factor, known):
     return stroke(reference), lambda x: x[:0], reference[:0]
 
 
+def of_deblur(reference, factor, known):
+    kernel = gaussian_kernel(0.3 * factor)[1:-1, 1:-1]
+    h, w = reference.shape[-2:]
+    if kernel.shape[0] > min(h, w):
+        kernel = torch.ones(1, 1)
+    share = spectrum(kernel / kernel.sum(), reference)
+
+    def kept(x):
+        return torch.view_as_real(torch.fft.rfft2(x) * (share.abs() >= 0.1))
+
+    kernel = kernel / kernel.sum()
+    return deblur(blur(reference, kernel), kernel), kept, kept(reference)
+
+
 KEEPS = {"inpaint": of_inpaint, "superres": of_superres, "colorize": of_colorize,
-         "stroke": of_nothing, "denoise": of_nothing}  # fmt: skip
+         "deblur": of_deblur, "stroke": of_nothing, "denoise": of_nothing,
+         "variations": of_nothing, "outpaint": of_inpaint}  # fmt: skip
 
 
 def test_every_edit_is_tested():
@@ -69,7 +89,7 @@ def test_projection_is_idempotent_affine_and_keeps_what_was_given(name, h, w, b,
     torch.testing.assert_close(kept(edit.init), given_)
 
 
-@pytest.mark.parametrize("name", KEEPS)
+@pytest.mark.parametrize("name", KEEPS.keys() - {"deblur"})
 @settings(max_examples=40, deadline=None)
 @given(h=st.integers(1, 5), w=st.integers(1, 5), f=st.integers(1, 4), seed=st.integers(0, 99))
 def test_the_answer_lies_in_range_and_keeps_what_was_given_to_half_a_level(name, h, w, f, seed):
@@ -97,6 +117,41 @@ def test_the_answer_is_the_nearest_that_keeps_what_was_given():
     best = float((answer - x).square().sum())
     assert best <= float(gaps.min()) + 1e-9
     assert best == pytest.approx(float(gaps.min()), rel=0.02)
+
+
+def test_a_blur_is_that_of_a_convolution_that_goes_on_at_the_other_side():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 9, 8, generator=g, dtype=torch.float64)
+    for kernel in (gaussian_kernel(0.7), motion_kernel(3.0, 30.0)):
+        h, w = kernel.shape
+        around = torch.nn.functional.pad(x, (w // 2,) * 2 + (h // 2,) * 2, mode="circular")
+        weights = kernel.flip(0, 1).expand(3, 1, h, w)
+        expected = torch.nn.functional.conv2d(around, weights, groups=3)
+        torch.testing.assert_close(blur(x, kernel), expected)
+        assert float(kernel.sum()) == pytest.approx(1)
+
+
+def test_a_motion_is_as_long_and_as_steep_as_it_says():
+    kernel = motion_kernel(9.0, 30.0)
+    rows, columns = torch.meshgrid(*(torch.arange(n) - n // 2 for n in kernel.shape), indexing="ij")
+    mean = [float((kernel * axis).sum()) for axis in (rows, columns)]
+    assert mean == pytest.approx([0, 0], abs=1e-9)
+    spread = float((kernel * (rows**2 + columns**2)).sum())
+    assert spread == pytest.approx(9.0**2 / 12, rel=0.05)
+    assert float((kernel * rows * columns).sum()) < 0  # up to the right
+    steep = float((kernel * rows**2).sum() / (kernel * columns**2).sum())
+    assert steep == pytest.approx(1 / 3, abs=0.05)
+    assert float(motion_kernel(1e-9, 0)[1, 1]) == pytest.approx(1)
+
+
+def test_what_a_blur_left_too_little_of_is_not_blown_up():
+    kernel, g = gaussian_kernel(1.5), torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, 16, 16, generator=g)
+    noise = 0.01 * torch.randn(1, 3, 16, 16, generator=g)
+    clean, noisy = (deblur(blur(x, kernel) + n, kernel).init for n in (0 * noise, noise))
+    assert float((noisy - clean).square().mean().sqrt()) < 0.1
+    with pytest.raises(UserError, match="blur of 11x11 pixels"):
+        deblur(torch.zeros(1, 3, 9, 30), kernel)
 
 
 def test_colours_orthogonal_to_the_luma_are_free():

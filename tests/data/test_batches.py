@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from cmtool.core.types import NO_CLASS
 from cmtool.data.batches import batches
 from cmtool.data.datasets import Dataset, digits, load_dataset
 from cmtool.data.drawing import png_bytes
@@ -77,6 +78,20 @@ def test_images_kept_on_a_gpu_are_those_kept_in_memory(flip):
             for a, b in zip(here(step, shard), there(step, shard), strict=True):
                 assert b.is_cuda
                 assert torch.equal(a, b.cpu())
+
+
+def test_a_share_of_the_labels_is_dropped_and_the_others_stay():
+    given = {"batch": 4096, "seed": 0, "device": "cpu"}
+    plain = batches(digits(), shards=2, **given)
+    some = batches(digits(), shards=2, label_dropout=0.1, **given)
+    for step in (0, 7):
+        before, after = (torch.cat([f(step, shard)[1] for shard in (0, 1)]) for f in (plain, some))
+        dropped = after == NO_CLASS
+        assert torch.equal(after[~dropped], before[~dropped])
+        assert float(dropped.float().mean()) == pytest.approx(0.1, abs=5 * 0.3 / 64)
+        halves = dropped.view(2, -1)
+        assert not torch.equal(halves[0], halves[1])
+    assert torch.equal(plain(3, 1)[0], some(3, 1)[0])
 
 
 def test_half_of_the_images_are_mirrored_from_left_to_right():

@@ -8,10 +8,9 @@ from torch import nn
 
 from cmtool.data.images import from_uint8
 from cmtool.errors import InputError, MissingError, UserError
+from cmtool.evaluation.bundled import DigitsFeatures, bundled_extractor
 from cmtool.evaluation.features import (
-    DigitsFeatures,
     build_extractor,
-    digits_extractor,
     inception_extractor,
     vgg16_extractor,
 )
@@ -37,7 +36,7 @@ def close(a, b, tolerance=1e-5):
 def test_digits_features_have_their_width_and_refuse_other_sizes():
     network = DigitsFeatures().eval()
     assert network(torch.zeros(5, 3, 8, 8)).shape == (5, DigitsFeatures.WIDTH)
-    extractor = digits_extractor(network, "")
+    extractor = bundled_extractor(network, "")
     assert extractor(pictures(300, 8)).shape == (300, DigitsFeatures.WIDTH)
     grey = pictures(2, 8)[:, :1]
     torch.testing.assert_close(extractor(grey), extractor(grey.expand(-1, 3, -1, -1)))
@@ -65,7 +64,7 @@ def test_digits_features_are_of_images_from_minus_one_to_one():
     network, images = DigitsFeatures().eval(), pictures(3, 8)
     with torch.no_grad():
         expected = network(images / 127.5 - 1)
-    torch.testing.assert_close(digits_extractor(network, "")(images), expected)
+    torch.testing.assert_close(bundled_extractor(network, "")(images), expected)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -172,7 +171,7 @@ def test_features_of_an_image_depend_on_no_other(published, chunk):
 
 
 def test_digits_features_of_an_image_depend_on_no_other():
-    extractor = digits_extractor(DigitsFeatures().eval(), "")
+    extractor = bundled_extractor(DigitsFeatures().eval(), "")
     images = pictures(600, 8)
     order = torch.randperm(600, generator=torch.Generator().manual_seed(0))
     assert torch.equal(extractor(images)[order], extractor(images[order]))

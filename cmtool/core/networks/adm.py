@@ -22,6 +22,7 @@ from cmtool.core.networks.layers import (
     check_options,
     check_size,
     checkpointed,
+    class_embedding,
     downsampled,
     sinusoidal_embedding,
     upsampled,
@@ -273,7 +274,7 @@ class Adm(nn.Module):
             emb = torch.cat([emb, sinusoidal_embedding(noise_label - label_to, width)], dim=1)
         emb = self.time_embed(emb)
         if labels is not None:
-            emb = emb + self.label_emb(labels)
+            emb = emb + class_embedding(self.label_emb, labels)
         emb = F.silu(emb)
         h = x
         skips = []

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cmtool.core.networks.cpu.attention import attend
 from cmtool.core.networks.cpu.normalise import is_channels_last, normalised, whole
+from cmtool.core.types import NO_CLASS
 from cmtool.errors import InputError
 
 MAX_BLOCKS = 64
@@ -145,11 +146,24 @@ def sinusoidal_embedding(label: Tensor, dim: int, *, end_point: bool = False) ->
 def one_hot(labels: Tensor | None, num_classes: int, like: Tensor) -> Tensor | None:
     """Return labels (B,) as (B, num_classes) in the dtype of `like`; None without classes.
 
-    Raises InputError for labels given to an unconditional network, and for none given to a
-    conditional one.
+    The row of NO_CLASS is zero. Raises InputError for labels given to an unconditional network, and
+    for none given to a conditional one.
     """
     check_labels(labels, num_classes)
-    return None if labels is None else F.one_hot(labels, num_classes).to(like.dtype)
+    if labels is None:
+        return None
+    return F.one_hot(labels.clamp(min=0), num_classes).to(like.dtype) * is_known(labels, like)
+
+
+def class_embedding(table: nn.Embedding, labels: Tensor) -> Tensor:
+    """Return the rows (B, dim) of a table for labels (B,); zeros for NO_CLASS."""
+    rows: Tensor = table(labels.clamp(min=0))
+    return rows * is_known(labels, rows)
+
+
+def is_known(labels: Tensor, like: Tensor) -> Tensor:
+    """Return 1 for a class and 0 for NO_CLASS, (B, 1) in the dtype of `like`."""
+    return (labels != NO_CLASS).to(like.dtype)[:, None]
 
 
 def warp(augment_labels: Tensor | None, dim: int, emb: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cmtool.core.networks.layers import check_options
+from cmtool.core.networks.layers import check_options, one_hot
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ class Mlp(nn.Module):
         features = [noise_label[:, None]]
         if label_to is not None:
             features.append(label_to[:, None])
-        if labels is not None:
-            features.append(nn.functional.one_hot(labels, self.num_classes).to(x.dtype))
+        classes = one_hot(labels, self.num_classes, x)
+        if classes is not None:
+            features.append(classes)
         planes = torch.cat(features, dim=1)[:, :, None, None].expand(-1, -1, *x.shape[-2:])
         out: Tensor = self.layers(torch.cat([x, planes], dim=1))
         return out

@@ -1,4 +1,4 @@
-"""Train the feature network of fd-digits: `python -m cmtool.assets.make_features OUT`.
+"""Train the feature network of fd-digits: `python -m tests.assets.make_digits_features OUT`.
 
 The classifier learns class and colours from the training digits, with small shifts and noise;
 the held-out digits only measure it. The same seed gives the same file on the same machine.
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from cmtool.core.rng import keyed_generator, seeded
 from cmtool.data.datasets import digits
 from cmtool.data.images import from_uint8
-from cmtool.evaluation.features import DigitsFeatures
+from cmtool.evaluation.bundled import DigitsFeatures
 from cmtool.formats.native import write_weights
 
 SEED, EPOCHS, BATCH, LR = 0, 16, 128, 2e-3
