@@ -13,7 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 ROOMS = [
     "errors", "core", "system", "weights", "hub", "formats", "data", "presets", "models",
-    "sampling", "editing", "convert", "export", "evaluation", "training", "publish", "docs",
+    "sampling", "prepared", "editing", "convert", "export", "evaluation", "training", "publish", "page", "docs",
     "assets", "cli",
 ]  # fmt: skip
 """From the ground up: a room imports those before it, and itself."""
@@ -32,6 +32,8 @@ ONE_IMPORTER = {
     "huggingface_hub": "hub.py",
     "onnxruntime": "export.py",
     "torch.utils.tensorboard": "training/trackers.py",
+    "starlette": "page/server.py",
+    "uvicorn": "page/server.py",
     "wandb": "training/trackers.py",
     "mlflow": "training/trackers.py",
 }

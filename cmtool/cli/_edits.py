@@ -20,8 +20,8 @@ from cmtool.errors import InputError, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cmtool.editing import PreparedEdit
     from cmtool.models import Model
+    from cmtool.prepared import PreparedEdit
 
 Prepare = Callable[..., "PreparedEdit"]
 """`(model, images, *, fit, name) -> PreparedEdit`, of images (1, C, H, W) in [-1, 1]."""
@@ -161,8 +161,8 @@ def edit_pictures(name: str, row: Callable[..., Prepare], options: EditOptions, 
 
     from cmtool.data.decoding import read_image
     from cmtool.data.images import from_uint8, to_uint8
-    from cmtool.editing import run_prepared
-    from cmtool.sampling import best_class, edit_plan, precision_info
+    from cmtool.prepared import provenance, run_prepared
+    from cmtool.sampling import best_class, edit_plan
 
     pictures = {source: read_image(contents[source], _shown(source)) for source in names}
     model, precision = options.load()
@@ -183,11 +183,7 @@ def edit_pictures(name: str, row: Callable[..., Prepare], options: EditOptions, 
             if label is not None:
                 say(f"{_shown(source)}: class {label} fits best; choose with --class")
         answers = to_uint8(run_prepared(edit, model, chosen, seeds, label)).cpu()
-        about = {
-            "cmtool:edit": name, "cmtool:model": model.sha256, "cmtool:weights": model.weights,
-            "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)), "cmtool:seed": str(options.seed),
-            **precision_info(chosen), **({} if label is None else {"cmtool:class": str(label)}),
-        }  # fmt: skip
+        about = provenance(name, model, chosen, options.seed, label)
         panels = [to_uint8(p[0]).cpu() for p in (edit.panels if options.compare else ())]
         output.write(names[source], answers, {} if options.no_metadata else about, panels)
 
@@ -201,7 +197,8 @@ def interpolate_between(
 
     from cmtool.data.decoding import read_image
     from cmtool.data.images import from_uint8, to_uint8
-    from cmtool.editing import between_images, between_seeds, stroke_levels
+    from cmtool.editing import between_images, between_seeds
+    from cmtool.prepared import stroke_levels
     from cmtool.sampling import edit_plan, plan, precision_info
 
     pictures = [read_image(read_input(image), image) for image in images]

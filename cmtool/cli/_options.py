@@ -256,7 +256,7 @@ def pick_model(
     from cmtool.models import load_model
 
     if checkpoint is None:
-        checkpoint = newest_run(kind) or ("digits-edm" if kind == "teacher" else "digits-cmt")
+        checkpoint = default_model(kind)
         say(f"model: {checkpoint}")
     model = load_model(
         checkpoint, weights=weights, device=device, kind=parse_kind(said), preset=preset,
@@ -298,6 +298,11 @@ def pick_plan(
     kept = own.options if name == own.name else {}
     chosen = Choice(name=name, **{**kept, **dict(map(parse_override, options or []))})
     return plan(model.preset, sampler=chosen, steps=steps, sigmas=levels)
+
+
+def default_model(kind: Kind | None = None) -> str:
+    """Return what stands in for --checkpoint: the newest finished run, or a bundled model."""
+    return newest_run(kind) or ("digits-edm" if kind == "teacher" else "digits-cmt")
 
 
 def newest_run(kind: Kind | None = None) -> str | None:

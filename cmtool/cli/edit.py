@@ -16,6 +16,7 @@ from typer import Argument, Option
 from cmtool.cli._edits import EditOptions, ModelOptions, Prepare, edit_pictures, interpolate_between
 from cmtool.cli._options import parse_seeds, with_options
 from cmtool.cli._output import say
+from cmtool.cli.page import page
 from cmtool.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cmtool.editing import PreparedEdit
     from cmtool.models import Model
+    from cmtool.prepared import PreparedEdit
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,7 +68,7 @@ def inpaint(
     def prepare(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
         from cmtool.data.decoding import read_mask
         from cmtool.data.drawing import text_mask
-        from cmtool.editing import prepare_inpaint
+        from cmtool.prepared import prepare_inpaint
 
         h, w = images.shape[2:]
         if mask is not None:
@@ -96,7 +97,7 @@ def superres(
     A picture of the model's own size counts as one that was enlarged by repeating pixels: it is
     sharpened, and the means of its blocks are kept.
     """
-    from cmtool.editing import prepare_superres
+    from cmtool.prepared import prepare_superres
 
     return partial(prepare_superres, factor=factor)
 
@@ -108,7 +109,7 @@ def colorize() -> Prepare:
 
     A picture in colour loses its colours first.
     """
-    from cmtool.editing import prepare_colorize
+    from cmtool.prepared import prepare_colorize
 
     return prepare_colorize
 
@@ -123,7 +124,7 @@ def stroke() -> Prepare:
     The edit starts from the painting with noise of the first level. A higher level leaves less of
     the painting.
     """
-    from cmtool.editing import prepare_stroke
+    from cmtool.prepared import prepare_stroke
 
     return prepare_stroke
 
@@ -145,7 +146,7 @@ def denoise(
     """  # fmt: skip
 
     def prepare(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
-        from cmtool.editing import prepare_denoise
+        from cmtool.prepared import prepare_denoise
 
         prepared = prepare_denoise(model, images, sigma, fit=fit, name=name)
         if sigma is None and prepared.levels:
@@ -183,7 +184,7 @@ def deblur(
     def prepare(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
         from cmtool.core.edits import gaussian_kernel
         from cmtool.data.decoding import read_kernel
-        from cmtool.editing import prepare_deblur
+        from cmtool.prepared import prepare_deblur
 
         if kernel is not None:
             weights = read_kernel(kernel)
@@ -223,7 +224,7 @@ def outpaint(
 
     The larger picture is made in overlapping tiles of the model's size.
     """
-    from cmtool.editing import prepare_outpaint
+    from cmtool.prepared import prepare_outpaint
 
     hint = "add --by PIXELS or --by LEFT,TOP,RIGHT,BOTTOM, for example --by 8"
     try:
@@ -248,7 +249,7 @@ def variations(
 
     `cmtool edit variations photo.png --sigma 5 --seed 3 --out other.png`
     """
-    from cmtool.editing import prepare_variations
+    from cmtool.prepared import prepare_variations
 
     return partial(prepare_variations, sigma=sigma)
 
@@ -332,3 +333,4 @@ def interpolate(
 
 
 app.command("interpolate")(with_options(interpolate, ModelOptions))
+app.command("page")(page)
