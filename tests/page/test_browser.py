@@ -14,7 +14,7 @@ from cmtool.data.decoding import read_image
 from cmtool.models import ASSETS
 from tests.page.test_server import png_header
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
