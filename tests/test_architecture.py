@@ -13,8 +13,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 ROOMS = [
     "errors", "core", "system", "weights", "hub", "formats", "data", "presets", "models",
-    "sampling", "prepared", "editing", "convert", "export", "evaluation", "training", "publish", "page", "docs",
-    "assets", "cli",
+    "sampling", "prepared", "editing", "convert", "export", "evaluation", "training", "publish",
+    "page", "docs", "assets", "cli",
 ]  # fmt: skip
 """From the ground up: a room imports those before it, and itself."""
 ONE_IMPORTER = {

@@ -34,7 +34,7 @@ def show(pictures: Sequence[Tensor]) -> None:
         return
     import torch
 
-    from cmtool.data.drawing import contact_sheet, grid, png_bytes
+    from cmtool.data.drawing import contact_sheet, grid, narrowed, png_bytes
 
     images = torch.stack([picture.cpu() for picture in pictures[:MOST]])
     protocol = image_protocol(os.environ)
@@ -79,18 +79,6 @@ def iterm(png: bytes) -> str:
 
 
 PROTOCOLS = {"kitty": kitty, "iterm": iterm}
-
-
-def narrowed(picture: np.ndarray, columns: int) -> np.ndarray:
-    """Return a picture (H, W, 3) uint8 no wider than the terminal, by means of its pixels."""
-    import numpy as np
-    from PIL import Image
-
-    h, w, _ = picture.shape
-    if w <= columns:
-        return picture
-    size = columns, max(1, round(h * columns / w))
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX))
 
 
 def _print_blocks(picture: np.ndarray) -> None:

@@ -86,3 +86,12 @@ def contact_sheet(images: Tensor) -> Tensor:
 def display_scale(size: int) -> int:
     """Return how many screen pixels one image pixel takes in pictures for people."""
     return max(1, 48 // size)
+
+
+def narrowed(picture: np.ndarray, columns: int) -> np.ndarray:
+    """Return a picture (H, W, 3) uint8 of at most so many columns, by means of its pixels."""
+    h, w, _ = picture.shape
+    if w <= columns:
+        return picture
+    size = columns, max(1, round(h * columns / w))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX))

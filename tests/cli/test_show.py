@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from cmtool.cli import _show
-from cmtool.data.drawing import contact_sheet, png_bytes
+from cmtool.data.drawing import contact_sheet, narrowed, png_bytes
 
 
 class Terminal(io.StringIO):
@@ -62,8 +62,8 @@ def test_half_blocks_are_the_pixels(terminal, pictures):
 
 def test_a_picture_that_is_too_wide_is_narrowed():
     wide = np.arange(4 * 12 * 3, dtype=np.uint8).reshape(4, 12, 3)
-    assert _show.narrowed(wide, 12) is wide
-    small = _show.narrowed(wide, 6)
+    assert narrowed(wide, 12) is wide
+    small = narrowed(wide, 6)
     assert small.shape == (2, 6, 3)
     assert abs(int(small[0, 0, 0]) - wide[:2, :2, 0].mean()) <= 1
 
