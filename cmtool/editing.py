@@ -54,14 +54,15 @@ def inpaint(
 
 
 def superres(
-    model: Model, image: Tensor, factor: int = 2, *, steps: int | None = None,
+    model: Model, image: Tensor, factor: int = 2, *, noise: float = 0.0, steps: int | None = None,
     sigmas: Sigmas = None, label: int | None = None, seed: int = 0, fit: str = "exact",
 ) -> Tensor:  # fmt: skip
     """Return the image `factor` times as large; the means of the answer's blocks are its pixels.
 
-    An image of the model's own size is sharpened: the means of its own blocks are kept.
+    An image of the model's own size is sharpened: the means of its own blocks are kept. `noise` is
+    the deviation of white noise in the image, which the answer has not.
     """
-    prepare = partial(prepare_superres, factor=factor)
+    prepare = partial(prepare_superres, factor=factor, noise=noise)
     return _edit(model, prepare, (image,), steps, sigmas, label, seed, fit)
 
 
@@ -95,14 +96,14 @@ def denoise(
 
 
 def deblur(
-    model: Model, image: Tensor, kernel: Tensor, *, steps: int | None = None,
+    model: Model, image: Tensor, kernel: Tensor, *, noise: float = 0.0, steps: int | None = None,
     sigmas: Sigmas = None, label: int | None = None, seed: int = 0, fit: str = "exact",
 ) -> Tensor:  # fmt: skip
     """Return the image without the blur of a kernel (h, w), odd sides: its frequencies stay.
 
-    `cmtool.core.edits` has gaussian_kernel and motion_kernel.
+    `noise` is as in superres. `cmtool.core.edits` has gaussian_kernel and motion_kernel.
     """
-    prepare = partial(prepare_deblur, kernel=kernel)
+    prepare = partial(prepare_deblur, kernel=kernel, noise=noise)
     return _edit(model, prepare, (image,), steps, sigmas, label, seed, fit)
 
 

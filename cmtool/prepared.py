@@ -55,13 +55,15 @@ def prepare_inpaint(
 
 
 def prepare_superres(
-    model: Model, images: Tensor, factor: int, *, fit: str, name: str
+    model: Model, images: Tensor, factor: int, noise: float = 0.0, *, fit: str, name: str
 ) -> PreparedEdit:
     """Return the edit that enlarges images `factor` times.
 
     Images that have the model's size already count as enlarged by repeating: their block means are
-    kept. Raises UserError for a factor that does not divide the model's size.
+    kept. `noise` is the deviation of the noise in them. Raises UserError for a factor that does not
+    divide the model's size, and for a noise that is none.
     """
+    _check_noise(noise)
     size = model.preset.model.image_size
     if factor < 2:
         raise UserError(f"--factor {factor} enlarges nothing", "give 2 or more")
@@ -75,7 +77,7 @@ def prepare_superres(
         shown = f"{name}, to be enlarged {factor} times,"
         small, low = on_canvas(model, images, fit, shown, small_size)
         large = small.scaled(factor)
-    edit = edits.superres(low, factor)
+    edit = edits.superres(low, factor, noise)
     return PreparedEdit(edit, large, (large.unpad(edit.init),))
 
 
@@ -114,14 +116,15 @@ def prepare_denoise(
 
 
 def prepare_deblur(
-    model: Model, images: Tensor, kernel: Tensor, *, fit: str, name: str
+    model: Model, images: Tensor, kernel: Tensor, noise: float = 0.0, *, fit: str, name: str
 ) -> PreparedEdit:
-    """Return the edit that takes the blur of a kernel (h, w) out.
+    """Return the edit that takes the blur of a kernel (h, w) out of images with this noise.
 
-    Raises UserError for a kernel larger than the images.
+    Raises UserError for a kernel larger than the images, and for a noise that is none.
     """
+    _check_noise(noise)
     layout, x = on_canvas(model, images, fit, name)
-    edit = edits.deblur(x, kernel)
+    edit = edits.deblur(x, kernel, noise)
     return PreparedEdit(edit, layout, (layout.unpad(x),))
 
 
@@ -154,6 +157,12 @@ def prepare_variations(
     _check_level(model, sigma)
     levels = near_levels(model, (sigma, sigma / 4))
     return PreparedEdit(edits.stroke(x), layout, (layout.unpad(x),), levels)
+
+
+def _check_noise(noise: float) -> None:
+    """Raise UserError unless the noise in a picture is 0 or a deviation of at most 2."""
+    if not 0 <= noise <= 2:
+        raise UserError(f"--noise {noise:g}", "give 0 to 2: half of the range is 1")
 
 
 def _check_level(model: Model, sigma: float) -> None:

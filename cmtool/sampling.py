@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cmtool.core import samplers
-from cmtool.core.edits import Edit, none_at_first
+from cmtool.core.edits import Edit, none_at_first, while_above
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import SeededNoise, seeded_labels
 from cmtool.core.tensors import identity
@@ -349,7 +349,7 @@ def _edited(
         none_at_first(noise) if edit.is_noisy else noise,
         sigma_min=model.preset.noise.sigma_min,
         labels=labels,
-        project=edit.project,
+        project=while_above(edit.project, chosen.sigmas, edit.noise),
     )
 
 

@@ -39,6 +39,13 @@ app = typer.Typer(
     cat grey.png | cmtool edit colorize --variations 5 > five.png""",
 )
 
+Noise = Annotated[
+    float,
+    Option(
+        help="Deviation of white noise in the picture, to be taken out; half of the range is 1."
+    ),
+]
+
 
 def inpaint(
     mask: Annotated[
@@ -87,6 +94,7 @@ def superres(
     factor: Annotated[
         int, Option(help="How many times larger. It must divide the model's size.")
     ] = 2,
+    noise: Noise = 0.0,
 ) -> Prepare:
     """Enlarge a picture; the means of the answer's blocks are its pixels.
 
@@ -94,12 +102,14 @@ def superres(
 
     `cmtool edit superres photo.png --factor 4 --fit tile -c cd_bedroom256_lpips.pt > large.png`
 
+    `cmtool edit superres noisy.png --noise 0.2 --out large.png`
+
     A picture of the model's own size counts as one that was enlarged by repeating pixels: it is
     sharpened, and the means of its blocks are kept.
     """
     from cmtool.prepared import prepare_superres
 
-    return partial(prepare_superres, factor=factor)
+    return partial(prepare_superres, factor=factor, noise=noise)
 
 
 def colorize() -> Prepare:
@@ -168,6 +178,7 @@ def deblur(
     kernel: Annotated[
         Path | None, Option(help="The blur as a grey picture of odd sides: white is most.")
     ] = None,
+    noise: Noise = 0.0,
 ) -> Prepare:
     """Take a known blur out of a picture; what the blur left of it stays.
 
@@ -190,7 +201,7 @@ def deblur(
             weights = read_kernel(kernel)
         else:
             weights = motion_of(motion) if motion is not None else gaussian_kernel(gaussian or 0)
-        return prepare_deblur(model, images, weights, fit=fit, name=name)
+        return prepare_deblur(model, images, weights, noise, fit=fit, name=name)
 
     if gaussian is not None and not 0 < gaussian <= 100:
         raise UserError(f"--gaussian {gaussian:g}", "give pixels: more than 0, at most 100")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from cmtool.errors import InputError, UserError
 
 LUMA = (0.2989, 0.5870, 0.1140)
 """Weights of red, green and blue (ITU-R BT.601), as the paper rounds them."""
+LEAST_SHARE = 0.1
+"""What a blur must leave of a frequency that is put back: the steps of 8 bits grow tenfold then."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,15 @@ class Edit:
 
     `project` is an idempotent affine map and does not clamp. `finish` brings the last x0 into
     [-1, 1] and keeps what the user gave there too. `is_noisy` says that `init` holds the noise of
-    the first level already.
+    the first level already. `noise` is the deviation of the noise in what the user gave: it is put
+    back at levels above that, and the model is free below.
     """
 
     init: Tensor
     project: Projection
     finish: Projection = clip
     is_noisy: bool = False
+    noise: float = 0.0
 
 
 def inpaint(reference: Tensor, known: Tensor) -> Edit:
@@ -57,10 +62,11 @@ def inpaint(reference: Tensor, known: Tensor) -> Edit:
     return Edit(kept, project)
 
 
-def superres(low: Tensor, factor: int) -> Edit:
+def superres(low: Tensor, factor: int, noise: float = 0.0) -> Edit:
     """Return the edit that enlarges `low` (B, C, h, w) `factor` times and keeps its block means.
 
-    The answer is (B, C, factor h, factor w). Raises UserError for a factor below 1.
+    The answer is (B, C, factor h, factor w). With `noise`, the deviation of white noise in `low`,
+    the answer's means are near to it. Raises UserError for a factor below 1.
     """
     if factor < 1:
         raise UserError(f"a factor of {factor}", "give 2 or more")
@@ -75,7 +81,7 @@ def superres(low: Tensor, factor: int) -> Edit:
         kept = within(blocks, blocks.new_ones(factor**2, 1, 1) / factor**2, low, dim=2)
         return F.pixel_shuffle(kept.reshape(b, -1, h, w), factor)
 
-    return Edit(enlarged(low, factor), project, finish)
+    return Edit(enlarged(low, factor), project, clip if noise else finish, noise=noise)
 
 
 def colorize(gray: Tensor) -> Edit:
@@ -96,16 +102,17 @@ def colorize(gray: Tensor) -> Edit:
     return Edit(along * gray, project, finish)
 
 
-def deblur(blurred: Tensor, kernel: Tensor, least: float = 0.1) -> Edit:
+def deblur(blurred: Tensor, kernel: Tensor, noise: float = 0.0) -> Edit:
     """Return the edit that sharpens `blurred` (B, C, H, W), a picture blurred by a known kernel.
 
     kernel (h, w) with odd sides, of sum 1; the picture goes on at its other side. What the blur
-    left of a frequency is put back, divided by its share, where that is `least` or more: noise
-    grows by up to 1 / least, and the other frequencies are generated. So this is the
-    pseudo-inverse of the blur (Kawar et al. 2022, DDRM). Raises UserError for a kernel that is
-    larger than the picture.
+    left of a frequency is put back, divided by its share, where that is a tenth or more, and more
+    where there is `noise`, which that division multiplies; the other frequencies are generated. So
+    this is the pseudo-inverse of the blur (Kawar et al. 2022, DDRM). Raises UserError for a kernel
+    that is larger than the picture.
     """
     share = spectrum(kernel, blurred)
+    least = min(max(LEAST_SHARE, 1.5 * noise), 0.9)
     known = share.abs() >= least
     there = torch.where(known, torch.fft.rfft2(doubled(blurred)) / torch.where(known, share, 1), 0)
 
@@ -115,7 +122,7 @@ def deblur(blurred: Tensor, kernel: Tensor, least: float = 0.1) -> Edit:
     def project(x0: Tensor) -> Tensor:
         return x0 + back(there - known * torch.fft.rfft2(doubled(x0)))
 
-    return Edit(back(there), project)
+    return Edit(back(there), project, noise=noise)
 
 
 def spectrum(kernel: Tensor, image: Tensor) -> Tensor:
@@ -184,6 +191,19 @@ def none_at_first(randn_like: RandnLike) -> RandnLike:
         return torch.zeros_like(like) if next(draws) == 0 else randn_like(like)
 
     return draw
+
+
+def while_above(project: Projection, sigmas: Sequence[float], noise: float) -> Projection:
+    """Return `project` for the answers at levels above `noise`, and the identity from there on.
+
+    It is called once a level, as samplers.multistep does.
+    """
+    levels = iter(sigmas)
+
+    def projected(x0: Tensor) -> Tensor:
+        return project(x0) if next(levels) > noise else x0
+
+    return projected
 
 
 def estimate_sigma(image: Tensor) -> Tensor:

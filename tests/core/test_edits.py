@@ -22,6 +22,7 @@ from cmtool.core.edits import (
     spectrum,
     stroke,
     superres,
+    while_above,
 )
 from cmtool.core.samplers import multistep
 from cmtool.data.images import from_uint8, to_uint8
@@ -227,6 +228,26 @@ def test_denoising_one_level_is_the_exact_map():
         sigma_min=problem.eps, project=edit.project,
     )  # fmt: skip
     torch.testing.assert_close(x0, problem.at(noisy, 2.0, problem.eps))
+
+
+def test_what_is_noisy_is_put_back_at_levels_above_its_noise():
+    projected = while_above(lambda x0: x0 + 1, [80.0, 2.0, 0.5, 0.1], 0.5)
+    assert [float(projected(torch.zeros(()))) for _ in range(4)] == [1, 1, 0, 0]
+    always = while_above(lambda x0: x0 + 1, [80.0, 0.002], 0.0)
+    assert [float(always(torch.zeros(()))) for _ in range(2)] == [1, 1]
+
+
+def test_a_blurred_frequency_that_noise_drowns_is_generated():
+    image = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    kernel = gaussian_kernel(0.7)
+    share = spectrum(kernel, image).abs()
+    kept = {}
+    for noise in (0.0, 0.2, 5.0):
+        start = torch.fft.rfft2(deblur(image, kernel, noise).init.double()).abs()
+        kept[noise] = start[0, 0] > 1e-4
+        least = min(max(0.1, 1.5 * noise), 0.9)
+        assert torch.equal(kept[noise], share >= least)
+    assert kept[0.0].sum() > kept[0.2].sum() > kept[5.0].sum() > 0
 
 
 def test_the_noise_level_is_the_median_of_the_fine_details_over_its_share_in_a_deviation():
