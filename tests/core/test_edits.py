@@ -90,7 +90,7 @@ def test_projection_is_idempotent_affine_and_keeps_what_was_given(name, h, w, b,
     torch.testing.assert_close(kept(edit.init), given_)
 
 
-@pytest.mark.parametrize("name", KEEPS.keys() - {"deblur"})
+@pytest.mark.parametrize("name", sorted(KEEPS.keys() - {"deblur"}))
 @settings(max_examples=40, deadline=None)
 @given(h=st.integers(1, 5), w=st.integers(1, 5), f=st.integers(1, 4), seed=st.integers(0, 99))
 def test_the_answer_lies_in_range_and_keeps_what_was_given_to_half_a_level(name, h, w, f, seed):
