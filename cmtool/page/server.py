@@ -187,7 +187,7 @@ class Guard:
         """Return why a request is refused, if it is."""
         host = request.headers.get("host", "")
         if self.hosts is not None and host not in self.hosts:
-            return UserError(f"no host {host!r} here", "use the address that cmtool printed")
+            return UserError(f"no host {host!r} here", "use the address that the command printed")
         origin = request.headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
             return UserError("the request comes from another site", "use the page itself")

@@ -67,7 +67,8 @@ COUNTS = {
 """Parameters of the published networks; a data set alone stands for its other presets."""
 
 
-PUBLISHED = [n for n in preset_names() if not (n.startswith("digits") or is_method_preset(n))]
+BUNDLED = ("digits", "emoji")
+PUBLISHED = [n for n in preset_names() if not (n.startswith(BUNDLED) or is_method_preset(n))]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
