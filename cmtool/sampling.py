@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from threading import Lock
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmtool.core import samplers
 from cmtool.core.edits import Edit, none_at_first, while_above
@@ -25,12 +28,15 @@ from cmtool.models import Model
 from cmtool.presets.build import build_curriculum, build_sampler, noise_range
 from cmtool.presets.schema import Card, Choice, Preset
 from cmtool.system.devices import autocast
+from cmtool.system.threads import side_by_side
 
 Sigmas = Sequence[float] | None
 """Descending noise levels, if any are given."""
 PUBLISHED_GRID = 40
 CHUNK_PIXELS, MAX_CHUNK = 4096, 16
 """Most pixels, and most images, that the network sees at once on a CPU: this is quickest."""
+LIGHT = 1e10
+"""A network of fewer parameters times pixels of a chunk gains little by a second core."""
 OnDrawn = Callable[[float, int], None]
 """Called with how many images' worth of network calls are done, and with the number of images."""
 
@@ -163,13 +169,21 @@ def computing_in(f: Denoiser, precision: str, device: torch.device | str) -> Den
     return mixed
 
 
-def steady(f: Denoiser, size: tuple[int, int], device: torch.device | str) -> Denoiser:
+def steady(
+    f: Denoiser, network: nn.Module, size: tuple[int, int], device: torch.device | str
+) -> Denoiser:
     """Return a model whose answer for an image does not depend on the batch it is in, on a CPU.
 
-    On a GPU it depends on the size of the batch, in the last bits of a float.
+    On a GPU it depends on the size of the batch, in the last bits of a float. Chunks of several
+    small images go side by side, each on one core. `network` is what f calls.
     """
     chunk = chunk_size(size, device)
-    return f if chunk is None else samplers.in_chunks(f, chunk)
+    if chunk is None:
+        return f
+    if chunk == 1:
+        return samplers.in_chunks(f, chunk)
+    is_light = sum(p.numel() for p in network.parameters()) * chunk * math.prod(size) < LIGHT
+    return samplers.in_chunks(f, chunk, partial(side_by_side, is_light=is_light))
 
 
 def chunk_size(size: tuple[int, int], device: torch.device | str) -> int | None:
@@ -193,11 +207,13 @@ def counted(f: Denoiser, on_call: Callable[[int], None]) -> Denoiser:
 def share_of(total: int, tell: Callable[[float], None]) -> Callable[[int], None]:
     """Return a function that adds up its numbers, and tells which share of a total they are."""
     done = 0
+    turn = Lock()  # chunks go side by side
 
     def add(number: int) -> None:
         nonlocal done
-        done += number
-        tell(done / total)
+        with turn:
+            done += number
+            tell(done / total)
 
     return add
 
@@ -302,7 +318,7 @@ def generate(
     denoiser = computing_in(f, chosen.precision, device)
     if on_drawn is not None:
         denoiser = _telling(denoiser, preset, chosen, len(seeds), batch, device, on_drawn)
-    denoiser = samplers.clipped(steady(denoiser, preset.model.image_size, device))
+    denoiser = samplers.clipped(steady(denoiser, f, preset.model.image_size, device))
     draw = build_sampler(chosen.sampler)
     shape = (preset.model.channels, *preset.model.image_size)
     for start in range(0, len(seeds), batch):
@@ -341,7 +357,7 @@ def _edited(
 ) -> Tensor:
     """Return what the model answers to an edit of pictures of any size."""
     size, device = model.preset.model.image_size, edit.init.device
-    f = steady(computing_in(model.f, chosen.precision, device), size, device)
+    f = steady(computing_in(model.f, chosen.precision, device), model.f, size, device)
     return samplers.multistep(
         samplers.clipped(samplers.tiled(f, size)),
         edit.init,

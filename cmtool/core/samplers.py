@@ -20,6 +20,14 @@ from cmtool.core.tensors import chunks_of, clip, identity, level
 from cmtool.core.types import Denoiser, Projection, RandnLike, Solver
 from cmtool.errors import UserError
 
+Run = Callable[[Denoiser, Sequence[tuple[Tensor | None, ...]]], list[Tensor]]
+"""`(denoiser, parts) -> answers`: what the denoiser answers to each part, in order."""
+
+
+def one_by_one(denoiser: Denoiser, parts: Sequence[tuple[Tensor | None, ...]]) -> list[Tensor]:
+    """Return what a denoiser answers to each part."""
+    return [denoiser(*part) for part in parts]  # type: ignore[arg-type]  # x and sigma are there
+
 
 def multistep(
     f: Denoiser,
@@ -210,17 +218,18 @@ def tiled(denoiser: Denoiser, size: tuple[int, int]) -> Denoiser:
     return tiled_denoiser
 
 
-def in_chunks(denoiser: Denoiser, size: int) -> Denoiser:
+def in_chunks(denoiser: Denoiser, size: int, run: Run = one_by_one) -> Denoiser:
     """Return a denoiser that always sees `size` images at once, the last one repeated to fill up.
 
     How many images a product or a convolution is for decides how it is summed: only in equal
-    batches is the answer for an image, to the last bit, a function of that image.
+    batches is the answer for an image, to the last bit, a function of that image. `run` calls it
+    for each chunk.
     """
 
     def chunked_denoiser(x: Tensor, sigma: Tensor, *given: Tensor | None) -> Tensor:
         more = ([None] * len(x) if t is None else chunks_of(t, size) for t in given)
-        parts = zip(chunks_of(x, size), chunks_of(sigma, size), *more, strict=False)
-        return torch.cat([denoiser(*part) for part in parts])[: len(x)]
+        parts = list(zip(chunks_of(x, size), chunks_of(sigma, size), *more, strict=False))
+        return torch.cat(run(denoiser, parts))[: len(x)]
 
     return chunked_denoiser
 

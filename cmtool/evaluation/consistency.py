@@ -52,7 +52,7 @@ def consistency(
         calls * seen_by_network(len(seeds), len(seeds), size, device),
         lambda share: None if progress is None else progress("paths", share * calls, calls),
     )
-    f, guide = (steady(counted(each.f, add), size, device) for each in (model, teacher))
+    f, guide = (steady(counted(each.f, add), each.f, size, device) for each in (model, teacher))
     walk = paths(guide, SeededNoise(seeds)(like), grid, heun, labels)
     points = list(itertools.islice(walk, 0, None, substeps))
     found = deviations(f, guide, points, labels)
