@@ -61,7 +61,7 @@ def page(
         "--preset": (preset, None),
     }
     words = [word for o, (value, usual) in given.items() if value != usual for word in (o, value)]
-    desk = Desk(model, name, tuple(word for word in words if word is not None))
+    desk = Desk(model, name, tuple(word for word in words if word is not None), weights)
     with listening("" if share else LOCAL, port) as listener:
         taken = listener.getsockname()[1]
         key = secrets.token_urlsafe(16) if share else ""
@@ -83,7 +83,9 @@ def address_of_this() -> str:
     """Return the address under which other machines know this one, as far as it is known."""
     import socket
 
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return socket.gethostname()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent: it only chooses the way out
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()

@@ -54,6 +54,28 @@ def recoloured(image: Tensor, channels: int) -> Tensor:
     return tensor_of(picture_of(image).convert("L"))
 
 
+def brought(image: Tensor, size: tuple[int, int], *, is_whole: bool = False) -> Tensor:
+    """Return an image (C, H, W) uint8 at `size` (H, W): its largest centre of that shape, resized.
+
+    The `is_whole` image is resized to fit in, and lies on white.
+    """
+    h, w = image.shape[1:]
+    if (h, w) == size:
+        return image
+    picture, (high, wide) = picture_of(image), size
+    bicubic = Image.Resampling.BICUBIC
+    if not is_whole:
+        scale = min(h / high, w / wide)
+        left, top = (w - scale * wide) / 2, (h - scale * high) / 2
+        box = (left, top, left + scale * wide, top + scale * high)
+        return tensor_of(picture.resize((wide, high), bicubic, box))
+    scale = max(h / high, w / wide)
+    inner = max(1, round(w / scale)), max(1, round(h / scale))
+    paper = Image.new(picture.mode, (wide, high), "white")
+    paper.paste(picture.resize(inner, bicubic), ((wide - inner[0]) // 2, (high - inner[1]) // 2))
+    return tensor_of(paper)
+
+
 def check_fit_rule(how: str) -> None:
     """Raise UserError unless the rule is one of FITS."""
     if how not in FITS:

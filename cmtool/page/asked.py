@@ -9,15 +9,18 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.functional_validators import BeforeValidator
 
-MAX_PIXELS = 4 << 20
-"""Bytes of pixels that a request may carry."""
+MAX_BYTES = 12 << 20
+"""Bytes of pixels that a request may carry: 2,048 x 2,048 in RGB."""
 MAX_SEED = 2**31 - 1
+MAX_STEPS = 40
 
 
 def _decoded(value: object) -> bytes:
     """Return the bytes of a text in base64. Raises ValueError."""
-    if not isinstance(value, str) or len(value) > 2 * MAX_PIXELS:
+    if not isinstance(value, str):
         raise ValueError("pixels are a text in base64")
+    if len(value) > MAX_BYTES * 4 // 3 + 4:
+        raise ValueError(f"a picture may have {MAX_BYTES:,} bytes")
     try:
         return base64.b64decode(value, validate=True)
     except binascii.Error:
@@ -48,7 +51,9 @@ class AskedEdit(Asked):
     picture: Pixels
     mask: Pixels | None = None
     amount: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    steps: Annotated[list[Annotated[int, Field(ge=1, le=1000)] | None], Field(max_length=4)] = [1]
+    steps: Annotated[
+        list[Annotated[int, Field(ge=1, le=MAX_STEPS)] | None], Field(min_length=1, max_length=2)
+    ] = [1]
     seed: Seed = 0
     variations: Annotated[int, Field(ge=1, le=8)] = 1
     label: Class | None = None

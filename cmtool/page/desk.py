@@ -7,16 +7,17 @@ A desk knows nothing of HTTP. An answer is what becomes JSON: pictures are PNG f
 from __future__ import annotations
 
 import base64
+import os
 import shlex
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from cmtool import prepared, sampling
 from cmtool.core.edits import Edit, blur, gaussian_kernel
@@ -24,13 +25,12 @@ from cmtool.core.rng import SeededNoise, seeded_labels
 from cmtool.data.datasets import Dataset, load_dataset
 from cmtool.data.decoding import read_image
 from cmtool.data.drawing import animation_bytes, contact_sheet, png_bytes, row
-from cmtool.data.images import canvas, from_uint8, to_uint8
+from cmtool.data.images import brought, from_uint8, recoloured, to_uint8
 from cmtool.editing import between_seeds
 from cmtool.errors import InputError, UserError, nearest
-from cmtool.models import BUNDLED, PREFIX, Model
+from cmtool.models import PREFIX, Model, find_model
 from cmtool.page.asked import AskedEdit, AskedHarm, AskedMorph, AskedSamples
-from cmtool.page.rows import EDITS, NAME, Row
-from cmtool.weights import PUBLISHED
+from cmtool.page.rows import EDITS, NAME, Amount, Row
 
 FITS = ("centre", "whole")
 """What of a picture of another shape is taken: its largest centre, or all of it on white."""
@@ -41,13 +41,35 @@ SHOWN_ON_THE_WAY = 8
 Answer = dict[str, Any]
 
 
+class Interrupted(UserError):
+    """Nobody waits for the answer any more, or the page is closing."""
+
+
 @dataclass(frozen=True)
 class Desk:
-    """A model, what its user called it, and the options of a shell that name it again."""
+    """A model, what its user called it, and the options of a shell that name it again.
+
+    Work ends at the next call of the network with Interrupted while `interrupt` is set, and for
+    good when `closing` is.
+    """
 
     model: Model
     name: str
     options: tuple[str, ...] = ()
+    weights: str = "ema"
+    interrupt: Event = field(default_factory=Event)
+    closing: Event = field(default_factory=Event)
+
+    def __post_init__(self) -> None:
+        self.model.f.register_forward_pre_hook(lambda *_: self.go_on())
+        self.first_seen  # noqa: B018  # now, and not at the first request
+
+    def go_on(self) -> None:
+        """Raise Interrupted if the work is to end."""
+        if self.closing.is_set():
+            raise Interrupted("the page is closing", "start it again")
+        if self.interrupt.is_set():
+            raise Interrupted("the work was interrupted", "press the button again")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -64,12 +86,28 @@ class Desk:
         """Bundled pictures that no bundled model saw."""
         return load_dataset(f"{self.model.bundled_data}:held-out")
 
+    @cached_property
+    def first_seen(self) -> tuple[Path, int, int] | None:
+        """The file of the model as it was when the page started; None if it is in no file."""
+        return self._file()
+
+    def _file(self) -> tuple[Path, int, int] | None:
+        """Return the model's file with its time and size; None for a model of a hub."""
+        if self.name.startswith(PREFIX):
+            return None
+        path = find_model(self.name, self.weights).weights.path
+        stat = path.stat()
+        return path, stat.st_mtime_ns, stat.st_size
+
     def check_model(self) -> None:
-        """Raise InputError where the model's file is gone: no shell could use it any more."""
-        is_path = self.name not in BUNDLED and self.name not in PUBLISHED
-        if is_path and not self.name.startswith(PREFIX) and not Path(self.name).exists():
-            hint = "put it back, or start the page again with another model"
-            raise InputError(f"the model {self.name} is gone", hint)
+        """Raise InputError where the model's file is gone or another: a shell would use that."""
+        hint = "put it back, or start the page again"
+        try:
+            found = self._file()
+        except (OSError, UserError):
+            raise InputError(f"the model {self.name} is gone", hint) from None
+        if found != self.first_seen:
+            raise InputError(f"the model {self.name} is another now", hint)
 
     def about(self) -> Answer:
         """Return what the page has to know before it asks for anything."""
@@ -79,42 +117,36 @@ class Desk:
         offered = {
             name: {
                 "title": edit.title, "help": edit.help, "draws": edit.draws,
-                "amount": edit.amount and edit.amount._asdict(), "hasSteps": edit.has_steps,
-                "hasVariations": edit.has_variations,
+                "amount": edit.amount and _shown_amount(edit.amount(*self.size)),
+                "hasSteps": edit.has_steps, "hasVariations": edit.has_variations,
             }
-            for name, edit in EDITS.items() if name != "colorize" or self.channels == 3
+            for name, edit in EDITS.items() if self._can(name, edit)
         }  # fmt: skip
         return {
             "model": self.name, "height": self.size[0], "width": self.size[1],
             "channels": self.channels, "sigmaMin": noise.sigma_min, "sigmaMax": noise.sigma_max,
             "classes": [names[i] if i < len(names) else str(i) for i in range(num)],
             "levels": [[shown(sigma) for sigma in sigmas] for sigmas in levels],
-            "edits": offered, "examples": len(self.examples), "fits": FITS,
+            "edits": offered, "examples": len(self.examples),
         }  # fmt: skip
+
+    def _can(self, name: str, edit: Row) -> bool:
+        """Tell whether an edit suits the model: colours want three, blocks a size to divide."""
+        if name == "superres" and edit.amount is not None:
+            return bool(edit.amount(*self.size).choices)
+        return name != "colorize" or self.channels == 3
 
     def picture(self, content: bytes, fit: str) -> Answer:
         """Return a picture file at the model's size, by one of FITS. Raises UserError."""
         if fit not in FITS:
             raise UserError(f"unknown fit {fit!r}", nearest(fit, FITS))
         image = read_image(content, NAME, "RGB" if self.channels == 3 else "L")
-        x = from_uint8(image[None])
-        h, w = image.shape[1:]
-        if fit == "whole":
-            scale = max(h / self.size[0], w / self.size[1])
-            more = [
-                max(0, round(side * scale) - now)
-                for side, now in zip(self.size, (h, w), strict=True)
-            ]
-            top, left = more[0] // 2, more[1] // 2
-            x = pad(x, (left, more[1] - left, top, more[0] - top), value=1.0)
-        h, w = x.shape[2:]
-        placed = canvas(h, w, self.size, "resize", NAME)
-        return self._as_picture(to_uint8(placed.place(x))[0])
+        return self._as_picture(brought(image, self.size, is_whole=fit == "whole"))
 
     def example(self, index: int) -> Answer:
         """Return a bundled picture at the model's size; after the last comes the first."""
         image = self.examples.images[torch.tensor([index % len(self.examples)])][0]
-        return self.picture(png_bytes(image), "centre")
+        return self._as_picture(brought(recoloured(image, self.channels), self.size))
 
     def harmed(self, asked: AskedHarm) -> Answer:
         """Return the picture with noise in it, or blurred."""
@@ -132,7 +164,7 @@ class Desk:
             raise UserError(f"no edit {asked.edit!r}", nearest(asked.edit, EDITS))
         edit = EDITS[asked.edit]
         picture, mask = self._pixels(asked.picture), self._mask(asked.mask, edit)
-        amount, words = _amount(edit, asked.amount)
+        amount, words = _amount(edit.amount and edit.amount(*self.size), asked.amount)
         x = from_uint8(picture[None])
         ready = edit.prepare(self.model, x, None if mask is None else mask[None] >= 128, amount)
         files = {"picture.png": encoded(png_bytes(picture))}
@@ -167,9 +199,10 @@ class Desk:
         images = to_uint8(prepared.run_prepared(watched, self.model, chosen, seeds, label)).cpu()
         about = prepared.provenance(asked.edit, self.model, chosen, asked.seed, label)
         more = [] if steps is None else ["--steps", str(steps)]
+        name = "answer.png" if steps is None else f"answer-{steps}.png"
         return {
             "png": encoded(png_bytes(row(list(images)), about)),
-            "command": self._command([*said, *more], "answer.png"),
+            "command": self._command([*said, *more], name), "name": name,
             "steps": len(chosen.sigmas), "label": label,
             "seconds": time.perf_counter() - begun,
             "way": _shown_way(chosen.sigmas, [ready.canvas.unpad(x0) for x0 in way]),
@@ -227,7 +260,9 @@ class Desk:
         return torch.tensor([label]).expand(len(seeds))
 
     def _command(self, said: list[str], out: str) -> str:
-        words = ["cmtool", *said, "-c", self.name, *self.options, "--out", out]
+        is_path = self.first_seen is not None and Path(self.name).exists()
+        name = os.path.abspath(self.name) if is_path else self.name
+        words = ["cmtool", *said, "-c", name, *self.options, "--out", out]
         return shlex.join(words)
 
     def _pixels(self, content: bytes) -> Tensor:
@@ -294,20 +329,31 @@ def _levels(sigmas: list[float]) -> str:
     return ",".join(f"{sigma!r}" for sigma in sigmas)
 
 
-def _amount(edit: Row, given: float | None) -> tuple[float, list[str]]:
+def _shown_amount(amount: Amount) -> Answer:
+    """Return what the page has to know of the number of an edit."""
+    return {
+        "label": amount.label, "low": amount.low, "high": amount.high, "step": amount.step,
+        "start": amount.start, "choices": amount.choices, "mayBeLeftOut": amount.may_be_left_out,
+    }  # fmt: skip
+
+
+def _amount(wanted: Amount | None, given: float | None) -> tuple[float, list[str]]:
     """Return the number of an edit, and how a shell says it. Raises UserError beyond its range.
 
     0 stands for a number that was left out.
     """
-    wanted = edit.amount
     if wanted is None:
         return 0.0, []
     if given is None:
         if wanted.may_be_left_out:
             return 0.0, []
         given = wanted.start
+    what = f"{wanted.label}: {given:g}"
+    if wanted.choices and given not in wanted.choices:
+        raise UserError(what, f"give one of {', '.join(map(str, wanted.choices))}")
     if not wanted.low <= given <= wanted.high:
-        what = f"{wanted.label}: {given:g}"
         raise UserError(what, f"give {wanted.low:g} to {wanted.high:g}")
+    if wanted.step == 1 and given != int(given):
+        raise UserError(what, "give a whole number")
     text = f"{given:g}"
     return float(text), [wanted.option, text]

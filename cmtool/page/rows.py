@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,9 +15,10 @@ from cmtool.prepared import PreparedEdit
 
 
 class Amount(NamedTuple):
-    """The number that an edit takes: its option in a shell, and the slider's ends and start.
+    """The number that an edit takes: its option in a shell, and the field's ends and start.
 
-    Where it `may_be_left_out`, the edit finds the number by itself.
+    `choices` are the only numbers there are, if any are given. Where it `may_be_left_out`, the edit
+    finds the number by itself.
     """
 
     option: str
@@ -25,6 +27,7 @@ class Amount(NamedTuple):
     high: float
     step: float
     start: float
+    choices: tuple[int, ...] = ()
     may_be_left_out: bool = False
 
 
@@ -32,14 +35,15 @@ class Row(NamedTuple):
     """An edit on the page.
 
     `prepare(model, images, mask, amount)` makes it ready. `draws` is what the mouse draws: a
-    "mask", "paint", or nothing. `has_steps` is False for an edit whose levels are its own.
+    "mask", "paint", or nothing. `amount(h, w)` is its number for pictures of this size. `has_steps`
+    is False for an edit whose levels are its own.
     """
 
     title: str
     help: str
     prepare: Callable[[Model, Tensor, Tensor | None, float], PreparedEdit]
     draws: str = ""
-    amount: Amount | None = None
+    amount: Callable[[int, int], Amount] | None = None
     has_steps: bool = True
     has_variations: bool = True
 
@@ -83,6 +87,32 @@ def _variations(model: Model, images: Tensor, _: Tensor | None, sigma: float) ->
     return prepared.prepare_variations(model, images, sigma, fit="exact", name=NAME)
 
 
+def _factor(h: int, w: int) -> Amount:
+    both = math.gcd(h, w)
+    good = tuple(f for f in range(2, min(both, 8) + 1) if both % f == 0)
+    return Amount("--factor", "Size of a block", 2, 8, 1, 2, choices=good)
+
+
+def _blur(h: int, w: int) -> Amount:
+    """Return widths of a blur whose kernel, of 3 deviations on each side, fits into the picture."""
+    most = (min(h, w) - 1) // 2 / 3
+    return Amount("--gaussian", "Blur, in pixels", 0.2, max(most, 0.2), 0.1, min(1.0, most))
+
+
+def _margin(h: int, w: int) -> Amount:
+    side = min(h, w)
+    return Amount("--by", "Pixels on every side", 1, side, 1, max(1, side // 4))
+
+
+def _noise(h: int, w: int) -> Amount:
+    label = "Noise, from 0.01 to 2"
+    return Amount("--sigma", label, 0.01, 2, 0.01, 0.3, may_be_left_out=True)
+
+
+def _change(h: int, w: int) -> Amount:
+    return Amount("--sigma", "How much to change", 0.1, 20, 0.1, 1.5)
+
+
 EDITS: dict[str, Row] = {
     "inpaint": Row(
         "Inpaint", "Paint over what is to be made anew. Every other pixel stays as it is.",
@@ -92,26 +122,20 @@ EDITS: dict[str, Row] = {
         "Stroke", "Paint roughly. The model makes a picture of it.", _stroke, draws="paint",
     ),
     "superres": Row(
-        "Enlarge", "Makes the details anew; the means of blocks stay.", _superres,
-        amount=Amount("--factor", "Block, in pixels", 2, 8, 1, 2),
+        "Enlarge", "Makes the details anew. The mean of each block of pixels stays.", _superres,
+        amount=_factor,
     ),
-    "colorize": Row("Colour", "Gives new colours; how bright a pixel is stays.", _colorize),
+    "colorize": Row("Colour", "Gives new colours. How bright a pixel is stays.", _colorize),
     "denoise": Row(
-        "Denoise", "Takes white noise out, in one network call.", _denoise,
-        amount=Amount("--sigma", "Noise, where half of the range is 1", 0.01, 2, 0.01, 0.3, True),
+        "Denoise", "Takes white noise out, in one network call.", _denoise, amount=_noise,
         has_steps=False, has_variations=False,
     ),
     "deblur": Row(
-        "Deblur", "Takes a Gaussian blur out; what the blur left stays.", _deblur,
-        amount=Amount("--gaussian", "Blur, in pixels", 0.2, 4, 0.1, 1),
+        "Deblur", "Takes a Gaussian blur out. What the blur left stays.", _deblur, amount=_blur,
     ),
-    "outpaint": Row(
-        "Outpaint", "Makes new pixels around the picture.", _outpaint,
-        amount=Amount("--by", "Pixels on every side", 1, 32, 1, 8),
-    ),
+    "outpaint": Row("Outpaint", "Makes new pixels around it.", _outpaint, amount=_margin),
     "variations": Row(
-        "Vary", "Draws another picture like this one.", _variations,
-        amount=Amount("--sigma", "Noise level: higher changes more", 0.1, 20, 0.1, 1.5),
+        "Vary", "Draws another picture like this one.", _variations, amount=_change,
         has_steps=False,
     ),
 }  # fmt: skip

@@ -7,11 +7,14 @@ Host and Origin of a request must be this server's. One request at a time uses t
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from threading import Event
+from types import FrameType
 from typing import Any, TypeVar
 
 import uvicorn
@@ -19,7 +22,6 @@ from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -27,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cmtool.errors import BusyError, InputError, UserError
 from cmtool.page.asked import Asked, AskedEdit, AskedHarm, AskedMorph, AskedSamples
-from cmtool.page.desk import Answer, Desk
+from cmtool.page.desk import Answer, Desk, Interrupted
 
 STATIC = Path(__file__).parent / "static"
 FILES = {
@@ -50,8 +52,10 @@ HEADERS = {
 }
 MAX_UPLOAD = 64 << 20
 """Bytes of a picture that is dropped on the page."""
-MAX_ASKED = 16 << 20
+MAX_ASKED = 24 << 20
 """Bytes of any other request."""
+UPLOADS, UPLOAD_SECONDS = 4, 60.0
+"""Requests whose content is read at once, and how long each may take."""
 MAX_WAITING = 16
 """Requests that wait for the model; more are sent away."""
 A = TypeVar("A", bound=Asked)
@@ -59,32 +63,48 @@ Work = Callable[[], Answer]
 
 
 class Replaced(UserError):
-    """A newer request of the same tab waits: nobody looks at the answer of this one."""
+    """A newer request of the same tab came: nobody looks at the answer of this one."""
 
 
-STATUS = {BusyError: 503, Replaced: 409}
+class Gone(UserError):
+    """The browser went away."""
+
+
+STATUS = {BusyError: 503, Replaced: 409, Interrupted: 409, Gone: 499}
 """HTTP's number for an error of the user; 400 for those not named here."""
 
 
 class Line:
-    """Requests in line for the model: one is served, few wait, and of a tab only the newest."""
+    """Requests in line for the model: one is served, few wait, and of each kind the newest."""
 
-    def __init__(self) -> None:
-        self.is_served = False
+    def __init__(self, interrupt: Event) -> None:
+        self.interrupt = interrupt
+        self.served: object = None
         self.waiting: OrderedDict[object, asyncio.Future[None]] = OrderedDict()
 
     @asynccontextmanager
-    async def place(self, tab: str) -> AsyncIterator[None]:
-        """Wait for the model. Raises BusyError where many wait, Replaced when a newer one comes."""
-        if self.is_served:
-            await self._wait(tab or object())
-        self.is_served = True
+    async def place(self, key: object, gone: asyncio.Task[None]) -> AsyncIterator[None]:
+        """Wait for the model, and have it; interrupt the work when `gone` is done.
+
+        Raises BusyError where many wait, Replaced when a newer request of the key comes, Gone.
+        """
+        if self.served is not None:
+            await self._wait(key, gone)
+        self.served = key
+        self.interrupt.clear()
+        gone.add_done_callback(self._on_gone)
         try:
             yield
         finally:
+            gone.remove_done_callback(self._on_gone)
             self._next()
 
-    async def _wait(self, key: object) -> None:
+    def _on_gone(self, _: asyncio.Task[None]) -> None:
+        self.interrupt.set()
+
+    async def _wait(self, key: object, gone: asyncio.Task[None]) -> None:
+        if self.served == key:
+            self.interrupt.set()  # nobody looks at that answer any more
         older = self.waiting.pop(key, None)
         if older is not None and not older.done():
             older.set_exception(Replaced("a newer request of this tab came", "wait for its answer"))
@@ -92,85 +112,115 @@ class Line:
             raise BusyError("too many requests wait for the model", "try again in a moment")
         mine = self.waiting[key] = asyncio.get_running_loop().create_future()
         try:
-            await mine
-        except asyncio.CancelledError:  # the browser went away
+            await asyncio.wait([mine, gone], return_when=asyncio.FIRST_COMPLETED)
+        finally:
             if self.waiting.get(key) is mine:
                 del self.waiting[key]
-            elif mine.done() and not mine.cancelled() and mine.exception() is None:
+            elif gone.done() and mine.done() and mine.exception() is None:
                 self._next()
-            raise
+        if gone.done():
+            raise Gone("the browser went away", "load the page again")
+        mine.result()
 
     def _next(self) -> None:
         """Let the next one in line have the model."""
+        self.served = None
         while self.waiting:
-            _, first = self.waiting.popitem(last=False)
+            key, first = self.waiting.popitem(last=False)
             if not first.done():
+                self.served = key  # it has it from now on
                 first.set_result(None)
                 return
-        self.is_served = False
 
 
-def build(desk: Desk, hosts: set[str] | None, key: str = "") -> Starlette:
+async def until_gone(request: Request) -> None:
+    """Return when the browser went away; what it sent must be read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def build(desk: Desk, hosts: set[str] | None, key: str = "") -> Guard:
     """Return the application. `hosts` are what Host and Origin may name, None for any.
 
     With a key, the whole page lies under it: who does not know it finds nothing.
     """
-    line = Line()
+    line = Line(desk.interrupt)
+    uploads = asyncio.Semaphore(UPLOADS)
 
     async def answered(request: Request, work: Work) -> Response:
-        async with line.place(request.headers.get("x-tab", "")[:64]):
-            return JSONResponse(await run_in_threadpool(work))
+        gone = asyncio.create_task(until_gone(request))
+        tab = request.headers["x-tab"][:64]
+        try:
+            async with line.place((tab, request.url.path), gone):
+                return JSONResponse(await run_in_threadpool(work))
+        finally:
+            gone.cancel()
 
     async def about(_: Request) -> Response:
         return JSONResponse(await run_in_threadpool(desk.about))
 
+    async def content_of(request: Request, most: int) -> bytes:
+        try:
+            async with uploads, asyncio.timeout(UPLOAD_SECONDS):
+                return await body(request, most)
+        except TimeoutError:
+            raise InputError("the upload took too long", "try again") from None
+
     async def picture(request: Request) -> Response:
-        content = await body(request, MAX_UPLOAD)
         fit = request.query_params.get("fit", "centre")
-        return await answered(request, lambda: desk.picture(content, fit))
+        async with pictures:
+            content = await content_of(request, MAX_UPLOAD)
+            return JSONResponse(await run_in_threadpool(lambda: desk.picture(content, fit)))
 
     async def example(request: Request) -> Response:
-        index = request.path_params["index"] % 10**9
-        return await answered(request, lambda: desk.example(index))
+        index = request.path_params["index"]
+        if not (index.isascii() and index.isdigit() and len(index) < 10):
+            raise HTTPException(404)
+        return JSONResponse(await run_in_threadpool(lambda: desk.example(int(index))))
 
     def posted(kind: type[A], work: Callable[[A], Answer]) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
-            if not request.headers.get("content-type", "").startswith("application/json"):
-                raise InputError("the request is not JSON", "send application/json")
-            asked = read(kind, await body(request, MAX_ASKED))
+            if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+                raise InputError("the request is not JSON", "load the page again")
+            asked = read(kind, await content_of(request, MAX_ASKED))
             return await answered(request, lambda: work(asked))
 
         return endpoint
 
+    pictures = asyncio.Semaphore(1)
     routes = [
         *(Route(f"/{name}", _static(*file), methods=["GET"]) for name, file in FILES.items()),
         Route("/about", about, methods=["GET"]),
-        Route("/example/{index:int}", example, methods=["GET"]),
+        Route("/example/{index}", example, methods=["GET"]),
         Route("/picture", picture, methods=["POST"]),
         Route("/edit", posted(AskedEdit, desk.edit), methods=["POST"]),
         Route("/harm", posted(AskedHarm, desk.harmed), methods=["POST"]),
         Route("/samples", posted(AskedSamples, desk.samples), methods=["POST"]),
         Route("/morph", posted(AskedMorph, desk.morph), methods=["POST"]),
     ]
-    return Starlette(
+    app = Starlette(
         routes=[Mount(f"/{key}", routes=list(routes))] if key else routes,
-        middleware=[Middleware(Guard, hosts=hosts)],
-        exception_handlers={UserError: _user_error, HTTPException: _http_error},
-    )
+        exception_handlers={
+            UserError: _user_error, HTTPException: _http_error, Exception: _our_mistake,
+        },
+    )  # fmt: skip
+    return Guard(app, desk, hosts)
 
 
 class Guard:
     """Sends away what comes from other sites, and puts HEADERS on every answer."""
 
-    def __init__(self, app: ASGIApp, hosts: set[str] | None) -> None:
+    def __init__(self, app: ASGIApp, desk: Desk, hosts: set[str] | None) -> None:
         self.app = app
+        self.desk = desk
         self.hosts = hosts
+
+    def close(self) -> None:
+        """End the work, and send away what comes later."""
+        self.desk.closing.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         request = Request(scope)
 
         async def with_headers(message: Message) -> None:
@@ -186,11 +236,16 @@ class Guard:
     def refusal(self, request: Request) -> UserError | None:
         """Return why a request is refused, if it is."""
         host = request.headers.get("host", "")
+        if self.desk.closing.is_set():
+            return UserError("the page is closing", "start it again")
         if self.hosts is not None and host not in self.hosts:
             return UserError(f"no host {host!r} here", "use the address that the command printed")
         origin = request.headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != host:
+        if origin is not None and origin != f"http://{host}":
             return UserError("the request comes from another site", "use the page itself")
+        is_page = request.url.path.rpartition("/")[2] in FILES
+        if not is_page and "x-tab" not in request.headers:  # which no other site can send
+            return UserError("the request does not come from the page", "use the page itself")
         return None
 
 
@@ -240,6 +295,11 @@ async def _http_error(_: Request, error: Exception) -> Response:
     return _error(shown, error.status_code)
 
 
+async def _our_mistake(_: Request, __: Exception) -> Response:
+    what = "cmtool failed: this is a mistake of cmtool"
+    return _error(UserError(what, "look at the terminal where it runs"), 500)
+
+
 def listening(host: str, port: int) -> socket.socket:
     """Return a socket that listens. Raises UserError where the port is taken."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -254,11 +314,25 @@ def listening(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(app: ASGIApp, listener: socket.socket) -> None:
+class Server(uvicorn.Server):
+    """A server that ends its work when a signal comes, before it waits for answers."""
+
+    def __init__(self, config: uvicorn.Config, app: Guard) -> None:
+        super().__init__(config)
+        self.guard = app
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End on a signal; what uvicorn says of requests that it cuts off is no news then."""
+        self.guard.close()
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+        super().handle_exit(sig, frame)
+
+
+def serve(app: Guard, listener: socket.socket) -> None:
     """Answer until a signal ends it."""
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", ws="none",
-        server_header=False, timeout_keep_alive=5, timeout_graceful_shutdown=5,
+        server_header=False, timeout_keep_alive=5, timeout_graceful_shutdown=2,
         h11_max_incomplete_event_size=64 << 10,
     )  # fmt: skip
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config, app).run(sockets=[listener])

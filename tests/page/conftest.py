@@ -37,6 +37,7 @@ class Site:
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
         self.client = requests.Session()
+        self.client.headers["X-Tab"] = "test"
 
     def __enter__(self):
         self.thread.start()

@@ -140,14 +140,15 @@ def test_a_mask_is_drawn_and_the_answer_is_what_the_command_makes(browser, folde
     assert len(figures) == 2  # one step, and several
     for figure in figures:
         link = figure.find_element("css selector", "a[download]")
-        answer = saved(browser, folder, link, "answer.png").read_bytes()
+        name = link.get_attribute("download")
+        answer = saved(browser, folder, link, name).read_bytes()
         picture = read_image(answer)
         assert torch.equal(picture[:, is_kept], given[:, is_kept])
         assert not torch.equal(picture, given)
-        (folder / "answer.png").unlink()
+        (folder / name).unlink()
         words = shlex.split(figure.find_element("tag name", "code").text)
         subprocess.run([sys.executable, "-m", *words], cwd=folder, check=True, capture_output=True)
-        assert (folder / "answer.png").read_bytes() == answer
+        assert (folder / name).read_bytes() == answer
     assert errors(browser) == []
 
 
@@ -156,7 +157,7 @@ def test_keys_alone_do_it_too(browser):
 
     canvas = browser.find_element("id", "canvas")
     canvas.send_keys(Keys.ARROW_LEFT, Keys.ARROW_UP, " ", "]", Keys.ARROW_LEFT, " ")
-    assert "painted" in status(browser)
+    assert "painted" in browser.find_element("id", "place").get_property("textContent")
     browser.find_element("id", "seed").send_keys(Keys.ENTER)
     wait_for(lambda: browser.find_elements("css selector", ".answer"))
     canvas.send_keys("e")
@@ -257,3 +258,55 @@ def test_a_model_that_vanishes_is_told_of(browser, folder):
         (folder / "elsewhere").rename(model)
     click(browser, "make")
     wait_for(lambda: status(browser).startswith("Done in"))
+
+
+def test_a_field_that_is_hidden_does_not_hold_the_others_up(browser):
+    """A number beyond its range, in a field that the next edit has not."""
+    draw_half(browser)
+    browser.find_element("css selector", "[value=outpaint]").click()
+    browser.execute_script("document.getElementById('amount').value = 99")
+    browser.find_element("css selector", "[value=inpaint]").click()
+    click(browser, "make")
+    wait_for(lambda: status(browser).startswith("Done in"))
+
+
+def test_an_answer_that_came_too_late_is_not_shown_as_another(browser):
+    draw_half(browser)
+    browser.find_element("css selector", "[value=outpaint]").click()
+    click(browser, "make")
+    browser.find_element("css selector", "[value=denoise]").click()
+    wait_for(lambda: "you went on" in status(browser))
+    assert not browser.find_elements("css selector", ".answer")
+
+
+def test_work_can_be_cancelled(browser):
+    browser.find_element("css selector", "[value=outpaint]").click()
+    browser.execute_script(
+        "document.getElementById('steps').value = 40; document.getElementById('amount').value = 8;"
+        "document.getElementById('variations').value = 8"
+    )
+    click(browser, "make")
+    wait_for(lambda: browser.find_element("id", "cancel").is_enabled())
+    click(browser, "cancel")
+    wait_for(lambda: status(browser) == "Cancelled")
+    browser.find_element("css selector", "[value=denoise]").click()
+    click(browser, "make")
+    wait_for(lambda: status(browser).startswith("Done in"))
+
+
+def test_what_is_drawn_can_be_taken_back(browser):
+    def marked():
+        return browser.execute_script(
+            "const c = document.getElementById('canvas');"
+            "return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data].join()"
+        )
+
+    clean = marked()
+    draw_half(browser)
+    drawn = marked()
+    click(browser, "noise")
+    wait_for(lambda: marked() != drawn)
+    click(browser, "undo")
+    assert marked() == drawn
+    click(browser, "undo")
+    assert marked() == clean

@@ -1,8 +1,9 @@
 """What the page answers is what the shown command makes, byte for byte."""
 
 import base64
+import resource
 import shlex
-from dataclasses import replace
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 from cmtool.data.decoding import read_image
 from cmtool.errors import InputError, UserError
+from cmtool.models import ASSETS
 from cmtool.page.asked import AskedEdit, AskedHarm, AskedMorph, AskedSamples
+from cmtool.page.desk import Desk, Interrupted
 from cmtool.page.rows import EDITS
 
 MASK = torch.zeros(8, 8, dtype=torch.uint8)
@@ -46,7 +49,6 @@ def test_the_command_of_an_edit_makes_its_bytes(name, desk, digit, cmtool):
     for number, answer in enumerate(made["answers"]):
         assert answer["steps"] == (steps[number] or len(answer["way"]))
         assert typed(cmtool, answer["command"], made["files"]) == bytes_of(answer["png"])
-        Path("answer.png").unlink()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_a_picture_of_any_size_is_brought_to_the_models(fit, desk):
     small = read_image(bytes_of(got["png"]))
     assert small.shape == (3, 8, 8)
     is_white = (small > 250).all(0).all(1)
-    assert is_white.tolist() == [fit == "whole" and row in (0, 7) for row in range(8)]
+    assert is_white.tolist() == [fit == "whole" and row in (0, 1, 6, 7) for row in range(8)]
     with pytest.raises(UserError, match="unknown fit"):
         desk.picture(large, "stretch")
 
@@ -138,22 +140,61 @@ def test_what_cannot_be_made_is_said(change, what, desk, digit):
 
 
 @pytest.mark.parametrize(
-    ("name", "amount"), [("superres", 3.0), ("superres", 99.0), ("outpaint", 0)]
+    ("name", "amount"),
+    [
+        ("superres", 3.0),
+        ("superres", 99.0),
+        ("superres", 2.5),
+        ("outpaint", 1.5),
+        ("outpaint", 0),
+        ("deblur", 4.0),
+    ],
 )
 def test_so_is_a_number_beyond_its_range(name, amount, desk, digit):
     with pytest.raises(UserError):
         desk.edit(asked(name, digit, amount=amount))
 
 
-def test_a_model_that_is_gone_is_said(desk, digit, tmp_path):
-    gone = replace(desk, name=str(tmp_path / "run"))
-    for work in (
-        lambda: gone.edit(asked("inpaint", digit)),
-        lambda: gone.samples(AskedSamples(sigmas=[80.0])),
-        lambda: gone.morph(AskedMorph(start=0, end=1, sigmas=[80.0])),
-    ):
-        with pytest.raises(InputError, match="is gone"):
-            work()
+@pytest.mark.parametrize("change", ["gone", "another", "emptied"])
+def test_a_model_that_is_gone_or_another_is_said(change, desk, digit, tmp_path):
+    path = tmp_path / "m.safetensors"
+    shutil.copy(ASSETS / "digits-cd.safetensors", path)
+    mine = Desk(desk.model, str(path))
+    work = [
+        lambda: mine.edit(asked("inpaint", digit)),
+        lambda: mine.samples(AskedSamples(sigmas=[80.0], count=1)),
+        lambda: mine.morph(AskedMorph(start=0, end=1, sigmas=[80.0], frames=2)),
+    ]
+    assert all(each() for each in work)
+    if change == "another":
+        shutil.copy(ASSETS / "digits-cmt.safetensors", path)
+    else:
+        path.unlink()
+    if change == "emptied":
+        path.mkdir()
+    for each in work:
+        with pytest.raises(InputError, match="another now" if change == "another" else "is gone"):
+            each()
+
+
+def test_work_ends_at_the_next_call_of_the_network(desk, digit):
+    desk.interrupt.set()
+    try:
+        with pytest.raises(Interrupted):
+            desk.edit(asked("inpaint", digit))
+    finally:
+        desk.interrupt.clear()
+    assert desk.edit(asked("inpaint", digit))
+
+
+def test_a_line_of_pixels_takes_no_memory(desk):
+    """As large as it is in one direction: it is not filled up to a square first."""
+    from cmtool.data.drawing import png_bytes
+
+    line = png_bytes(torch.zeros(1, 1, 60_000, dtype=torch.uint8))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert read_image(bytes_of(desk.picture(line, "whole")["png"])).shape == (3, 8, 8)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
 
 
 def test_the_page_is_told_what_the_model_is(desk):

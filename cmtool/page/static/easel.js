@@ -16,6 +16,8 @@ export class Easel {
     this.place = [width >> 1, height >> 1];
     this.before = [];
     this.original = this.pixels;
+    this.version = 0;
+    this.edges = new Path2D();
     this.changed = () => {};
     canvas.width = width;
     canvas.height = height;
@@ -24,21 +26,24 @@ export class Easel {
     this.show();
   }
 
-  /** Take another picture: bytes, row by row. */
-  load(pixels) {
+  /** Take another picture, bytes row by row; one that was only spoiled keeps what is drawn. */
+  load(pixels, isSpoiled = false) {
+    this.remember();
     this.pixels = pixels;
     this.original = pixels.slice();
-    this.mask.fill(0);
-    this.before = [];
+    if (!isSpoiled) this.mask = new Uint8Array(this.mask.length);
+    this.version += 1;
     this.show();
     this.changed();
   }
 
   listen() {
     let last = null;
+    let pointer = null; // the one that draws: other fingers do not
     const { canvas } = this;
     canvas.addEventListener("pointerdown", (event) => {
-      if (event.button || !this.draws) return;
+      if (event.button || !this.draws || pointer !== null) return;
+      pointer = event.pointerId;
       event.preventDefault();
       canvas.focus();
       canvas.setPointerCapture(event.pointerId);
@@ -48,16 +53,17 @@ export class Easel {
     });
     canvas.addEventListener("pointermove", (event) => {
       this.outline(this.at(event));
-      if (!last) return;
+      if (!last || event.pointerId !== pointer) return;
       for (const part of event.getCoalescedEvents?.() ?? [event]) {
         const next = this.at(part);
         this.line(last, next);
         last = next;
       }
     });
-    const end = () => {
+    const end = (event) => {
+      if (event.pointerId !== pointer) return;
       if (last) this.changed();
-      last = null;
+      last = pointer = null;
     };
     canvas.addEventListener("pointerup", end);
     canvas.addEventListener("pointercancel", end);
@@ -76,8 +82,9 @@ export class Easel {
         Math.min(this.height - 1, Math.max(0, y + move[1])),
       ];
     } else if (event.key === " " && this.draws) {
-      this.remember();
-      this.line(this.place, this.place);
+      if (!event.repeat) this.remember();
+      const middle = this.place.map((n) => n + 0.5);
+      this.line(middle, middle);
       this.changed();
     } else if ((event.ctrlKey || event.metaKey) && event.key === "z") {
       this.undo();
@@ -142,13 +149,14 @@ export class Easel {
   }
 
   remember() {
-    this.before.push([this.pixels.slice(), this.mask.slice()]);
+    this.before.push([this.pixels.slice(), this.mask.slice(), this.original]);
     if (this.before.length > MOST_UNDO) this.before.shift();
   }
 
   undo() {
     const last = this.before.pop();
-    if (last) [this.pixels, this.mask] = last;
+    if (last) [this.pixels, this.mask, this.original] = last;
+    this.version += 1;
     this.show();
     this.changed();
   }
@@ -157,7 +165,7 @@ export class Easel {
   clear() {
     this.remember();
     this.pixels = this.original.slice();
-    this.mask.fill(0);
+    this.mask = new Uint8Array(this.mask.length);
     this.show();
     this.changed();
   }
@@ -175,23 +183,47 @@ export class Easel {
       image.data[4 * pixel + 3] = 255;
     }
     context.putImageData(image, 0, 0);
+    this.edges = this.draws === "mask" ? this.edgesOfMask() : new Path2D();
+    this.outline(this.at_);
   }
 
-  /** Show the edge of the brush at a place, or nowhere. */
+  /** The border of the mask: its colour alone may be that of the picture. */
+  edgesOfMask() {
+    const path = new Path2D();
+    const { width, height, mask } = this;
+    const has = (x, y) => x >= 0 && y >= 0 && x < width && y < height && mask[y * width + x] > 0;
+    for (let y = 0; y < height; y++) {
+      for (let x = 0; x < width; x++) {
+        if (!has(x, y)) continue;
+        if (!has(x - 1, y)) { path.moveTo(x, y); path.lineTo(x, y + 1); }
+        if (!has(x + 1, y)) { path.moveTo(x + 1, y); path.lineTo(x + 1, y + 1); }
+        if (!has(x, y - 1)) { path.moveTo(x, y); path.lineTo(x + 1, y); }
+        if (!has(x, y + 1)) { path.moveTo(x, y + 1); path.lineTo(x + 1, y + 1); }
+      }
+    }
+    return path;
+  }
+
+  /** Show the edges of the mask, and of the brush at a place, or nowhere. */
   outline(at) {
+    this.at_ = at;
     const box = this.canvas.getBoundingClientRect();
     const scale = box.width / this.width;
     this.brush.width = Math.round(box.width);
     this.brush.height = Math.round(box.height);
-    if (!at || !this.draws) return;
     const context = this.brush.getContext("2d");
-    const reach = Math.max(0.5, this.size / 2) * scale;
+    const lines = new Path2D();
+    lines.addPath(this.edges, new DOMMatrix([scale, 0, 0, scale, 0, 0]));
+    if (at && this.draws) {
+      const reach = Math.max(0.5, this.size / 2) * scale;
+      const round = new Path2D();
+      round.arc(at[0] * scale, at[1] * scale, reach, 0, 2 * Math.PI);
+      lines.addPath(round);
+    }
     for (const [colour, width] of [["#fff", 3], ["#000", 1]]) {
       context.strokeStyle = colour;
       context.lineWidth = width;
-      context.beginPath();
-      context.arc(at[0] * scale, at[1] * scale, reach, 0, 2 * Math.PI);
-      context.stroke();
+      context.stroke(lines);
     }
   }
 }

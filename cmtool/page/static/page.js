@@ -8,7 +8,7 @@ if (about) start();
 
 function start() {
   byId("model").textContent = about.model;
-  const place = (text) => tell(text);
+  const place = (text) => (byId("place").textContent = text);
   const easel = new Easel(byId("canvas"), byId("brush"), about, place);
   const size = `${about.width} by ${about.height} pixels`;
   byId("canvas").setAttribute("aria-label", `The picture, ${size}, to draw on`);
@@ -81,7 +81,7 @@ function prepareEdits(easel) {
     byId("edit-help").textContent = row.help;
     const { amount } = row;
     byId("amount-row").hidden = !amount;
-    byId("auto-row").hidden = !amount?.may_be_left_out;
+    byId("auto-row").hidden = !amount?.mayBeLeftOut;
     byId("steps-row").hidden = !row.hasSteps;
     byId("variations-row").hidden = !row.hasVariations;
     byId("colour-label").hidden = row.draws !== "paint";
@@ -90,9 +90,14 @@ function prepareEdits(easel) {
       byId("amount-label").textContent = amount.label;
       const { low: min, high: max, step, start } = amount;
       Object.assign(byId("amount"), { min, max, step, value: start, defaultValue: start });
+      const options = amount.choices.map((value) => make("option", { value }, String(value)));
+      byId("amount-choice").replaceChildren(...options);
+      byId("amount").hidden = amount.choices.length > 0;
+      byId("amount-choice").hidden = amount.choices.length === 0;
     }
-    byId("amount").disabled = Boolean(amount?.may_be_left_out) && byId("auto").checked;
+    byId("amount").disabled = Boolean(amount?.mayBeLeftOut) && byId("auto").checked;
     easel.draws = row.draws;
+    byId("easel").classList.toggle("draws", Boolean(row.draws));
     easel.show();
     byId("answers").replaceChildren();
   };
@@ -104,21 +109,29 @@ function prepareEdits(easel) {
   byId("auto").addEventListener("change", () => {
     byId("amount").disabled = byId("auto").checked;
   });
+  let stop = new AbortController();
+  byId("cancel").addEventListener("click", () => stop.abort());
+  const amountOf = ({ amount }) => {
+    if (!amount || (amount.mayBeLeftOut && byId("auto").checked)) return null;
+    return amount.choices.length ? Number(byId("amount-choice").value) : number("amount");
+  };
   const run = latest(byId("answers"), async () => {
-    const row = about.edits[chosen];
-    const isLeftOut = row.amount?.may_be_left_out && byId("auto").checked;
+    const [name, version, row] = [chosen, easel.version, about.edits[chosen]];
     const asked = {
-      edit: chosen,
+      edit: name,
       picture: toBase64(easel.pixels),
       mask: row.draws === "mask" ? toBase64(easel.mask) : null,
-      amount: row.amount && !isLeftOut ? number("amount") : null,
+      amount: amountOf(row),
       steps: row.hasSteps ? [1, number("steps")] : [null],
       seed: number("seed"),
       variations: number("variations"),
       label: label("edit-class"),
     };
-    const made = await ask("edit", asked);
-    showAnswers(made, chosen);
+    stop = new AbortController();
+    byId("cancel").disabled = false;
+    const made = await ask("edit", asked, stop.signal).finally(() => (byId("cancel").disabled = true));
+    if (chosen !== name || easel.version !== version) return "The answer is not shown: you went on.";
+    showAnswers(made, name);
     return `Done in ${made.answers.map(({ seconds }) => `${seconds.toFixed(2)} s`).join(" and ")}.`;
   });
   byId("edit-form").addEventListener("submit", (event) => {
@@ -143,10 +156,11 @@ function showAnswers(made, name) {
       }
     }
     const parts = [make("figcaption", {}, caption), shown, way];
-    return make("figure", {}, ...parts, saving(answer.png, "answer.png"), command(answer.command));
+    return make("figure", {}, ...parts, saving(answer.png, answer.name), command(answer.command));
   });
   const files = Object.keys(made.files);
-  const beside = `The command reads ${files.join(" and ")}: save ${files.length > 1 ? "them" : "it"} first.`;
+  const them = files.length > 1 ? "them" : "it";
+  const beside = `The commands read ${files.join(" and ")}: save ${them}, and type the command in that folder.`;
   const saved = Object.entries(made.files).map(([file, content]) => saving(content, file));
   const seen = make("figure", {}, make("figcaption", {}, "What the model saw"), picture(made.seen, "What the model saw", 64));
   byId("answers").replaceChildren(
@@ -159,12 +173,15 @@ function preparePictures(easel) {
   let next = Math.floor(Math.random() * about.examples);
   const take = latest(byId("easel"), async () => {
     const found = await wanted();
-    easel.load(fromBase64(found.pixels));
+    easel.load(fromBase64(found.pixels), isSpoiled);
     byId("answers").replaceChildren();
     return "";
   });
-  const load = (work) => {
+  let isSpoiled = false;
+  let spoils = 0;
+  const load = (work, spoiled = false) => {
     wanted = work;
+    isSpoiled = spoiled;
     take();
   };
   const open = (file) => file && load(() => ask(`picture?fit=${byId("fit").value}`, file));
@@ -174,9 +191,9 @@ function preparePictures(easel) {
   });
   byId("example").addEventListener("click", () => load(() => ask(`example/${next++}`)));
   const harm = (how, amount) => load(() => {
-    const seed = number("seed");
+    const seed = number("seed") + spoils++; // other noise each time
     return ask("harm", { picture: toBase64(easel.pixels), how, amount, seed });
-  });
+  }, true);
   byId("noise").addEventListener("click", () => harm("noise", 0.3));
   byId("blur").addEventListener("click", () => harm("blur", 1));
   document.addEventListener("dragover", (event) => event.preventDefault());
@@ -241,9 +258,12 @@ function prepareLevels() {
     const rows = levels.map((level, index) => {
       const out = make("output", {}, String(level));
       const slider = make("input", { type: "range", min: 0, max: 1000, step: "any", value: toPlace(level) });
+      slider.setAttribute("aria-label", `Level ${index + 1}`);
+      slider.setAttribute("aria-valuetext", String(level));
       slider.addEventListener("input", () => {
         chosen[index] = Math.min(sigmaMax, toLevel(Number(slider.value)));
         out.textContent = String(chosen[index]);
+        slider.setAttribute("aria-valuetext", out.textContent);
       });
       return make("label", {}, `Level ${index + 1}`, slider, out);
     });
@@ -254,7 +274,7 @@ function prepareLevels() {
   }
   byId("levels-count").addEventListener("change", () => build(about.levels[byId("levels-count").selectedIndex]));
   build(about.levels[0]);
-  return () => chosen.toSorted((a, b) => b - a);
+  return () => [...new Set(chosen)].sort((a, b) => b - a);
 }
 
 function prepareSamples(easel, levels) {

@@ -19,9 +19,9 @@ export class Refused extends Error {
 }
 
 /** Ask the server; return its JSON. `content` is an object, a file, or nothing for GET. */
-export async function ask(path, content) {
+export async function ask(path, content, signal) {
   const headers = { "X-Tab": TAB };
-  const options = { headers };
+  const options = { headers, signal };
   if (content !== undefined) {
     options.method = "POST";
     const isFile = content instanceof Blob;
@@ -32,6 +32,7 @@ export async function ask(path, content) {
   try {
     response = await fetch(path, options);
   } catch {
+    if (signal?.aborted) throw new Refused("Cancelled", "", 409);
     throw new Refused("the server does not answer", "look at the terminal where cmtool runs", 0);
   }
   const said = await response.json().catch(() => null);
@@ -61,7 +62,7 @@ export function latest(place, work) {
         tell("Working...");
         tell((await work()) ?? "");
       } catch (error) {
-        if (error.status !== 409) tell(error.message, true);
+        tell(error.message, error.status !== 409);
         if (!(error instanceof Refused)) console.error(error);
       }
     }
