@@ -296,7 +296,7 @@ async def _http_error(_: Request, error: Exception) -> Response:
 
 
 async def _our_mistake(_: Request, __: Exception) -> Response:
-    what = "cmtool failed: this is a mistake of cmtool"
+    what = "the server failed, by a mistake of its own"
     return _error(UserError(what, "look at the terminal where it runs"), 500)
 
 
