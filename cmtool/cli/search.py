@@ -37,6 +37,14 @@ Metric = Annotated[
     ),
 ]
 
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        help="Data set or folder that the images are compared with. Default: the bundled data that"
+        " the model was trained on, else digits."
+    ),
+]
+
 
 def search(
     checkpoint: Checkpoint = None,
@@ -48,13 +56,7 @@ def search(
         typer.Option(min=3, help="Points of the grid of levels. Default: the model's own grid."),
     ] = None,
     metric: Metric = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            help="Data set or folder that the images are compared with. Default: the bundled data"
-            " that the model was trained on, else digits."
-        ),
-    ] = None,
+    reference: Reference = None,
     features: Features = None,
     features_input: FeaturesInput = "",
     trust: Trust = False,

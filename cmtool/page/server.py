@@ -139,65 +139,83 @@ async def until_gone(request: Request) -> None:
         pass
 
 
+class Endpoints:
+    """What the page may ask for, answered by a desk."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.line = Line(desk.interrupt)
+        self.uploads = asyncio.Semaphore(UPLOADS)
+        self.pictures = asyncio.Semaphore(1)
+
+    def routes(self) -> list[Route]:
+        """Return them with the files of the page."""
+        desk = self.desk
+        return [
+            *(Route(f"/{name}", _static(*file), methods=["GET"]) for name, file in FILES.items()),
+            Route("/about", self.about, methods=["GET"]),
+            Route("/example/{index}", self.example, methods=["GET"]),
+            Route("/picture", self.picture, methods=["POST"]),
+            Route("/edit", self.posted(AskedEdit, desk.edit), methods=["POST"]),
+            Route("/harm", self.posted(AskedHarm, desk.harmed), methods=["POST"]),
+            Route("/samples", self.posted(AskedSamples, desk.samples), methods=["POST"]),
+            Route("/morph", self.posted(AskedMorph, desk.morph), methods=["POST"]),
+        ]
+
+    async def about(self, _: Request) -> Response:
+        """Return what the page has to know at its start."""
+        return JSONResponse(await run_in_threadpool(self.desk.about))
+
+    async def example(self, request: Request) -> Response:
+        """Return a bundled picture. Raises HTTPException for what is no number."""
+        index = request.path_params["index"]
+        if not (index.isascii() and index.isdigit() and len(index) < 10):
+            raise HTTPException(404)
+        return JSONResponse(await run_in_threadpool(lambda: self.desk.example(int(index))))
+
+    async def picture(self, request: Request) -> Response:
+        """Return the picture file that was sent at the model's size."""
+        fit = request.query_params.get("fit", "centre")
+        async with self.pictures:
+            content = await self.content_of(request, MAX_UPLOAD)
+            return JSONResponse(await run_in_threadpool(lambda: self.desk.picture(content, fit)))
+
+    def posted(self, kind: type[A], work: Callable[[A], Answer]) -> Callable[[Request], Any]:
+        """Return an endpoint that does this work for JSON of this kind, with the model."""
+
+        async def endpoint(request: Request) -> Response:
+            if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+                raise InputError("the request is not JSON", "load the page again")
+            asked = read(kind, await self.content_of(request, MAX_ASKED))
+            return await self.answered(request, lambda: work(asked))
+
+        return endpoint
+
+    async def answered(self, request: Request, work: Work) -> Response:
+        """Return the answer of the model, when it is this request's turn."""
+        gone = asyncio.create_task(until_gone(request))
+        tab = request.headers["x-tab"][:64]
+        try:
+            async with self.line.place((tab, request.url.path), gone):
+                return JSONResponse(await run_in_threadpool(work))
+        finally:
+            gone.cancel()
+
+    async def content_of(self, request: Request, most: int) -> bytes:
+        """Return what a request carries. Raises InputError for too much of it, or too slow."""
+        try:
+            async with self.uploads, asyncio.timeout(UPLOAD_SECONDS):
+                return await body(request, most)
+        except TimeoutError:
+            raise InputError("the upload took too long", "try again") from None
+
+
 def build(desk: Desk, hosts: set[str] | None, key: str = "") -> Guard:
     """Return the application. `hosts` are what Host and Origin may name, None for any.
 
     With a key, the whole page lies under it: who does not know it finds nothing.
     """
-    line = Line(desk.interrupt)
-    uploads = asyncio.Semaphore(UPLOADS)
-
-    async def answered(request: Request, work: Work) -> Response:
-        gone = asyncio.create_task(until_gone(request))
-        tab = request.headers["x-tab"][:64]
-        try:
-            async with line.place((tab, request.url.path), gone):
-                return JSONResponse(await run_in_threadpool(work))
-        finally:
-            gone.cancel()
-
-    async def about(_: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(desk.about))
-
-    async def content_of(request: Request, most: int) -> bytes:
-        try:
-            async with uploads, asyncio.timeout(UPLOAD_SECONDS):
-                return await body(request, most)
-        except TimeoutError:
-            raise InputError("the upload took too long", "try again") from None
-
-    async def picture(request: Request) -> Response:
-        fit = request.query_params.get("fit", "centre")
-        async with pictures:
-            content = await content_of(request, MAX_UPLOAD)
-            return JSONResponse(await run_in_threadpool(lambda: desk.picture(content, fit)))
-
-    async def example(request: Request) -> Response:
-        index = request.path_params["index"]
-        if not (index.isascii() and index.isdigit() and len(index) < 10):
-            raise HTTPException(404)
-        return JSONResponse(await run_in_threadpool(lambda: desk.example(int(index))))
-
-    def posted(kind: type[A], work: Callable[[A], Answer]) -> Callable[[Request], Any]:
-        async def endpoint(request: Request) -> Response:
-            if request.headers.get("content-type", "").partition(";")[0] != "application/json":
-                raise InputError("the request is not JSON", "load the page again")
-            asked = read(kind, await content_of(request, MAX_ASKED))
-            return await answered(request, lambda: work(asked))
-
-        return endpoint
-
-    pictures = asyncio.Semaphore(1)
-    routes = [
-        *(Route(f"/{name}", _static(*file), methods=["GET"]) for name, file in FILES.items()),
-        Route("/about", about, methods=["GET"]),
-        Route("/example/{index}", example, methods=["GET"]),
-        Route("/picture", picture, methods=["POST"]),
-        Route("/edit", posted(AskedEdit, desk.edit), methods=["POST"]),
-        Route("/harm", posted(AskedHarm, desk.harmed), methods=["POST"]),
-        Route("/samples", posted(AskedSamples, desk.samples), methods=["POST"]),
-        Route("/morph", posted(AskedMorph, desk.morph), methods=["POST"]),
-    ]
+    routes = Endpoints(desk).routes()
     app = Starlette(
         routes=[Mount(f"/{key}", routes=list(routes))] if key else routes,
         exception_handlers={
