@@ -76,7 +76,7 @@ def test_a_picture_that_is_too_wide_is_narrowed():
         ({"TERM_PROGRAM": "iTerm.app"}, "iterm"),
         ({"TERM_PROGRAM": "WezTerm"}, "iterm"),
         ({"TERM_PROGRAM": "vscode"}, None),
-        ({"KITTY_WINDOW_ID": "1", "TMUX": "/tmp/tmux-0/default,1,0"}, None),
+        ({"KITTY_WINDOW_ID": "1", "TMUX": "socket,1,0"}, None),
         ({"TERM_PROGRAM": "iTerm.app", "TERM": "screen-256color"}, None),
         ({}, None),
     ],
