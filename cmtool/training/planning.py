@@ -27,7 +27,7 @@ MOST_SIDE = {"cpu": 32, "mps": 32, "cuda": 64}
 SHARE_OF_MEMORY = 0.7
 EDM_SIGMA_DATA = 0.5
 """For images that are all alike, where nothing can be measured."""
-MANY_STEPS = 4000
+MANY_STEPS = 8000
 """With fewer steps a batch is made smaller: at the start many small steps learn the most."""
 LEAST_BATCH = 8
 SHARE_OF_GRIDS = 0.05
