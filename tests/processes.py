@@ -9,13 +9,16 @@ torchrun does after 30. `bare` runs leave out reports and the look at memory.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +30,10 @@ from cmtool.training import checkpoint
 from cmtool.training import start as run_start
 from tests.cli.conftest import hasten
 from tests.training.test_state import WEIGHED
+
+ROOT = str(Path(__file__).parents[1])
+PRELOADED = ("torch._dynamo", "torch.utils.flop_counter", "matplotlib.backends.backend_agg")
+"""What each process would import for itself: it takes several seconds."""
 
 
 def boom():
@@ -140,6 +147,20 @@ def ends(job):
     return [ended[rank] for rank in range(job["processes"])], time.monotonic() - first
 
 
+def run(*jobs):
+    """Run jobs. Return of each the exit codes by rank and the seconds; stdout by line; stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.processes", json.dumps(jobs)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT},
+        capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *said, ends = done.stdout.splitlines()
+    return json.loads(ends), said, done.stderr
+
+
 if __name__ == "__main__":
+    for name in PRELOADED:
+        importlib.import_module(name)
     METHODS["weighed"] = WEIGHED  # a method that owns a module
     print(json.dumps([ends(job) for job in json.loads(sys.argv[1])]))

@@ -35,9 +35,8 @@ def drawn(path, **inputs):
     return torch.from_numpy(images)
 
 
-@pytest.mark.parametrize("sigmas", [(80.0,), (80.0, 1.143)])
-def test_the_file_draws_what_we_draw_for_any_batch(small, tmp_path, sigmas):
-    path = tmp_path / "small.onnx"
+def test_the_file_draws_what_we_draw_for_any_batch(small, tmp_path):
+    path, sigmas = tmp_path / "small.onnx", (80.0, 1.143)
     assert export_onnx(small, plan(small.preset, sigmas=sigmas), path) <= 1e-4
     seeds = range(7)
     ours = sample(small, seeds, sigmas=sigmas)

@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -31,6 +28,7 @@ from tests.data.forms import (
     as_tar,
     member,
 )
+from tests.processes import run
 from tests.training.test_torchrun import tensors
 
 CLASSES = ["--set", "model.num_classes=3"]
@@ -102,9 +100,6 @@ def test_a_run_of_version_0_1_that_streams_resumes(form, cmtool, tmp_path, monke
         assert cmtool(*TRAIN, *steps, "--resume").code == code
 
 
-ROOT = str(Path(__file__).parents[2])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["shards", "parquet"])
 def test_two_processes_that_stream_are_one_with_two_rounds(form, tmp_path):
@@ -114,14 +109,8 @@ def test_two_processes_that_stream_are_one_with_two_rounds(form, tmp_path):
         {"processes": 2, "arguments": [*arguments, str(tmp_path / "two")]},
         {"processes": 1, "arguments": [*arguments, str(tmp_path / "one"), "--accumulate", "2"]},
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.processes",
-         json.dumps([{**job, "bare": True, "stream": True} for job in jobs])],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    ends = json.loads(done.stdout.splitlines()[-1])
-    assert [codes for codes, _ in ends] == [[0, 0], [0]], done.stderr
+    ends, _, stderr = run(*({**job, "bare": True, "stream": True} for job in jobs))
+    assert [codes for codes, _ in ends] == [[0, 0], [0]], stderr
     one, two = (tensors(tmp_path / name) for name in ("one", "two"))
     for name, tensor in one.items():
         assert torch.equal(tensor, two[name]), name

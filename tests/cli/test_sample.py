@@ -17,6 +17,7 @@ from cmtool.data.datasets import load_dataset
 from cmtool.data.decoding import png_info, read_image
 from cmtool.models import ASSETS, load_model
 from cmtool.sampling import generate, plan
+from tests.processes import run
 
 SMALL = ["sample", "-c", "digits-cd", "--device", "cpu"]
 
@@ -334,27 +335,19 @@ def test_an_archive_that_is_stopped_before_an_image_leaves_nothing(cmtool, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("out", ["a", "a.zip", "a.npz"])
-def test_two_processes_write_what_one_writes(tmp_path, out):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    sample = ["-m", "cmtool", *SMALL, "--seeds", "0-7", "--batch", "3", "--out", out]
-    launchers = {
-        "one": [sys.executable],
-        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc-per-node", "2"],
-    }  # fmt: skip
-    said = {}
-    for name, launcher in launchers.items():
-        (tmp_path / name).mkdir()
-        done = subprocess.run([*launcher, *sample], cwd=tmp_path / name, env=environment,
-                              capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        said[name] = done.stdout
-    assert said["one"] == said["two"]
-    if out == "a":
-        assert files(tmp_path / "one/a") == files(tmp_path / "two/a")
-        assert len(files(tmp_path / "two/a")) == 8
-    else:
-        one, two = (load_dataset(str(tmp_path / name / out)) for name in launchers)
+def test_two_processes_write_what_one_writes(tmp_path):
+    outs = {n: [tmp_path / str(n) / name for name in ("a", "a.zip", "a.npz")] for n in (1, 2)}
+    jobs = [
+        {"processes": n, "arguments": [*SMALL, "--seeds", "0-7", "--batch", "3", "--out", str(out)]}
+        for n in outs for out in outs[n]
+    ]  # fmt: skip
+    ends, said, stderr = run(*jobs)
+    assert [codes for codes, _ in ends] == [[0]] * 3 + [[0, 0]] * 3, stderr
+    one, two = ([line for line in said if f"/{n}/a" in line] for n in outs)
+    assert [line.replace("/1/a", "/2/a") for line in one] == two
+    assert files(outs[1][0]) == files(outs[2][0])
+    assert len(files(outs[2][0])) == 8
+    for paths in zip(outs[1][1:], outs[2][1:], strict=True):
+        one, two = (load_dataset(str(path)) for path in paths)
         assert torch.equal(one.images, two.images)
         assert torch.equal(one.labels, two.labels)

@@ -12,7 +12,7 @@ from tests.processes import free_port
 
 pytestmark = pytest.mark.slow
 
-LENGTH = 120
+LENGTH = 60
 COMMAND = [
     "train", "--preset", "digits-ct", *TINY, "--set", f"train.steps={LENGTH}",
     "--set", "run.checkpoint_every=5", "--resume", "auto",

@@ -1,10 +1,6 @@
 """What several processes of one run do together, and when one of them fails; exit codes by rank."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,14 +11,11 @@ from cmtool.data.batches import permutation
 from cmtool.formats.native import read_about, read_weights, write_weights
 from cmtool.models import ASSETS
 from cmtool.training.log import read_log
+from tests import processes
 from tests.cli.conftest import TINY
 from tests.training.test_torchrun import EDM2, assert_alike, tensors
 
 pytestmark = pytest.mark.slow
-
-ROOT = str(Path(__file__).parents[2])
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
-
 
 BUNDLED = str(ASSETS / "digits-cd.safetensors")
 METHODS = {
@@ -48,6 +41,10 @@ EDM2_TINY = ["--set", EDM2, *TINY[:2], *TINY[-4:]]
 NEWER = ("ecd", "cmt", "sct", "scd")
 ROUNDS = {
     "edm": ["train", "--preset", "digits-edm", *TINY],
+    "edm, warped": [
+        *["train", "--preset", "digits-edm", *TINY, "--set", "data.augment=0.5"],
+        *["--set", "model.network.augment_dim=9", "--set", "train.precision=bf16"],
+    ],
     "ct": ["train", "--preset", "digits-ct", *TINY],
     "ct, scaled and computed again": [
         *["train", "--preset", "digits-ct", *TINY, "--set", "train.precision=fp16"],
@@ -91,12 +88,8 @@ def job(out, *arguments, method="ct", processes=2, **more):
 
 def run(*jobs):
     """Of each job the exit codes by rank and the seconds from first to last; all their stderr."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.processes", json.dumps(jobs)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+    ends, _, stderr = processes.run(*jobs)
+    return ends, stderr
 
 
 def status(out):

@@ -129,13 +129,14 @@ LENGTH = 50
 def test_fault_01_killed_at_random_moments_a_run_ends_bit_equal(place, methods, method):
     """Half of the kills are to meet a checkpoint that is being written, at any of its files."""
     arguments = [*methods[method], *EVERY_STEP, "--set", f"train.steps={LENGTH}"]
-    straight = Command(*arguments, "--out", "straight", folder=place)
+    straight = Command(*arguments, "--out", "straight", folder=place, bare=True)
     straight.done()
     run, moments = place / "run", random.Random(method)
     while_writing = 0
     for kill in range(KILLS):
         more = ["--resume"] if (run / "run.json").exists() else []
-        before, command = steps(run), Command(*arguments, "--out", "run", *more, folder=place)
+        before = steps(run)
+        command = Command(*arguments, "--out", "run", *more, folder=place, bare=True)
         if kill % 2:
             files = moments.randrange(5)
             command.suspend_when(lambda c=command, n=files: written(run, c) >= n)
@@ -152,7 +153,7 @@ def test_fault_01_killed_at_random_moments_a_run_ends_bit_equal(place, methods, 
         for number in steps(run):
             verify(run / "checkpoints" / f"step-{number:07d}")
     assert while_writing >= KILLS // 2
-    command = Command(*arguments, "--out", "run", "--resume", folder=place)
+    command = Command(*arguments, "--out", "run", "--resume", folder=place, bare=True)
     assert "resumed from" in command.done()
     assert_same_run(place / "straight", run)
     assert leftovers(run) == []
