@@ -344,6 +344,7 @@ def test_two_processes_write_what_one_writes(tmp_path):
     ends, said, stderr = run(*jobs)
     assert [codes for codes, _ in ends] == [[0]] * 3 + [[0, 0]] * 3, stderr
     one, two = ([line for line in said if f"/{n}/a" in line] for n in outs)
+    assert len(one) == 8 + 2  # pictures and archives
     assert [line.replace("/1/a", "/2/a") for line in one] == two
     assert files(outs[1][0]) == files(outs[2][0])
     assert len(files(outs[2][0])) == 8
