@@ -1,7 +1,8 @@
 """Models of the Hugging Face hub: `hf:ORG/NAME[@REVISION][/FILE]` becomes files on this machine.
 
-The hub's own library fetches, into its cache, by its variables and its token. It checks the size of
-what came; the sha256 that the hub states is checked here.
+They come into the cache of the hub's own library, by its variables and its token. The library
+fetches small files. Weights that the hub names by their sha256 are fetched here, over plain HTTP: a
+download that was cut goes on where it ended, where the library would begin anew.
 """
 
 from __future__ import annotations
@@ -205,14 +206,43 @@ def _file(named: Named, listed: Listed, file: str) -> Path:
         return Path(cached)
     if is_offline():
         raise MissingError(f"{file} of {named.repository} is not in the hub's cache", "fetch it")
-    path = Path(hub.hf_hub_download(named.repository, file, **known, endpoint=where["endpoint"]))
     expected = listed.files.get(file)
-    if expected is not None and (found := file_sha256(path)) != expected:
+    is_checked = expected is not None and _fetched_here(named, listed.commit, file, expected)
+    path = Path(hub.hf_hub_download(named.repository, file, **known, endpoint=where["endpoint"]))
+    if expected is None or is_checked:
+        return path
+    if (found := file_sha256(path)) != expected:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
         what = f"{file} of {named.repository} came as another file: its sha256 is {found[:12]}..."
         raise InputError(what, "try again: it was removed")
     return path
+
+
+def _fetched_here(named: Named, commit: str, file: str, sha256: str) -> bool:
+    """Fetch weights to where the cache of the hub's library has them: under their sha256.
+
+    Returns False, with nothing fetched, for a server that names its files otherwise, and for a file
+    that is there.
+    """
+    from cmtool.system.download import download
+
+    hub, endpoint = library(), places()["endpoint"]
+    url = hub.hf_hub_url(named.repository, file, revision=commit, endpoint=endpoint)
+    headers = hub.utils.build_hf_headers()
+    if re.fullmatch("[0-9a-f]{64}", sha256) is None:  # it becomes the name of a file
+        return False
+    blob = _repository_in_cache(named) / "blobs" / sha256
+    if blob.is_file() or hub.get_hf_file_metadata(url, headers=headers).etag != sha256:
+        return False
+    with hub.utils.tqdm(desc=file, unit="B", unit_scale=True, disable=None) as bar:
+
+        def progress(_: str, done: float, total: int) -> None:
+            bar.total = total or None
+            bar.update(done - bar.n)
+
+        download(url, blob, sha256=sha256, headers=headers, progress=progress)
+    return True
 
 
 @contextmanager

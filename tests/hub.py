@@ -12,12 +12,16 @@ import pytest
 
 
 class Hub:
-    """Repositories: by name, and by branch, commits of files {name: content}."""
+    """Repositories: by name, and by branch, commits of files {name: content}.
+
+    `left` is how many bytes of files it sends until it breaks down; `sent` how many it has sent;
+    `etag` what it states of files in place of their sha256.
+    """
 
     def __init__(self):
         self.branches, self.commits = {}, {}
-        self.refuses, self.broken, self.cut = None, False, None
-        self.blobs, self.messages, self.private = {}, [], {}
+        self.refuses, self.broken, self.left, self.sent, self.etag = None, False, None, 0, None
+        self.blobs, self.messages, self.private, self.tokens = {}, [], {}, []
         self.asked, self.status, self.lies, self.kind = [], {}, {}, None
 
     def push(self, repository, files, branch="main"):
@@ -48,8 +52,9 @@ class Hub:
             files = self.commits[repository, commit]
             siblings = [
                 {"rfilename": name, "size": len(content), "blobId": "0" * 40,
-                 "lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content),
-                         "pointerSize": 1}}
+                 "lfs": None if name.endswith((".json", ".md")) else {
+                     "sha256": hashlib.sha256(content).hexdigest(), "size": len(content),
+                     "pointerSize": 1}}
                 for name, content in files.items()
             ]  # fmt: skip
             facts = {"id": repository, "sha": commit, "siblings": siblings, "tags": [],
@@ -60,7 +65,7 @@ class Hub:
         content = self.commits.get((repository, commit), {}).get(name)
         if content is None:
             return 404, {"X-Error-Code": "EntryNotFound"}, b""
-        etag = hashlib.sha256(content).hexdigest()
+        etag = self.etag or hashlib.sha256(content).hexdigest()
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         return 200, headers, self.lies.get(name, content)
 
@@ -120,6 +125,8 @@ def hub(monkeypatch, tmp_path):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             hub.asked.append((self.command, self.path, self.headers.get("Range")))
+            if "harness" not in self.path:
+                hub.tokens.append(self.headers.get("Authorization"))
             status, headers, content = hub.answer(self.path)
             wanted = self.headers.get("Range")
             if wanted and status == 200:
@@ -132,10 +139,17 @@ def hub(monkeypatch, tmp_path):
             self.end_headers()
             if self.command == "GET":
                 with contextlib.suppress(OSError):
-                    self.wfile.write(content[: hub.cut] if "resolve" in self.path else content)
-                    if hub.cut is not None:
-                        self.close_connection = True
-                        self.connection.close()
+                    self.send(content)
+
+        def send(self, content):
+            if "resolve" not in self.path or hub.left is None:
+                self.wfile.write(content)
+                hub.sent += len(content) * ("resolve" in self.path)
+                return
+            self.wfile.write(content[: hub.left])
+            hub.sent, hub.left = hub.sent + hub.left, 0
+            self.close_connection = True
+            self.connection.close()
 
         do_HEAD = do_GET
 

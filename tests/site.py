@@ -20,6 +20,8 @@ class Site:
         self.cuts, self.answers, self.target = [], [], ""
         self.ranges, self.sent, self.kind, self.has_ranges = [], 0, "application/octet-stream", True
         self.length, self.pause = None, 0.0
+        self.is_chunked = False
+        """Whether an answer comes in chunks, and does not say its length."""
 
 
 @pytest.fixture
@@ -54,14 +56,22 @@ def site():
             body = site.content[start:]
             self.send_header("ETag", site.tag)
             self.send_header("Content-Type", site.kind)
-            self.send_header("Content-Length", str(site.length or len(body)))
+            if site.is_chunked:
+                self.send_header("Transfer-Encoding", "chunked")
+            else:
+                self.send_header("Content-Length", str(site.length or len(body)))
             self.end_headers()
-            body = body[: site.cuts.pop(0)] if site.cuts else body
+            is_cut = bool(site.cuts)
+            body = body[: site.cuts.pop(0)] if is_cut else body
             site.sent += len(body)
             with contextlib.suppress(OSError):  # who asked was killed
                 for at in range(0, len(body), 1 << 16):
-                    self.wfile.write(body[at : at + (1 << 16)])
+                    block = body[at : at + (1 << 16)]
+                    framed = b"%x\r\n%b\r\n" % (len(block), block)
+                    self.wfile.write(framed if site.is_chunked else block)
                     time.sleep(site.pause)
+                if site.is_chunked and not is_cut:
+                    self.wfile.write(b"0\r\n\r\n")
             self.close_connection = True
 
         def log_message(self, *_):

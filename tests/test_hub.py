@@ -85,10 +85,11 @@ def test_without_a_network_the_cache_is_used(hub, monkeypatch):
         load_model("hf:someone/else")
 
 
-def test_a_file_of_another_hash_is_refused_and_removed(hub, tmp_path):
+@pytest.mark.parametrize(("etag", "said"), [(None, "gave another"), ("7f", "came as another")])
+def test_a_file_of_another_hash_is_refused_and_removed(hub, etag, said):
     hub.push(NAME, {"a.safetensors": STUDENT})
-    hub.lies["a.safetensors"] = STUDENT[:-1] + b"!"
-    with pytest.raises(InputError, match="came as another file"):
+    hub.etag, hub.lies["a.safetensors"] = etag, STUDENT[:-1] + b"!"
+    with pytest.raises(InputError, match=f"{said} file"):
         load_model(f"hf:{NAME}")
     hub.lies.clear()
     assert load_model(f"hf:{NAME}").kind == "consistency"
@@ -181,14 +182,36 @@ def test_commands_take_models_of_the_hub_and_say_which_commit(hub, cmtool, tmp_p
     assert len(hub.asked) == asked
 
 
-def test_a_cut_file_is_told_never_used_and_fetched_again(hub, tmp_path):
+def test_weights_that_were_cut_are_told_never_used_and_gone_on_with(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("cmtool.system.download.time.sleep", lambda _: None)
     hub.push(NAME, {"digits.safetensors": STUDENT})
-    hub.cut = len(STUDENT) // 2
-    with pytest.raises(ResourceError, match="no whole answer"):
+    hub.left = here = len(STUDENT) // 2
+    with pytest.raises(ResourceError, match="could not be fetched"):
         load_model(f"hf:{NAME}")
     assert not list((tmp_path / "hub").rglob("snapshots/*/*.safetensors"))
-    hub.cut = None
+    hub.left = None
     assert load_model(f"hf:{NAME}").sha256 == load_model("digits-cd").sha256
+    ranges = [asked for how, path, asked in hub.asked if how == "GET" and "/resolve/" in path]
+    assert ranges == [None, *[f"bytes={here}-"] * (len(ranges) - 1)]
+    assert hub.sent == len(STUDENT)
+
+
+def test_a_small_file_that_was_cut_is_told_and_never_used(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    hub.push(NAME, {"config.json": b" " * 999, "diffusion_pytorch_model.safetensors": STUDENT})
+    hub.left = 500
+    with pytest.raises(ResourceError, match="no whole answer"):
+        load_model(f"hf:{NAME}")
+    assert not list((tmp_path / "hub").rglob("snapshots/*/config.json"))
+
+
+def test_the_token_is_sent_with_weights_and_small_files(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.push(NAME, {"config.json": b"{}", "diffusion_pytorch_model.safetensors": STUDENT})
+    with pytest.raises(InputError):  # of the configuration: both files are there
+        load_model(f"hf:{NAME}")
+    assert {how for how, _, _ in hub.asked} == {"GET", "HEAD"}
+    assert set(hub.tokens) == {"Bearer hf_secret"}
 
 
 def test_a_hub_that_is_not_there_is_told(hub, monkeypatch):

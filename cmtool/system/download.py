@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
@@ -52,10 +52,13 @@ def download(
     path: Path,
     *,
     sha256: str | None = None,
+    headers: Mapping[str, str] | None = None,
     progress: OnBytes = lambda *_: None,
     note: OnNote = lambda _: None,
 ) -> str:
     """Fetch a file to `path`, and return its sha256; the `sha256` wanted may be its beginning.
+
+    `headers` are sent along, to the server of `url` only: they may hold a token.
 
     The bytes go into PATH.part, which a later call goes on with; PATH appears when it is whole and,
     with `sha256`, the file that was published. One process fetches, others wait for it. Raises
@@ -65,26 +68,28 @@ def download(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     with FileLock(path.with_name(f"{path.name}.lock")):
-        if not path.is_file() or (sha256 is not None and not file_sha256(path).startswith(sha256)):
-            try:
-                _transfer(url, part, progress, note)
-                sync(part)
-            except OSError as error:
-                if not is_full(error):
-                    raise
-                raise _no_room(part, 0) from None
-            _check(part, url, sha256)
-            part.replace(path)
-            forget(part)
-            sync(path.parent)
-        return file_sha256(path)
+        here = file_sha256(path) if path.is_file() else None
+        if here is not None and (sha256 is None or here.startswith(sha256)):
+            return here
+        try:
+            _transfer(url, part, headers or {}, progress, note)
+            sync(part)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            raise _no_room(part, 0) from None
+        found = _checked(part, url, sha256)
+        part.replace(path)
+        forget(part)
+        sync(path.parent)
+        return found
 
 
-def _check(part: Path, url: str, sha256: str | None) -> None:
-    """Raise InputError, and remove the file, if it is not the one of that sha256."""
+def _checked(part: Path, url: str, sha256: str | None) -> str:
+    """Return a file's sha256. Raises InputError, and removes the file, if another is wanted."""
     found = file_sha256(part)
     if sha256 is None or found.startswith(sha256):
-        return
+        return found
     forget(part)
     what = f"{url} gave another file: its sha256 is {found[:12]}..., not {sha256[:12]}..."
     raise InputError(what, "try again later, or fetch the file from another place")
@@ -105,15 +110,17 @@ def _facts(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
-def _transfer(url: str, part: Path, progress: OnBytes, note: OnNote, tries: int = TRIES) -> None:
+def _transfer(
+    url: str, part: Path, headers: Mapping[str, str], progress: OnBytes, note: OnNote
+) -> None:
     """Bring `part` to its whole length, by as many requests as that takes."""
     from requests import RequestException
 
-    left = tries
+    left = TRIES
     while left:
         before, wait = _size(part), 1.0
         try:
-            with _asked(url, part) as answer:
+            with _asked(url, part, headers) as answer:
                 if answer.status_code not in AGAIN:
                     if _taken(answer, url, part, progress):
                         return
@@ -126,15 +133,18 @@ def _transfer(url: str, part: Path, progress: OnBytes, note: OnNote, tries: int 
         except RequestException as error:
             note(f"no answer from {urlsplit(url).netloc}: {type(error).__name__}")
         if _size(part) - before >= CHUNK:  # it goes on, however often it is cut
-            left = tries
+            left = TRIES
             continue
         left -= 1
         if left:
             time.sleep(wait)
-    raise ResourceError(f"{url} could not be fetched", "try again: it goes on where it was cut")
+    raise ResourceError(
+        f"{url} could not be fetched",
+        "run the same command again: the download continues where it stopped",
+    )
 
 
-def _asked(url: str, part: Path) -> Response:
+def _asked(url: str, part: Path, more: Mapping[str, str]) -> Response:
     """Return the answer to a request for what is missing of a file.
 
     Raises InputError for an answer that is no file, and for a redirect to where nobody may be sent.
@@ -148,8 +158,9 @@ def _asked(url: str, part: Path) -> Response:
         headers |= {"Range": f"bytes={size}-", "If-Range": known.tag if known else ""}
     at = url
     for _ in range(MAX_REDIRECTS):
+        own = more if urlsplit(at)[:2] == urlsplit(url)[:2] else {}
         answer = requests.get(
-            at, headers=headers, stream=True, timeout=TIMEOUT, allow_redirects=False
+            at, headers={**own, **headers}, stream=True, timeout=TIMEOUT, allow_redirects=False
         )
         if not answer.is_redirect:
             break
@@ -158,10 +169,10 @@ def _asked(url: str, part: Path) -> Response:
     else:
         raise InputError(f"{url} redirects without end", "fetch the file by other means")
     status = answer.status_code
-    if status == 416:  # there is no more than what is here, or the file is another one now
+    if status == 416 and size:  # there is no more than what is here, or the file is another one now
         answer.close()
         forget(part)
-        return _asked(url, part)
+        return _asked(url, part, more)
     if status not in (200, 206, *AGAIN):
         answer.close()
         reason = {401: ": it wants a login", 403: ": it is not allowed", 404: ": it is not there"}
@@ -200,22 +211,27 @@ def _taken(answer: Response, url: str, part: Path, progress: OnBytes) -> bool:
     if missing > 0:
         raise _no_room(part, missing)
     with part.open("ab" if start else "wb") as file:
-        done = start
+        done, is_ended = start, False
         for block in _blocks(answer):
             file.write(block)
-            done += len(block)
+            done, is_ended = done + len(block), not block
             progress(f"fetching {part.name.removesuffix('.part')}", done, total)
-    return done == total if total else True
+    return done == total if total else is_ended
 
 
 def _blocks(answer: Response) -> Iterator[bytes]:
-    """Yield all bytes that an answer brings before it ends, is cut, or nearly stands still."""
+    """Yield all bytes that an answer brings before it ends, is cut, or nearly stands still.
+
+    The last block is empty if the answer ended, and only then.
+    """
     from urllib3.exceptions import HTTPError
 
     start, came = time.monotonic(), 0
     try:
-        while block := answer.raw.read1(CHUNK):
-            yield block
+        while True:
+            yield (block := answer.raw.read1(CHUNK) or b"")
+            if not block:
+                return
             came += len(block)
             if time.monotonic() - start > TIMEOUT[1]:
                 if came < SLOWEST * TIMEOUT[1]:

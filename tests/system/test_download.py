@@ -35,6 +35,22 @@ def test_a_cut_file_is_gone_on_with_and_no_byte_comes_twice(site, tmp_path):
     assert site.sent == len(CONTENT)
 
 
+def test_a_file_of_unknown_length_is_whole_only_if_its_answer_ended(site, tmp_path):
+    site.is_chunked, site.cuts = True, [100_000, 300_000]
+    assert download(site.url, tmp_path / "cut.pt") == SHA256
+    assert site.ranges == [None, "bytes=100000-", "bytes=400000-"]
+    assert download(site.url, tmp_path / "whole.pt") == SHA256
+    assert site.ranges[3:] == [None]
+
+
+def test_a_file_of_unknown_length_that_is_always_cut_is_an_error(site, tmp_path):
+    site.is_chunked, site.has_ranges, site.cuts = True, False, [100_000] * 50
+    with pytest.raises(ResourceError, match="could not be fetched") as caught:
+        download(site.url, tmp_path / "model.pt")
+    assert "run the same command again" in caught.value.hint
+    assert not (tmp_path / "model.pt").exists()
+
+
 def test_a_killed_download_is_gone_on_with_and_is_never_taken_for_the_file(site, tmp_path):
     path = tmp_path / "model.pt"
 
@@ -115,6 +131,13 @@ def test_a_refusal_is_told(site, tmp_path, status, said):
         download(site.url, tmp_path / "model.pt")
 
 
+def test_a_range_that_was_not_asked_for_is_not_refused_for_ever(site, tmp_path):
+    site.answers = [(416, {})] * 2000
+    with pytest.raises(InputError, match="answers 416"):
+        download(site.url, tmp_path / "model.pt")
+    assert site.ranges == [None]
+
+
 def test_a_web_page_is_no_file(site, tmp_path):
     site.kind = "text/html; charset=utf-8"
     with pytest.raises(InputError, match="web page"):
@@ -134,6 +157,23 @@ def test_a_redirect_to_elsewhere_without_https_is_refused(site, tmp_path, target
     site.answers = [(302, {"Location": target})]
     with pytest.raises(InputError, match="not safe"):
         download(site.url, tmp_path / "model.pt")
+
+
+def test_a_token_goes_to_the_server_that_was_named_and_to_no_other(site, tmp_path, monkeypatch):
+    """The other server is a mirror over https: the test's own, under an address that it has not."""
+    import requests
+
+    get, sent, mirror = requests.get, [], "https://mirror.example/model.pt"
+
+    def through(url, headers, **options):
+        sent.append((url, headers.get("authorization")))
+        return get(site.url if url == mirror else url, headers=headers, **options)
+
+    monkeypatch.setattr(requests, "get", through)
+    site.answers = [(302, {"Location": mirror})]
+    token = {"authorization": "Bearer secret"}
+    assert download(site.url, tmp_path / "model.pt", headers=token) == SHA256
+    assert sent == [(site.url, "Bearer secret"), (mirror, None)]
 
 
 def test_a_redirect_in_a_circle_ends(site, tmp_path):
