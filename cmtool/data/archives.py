@@ -78,9 +78,10 @@ class ZipReader:
         start += LOCAL_HEADER.size + name_bytes + extra_bytes
         content = read_at(file, self.packed[index], start)
         if not self.stored[index]:
-            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, self.size[index])
+            most = self.size[index] + 1  # zlib takes 0 for no limit
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, most)
         if signature != b"PK\x03\x04" or len(content) != self.size[index]:
-            raise ValueError("it is cut short")
+            raise ValueError("its length is not the one in the list of files")
         if zlib.crc32(content) != self.crc[index]:
             raise ValueError("its checksum differs")
         return content
@@ -94,6 +95,7 @@ def zip_entries(path: Path, rule: str = "auto") -> Entries:
     try:
         with zipfile.ZipFile(path) as archive:
             every = archive.infolist()
+            _check_inside(path, every)
             images = [member for member in every if is_image(member.filename)]
             members = sorted(images, key=lambda member: member.filename)
             tables = {}
@@ -105,8 +107,6 @@ def zip_entries(path: Path, rule: str = "auto") -> Entries:
                 tables[name] = archive.read(name) if rule == "auto" else b""
     except ZIP_DAMAGE as error:
         raise InputError(f"{path} is damaged: {error}", "fetch it again") from None
-    if any(member.header_offset < 0 for member in every):
-        raise InputError(f"{path} is damaged: its start is missing", "fetch it again")
     if len({member.filename for member in every}) < len(every):
         raise InputError(f"{path} holds a name twice", "make the archive again")
     if not members:
@@ -140,6 +140,17 @@ def zip_entries(path: Path, rule: str = "auto") -> Entries:
     others = left_out(member.filename for member in every if not member.is_dir())
     mark = fingerprint(facts, labels.classes)
     return Entries(names, read, labels, mark, others, lambda: reader.size)
+
+
+def _check_inside(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+    """Raise InputError unless the zip holds all bytes of all members."""
+    size = path.stat().st_size
+    for member in members:
+        if member.header_offset < 0:
+            raise InputError(f"{path} is damaged: its start is missing", "fetch it again")
+        if member.header_offset + member.compress_size > size:
+            what = f"{path} is damaged: {member.filename!r} ends beyond its {size:,} bytes"
+            raise InputError(what, "fetch it again")
 
 
 def npz_entries(path: Path, rule: str = "auto") -> Entries:

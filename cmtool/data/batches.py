@@ -135,6 +135,8 @@ class PickerAhead:
 
     def __call__(self, step: int, shard: int) -> tuple[Tensor, Tensor | None]:
         """Return one microbatch. Raises ResourceError when a worker died or hangs."""
+        if shard not in self.shards:  # another process's, of which no worker is ahead
+            return self.pick(step, shard)
         number = step * len(self.shards) + self.shards.index(shard)
         if self.next != number:
             gc.freeze()  # else garbage collections copy the memory that workers share with us

@@ -113,10 +113,10 @@ def _image_column(tables: Tables, wanted: str) -> Column:
     names, source = tables.schema.names, tables.source
     found = tables.binary_columns()
     if wanted and wanted not in names:
-        raise InputError(f"data.column = {wanted!r}: {source} has none", nearest(wanted, names))
+        raise InputError(f"{source} has no column {wanted!r}", nearest(wanted, names))
     if wanted and wanted not in found:
         kind = tables.schema.field(wanted).type
-        raise InputError(f"data.column = {wanted!r} of {source} holds {kind}", _good(found))
+        raise InputError(f"the column {wanted!r} of {source} holds {kind}", _good(found))
     if wanted:
         return found[wanted]
     images = {name: column for name, column in found.items() if _begins(tables, column)}
@@ -186,7 +186,7 @@ def _labels(tables: Tables, names: Names, rule: str, are_paths: bool) -> Labels:
 
 
 def _class_names(tables: Tables, column: str) -> list[str]:
-    """Return the names of the classes in a column, as `datasets` writes them; none if there are."""
+    """Return the names of a column's classes, as `datasets` writes them; none if there are none."""
     with suppress(InputError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         written = (tables.schema.metadata or {}).get(b"huggingface")
         if written is not None:

@@ -227,7 +227,8 @@ def place_of(name: str) -> tuple[Path, str]:
         return (folder / split, "") if (folder / split).is_dir() else (folder, split)
     hint = f"{nearest(name, DATASETS)}, or give the path of a folder, zip, npz, tar or parquet"
     if re.search(r"^pipe:|[*?{]", name):
-        hint = "nothing is run or filled in: give the folder that holds the archives"
+        what = "wildcards and pipe: commands are not supported"
+        hint = f"{what}: give the folder that holds the archives"
     raise InputError(f"no data set or folder {name!r}", hint)
 
 

@@ -67,7 +67,7 @@ def check_background(colour: str) -> None:
         known = False
     if not known:
         hint = "give a colour such as white, black, grey or #ffeedd"
-        raise UserError(f"data.background = {colour!r} is no colour", hint)
+        raise UserError(f"{colour!r} is no colour", hint)
 
 
 def read_mask(path: Path) -> Tensor:

@@ -56,18 +56,18 @@ def png_bytes(image: Tensor, info: dict[str, str] | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def grid(images: Tensor, columns: int, *, scale: int = 1, gap: int = 1) -> Tensor:
+def grid(images: Tensor, columns: int, *, scale: int = 1) -> Tensor:
     """Return images (B, C, H, W) uint8 as one picture, row by row, each pixel `scale` wide.
 
-    The gaps are white, `gap` pixels before scaling.
+    White gaps lie between and around them, one pixel wide before scaling.
     """
     b, c, h, w = images.shape
     columns = min(columns, b)
     rows = -(-b // columns)
-    size = rows * (h + gap) + gap, columns * (w + gap) + gap
+    size = rows * (h + 1) + 1, columns * (w + 1) + 1
     canvas = torch.full((c, *size), 255, dtype=torch.uint8)
     for i, image in enumerate(images.cpu()):
-        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        top, left = 1 + i // columns * (h + 1), 1 + i % columns * (w + 1)
         canvas[:, top : top + h, left : left + w] = image
     return canvas.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 

@@ -30,6 +30,8 @@ def floored(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
 
 
+MAX_RESIZED = 64_000_000
+"""Pixels that a whole image may have when its shorter side is resized."""
 ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"nearest": to_uint8, "floor": floored}
 
 
@@ -79,7 +81,7 @@ def brought(image: Tensor, size: tuple[int, int], *, is_whole: bool = False) -> 
 def check_fit_rule(how: str) -> None:
     """Raise UserError unless the rule is one of FITS."""
     if how not in FITS:
-        raise UserError(f"data.fit = {how!r} is unknown", nearest(how, FITS))
+        raise UserError(f"unknown rule of fit for the data: {how!r}", nearest(how, FITS))
 
 
 def fitted(image: Tensor, size: tuple[int, int], how: str, name: str = "the image") -> Tensor:
@@ -94,12 +96,17 @@ def fitted(image: Tensor, size: tuple[int, int], how: str, name: str = "the imag
     if how == "exact":
         raise InputError(
             f"{name} is {w}x{h}, not {size[1]}x{size[0]}",
-            "choose how to fit it: data.fit = edm, adm or box, or cmtool data prepare",
+            "choose a rule: --fit adm in cmtool data prepare, --set data.fit=adm in training",
         )
     if size[0] != size[1]:
         raise InputError(
-            f"data.fit = {how} makes squares, not {size[1]}x{size[0]}",
-            "give a square size, or data.fit = exact",
+            f"the rule {how} makes squares, not {size[1]}x{size[0]}",
+            "give a square size, or the rule exact",
+        )
+    if how != "edm" and max(h, w) * size[0] ** 2 > MAX_RESIZED * min(h, w):
+        raise InputError(
+            f"{name} is {w}x{h}, too long and thin for the rule {how}, which resizes all of it",
+            "crop it, or choose the rule edm, which resizes its centre",
         )
     return tensor_of(FITS[how](picture_of(image), size[0]))
 

@@ -69,8 +69,15 @@ def lmdb_entries(path: Path, rule: str = "auto") -> Entries:
         raise InputError(f"no images in {path}", AGAIN)
 
     def read(index: int) -> bytes:
-        with environment().begin() as transaction:
-            return bytes(transaction.get(names[index].encode("utf-8", "surrogateescape")))
+        name = names[index]
+        try:
+            with environment().begin() as transaction:
+                found = transaction.get(name.encode("utf-8", "surrogateescape"))
+        except lmdb.Error as error:
+            raise InputError(f"{name!r} in {path} cannot be read: {error}", AGAIN) from None
+        if found is None:
+            raise InputError(f"{name!r} is no longer in {path}", AGAIN)
+        return bytes(found)
 
     labels = unnamed(str(path), Labels(), rule)
     return Entries(names, read, labels, fingerprint((names[i] for i in range(len(names))), None))

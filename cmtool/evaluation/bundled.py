@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cmtool.data.images import from_uint8
 from cmtool.errors import InputError
@@ -77,11 +76,6 @@ class EmojiFeatures(BundledFeatures):
         self.classes = nn.Linear(self.WIDTH, 9)
         self.identity = nn.Linear(self.WIDTH, 32)
         self.colours = nn.Linear(self.WIDTH, 48)
-
-
-def thumbnails(images: Tensor) -> Tensor:
-    """Return the mean colours (B, 48) of 4x4 parts of images (B, 3, H, W)."""
-    return F.adaptive_avg_pool2d(images, 4).flatten(1)
 
 
 def load_features(name: str) -> tuple[BundledFeatures, str]:

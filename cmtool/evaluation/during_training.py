@@ -114,12 +114,16 @@ def score_of(
 ) -> Score:
     """Return the score of a metric by a protocol against a data set; else as `build_score`."""
     row, shape = METRICS[metric], tuple(data.images.shape[1:])
-    if PROTOCOLS[protocol].shape not in (None, shape):
+    wanted = PROTOCOLS[protocol].shape
+    if wanted is not None and wanted != shape:
         channels, height, width = shape
         has = f"{data.name} has {width}x{height} with {channels} channels"
-        hint = "--set run.eval_metric=fd-pixels, which needs no weights, or fid, which does"
-        name = row.names.get(protocol, metric)
-        raise UserError(f"{name} measures RGB images of 8x8; {has}", hint)
+        hint = (
+            "choose fd-pixels, which needs no weights: in training"
+            " --set run.eval_metric=fd-pixels, in search --metric fd-pixels"
+        )
+        what = f"{row.names.get(protocol, metric)} measures RGB images of {wanted[2]}x{wanted[1]}"
+        raise UserError(f"{what}; {has}", hint)
     own = own and own._replace(size=shape[1:])
     extractor = build_extractor(protocol, device=device, own=own)
     setup = Setup(protocol, extractor)

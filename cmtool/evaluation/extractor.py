@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cmtool.core.tensors import chunks_of
-from cmtool.errors import InputError, MissingError
+from cmtool.errors import InputError
 
 
 class Extractor(NamedTuple):
@@ -66,12 +66,9 @@ class Extractor(NamedTuple):
 def loaded_script(path: Path, extra: dict[str, Any] | None = None) -> Any:
     """Return the TorchScript in a file, in eval mode: loading runs what is in it.
 
-    The values of `extra` become those of the file's extra files of these names. Raises MissingError
-    for a file that is damaged.
+    The values of `extra` become those of the file's extra files of these names. Raises RuntimeError
+    for any other file.
     """
     with warnings.catch_warnings():  # TorchScript is deprecated, but the files are in it
         warnings.simplefilter("ignore")
-        try:
-            return torch.jit.load(path, "cpu", _extra_files=extra).eval()
-        except RuntimeError:
-            raise MissingError(f"{path} is damaged", "delete it, and fetch it again") from None
+        return torch.jit.load(path, "cpu", _extra_files=extra).eval()

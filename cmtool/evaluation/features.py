@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,6 +34,7 @@ Resize = Literal["tf", "clean"]
 CLEAN_FID_MODES: dict[str, str] = {"clean": "clean", "tf": "legacy_tensorflow"}
 VGG_WIDTH = 4096
 PIXELS_SIDE = 8
+OTHER_FILE = "fetch it again, or give another file with --feature-weights"
 AGREEMENT = 1e-3  # how far folded features may be from the file's own, relative to their norm
 
 
@@ -71,7 +71,7 @@ def inception_extractor(
             raise RuntimeError
     except (KeyError, RuntimeError):
         if "output.weight" not in stored or not hasattr(script, "layers"):
-            raise MissingError(f"{path} is no Inception network", "delete it") from None
+            raise MissingError(f"{path} is no Inception network", OTHER_FILE) from None
         network = script.layers
         notes = ("the folded network does not give what the file's own code gives: using that",)
     network, weight = on_device(network, device).eval(), weight.to(device)
@@ -95,14 +95,14 @@ def vgg16_extractor(path: Path, sha256: str, *, device: str = "cpu") -> Extracto
     Kynkaanniemi et al. (2019), StyleGAN2-ADA and ECT take precision and recall of them. Raises
     MissingError for a file that is damaged or holds another network.
     """
-    network = loaded_script(path)
+    network = _script(path)
     try:
         with torch.no_grad():
             width = network(torch.zeros(1, 3, 32, 32), return_features=True).numel()
     except RuntimeError:
         width = 0
     if width != VGG_WIDTH:
-        raise MissingError(f"{path} is no VGG-16 network", "delete it")
+        raise MissingError(f"{path} is no VGG-16 network", OTHER_FILE)
 
     def features(images: Tensor) -> Tensor:
         return torch.as_tensor(network(images.float(), return_features=True)).flatten(1).float()
@@ -131,8 +131,8 @@ def vit_extractor(kind: str, path: Path, sha256: str, *, device: str = "cpu") ->
     try:
         network = make(stored)
         width = network(torch.zeros(1, 3, *(takes.size or (224, 224)))).shape[1]
-    except (KeyError, ValueError, RuntimeError):
-        raise MissingError(f"{path} is no network of {kind}", "delete it") from None
+    except (LookupError, TypeError, ValueError, RuntimeError):
+        raise MissingError(f"{path} is no network of {kind}", OTHER_FILE) from None
     network = on_device(network, device).eval()
 
     def features(images: Tensor) -> Tensor:
@@ -144,15 +144,31 @@ def vit_extractor(kind: str, path: Path, sha256: str, *, device: str = "cpu") ->
 
 
 def _read_weights(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Return the script in a file, None if it is a state dict; and its tensors."""
+    """Return the script in a file, None if it is a state dict; and its tensors.
+
+    Raises MissingError for a file that is damaged, and for a table of anything but tensors.
+    """
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            script = loaded_script(path)
+            script = _script(path)
             return script, {name: t.detach() for name, t in script.state_dict().items()}
     try:
-        return None, dict(torch.load(path, weights_only=True, map_location="cpu"))
+        stored = dict(torch.load(path, weights_only=True, map_location="cpu"))
     except Exception:  # a page, a half download: torch's reader fails in many ways
-        raise MissingError(f"{path} is damaged", "delete it, and fetch it again") from None
+        raise MissingError(f"{path} is damaged", OTHER_FILE) from None
+    for name, tensor in stored.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            what = f"{path} is not a state dict: its {str(name)[:60]!r} is not a tensor"
+            raise MissingError(what, OTHER_FILE)
+    return None, stored
+
+
+def _script(path: Path) -> Any:
+    """Return the TorchScript in a file of weights. Raises MissingError for any other file."""
+    try:
+        return loaded_script(path)
+    except RuntimeError:
+        raise MissingError(f"{path} is damaged", OTHER_FILE) from None
 
 
 def _agree(network: nn.Module, script: Any) -> bool:
@@ -270,17 +286,17 @@ def build_extractor(
 
 
 def find_file(wanted: WeightFile, given: Path | None = None, trust: bool = False) -> Path:
-    """Return a weight file: `given`, else in $CMTOOL_CACHE/weights, torch's cache or /tmp.
+    """Return a weight file: `given`, else in $CMTOOL_CACHE/weights or torch's cache.
 
-    A file of another sha256 than the published one is used only with `trust`, and never from /tmp.
-    Raises MissingError, which says how to get the file.
+    A file of another sha256 than the published one is used only with `trust`. Files in /tmp, where
+    clean-fid leaves its own, are not looked for: anyone may change them. Raises MissingError, which
+    says how to get the file.
     """
     if given is not None and not given.is_file():
         raise InputError(f"no such file: {given}", "check --feature-weights")
-    shared = Path(tempfile.gettempdir()) / wanted.name
     cache = Path(os.environ.get("CMTOOL_CACHE") or Path.home() / ".cache" / "cmtool")
     own = [cache / "weights" / wanted.name, Path(torch.hub.get_dir(), "checkpoints", wanted.name)]
-    for path in [given] if given is not None else [*own, shared]:
+    for path in [given] if given is not None else own:
         if not path.is_file():
             continue
         if wanted.sha256 is None:
@@ -288,11 +304,13 @@ def find_file(wanted: WeightFile, given: Path | None = None, trust: bool = False
                 return path
             what = f"{path} cannot be checked: no sha256 of {wanted.name} is published"
             raise MissingError(what, "add --trust, if you know where the file comes from")
-        if (found := file_sha256(path)) == wanted.sha256 or (trust and path != shared):
+        if (found := file_sha256(path)) == wanted.sha256 or trust:
             return path
         what = f"{path} is not the published {wanted.name}: its sha256 is {found[:12]}..."
-        hint = f"delete it, and fetch {wanted.url} again"
-        hint += "" if path == shared else "; or add --trust to use it as it is"
+        hint = "give another file with --feature-weights"
+        if given is None:
+            hint = f"delete it, and fetch {wanted.url} again"
+        hint += "; or add --trust to use it as it is"
         raise MissingError(f"{what}, not {wanted.sha256[:12]}...", hint)
     known = "" if wanted.sha256 is None else f"; sha256 {wanted.sha256[:12]}..."
     terms, consent = wanted.published.terms, " --accept-terms" * wanted.published.wants_consent

@@ -45,7 +45,8 @@ class GaussianSums:
             units = (rows * UNITS).round()
             if not bool((units.abs() < DIGIT**2).all()):  # NaN is not, either
                 what = "the features are not finite, or above 16,384"
-                raise InputError(what, "look for NaN in the images")
+                hint = "look at the feature network: its outputs must be finite and below 16,384"
+                raise InputError(what, hint)
             high = (units / DIGIT).round()
             low = units - high * DIGIT
             parts = (high.sum(0), low.sum(0), high.T @ high, high.T @ low, low.T @ low)
@@ -90,7 +91,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         raise InputError(what, "both sides must come from the same feature network")
     for side in (a, b):
         if not (torch.isfinite(side.mean).all() and torch.isfinite(side.covariance).all()):
-            raise InputError("the feature statistics are not finite", "look for NaN in the images")
+            hint = "the statistics are damaged: make them again"
+            raise InputError("the feature statistics are not finite", hint)
         skew = (side.covariance - side.covariance.T).abs().max()
         if skew > SKEW * side.covariance.abs().max():
             raise InputError("a covariance is not symmetric", "its statistics are damaged")

@@ -41,8 +41,8 @@ class Own(NamedTuple):
 def own_extractor(own: Own, device: str = "cpu") -> Extractor:
     """Return the features of the network in a file of the user's.
 
-    Raises InputError for a file that is not there or does not make features, MissingError for one
-    that may not be loaded or is damaged, UserError for an input that is none.
+    Raises InputError for a file that is not there, holds no TorchScript or does not make features,
+    MissingError for one that may not be loaded, UserError for an input that is none.
     """
     path, sha256 = own.file, checked_sha256(own)
     usual = Takes()
@@ -101,9 +101,16 @@ def checked_sha256(own: Own) -> str:
 
 
 def _read(path: Path) -> tuple[Any, str]:
-    """Return the script in a file, and what it says of its input, "" for nothing."""
+    """Return the script in a file, and what it says of its input, "" for nothing.
+
+    Raises InputError for a file of anything else.
+    """
     extra = {EXTRA: ""}
-    script = loaded_script(path, extra)
+    try:
+        script = loaded_script(path, extra)
+    except RuntimeError:
+        hint = "save the network with torch.jit.save"
+        raise InputError(f"{path} is not a TorchScript file", hint) from None
     said: Any = extra[EXTRA] or getattr(script, EXTRA, "")
     said = said.decode(errors="replace") if isinstance(said, bytes) else said
     return script, said if isinstance(said, str) else ""

@@ -30,7 +30,8 @@ class Request:
     """What to measure, against what, and how.
 
     `images` may be a function, which is called after the weights of the feature network are found.
-    `reference` None is the bundled data that the model was trained on, else the digits.
+    `reference` None is the bundled data that the model was trained on, else the digits: then the
+    function is called first.
     `protocol` None is the usual one for the reference. `num` and `reference_num` None are all.
     `features` is a feature network of the user's own, and `features_input` what it takes.
     """

@@ -272,17 +272,10 @@ def read_statistics(name: str | Path) -> Statistics | None:
     rows = _finite(path, "feats", arrays["feats"], 2).float() if "feats" in arrays else None
     if not {"mu", "sigma"} & arrays.keys():
         return Statistics(os.fspath(name), None, rows, "arr_0" in arrays, about)
-    for key in ("mu", "sigma"):
-        if key not in arrays:
-            raise InputError(f"{path} has no {key}", "make it again: cmtool eval reference")
-    mean = _finite(path, "mu", arrays["mu"], 1)
-    covariance = _finite(path, "sigma", arrays["sigma"], 2)
+    mean, covariance = _pair(path, arrays)
     if rows is not None and rows.shape[1] != len(mean):
         what = f"{path}: mu has {len(mean)} features, feats {rows.shape[1]}"
         raise InputError(what, "make the file again")
-    if covariance.shape != (len(mean), len(mean)):
-        what = f"{path}: mu has {len(mean)} features, sigma is {tuple(covariance.shape)}"
-        raise InputError(what, "fetch it again, or make it: cmtool eval reference")
     num = arrays.get("num", np.array(0 if rows is None else len(rows)))
     if num.ndim != 0 or num.dtype.kind not in "iu" or num < 0:
         raise InputError(f"{path}: num is {str(num)[:40]}", "it must be the number of images")
@@ -291,15 +284,31 @@ def read_statistics(name: str | Path) -> Statistics | None:
     return Statistics(os.fspath(name), gaussian, rows, "arr_0" in arrays, about, others)
 
 
+def _pair(path: Path, arrays: Mapping[str, Any], start: str = "") -> tuple[Tensor, Tensor]:
+    """Return mu (D,) and sigma (D, D) of a file; `start` is how their names begin.
+
+    Raises InputError unless both are there, finite and of one width.
+    """
+    for key in (f"{start}mu", f"{start}sigma"):
+        if key not in arrays:
+            raise InputError(f"{path} has no {key}", "make it again: cmtool eval reference")
+    mean = _finite(path, f"{start}mu", arrays[f"{start}mu"], 1)
+    covariance = _finite(path, f"{start}sigma", arrays[f"{start}sigma"], 2)
+    if covariance.shape != (len(mean), len(mean)):
+        shape = tuple(covariance.shape)
+        what = f"{path}: {start}mu has {len(mean)} features, {start}sigma is {shape}"
+        raise InputError(what, "fetch it again, or make it: cmtool eval reference")
+    return mean, covariance
+
+
 def _others(path: Path, arrays: Mapping[str, Any]) -> dict[str, Gaussian]:
     """Return the Gaussians of other protocols, which EDM2's file has beside that of FID."""
-    found = {}
-    for protocol in EDM2_KEYS:
-        if f"{protocol} mu" in arrays:
-            mean = _finite(path, "mu", arrays[f"{protocol} mu"], 1)
-            covariance = _finite(path, "sigma", arrays[f"{protocol} sigma"], 2)
-            found[protocol] = Gaussian(mean, covariance, 0)
-    return found
+    starts = {protocol: f"{protocol} " for protocol in EDM2_KEYS}
+    return {
+        protocol: Gaussian(*_pair(path, arrays, start), 0)
+        for protocol, start in starts.items()
+        if {f"{start}mu", f"{start}sigma"} & arrays.keys()
+    }
 
 
 def write_statistics(

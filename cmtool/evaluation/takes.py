@@ -110,5 +110,6 @@ def parsed(text: str, before: Takes, where: str) -> Takes:
             hint = f"{nearest(word, [*RANGES, *RESIZES])}, or a size, as in 224,imagenet,bicubic"
             raise UserError(f"{where}: {word!r} is no size, range or resize rule", hint)
     if found.size is None and found.resize != Takes().resize:
-        raise UserError(f"{where}: {found.resize} without a size", f"for example 224,{found}")
+        hint = f"for example 224,{found.range},{found.resize}"
+        raise UserError(f"{where}: {found.resize} without a size", hint)
     return found

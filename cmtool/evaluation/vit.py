@@ -146,7 +146,7 @@ def placed(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
 def dinov2(stored: Mapping[str, Tensor]) -> VisionTransformer:
     """Return the network of a file of DINOv2.
 
-    Raises KeyError, ValueError or RuntimeError for tensors of another network.
+    Raises LookupError, TypeError, ValueError or RuntimeError for tensors of another network.
     """
     wanted = {name: t.float() for name, t in stored.items() if name != "mask_token"}
     return _filled(wanted, 1e-6, is_quick=False)
@@ -172,7 +172,7 @@ RENAMED = {
 def clip_image(stored: Mapping[str, Tensor]) -> VisionTransformer:
     """Return the image encoder of a file of CLIP; its features are those that texts share.
 
-    Raises KeyError, ValueError or RuntimeError for tensors of another network.
+    Raises LookupError, TypeError, ValueError or RuntimeError for tensors of another network.
     """
     wanted: dict[str, Tensor] = {}
     for name, tensor in stored.items():

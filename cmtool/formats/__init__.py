@@ -37,9 +37,9 @@ class Format(NamedTuple):
     read: Callable[[Path, str, Mapping[str, Any]], Foreign]
 
 
-ZIP = b"PK\x03\x04"
 MSGPACK = re.compile(rb"([\x81-\x8f]|\xde..|\xdf....)[\xa0-\xbf\xd9-\xdb]", re.DOTALL)
 """A table whose first key is text: PNG and HDF5 begin with the byte of a table too."""
+ZIP = b"PK\x03\x04"
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """How a zip archive starts, and a pickle of each protocol from 2 to 5."""
 

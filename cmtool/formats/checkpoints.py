@@ -28,8 +28,8 @@ from cmtool.system.records import Facts, known_facts, read_facts
 MANIFEST = "manifest.json"
 BEST = "best.json"
 NOT_WEIGHTS = {"optimizer", "method"}
-AGAIN = "give another checkpoint"
 """Tensor files of a checkpoint that hold no network."""
+AGAIN = "give another checkpoint"
 T = TypeVar("T")
 
 
@@ -78,20 +78,23 @@ def find(path: Path, weights: str = "ema") -> tuple[Found, list[str]]:
 
 def kind_of_run(run: Path) -> str | None:
     """Return the kind of model that a run made, None if it has no checkpoint. Hashes nothing."""
-    found, _ = newest(run / "checkpoints", lambda folder: _sized(folder, "ema"))
+    found, _ = newest(run / "checkpoints", lambda folder: sized(folder, "ema"))
     return found and read_about(found[0].path).get("kind")
 
 
 def _in_checkpoint(folder: Path, weights: str) -> Found:
     """Return the weights of a checkpoint. Raises Damaged if their hash is not the manifest's."""
-    found, hashes = _sized(folder, weights)
+    found, hashes = sized(folder, weights)
     if found.sha256 != hashes.get(found.path.name, found.sha256):
         raise _damaged(found.path)
     return found
 
 
-def _sized(folder: Path, weights: str) -> tuple[Found, dict[str, str]]:
-    """Return a checkpoint's weights, and the hashes of its files. Raises Damaged, InputError."""
+def sized(folder: Path, weights: str) -> tuple[Found, dict[str, str]]:
+    """Return a checkpoint's weights, and the hashes of its files. Hashes nothing.
+
+    Raises Damaged for one whose files have not their sizes, InputError for weights it has not.
+    """
     if not (folder / "model.safetensors").is_file():
         raise _no_checkpoint(folder)
     hashes = whole_files(folder)

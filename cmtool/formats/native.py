@@ -132,11 +132,12 @@ def first_bytes(path: Path) -> bytes:
         raise InputError(what, "check its permissions") from None
     if not start:
         raise InputError(f"{path} is empty", AGAIN)
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
+    header, is_table = int.from_bytes(start[:8], "little"), start[8:9] == b"{"
+    may_be_page = not is_table or header > MAX_HEADER  # 15,392 is written as a space and a <
+    if may_be_page and start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
         raise InputError(f"{path} is an HTML page, not a checkpoint", "download the file itself")
     if start.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a Git LFS pointer, not a checkpoint", "run git lfs pull")
-    header = int.from_bytes(start[:8], "little")
-    if start[8:9] == b"{" and header > MAX_HEADER:
+    if is_table and header > MAX_HEADER:
         raise InputError(f"{path} has a header of {header:,} bytes", "give a file of weights")
     return start

@@ -6,6 +6,7 @@ from names and shapes; what they do not say is assumed, with a note to the user.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import struct
 import zipfile
@@ -17,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from cmtool.core.networks.adm import AdmOptions
+from cmtool.errors import InputError
 from cmtool.formats import foreign
 from cmtool.formats.foreign import Foreign, Malformed, Rule
 from cmtool.formats.native import check_header, first_bytes, read_weights
@@ -128,10 +130,21 @@ def _chosen(names: list[str], weights: str, notes: list[str]) -> str:
     return chosen
 
 
+def _mapped(path: Path) -> memoryview:
+    """Return the content of a file, mapped. Raises InputError where files cannot be mapped."""
+    with path.open("rb") as opened:
+        try:
+            return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            what = f"{path} is on a file system that cannot map files into memory"
+            raise InputError(what, "copy it to another disk") from None
+
+
 def _archive(path: Path) -> Any:
     """Return what a torch.save archive describes, its storages mapped, not read."""
-    with path.open("rb") as opened:
-        whole = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
+    whole = _mapped(path)
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     members = {entry.filename: entry for entry in entries}

@@ -86,14 +86,14 @@ class Machine:
     """Plays pickles; `budget` bounds the bytes that all storages together may have.
 
     `table` are the names that may be called, with their stand-ins; `names` those that may only be
-    referred to. `sources` are the texts met, with their hashes.
+    referred to. `sources` are the texts of source code met, by their id.
     """
 
     budget: int
     table: Mapping[Global, Callable[..., Any]]
     names: Collection[Global] = ()
     opcodes: int = 0
-    sources: dict[int, tuple[str, str]] = field(default_factory=dict)
+    sources: dict[int, str] = field(default_factory=dict)
 
     def known(self, module: Any, name: Any) -> Global:
         """Return the name, if it is one of the table's. Nothing is imported."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import struct
@@ -30,7 +29,6 @@ class Record:
 
     class_name: str
     state: dict[Any, Any]
-    source_sha256: str
 
 
 @dataclass(eq=False)
@@ -162,9 +160,8 @@ def _record(machine: Machine, meta: Any) -> Record:
         raise Refused("a persistent object is not a class with a name and a state")
     if id(source) not in machine.sources:  # one text, shared by all objects of a module
         machine.spend(len(expect(source, str)))
-        content = source.encode("utf-8", "surrogatepass")
-        machine.sources[id(source)] = source, hashlib.sha256(content).hexdigest()
-    return Record(name, state, machine.sources[id(source)][1])
+        machine.sources[id(source)] = source
+    return Record(name, state)
 
 
 def _tensor(

@@ -33,6 +33,8 @@ PATIENCE = 3600.0
 """Seconds the leading process may draw, evaluate or write while the others wait."""
 MARGIN = 60.0
 """Seconds that NCCL waits longer: when it gives up, it ends the process without a message."""
+STORE_TIMEOUT = 2.0
+"""Seconds to wait for the store, which may be gone."""
 POLL = 0.02
 LETTING_GO = 0.1
 """Seconds for gloo's threads to let go of their tensors."""
@@ -183,8 +185,8 @@ def _returned(outcome: T | UserError) -> T:
     return outcome
 
 
-def _try_for(action: Callable[[], T], seconds: float = 2.0) -> T | None:
-    """Return what an action on the store returns; None if it fails or takes longer."""
+def _try_for(action: Callable[[], T]) -> T | None:
+    """Return what an action on the store returns; None if it fails or takes long."""
     box: list[T] = []
 
     def act() -> None:
@@ -193,7 +195,7 @@ def _try_for(action: Callable[[], T], seconds: float = 2.0) -> T | None:
 
     thread = threading.Thread(target=act, daemon=True)
     thread.start()
-    thread.join(seconds)
+    thread.join(STORE_TIMEOUT)
     return box[0] if box else None
 
 

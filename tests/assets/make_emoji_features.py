@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from cmtool.core.rng import keyed_generator, seeded
 from cmtool.data.datasets import Dataset, emoji
 from cmtool.data.images import from_uint8
-from cmtool.evaluation.bundled import EmojiFeatures, thumbnails
+from cmtool.evaluation.bundled import EmojiFeatures
 from cmtool.formats.native import write_weights
 
 SEED, EPOCHS, BATCH, LR = 0, 80, 128, 2e-3
@@ -40,6 +40,11 @@ def warped(x: Tensor, generator: torch.Generator) -> Tensor:
     light = uniform(0.8, 1.1)[:, None, None, None]
     noise = torch.randn(x.shape, generator=generator)
     return (light * moved + 0.05 * noise).clamp(-1, 1)
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """Return the mean colours (B, 48) of 4x4 parts of images (B, 3, H, W)."""
+    return F.adaptive_avg_pool2d(images, 4).flatten(1)
 
 
 def pairs(data: Dataset) -> tuple[Tensor, Tensor]:

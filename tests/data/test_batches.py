@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cmtool.core.types import NO_CLASS
-from cmtool.data.batches import batches
+from cmtool.data.batches import PickerAhead, batches
 from cmtool.data.datasets import Dataset, digits, load_dataset
 from cmtool.data.drawing import png_bytes
 from cmtool.data.images import from_uint8
@@ -158,3 +158,14 @@ def test_an_unknown_data_set_names_the_nearest():
     with pytest.raises(InputError, match="no data set or folder 'digts'") as caught:
         load_dataset("digts")
     assert "did you mean 'digits'" in caught.value.hint
+
+
+def test_a_process_may_ask_for_the_part_of_another_one(tmp_path):
+    """ADCM makes its grid by the first part, in all processes."""
+
+    def pick(step, shard):
+        return torch.tensor([step, shard]), None
+
+    ahead = PickerAhead(pick, 1, range(1, 4, 2), 60.0)
+    asked = [(0, 0), (0, 1), (0, 3), (1, 0), (1, 1)]
+    assert [ahead(*each)[0].tolist() for each in asked] == [list(each) for each in asked]

@@ -5,7 +5,7 @@ from PIL import Image
 
 from cmtool.core.edits import enlarged
 from cmtool.data.images import canvas, fitted, floored, from_uint8, to_uint8
-from cmtool.errors import InputError
+from cmtool.errors import InputError, UserError
 
 
 def test_every_level_survives_the_round_trip():
@@ -103,3 +103,26 @@ def test_resizing_takes_the_means_of_all_pixels():
     stripes[..., ::4] = 1.0
     placed = canvas(16, 16, (4, 4), "resize").place(stripes)
     assert placed[..., 1:3].flatten().tolist() == pytest.approx([0.25] * 8, abs=0.07)
+
+
+@pytest.mark.parametrize("shape", [(3, 40_000, 1), (3, 1, 40_000)])
+def test_a_long_thin_picture_is_not_resized_whole(shape):
+    line = torch.full(shape, 7, dtype=torch.uint8)
+    for how in ("adm", "box"):
+        with pytest.raises(InputError, match=rf"line\.png is .*, too long .* rule {how}") as caught:
+            fitted(line, (64, 64), how, "line.png")
+        assert "the rule edm" in caught.value.hint
+        assert fitted(line, (8, 8), how).eq(7).all()
+    assert fitted(line, (64, 64), "edm").eq(7).all()
+
+
+def test_another_size_and_another_rule_are_told_in_the_words_of_the_commands():
+    picture = torch.zeros(3, 9, 9, dtype=torch.uint8)
+    with pytest.raises(InputError, match=r"a\.png is 9x9, not 8x8") as caught:
+        fitted(picture, (8, 8), "exact", "a.png")
+    assert caught.value.hint.startswith("choose a rule: --fit adm in cmtool data prepare")
+    with pytest.raises(UserError, match="unknown rule of fit for the data: 'bx'") as caught:
+        fitted(picture, (8, 8), "bx")
+    assert "did you mean 'box'" in caught.value.hint
+    with pytest.raises(InputError, match="the rule adm makes squares, not 8x4"):
+        fitted(picture, (4, 8), "adm")

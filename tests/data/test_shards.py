@@ -371,7 +371,7 @@ def test_a_word_that_others_run_or_fill_in_is_only_a_name(name, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no data set or folder") as caught:
         load_dataset(name)
-    assert "nothing is run or filled in" in caught.value.hint
+    assert "wildcards and pipe: commands are not supported" in caught.value.hint
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@ import gzip
 import io
 import json
 import multiprocessing
+import os
 import pickle
 import shlex
 import struct
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -50,12 +52,14 @@ def write(folder, names=NAMES):
     return folder
 
 
-def zipped(path, names=NAMES, more=None, how=zipfile.ZIP_STORED):
+def zipped(path, names=NAMES, more=None, how=zipfile.ZIP_STORED, lie=None):
     with zipfile.ZipFile(path, "w", how) as archive:
         for name, image in zip(names, PICTURES[: len(names)], strict=True):
             archive.writestr(name, png_bytes(image))
         for name, content in (more or {}).items():
             archive.writestr(name, content)
+        if lie is not None:
+            archive.filelist[-1].compress_size = lie
     return path
 
 
@@ -432,6 +436,15 @@ def bomb(root):
     return root / "x.zip"
 
 
+def listed_as(root, how=zipfile.ZIP_DEFLATED, content=bytes(50_000_000), **claims):
+    """A zip whose list of files claims something else of its one picture."""
+    with zipfile.ZipFile(root / "x.zip", "w", how) as archive:
+        archive.writestr("a.png", content)
+        for name, value in claims.items():
+            setattr(archive.filelist[0], name, value)
+    return root / "x.zip"
+
+
 def twice(root):
     with pytest.warns(UserWarning, match="Duplicate"):
         return zipped(root / "x.zip", more={NAMES[0]: b"again"})
@@ -512,6 +525,16 @@ BAD = {
     "not whole": (lambda r: bad_json(r, lambda t: [[t[0][0], 0.5], *t[1:]]), "class 0.5 for"),
     "no list": (lambda r: bad_json(r, lambda t: 7), "is not {'labels'"),
     "bomb": (bomb, "unpacks from"),
+    "bomb of no bytes": (lambda r: listed_as(r, file_size=0), "length is not the one in the list"),
+    "member of 2^63 bytes": (
+        lambda r: listed_as(r, zipfile.ZIP_STORED, b"x", compress_size=1 << 63), "ends beyond its"
+    ),
+    "member at 2^64": (
+        lambda r: listed_as(r, content=b"x", header_offset=(1 << 64) - 1), "ends beyond its"
+    ),
+    "table of 2^63 bytes": (
+        lambda r: zipped(r / "x.zip", more={"dataset.json": "{}"}, lie=1 << 63), "ends beyond its"
+    ),
     "name twice": (twice, "holds a name twice"),
     "cut zip": (cut, "is a zip archive that is cut short"),
     "class of 10^9": (lambda r: bad_json(r, lambda t: [[t[0][0], 10**9], *t[1:]]), "0 to 999,999"),
@@ -559,6 +582,17 @@ def test_what_cannot_be_used_is_named(name, tmp_path):
     make, message = BAD[name]
     with pytest.raises(InputError, match=message):
         load_dataset(str(make(tmp_path)), size=(SIDE, SIDE))
+
+
+def test_a_file_of_a_zip_is_not_unpacked_beyond_the_length_that_it_claims(tmp_path):
+    read = open_images(listed_as(tmp_path, file_size=0)).read
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="is damaged"):
+            read(0)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_cannot_be_unpacked_is_not_sent_to_a_command_that_refuses_it_too(tmp_path):
@@ -716,3 +750,31 @@ def test_200_000_images_stream_from_a_zip_in_little_memory(tmp_path):
     told = json.loads(out.stdout)
     assert (told["images"], told["lazy"]) == (count, "LazyImages")
     assert told["grown"] < 300e6
+
+
+@pytest.mark.parametrize("way", ["gone", "damaged"])
+def test_a_picture_that_a_database_no_longer_gives_is_named(way, tmp_path, monkeypatch):
+    library = pytest.importorskip("lmdb")
+    read = lmdb_entries(lmdb(tmp_path, None)).read
+    assert read(3) == png_bytes(PICTURES[3])
+
+    class Changed:
+        """A database from which another process took a picture, or in which it broke a page."""
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def begin(self):
+            return self
+
+        def get(self, key):
+            if way == "damaged":
+                raise library.CorruptedError("mdb_get: page not found")
+
+    monkeypatch.setattr(library, "open", lambda *_, **__: Changed())
+    monkeypatch.setattr(os, "getpid", lambda: -1)  # an environment is opened once a process
+    with pytest.raises(InputError, match=r"'key003' (in .*x cannot be read|is no longer in)"):
+        read(3)

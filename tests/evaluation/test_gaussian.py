@@ -145,8 +145,17 @@ def test_sums_are_exact_of_the_largest_features_in_the_largest_batch():
 def test_features_that_cannot_be_summed_are_refused(bad):
     rows = features(n=3)
     rows[1, 2] = bad
-    with pytest.raises(InputError, match="not finite, or above"):
+    with pytest.raises(InputError, match="not finite, or above") as caught:
         of(rows)
+    assert "look at the feature network" in caught.value.hint
+
+
+def test_statistics_that_are_not_finite_are_to_be_made_again():
+    good = of(features())
+    bad = Gaussian(good.mean * float("nan"), good.covariance, 9)
+    with pytest.raises(InputError, match="statistics are not finite") as caught:
+        frechet_distance(good, bad)
+    assert caught.value.hint == "the statistics are damaged: make them again"
 
 
 def test_the_quick_root_and_the_careful_one_agree():

@@ -80,6 +80,19 @@ def test_edm2s_pickle_is_read(tmp_path, protocol, order):
     assert found.covariance.tolist() == [[1, 2], [3, 4]]
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [({"mu": MU}, "has no dinov2 sigma"), ({"sigma": SIGMA}, "has no dinov2 mu"),
+     ({"mu": MU, "sigma": SIGMA[:2]}, r"dinov2 mu has 3 features, dinov2 sigma is \(2, 3\)"),
+     ({"mu": MU + np.inf, "sigma": SIGMA}, "dinov2 mu has values that are not finite")],
+)  # fmt: skip
+def test_edm2s_statistics_of_other_features_are_checked_too(tmp_path, other, message):
+    stats = {"mu": MU, "sigma": SIGMA}
+    (tmp_path / "ref.pkl").write_bytes(pickle.dumps({"fid": stats, "fd_dinov2": other}))
+    with pytest.raises(InputError, match=message):
+        read_statistics(tmp_path / "ref.pkl")
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("exploded",)

@@ -1,7 +1,7 @@
 import pytest
 
 from cmtool.data.datasets import load_dataset
-from cmtool.errors import MissingError
+from cmtool.errors import MissingError, UserError
 from cmtool.evaluation.during_training import build_score
 from cmtool.evaluation.features import INCEPTION
 from cmtool.system.files import file_sha256
@@ -15,11 +15,20 @@ def test_the_training_images_are_at_distance_zero_from_themselves():
     assert score([data.images[:500] // 2]) > 10
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "size"), [("fd-emoji", "digits", "32x32"), ("fd-digits", "emoji", "8x8")]
+)
+def test_a_score_of_images_of_another_size_names_both_and_one_that_takes_them(name, data, size):
+    with pytest.raises(UserError, match=f"{name} measures RGB images of {size}; {data}") as caught:
+        build_score(name, load_dataset(data), "cpu")
+    for option in ("--set run.eval_metric=fd-pixels", "--metric fd-pixels"):
+        assert option in caught.value.hint
+
+
 def test_fid_needs_its_weights_before_training_and_is_zero_on_the_training_images(
     monkeypatch, tmp_path
 ):
     monkeypatch.setenv("CMTOOL_CACHE", str(tmp_path))
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "shared"))
     data = load_dataset("digits")
     few = data.__class__(data.name, data.images[:6], None, 0)
     with pytest.raises(MissingError, match="is missing"):

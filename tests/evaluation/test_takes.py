@@ -29,6 +29,13 @@ def test_a_text_says_size_range_and_resize_in_any_order():
             parsed(bad, usual, "net")
 
 
+def test_a_rule_without_a_size_is_told_with_one_that_works():
+    with pytest.raises(UserError, match="bilinear without a size") as caught:
+        parsed("imagenet,bilinear", Takes(), "net")
+    example = caught.value.hint.removeprefix("for example ")
+    assert parsed(example, Takes(), "net") == Takes((224, 224), "imagenet", "bilinear")
+
+
 def test_ranges_are_what_they_are_called():
     levels = torch.tensor([0.0, 127.5, 255.0]).reshape(1, 1, 1, 3).expand(1, 3, 1, 3)
     ends = {"-1..1": (-1, 0, 1), "0..1": (0, 0.5, 1), "0..255": (0, 127.5, 255)}

@@ -177,5 +177,25 @@ def test_a_file_of_another_network_is_named(tmp_path):
         vit_extractor("dinov2", tmp_path / "bad.pth", "")
 
 
+@pytest.mark.parametrize("wrap", [lambda t: {"state_dict": t}, lambda t: {**t, 3: t["cls_token"]}])
+def test_a_checkpoint_that_is_not_a_table_of_tensors_is_named(tmp_path, wrap):
+    torch.save(wrap(dino_weights(5)), tmp_path / "bad.pth")
+    for protocol in ("dinov2", "clip", "edm"):
+        with pytest.raises(MissingError, match=r"bad\.pth is not a state dict: its") as refused:
+            build_extractor(protocol, file=tmp_path / "bad.pth", trust=True)
+        assert "give another file with --feature-weights" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"cls_token": torch.zeros(())}, {"pos_embed": torch.zeros(1, 1, WIDTH)},
+     {"pos_embed": torch.zeros(26)}, {"blocks.0.mlp.fc1.weight": torch.zeros(())}],
+)  # fmt: skip
+def test_tensors_of_odd_forms_are_no_network(tmp_path, change):
+    torch.save({**dino_weights(5), **change}, tmp_path / "bad.pth")
+    with pytest.raises(MissingError, match="is no network of dinov2"):
+        vit_extractor("dinov2", tmp_path / "bad.pth", "")
+
+
 def test_the_network_has_the_names_of_the_published_file():
     assert dinov2(dino_weights(5)).state_dict().keys() == dino_weights(5).keys() - {"mask_token"}

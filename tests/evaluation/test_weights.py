@@ -12,15 +12,13 @@ FILE = INCEPTION._replace(sha256=hashlib.sha256(CONTENT).hexdigest())
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """Where a file is looked for, in order: the user's cache, torch's, and clean-fid's."""
+    """Where a file is looked for, in order: the user's cache, and torch's."""
     monkeypatch.setenv("CMTOOL_CACHE", str(tmp_path / "ours"))
     torch_home = tmp_path / "torch"
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(torch_home))
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "shared"))
     paths = [
         tmp_path / "ours" / "weights" / FILE.name,
         torch_home / "checkpoints" / FILE.name,
-        tmp_path / "shared" / FILE.name,
     ]
     for path in paths:
         path.parent.mkdir(parents=True)
@@ -47,12 +45,20 @@ def test_another_file_of_the_name_is_not_used_unless_it_is_trusted(places):
         with pytest.raises(MissingError, match="is not the published") as error:
             find_file(FILE)
         assert "delete it, and fetch" in error.value.hint
-        if path != places[2]:
-            assert find_file(FILE, trust=True) == path
+        assert find_file(FILE, trust=True) == path
         path.unlink()
-    places[2].write_bytes(CONTENT[:3])  # anyone may have put it there
-    with pytest.raises(MissingError):
-        find_file(FILE, trust=True)
+
+
+@pytest.mark.parametrize("file", [FILE, VGG16._replace(sha256=None)])
+def test_what_anyone_may_have_put_into_the_folder_for_temporary_files_is_not_used(
+    file, places, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "shared"))
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / file.name).write_bytes(CONTENT)
+    for trust in (False, True):
+        with pytest.raises(MissingError, match="is missing"):
+            find_file(file, trust=trust)
 
 
 def test_a_file_that_is_named_is_taken_or_refused_whatever_else_there_is(places, tmp_path):
@@ -61,8 +67,9 @@ def test_a_file_that_is_named_is_taken_or_refused_whatever_else_there_is(places,
     with pytest.raises(InputError, match=r"no such file: .*mine.pt"):
         find_file(FILE, given)
     given.write_bytes(b"other")
-    with pytest.raises(MissingError, match=r"mine\.pt is not the published"):
+    with pytest.raises(MissingError, match=r"mine\.pt is not the published") as error:
         find_file(FILE, given)
+    assert error.value.hint.startswith("give another file with --feature-weights; or add --trust")
     assert find_file(FILE, given, trust=True) == given
     given.write_bytes(CONTENT)
     assert find_file(FILE, given) == given

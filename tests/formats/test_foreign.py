@@ -1,5 +1,6 @@
 """Every foreign format gives the numbers of the code that wrote it; see golden/README.md."""
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -447,6 +448,18 @@ def test_state_dicts_load_as_trainers_wrap_them(name, weights, tmp_path):
     if holds_both:
         raw = openai_pt.read(tmp_path / "cd.pt", "model", {}).tensors
         assert not any(torch.equal(raw[key], foreign.tensors[key]) for key in raw)
+
+
+def test_a_file_system_that_cannot_map_files_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.zeros(2)}, path)
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENODEV, "No such device")  # without the name of the file
+
+    monkeypatch.setattr(openai_pt.mmap, "mmap", refuse)
+    with pytest.raises(InputError, match=r"a\.pt is on a file system that cannot map files"):
+        read_foreign("openai", path, "ema", {})
 
 
 def test_a_table_that_holds_itself_is_refused(tmp_path):

@@ -744,7 +744,7 @@ BOMBS = {
     "buffers looked for in a number": lambda: one_module(
         _buffers={"b": 1}, _non_persistent_buffers_set=7
     ),
-    "one source hashed 20,000 times": lambda: pickled([
+    "one source met 20,000 times": lambda: pickled([
         put(0, ({"type": "class", "class_name": "x", "state": {}, "module_src": "x" * 1_000_000},)),
         *[Raw(code(RECONSTRUCT) + code(get(0)) + b"R0N")] * 20_000,
     ]),
