@@ -25,7 +25,7 @@ from cmtool.presets.schema import Card, Choice, Kind, ModelSection, NoiseSection
 from cmtool.presets.toml import load_preset
 from cmtool.presets.upgrade import of_kind, upgraded
 from cmtool.system.devices import on_device, shapes_only
-from cmtool.system.files import read_own
+from cmtool.system.files import expanded, read_own
 from cmtool.weights import PUBLISHED
 
 PREFIX = "hf:"
@@ -145,10 +145,12 @@ def find_model(name_or_path: str | Path, weights: str = "ema") -> FoundModel:
     The notes say why newer checkpoints are passed over. Raises InputError where there is no model,
     MissingError for a published one that is not on this machine, and what `hub.fetched` raises.
     """
-    path, name = Path(name_or_path), str(name_or_path)
+    name = str(name_or_path)
+    path = expanded(name)
     if path.exists():
         found, passed_over = find(path, weights)
-        return FoundModel(found, tuple(f"passed over: {what}" for what in passed_over), name)
+        said = name if Path(name) == path else str(path)
+        return FoundModel(found, tuple(f"passed over: {what}" for what in passed_over), said)
     if name in BUNDLED:
         return FoundModel(Found(ASSETS / f"{name}.safetensors"), (), name)
     if name in PUBLISHED:
@@ -244,7 +246,7 @@ def _read_native(file: Path) -> Stored:
 def _recorded_names(file: Path) -> tuple[str, ...]:
     """Return the names of classes in the run.json of a checkpoint's run: cmtool 0.1 had no others.
 
-    None if there are none.
+    () if there are none.
     """
     record = file.absolute().parent.parent.parent / "run.json"
     try:
@@ -333,7 +335,7 @@ def _with_searched_levels(card: Card, file: Path | None, found: Found) -> Card:
         levels = {str(n): [float(s) for s in sigmas] for n, sigmas in searched["levels"].items()}
         if searched["model"] != found.sha256:
             return card
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError):
         raise InputError(f"{file} holds no searched levels", "remove it") from None
     sample = card.sample.model_copy(update={"levels": card.sample.levels | levels})
     return card.model_copy(update={"sample": sample})

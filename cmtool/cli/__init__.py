@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -17,7 +18,7 @@ import typer
 from typer import Option
 
 from cmtool import __version__
-from cmtool.cli._output import check_processes, keep_stderr, say
+from cmtool.cli._output import check_processes, keep_stderr, processes, say
 from cmtool.cli._usage import UsageError, explained
 from cmtool.errors import InputError, Paused, ResourceError, Stopped, UserError, is_full
 
@@ -84,6 +85,49 @@ def with_auto_resume(words: Sequence[str]) -> list[str]:
         else:
             found.append("--auto-resume" if word == "--resume=auto" else word)
     return found
+
+
+def with_homes(words: Sequence[str]) -> list[str]:
+    """Return the command line with ~ as the home folder in --out=~/x: a shell leaves it there."""
+    if not any("=~/" in word for word in words):
+        return list(words)
+    from cmtool.system.files import expanded
+
+    parts = [word.partition("=") for word in words]
+    return [
+        f"{name}={expanded(value)}" if name.startswith("--") and value.startswith("~/") else word
+        for word, (name, _, value) in zip(words, parts, strict=True)
+    ]
+
+
+LESS = {
+    "train": "split the batch: --accumulate 2, or take a smaller network",
+    "distill": "split the batch: --accumulate 2, or take a smaller network",
+    "edit": "give a smaller picture, or fewer at once",
+}
+"""What a command can do to take less memory, where it is not --batch."""
+
+
+@contextmanager
+def telling_of_memory(command: str) -> Iterator[None]:
+    """Raise ResourceError where the block ends because there is no more memory."""
+    try:
+        yield
+    except ImportError as error:
+        if "failed to map" not in str(error):
+            raise
+        hint = "allow this process more memory, for example: ulimit -v unlimited"
+        raise ResourceError(f"no memory to load a library: {error}", hint) from None
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError):
+            from cmtool.system.devices import is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+        hint = LESS.get(command, "use a smaller --batch, or smaller images")
+        full = ResourceError("out of memory", hint)
+        full.rank = processes()[0]
+        raise full from None
 
 
 def _version(wanted: bool) -> None:
@@ -163,22 +207,18 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         _end(error.what, error.hint, error.exit_code, any_rank=True)
     try:
-        # not by itself: Typer would end the process, and draw a box around a wrong usage
-        # by its name: --install-completion would make a script of `python -m cmtool`
-        words = with_auto_resume(words)
-        app = build_app(words[0] if words else "")
-        code = app(words, standalone_mode=False, prog_name="cmtool")
+        words = with_homes(with_auto_resume(words))
+        with telling_of_memory(words[0] if words else ""):
+            # not by itself: Typer would end the process, and draw a box around a wrong usage
+            # by its name: --install-completion would make a script of `python -m cmtool`
+            app = build_app(words[0] if words else "")
+            code = app(words, standalone_mode=False, prog_name="cmtool")
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
         else:
             _end(*explained(error, words), error.exit_code)
         sys.exit(error.exit_code)
-    except ImportError as error:
-        if "failed to map" not in str(error):
-            raise
-        hint = "allow this process more memory, for example: ulimit -v unlimited"
-        _end(f"no memory to load a library: {error}", hint, ResourceError.exit_code)
     except OSError as error:
         if is_full(error):
             what = f"no room on the disk for {error.filename or 'the output'}"

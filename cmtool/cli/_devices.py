@@ -76,13 +76,16 @@ def _check_device(name: str) -> None:
     """Check that a device works, and make a GPU this process's own. Raises UserError."""
     import torch
 
+    hint = "use auto, cpu, or a device torch sees"
     try:
-        torch.empty(0, device=name)
+        kind = torch.empty(0, device=name).device.type
         if name.startswith("cuda:"):
             torch.cuda.set_device(name)  # NCCL uses it too
     except (RuntimeError, AssertionError) as error:
         what = f"device {name!r}: {str(error).splitlines()[0]}"
-        raise UserError(what, "use auto, cpu, or a device torch sees") from None
+        raise UserError(what, hint) from None
+    if kind == "meta":
+        raise UserError(f"device {name!r} computes nothing", hint)
 
 
 def pick_precision(name: str, device: str) -> str:

@@ -201,8 +201,11 @@ def interpolate_between(
     from cmtool.prepared import stroke_levels
     from cmtool.sampling import edit_plan, plan, precision_info
 
-    pictures = [read_image(read_input(image), image) for image in images]
+    contents = [read_input(image) for image in images]
+    pictures = [read_image(*given) for given in zip(contents, images, strict=True)]
     model, precision = options.load()
+    if model.preset.model.channels == 1:
+        pictures = [read_image(*given, "L") for given in zip(contents, images, strict=True)]
     label = options.label(model)
     if pictures:
         chosen = edit_plan(model.preset, options.steps, sigmas, stroke_levels(model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import shlex
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -17,7 +18,7 @@ from cmtool.errors import InputError, UserError, nearest
 
 if TYPE_CHECKING:
     from cmtool.models import Model
-    from cmtool.presets.schema import Kind
+    from cmtool.presets.schema import Choice, Kind
     from cmtool.sampling import Plan
 
 LabelRule = Annotated[
@@ -279,8 +280,6 @@ def pick_plan(
     grid: int | None = None,
 ) -> Plan:
     """Return the sampler and the levels that the command line asks for. Raises UserError."""
-    from cmtool.presets.schema import Choice
-    from cmtool.presets.toml import parse_override
     from cmtool.sampling import indexed_levels, plan
 
     levels = parse_sigmas(sigmas)
@@ -293,11 +292,31 @@ def pick_plan(
     elif grid is not None:
         hint = "--grid is the grid of the indices: give --ts too"
         raise UserError(f"--grid {grid} without --ts", hint)
-    own = model.preset.sample.sampler
-    name = sampler or own.name
-    kept = own.options if name == own.name else {}
-    chosen = Choice(name=name, **{**kept, **dict(map(parse_override, options or []))})
+    chosen = pick_sampler(model.preset.sample.sampler, sampler, options or [])
     return plan(model.preset, sampler=chosen, steps=steps, sigmas=levels)
+
+
+def pick_sampler(own: Choice, name: str | None, options: list[str]) -> Choice:
+    """Return the sampler of --sampler and --set; without a name it is the model's `own`.
+
+    The model's own options stay unless another sampler is named. Raises UserError.
+    """
+    from pydantic import ValidationError
+
+    from cmtool.presets.schema import Choice
+    from cmtool.presets.toml import parse_override
+
+    given = dict(map(parse_override, options))
+    if "name" in given:
+        chosen = shlex.quote(str(given["name"]))
+        raise UserError("--set does not choose the sampler", f"--sampler {chosen}")
+    name = name or own.name
+    kept = own.options if name == own.name else {}
+    try:
+        return Choice(name=name, **{**kept, **given})
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"--set: {reason}", "give a number, for example s_churn=40") from None
 
 
 def default_model(kind: Kind | None = None) -> str:

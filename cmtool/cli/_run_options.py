@@ -51,7 +51,7 @@ class RunOptions:
     seed: Annotated[int | None, Option(help="Seed of the run.")] = None
     accumulate: Annotated[
         int | None,
-        Option(min=1, help="Parts that each batch is split into, to save memory. Same result."),
+        Option(min=1, help="Parts that each batch is split into, to save memory."),
     ] = None
     precision: Annotated[
         str | None,
@@ -72,16 +72,16 @@ class RunOptions:
     max_time: Annotated[
         str | None,
         Option(
-            help="Save and stop after this time, with exit code 75: 3600, 90m, 11h30m. A preset"
-            " that is fitted takes the steps for it."
+            help="Save and stop after this time, with exit code 75: 3600, 90m, 11h30m. A fitted"
+            " preset gets as many steps as this time allows."
         ),
     ] = None
     eval_every: Annotated[
         int | None,
         Option(
             min=0,
-            help="Measure the EMA weights every so many steps: by fd-digits (8x8 RGB only), what"
-            " --features says, or run.eval_metric of the preset.",
+            help="Measure the EMA weights every so many steps: by run.eval_metric of the preset, or"
+            " what --features says. A preset fitted to your images measures fd-pixels.",
         ),
     ] = None
     features: Features = None

@@ -41,12 +41,21 @@ def show(pictures: Sequence[Tensor]) -> None:
     if protocol is not None:
         sys.stderr.write(PROTOCOLS[protocol](png_bytes(contact_sheet(images))) + "\n")
     else:
-        columns, lines = os.get_terminal_size(sys.stderr.fileno())
+        columns, lines = terminal_size()
         h, w = images.shape[-2:]
         across, down = max(1, min(10, columns // (w + 1))), max(1, 2 * lines // (h + 1))
         sheet = grid(images[: across * down], across).expand(3, -1, -1).permute(1, 2, 0)
         _print_blocks(narrowed(sheet.numpy(), columns))
     sys.stderr.flush()
+
+
+def terminal_size() -> tuple[int, int]:
+    """Return the columns and lines of the terminal; 80 and 24 where it does not say them."""
+    try:
+        columns, lines = os.get_terminal_size(sys.stderr.fileno())
+    except OSError:
+        columns, lines = 0, 0
+    return columns or 80, lines or 24
 
 
 def image_protocol(variables: Mapping[str, str]) -> str | None:

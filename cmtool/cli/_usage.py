@@ -97,7 +97,8 @@ def explained(error: Any, argv: Sequence[str]) -> tuple[str, str]:
         names.insert(0, context.info_name)
         context = context.parent
     name = " ".join(["cmtool", *names])
-    hint = f"{name} --help lists all options"
+    is_command = what.lower().startswith("no such command")
+    hint = f"{name} --help lists all {'commands' if is_command else 'options'}"
     if hasattr(error, "option_name") and hasattr(error, "possibilities"):
         what = f"{name} has no option {error.option_name}"
         close = difflib.get_close_matches(error.option_name, options, n=1, cutoff=0.7)

@@ -107,7 +107,7 @@ def convert(
 
     to_onnx = out.suffix == ".onnx"
     if not to_onnx and (steps is not None or sigmas is not None):
-        raise UserError("--steps and --sigmas are of .onnx files", "leave them out")
+        raise UserError("--steps and --sigmas are only for .onnx files", "leave them out")
 
     with importing_torch():
         from cmtool.models import load_model

@@ -42,7 +42,8 @@ app = typer.Typer(
 Noise = Annotated[
     float,
     Option(
-        help="Deviation of white noise in the picture, to be taken out; half of the range is 1."
+        help="Standard deviation of the noise to remove. Pixels are from -1 to 1: 0.2 is about 25"
+        " grey levels."
     ),
 ]
 
@@ -107,9 +108,17 @@ def superres(
     A picture of the model's own size counts as one that was enlarged by repeating pixels: it is
     sharpened, and the means of its blocks are kept.
     """
-    from cmtool.prepared import prepare_superres
 
-    return partial(prepare_superres, factor=factor, noise=noise)
+    def prepare(model: Model, images: Tensor, *, fit: str, name: str) -> PreparedEdit:
+        from cmtool.prepared import prepare_superres
+
+        most = min(model.preset.model.image_size)
+        if factor > most and fit != "exact":  # exact allows fewer, and says which
+            what = f"--factor {factor}: the model's pictures have {most} pixels a side"
+            raise UserError(what, f"give 2 to {most}")
+        return prepare_superres(model, images, factor, noise, fit=fit, name=name)
+
+    return prepare
 
 
 def colorize() -> Prepare:
@@ -176,7 +185,11 @@ def deblur(
         Option(help="The blur is a straight motion: LENGTH,ANGLE, in pixels and degrees."),
     ] = None,
     kernel: Annotated[
-        Path | None, Option(help="The blur as a grey picture of odd sides: white is most.")
+        Path | None,
+        Option(
+            help="Blur kernel: a grey picture of odd width and height, white where the weight is"
+            " largest."
+        ),
     ] = None,
     noise: Noise = 0.0,
 ) -> Prepare:
@@ -186,7 +199,8 @@ def deblur(
 
     `cmtool edit deblur photo.png --motion 5,30 --out sharp.png`
 
-    The picture is taken to go on at its other side. An even edge, such as white paper, is best.
+    The blur wraps around: the left edge continues at the right edge. Pictures with a plain border
+    work best.
     """
     if sum(given is not None for given in (gaussian, motion, kernel)) != 1:
         what = "edit deblur needs one option that says what the blur is"

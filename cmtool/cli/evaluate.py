@@ -52,7 +52,10 @@ from cmtool.errors import InputError, ThresholdError, UserError
 
 DRAWN = 2048  # images drawn from a model if the user gives no number
 TIMEOUT = 1800.0  # seconds without an answer after which another process counts as lost
-SETS = (".zip", ".npz", ".pkl", ".tar", ".gz")  # names of files that hold more than one image
+SETS = (
+    ".zip", ".npz", ".pkl", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".parquet", ".arrow",
+)  # fmt: skip
+"""Endings of files that hold more than one image."""
 OF_MODELS = {
     "runs": 1, "steps": None, "sigmas": None, "sampler": None, "preset": None, "kind": None,
     "weights": "ema", "first_seed": 0, "precision": "fp32",
@@ -115,7 +118,8 @@ FeatureWeights = Annotated[
 FeaturePrecision = Annotated[
     str,
     typer.Option(
-        help="Precision of the feature network: fp32; or bf16, which is faster, but another number."
+        help="Precision of the feature network: fp32; or bf16, which is faster but gives a slightly"
+        " different number."
     ),
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
@@ -185,8 +189,8 @@ def metric_command(
     from cmtool.evaluation.measure import measure
     from cmtool.evaluation.request import ModelImages, Request
 
-    metric, has_reference = str(ctx.command.name), (reference, reference_num) != (None, None)
-    check_usage(metric, has_reference, fail_above, fail_below)
+    metric = str(ctx.command.name)
+    check_usage(metric, ctx.params)
     where = pick_device(device)
 
     def draw() -> ModelImages:
@@ -213,20 +217,26 @@ def metric_command(
     check_value(content, fail_above, fail_below)
 
 
-def check_usage(metric: str, has_reference: bool, above: float | None, below: float | None) -> None:
+def check_usage(metric: str, given: dict[str, Any]) -> None:
     """Raise UserError for options that do not fit the metric, or bounds that no value can pass."""
     from cmtool.evaluation.metrics import METRICS
 
     row = METRICS[metric]
-    given = {"--fail-above": above, "--fail-below": below}
-    bounds = {option: bound for option, bound in given.items() if bound is not None}
+    bounds = options_among(given, "fail_above", "fail_below")
     if len(row.values) > 1 and bounds:
         raise UserError(f"a threshold for {metric}, which is several numbers", "use fid or kid")
-    if has_reference and not any(row.reference):
-        raise UserError(f"eval {metric} compares with no reference", "leave --reference out")
+    named = options_among(given, "reference", "reference_num")
+    if named and not any(row.reference):
+        hint = f"leave {' and '.join(named)} out"
+        raise UserError(f"eval {metric} compares with no reference", hint)
     for option, bound in bounds.items():
         if math.isnan(bound):
             raise UserError(f"{option} must be a number, not nan", f"for example {option} 20")
+
+
+def options_among(given: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Return those of some options that are given, as they are typed, with their values."""
+    return {f"--{n.replace('_', '-')}": given[n] for n in names if given[n] is not None}
 
 
 def check_value(content: dict[str, Any], above: float | None, below: float | None) -> None:

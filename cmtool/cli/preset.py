@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from typer import Argument, Option
 from cmtool.cli import _completion
 from cmtool.cli._devices import pick_device
 from cmtool.cli._options import AsJson, Device, LabelRule, Overwrite
-from cmtool.cli._output import check_free, emit, emit_json, say, write_bytes
+from cmtool.cli._output import check_free, emit, emit_json, make_folder, say, write_bytes
 from cmtool.cli._table import show_table
 from cmtool.errors import UserError, nearest
 
@@ -26,6 +27,10 @@ app = typer.Typer(
 
 HEAD = ("preset", "method", "data", "FID 1", "FID 2", "Mimg", "description")
 """Columns of the list; --sort takes them in lower case."""
+MOST_HOURS = 1_000_000
+Hours = Annotated[
+    float, Option(min=0, max=MOST_HOURS, help="Hours that the training may take here.")
+]
 
 
 @app.command("list")
@@ -41,8 +46,8 @@ def list_(
 
     `cmtool preset list --sort fid`
 
-    FID 1 and FID 2 are what the authors report for one and two steps. In a pipe the cells of a line
-    are apart by tabs.
+    FID 1 and FID 2 are what the authors report for one and two steps. In a pipe, tabs separate the
+    columns.
     """
     from cmtool.presets.toml import load_preset, preset_names, published
 
@@ -137,7 +142,7 @@ def new(
         int | None,
         Option(min=4, help="Side of the images in pixels. Default: theirs, to 32 on a CPU or 64."),
     ] = None,
-    hours: Annotated[float, Option(min=0, help="Hours that the training may take here.")] = 1.0,
+    hours: Hours = 1.0,
     labels: LabelRule = "auto",
     out: Annotated[
         Path | None, Option(help="File to write, or - for stdout. Default: DATA-METHOD.toml.")
@@ -158,29 +163,46 @@ def new(
     from cmtool.data.datasets import DATASETS
     from cmtool.presets.build import needs_teacher
     from cmtool.presets.toml import extension, is_method_preset, preset_names
+    from cmtool.system.files import expanded
     from cmtool.training.planning import Wish, facts_of, planned
 
     methods = [name for name in preset_names() if is_method_preset(name)]
     if method not in methods:
         raise UserError(f"unknown --method {method!r}", nearest(method, methods))
+    if math.isnan(hours):
+        raise UserError("--hours nan", "give a number of hours, for example 8")
     path = out or Path(f"{_plain(Path(data).stem)}-{method}.toml")
-    if str(path) != "-":
-        if path.suffix != ".toml":
-            raise UserError(f"{path} is not a .toml", "give the preset a name that ends in .toml")
-        check_free(path, overwrite)
-    where = data if data.partition(":")[0] in DATASETS else str(Path(data).absolute())
+    is_file = _prepare_file(path, overwrite)
+    where = data if data.partition(":")[0] in DATASETS else str(expanded(data).absolute())
     wish = Wish(size, image_size, hours)
     facts = facts_of(where, labels)
     resolved, layers = planned(method, pick_device(device), {}, facts=facts, wish=wish)
     command = "distill --teacher RUN" if needs_teacher(resolved.preset) else "train"
-    text = extension(
-        method, layers,
-        f"cmtool {command} --preset {path}\nA key that is not here: cmtool preset show {method}",
-    )  # fmt: skip
-    write_bytes(str(path), text.encode(), tell=True)
-    classes = f"{facts.classes or 'no'} classes"
-    say(f"{facts.images:,} images, {classes}; {resolved.origins['train.steps']}")
-    say(f"next: cmtool {command} --preset {path}")
+    command = f"cmtool {command} --preset {shlex.quote(str(path)) if is_file else 'FILE'}"
+    more = f"A key that is not here: cmtool preset show {method}"
+    text = extension(method, layers, f"{command}\n{more}")
+    if is_file:
+        write_bytes(str(path), text.encode(), tell=True)
+    else:
+        emit(text.rstrip())
+    why = resolved.origins["train.steps"]
+    say(f"{facts.images:,} images, {facts.classes or 'no'} classes; {why}")
+    if is_file:
+        say(f"next: {command}")
+
+
+def _prepare_file(path: Path, overwrite: bool) -> bool:
+    """Make the folder of a new preset; return False for stdout.
+
+    Raises UserError for a path that cannot be a preset.
+    """
+    if str(path) == "-":
+        return False
+    if path.suffix != ".toml":
+        raise UserError(f"{path} is not a .toml", "give the preset a name that ends in .toml")
+    check_free(path, overwrite)
+    make_folder(path.parent)
+    return True
 
 
 def _plain(name: str) -> str:

@@ -39,8 +39,8 @@ def list_(
     `cmtool runs list experiments/ --json`
 
     The columns are name, kind, method, data, steps done of all, state, best metric or last loss,
-    age and size on the disk. A pipe gets them apart by tabs. A run whose process is gone from this
-    machine is `killed`. Folders without a run are passed over with a note.
+    age and size on the disk. In a pipe, tabs separate the columns. A run whose process is gone from
+    this machine is `killed`. Folders without a run are passed over with a note.
     """
     with importing_torch():
         from cmtool.training.history import histories
@@ -112,12 +112,12 @@ def compare(
 
     `cmtool runs compare runs/digits-cd runs/digits-cd-2 --out curves.png`
 
-    One line a key, one column a run; a pipe gets them apart by tabs. Folders without a run are
-    passed over with a note.
+    One line a key, one column a run. In a pipe, tabs separate the columns. Folders without a run
+    are passed over with a note.
     """
     with importing_torch():
         from cmtool.training import history
-        from cmtool.training.plots import write_comparison
+        from cmtool.training.plots import write_plots
 
     if out is not None:
         if out.suffix.lower() != ".png":
@@ -131,7 +131,7 @@ def compare(
     plots = history.compared_plots(found) if out is not None else []
     if out is not None and plots:
         make_folder(out.parent)
-        write_comparison(out, plots)
+        write_plots(out, plots)
         say(f"curves: {out}")
     elif out is not None:
         say("no curves: nothing was logged")

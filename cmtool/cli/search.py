@@ -9,6 +9,7 @@ import typer
 
 from cmtool.cli._devices import pick_device
 from cmtool.cli._options import (
+    NUM,
     AsJson,
     Batch,
     Checkpoint,
@@ -21,7 +22,7 @@ from cmtool.cli._options import (
     Weights,
     pick_model,
 )
-from cmtool.cli._output import emit, emit_json, say
+from cmtool.cli._output import emit, emit_json, make_folder, say
 from cmtool.cli._watching import showing
 from cmtool.errors import UserError, nearest
 
@@ -49,7 +50,7 @@ Reference = Annotated[
 def search(
     checkpoint: Checkpoint = None,
     steps: Annotated[int, typer.Option(min=2, help="Network calls per image.")] = 2,
-    num: Annotated[int, typer.Option(min=2, help="Images per evaluation.")] = 2048,
+    num: Annotated[int, typer.Option(*NUM, min=2, help="Images per evaluation.")] = 2048,
     first_seed: Annotated[int, typer.Option(min=0, help="Seed of the first image.")] = 0,
     grid: Annotated[
         int | None,
@@ -95,6 +96,7 @@ def search(
     file = out or model.levels_file
     if file is None:
         raise UserError(f"{model.source} comes with cmtool and is not changed", "give an --out")
+    make_folder(file.parent)
     wanted = Search(model, metric, reference, num, first_seed, points, file, batch, where, own)
     with showing() as progress:
         sigmas, value = wanted.levels(steps, say, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -69,7 +70,7 @@ def _train(
     resolved = options.resolve(name)
     if needs_teacher(resolved.preset):
         what = f"preset {name} needs a teacher, and cmtool train takes none"
-        raise UserError(what, f"cmtool distill --preset {name}{' --dry-run' * options.dry_run}")
+        raise _of_other(options, "distill", name, what)
     if not options.stored and is_method_preset(name):
         data = resolved.preset.data
         if not data.path:
@@ -103,6 +104,17 @@ def _starting_model(options: RunOptions, init: str | None) -> Model | None:
     model = load_model(init, device="cpu", otherwise="teacher")
     tell_notes(model)
     return model
+
+
+def _of_other(options: RunOptions, command: str, preset: str, what: str) -> UserError:
+    """Return the error for a preset, or a run that is resumed, of the other `command`."""
+    more = " --dry-run" * options.dry_run
+    if options.stored is None:
+        more = "".join(f" --set {shlex.quote(each)}" for each in options.set_ or []) + more
+        return UserError(what, f"cmtool {command} --preset {shlex.quote(preset)}{more}")
+    out = shlex.quote(str(options.out))
+    what = f"the run in {options.out} was made by cmtool {command}"
+    return UserError(what, f"cmtool {command} --out {out} --resume{more}")
 
 
 def _fitted(
@@ -164,12 +176,13 @@ def _distill(
     images unless --data or the preset names others. Without --preset it is digits-cd for digits,
     emoji-cmt for emoji and cmt for your own images. Prints the folder of the last checkpoint.
     """
-    first = options.resolve(preset or "digits-cd")
+    named = preset or "digits-cd"
+    first = options.resolve(named)
     from cmtool.presets.build import needs_teacher
     from cmtool.presets.toml import is_method_preset
 
     if not needs_teacher(first.preset):
-        raise UserError(f"preset {preset} has no teacher", f"cmtool train --preset {preset}")
+        raise _of_other(options, "train", named, f"preset {named} has no teacher")
     from cmtool.models import load_model
     from cmtool.training.start import with_teacher
 

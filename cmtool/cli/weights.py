@@ -55,9 +55,9 @@ def get(
 
     `cmtool sample -c "$(cmtool weights get cd_imagenet64_lpips)" --seeds 0-15 --out grid.png`
 
-    A file that was cut is gone on with. It appears only when it is whole and its sha256 is the
-    published one. CMTOOL_MIRROR is the address of a folder with copies; with CMTOOL_OFFLINE=1
-    nothing is fetched.
+    An interrupted download continues where it stopped. A file appears only when it is whole and its
+    sha256 is the published one. CMTOOL_MIRROR is the address of a folder with copies; with
+    CMTOOL_OFFLINE=1 nothing is fetched.
     """
     from cmtool.weights import fetched, published
 

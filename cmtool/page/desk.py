@@ -28,9 +28,11 @@ from cmtool.data.drawing import animation_bytes, contact_sheet, png_bytes, row
 from cmtool.data.images import brought, from_uint8, recoloured, to_uint8
 from cmtool.editing import between_seeds
 from cmtool.errors import InputError, UserError, nearest
+from cmtool.formats.checkpoints import MANIFEST, newest, sized
 from cmtool.models import PREFIX, Model, find_model
 from cmtool.page.asked import AskedEdit, AskedHarm, AskedMorph, AskedSamples
 from cmtool.page.rows import EDITS, NAME, Amount, Row
+from cmtool.system.files import expanded
 
 FITS = ("centre", "whole")
 """What of a picture of another shape is taken: its largest centre, or all of it on white."""
@@ -95,7 +97,7 @@ class Desk:
         """Return the model's file with its time and size; None for a model of a hub."""
         if self.name.startswith(PREFIX):
             return None
-        path = find_model(self.name, self.weights).weights.path
+        path = weight_file_of(self.name, self.weights)
         stat = path.stat()
         return path, stat.st_mtime_ns, stat.st_size
 
@@ -291,6 +293,23 @@ class Desk:
         image = image.cpu()
         pixels = image.permute(1, 2, 0).contiguous().numpy().tobytes()
         return {"png": encoded(png_bytes(image)), "pixels": encoded(pixels)}
+
+
+def weight_file_of(name: str, weights: str) -> Path:
+    """Return the file of the weights that a model's name stands for. Hashes nothing.
+
+    Of a run it is that of the newest checkpoint whose files have their sizes. Raises InputError
+    where there is no model.
+    """
+    path = expanded(name)
+    if (path / MANIFEST).is_file() and not (path / "checkpoints").is_dir():
+        return sized(path, weights)[0].path
+    if not (path / "checkpoints").is_dir():
+        return find_model(name, weights).weights.path
+    found, _ = newest(path / "checkpoints", lambda folder: sized(folder, weights)[0].path)
+    if found is None:
+        raise InputError(f"no checkpoint in {path}", "give a run folder or a checkpoint folder")
+    return found
 
 
 def encoded(content: bytes) -> str:

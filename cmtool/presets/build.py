@@ -151,6 +151,11 @@ def needs_teacher(preset: Preset) -> bool:
     return method_row(preset).needs_teacher or preset.train.from_teacher
 
 
+def can_recompute(preset: Preset) -> bool:
+    """Tell whether train.checkpoint_activations may be on."""
+    return method_row(preset).recomputes and bool(NETWORKS[preset.model.network.name].blocks)
+
+
 class Built(NamedTuple):
     """A preset's method and level picker, with choices bound, and what it does before a step."""
 

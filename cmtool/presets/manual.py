@@ -13,13 +13,15 @@ from cmtool.core.methods import METHODS
 from cmtool.core.networks import NETWORKS
 from cmtool.core.noise import CURRICULA, LEVELS
 from cmtool.core.optimizers import OPTIMIZERS
+from cmtool.core.paths import SOURCES
 from cmtool.core.precond import NOISE_LABELS, SCALINGS
 from cmtool.core.samplers import SAMPLERS
 from cmtool.core.solvers import SOLVERS
 from cmtool.data.images import FITS
 from cmtool.data.labels import RULES
 from cmtool.errors import UserError, nearest
-from cmtool.presets.toml import as_toml, field_schema, meaning
+from cmtool.presets.keys import field_schema, meaning
+from cmtool.presets.toml import as_toml
 
 REGISTRIES: dict[str, Mapping[str, Any]] = {
     "model.network": NETWORKS,
@@ -29,6 +31,7 @@ REGISTRIES: dict[str, Mapping[str, Any]] = {
     "data.labels": RULES,
     "loss.method": METHODS,
     "loss.levels": LEVELS,
+    "loss.source": SOURCES,
     "loss.solver": SOLVERS,
     "loss.distance": DISTANCES,
     "loss.weight": WEIGHTINGS,

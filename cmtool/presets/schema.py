@@ -221,7 +221,7 @@ class TrainSection(Section):
     accumulate: Positive = Field(
         1,
         le=MAX_IMAGES,
-        description="parts that a process splits its batch into: less memory, the same result",
+        description="parts that a process splits its batch into: less memory",
     )
     from_teacher: bool = Field(False, description="start from a teacher where no loss needs one")
     max_grad_norm: float | None = Field(None, gt=0, description="gradients are clipped to it")
@@ -333,5 +333,6 @@ class Preset(Card):
     @model_validator(mode="after")
     def _stores_what_there_is(self) -> Preset:
         if self.run.ema_every and all(ema.sigma_rel is None for ema in self.train.ema):
-            raise ValueError("run.ema_every stores averages of train.ema with sigma_rel: add two")
+            what = "run.ema_every stores the averages of train.ema that have sigma_rel"
+            raise ValueError(f"{what}, and there is none")
         return self

@@ -12,12 +12,13 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import tomlkit
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from cmtool.errors import InputError, UserError, nearest
+from cmtool.presets.keys import is_table, meaning, path_in, section
 from cmtool.presets.schema import Preset, Published
 from cmtool.presets.upgrade import upgraded
 from cmtool.system.files import expanded, read_regular
@@ -37,6 +38,11 @@ MAX_KEYS = 2000
 MAX_DOTS = 100
 MAX_SHOWN = 200
 """Characters of a value that an error shows."""
+EMA_HINT = (
+    "--set run.ema_every=0, or --set"
+    " \"train.ema=[{name='ema', sigma_rel=0.05}, {name='long', sigma_rel=0.1}]\""
+)
+"""What to do about run.ema_every without averages to store."""
 
 Comment = Callable[[str], str | None]
 """What stands beside a dotted key."""
@@ -242,14 +248,18 @@ def _validated(tree: dict[str, Any], shown: str) -> Preset:
         return Preset.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        path = [str(part) for part in first["loc"] if part not in ("function-before", "tuple")]
+        path = path_in(tree, first["loc"])
+        path += map(str, first["loc"][-1:] if first["type"] == "missing" else ())
         key = ".".join(path)
         given = repr(first["input"])
         given = given if len(given) <= MAX_SHOWN else f"{given[:MAX_SHOWN]}..."
-        what = f"{key} = {given}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        reason = first["msg"].removeprefix("Value error, ")
+        what = f"{key} = {given}: {reason[0].lower()}{reason[1:]}"
         what = what.replace("input should be", "it must be")
         top = ".".join(itertools.takewhile(lambda part: not part.isdigit(), path))
         hint = f"cmtool preset show edm {top} prints what it may be"
+        if not path:  # a value that another table does not allow
+            what, hint = reason, EMA_HINT
         if key == "model.image_size":
             sides = re.findall(r"[0-9]+", str(first["input"])[:MAX_SHOWN]) or ["8"]
             hint = f"give height and width: --set {key}=[{sides[0]},{sides[-1]}]"
@@ -257,7 +267,7 @@ def _validated(tree: dict[str, Any], shown: str) -> Preset:
             what = f"unknown key {key!r} in preset {shown}"
             known = [name for name in _known(tree) if name.rpartition(".")[2] == path[-1]]
             above = "".join(f"{part}." for part in path[:-1])
-            here = nearest(key, [above + name for name in _section(path[:-1]).model_fields])
+            here = nearest(key, [above + name for name in section(path[:-1]).model_fields])
             hint = f"did you mean {' or '.join(known)}?" if known else here
         if first["type"] == "missing":
             what, hint = f"preset {shown} lacks {key!r}", "set it, or extend a preset"
@@ -266,25 +276,10 @@ def _validated(tree: dict[str, Any], shown: str) -> Preset:
 
 def _known(tree: Mapping[str, Any]) -> list[str]:
     """Return the dotted keys that presets may have, and the options in a tree of this one."""
-    tables = [name for name in Preset.model_fields if _is_table(name)]
-    keys = [f"{table}.{key}" for table in tables for key in _section([table]).model_fields]
+    tables = [name for name in Preset.model_fields if is_table(name)]
+    keys = [f"{table}.{key}" for table in tables for key in section([table]).model_fields]
     ours = [key for key, _ in flat(tree) if key.count(".") > 1]  # options of components
     return keys + ours
-
-
-def _is_table(name: str) -> bool:
-    kind = Preset.model_fields[name].annotation
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _section(path: list[str]) -> type[BaseModel]:
-    """Return the table of a preset at `path`."""
-    model: type[BaseModel] = Preset
-    for part in itertools.filterfalse(str.isdigit, path):
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return model
 
 
 def to_toml(
@@ -311,25 +306,6 @@ def extension(parent: str, layers: Mapping[str, Mapping[str, Any]], heading: str
     document.add("extends", tomlkit.item(parent))
     _fill(document, tree, _comments(origins, explain=True), "")
     return tomlkit.dumps(document)
-
-
-def meaning(key: str) -> str:
-    """Return what a dotted key of a preset means, "" for an option of a component."""
-    *above, last = key.split(".")
-    try:
-        return _section(above).model_fields[last].description or ""
-    except (KeyError, StopIteration):
-        return ""
-
-
-def field_schema(key: str) -> dict[str, Any]:
-    """Return the JSON schema of a dotted key, empty for an option of a component."""
-    *above, last = key.split(".")
-    try:
-        properties: dict[str, dict[str, Any]] = _section(above).model_json_schema()["properties"]
-        return properties[last]
-    except (KeyError, StopIteration):
-        return {}
 
 
 def _comments(origins: Mapping[str, str], explain: bool) -> Comment:

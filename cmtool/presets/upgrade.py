@@ -22,16 +22,18 @@ METHOD_OF: dict[tuple[str, bool, bool], str] = {
 def upgraded(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a preset's tables with loss.method in place of loss.pair and loss.continuous.
 
-    Tables of today come back as they are. Raises UserError for a combination that never was.
+    Tables of today come back as they are, and so does a loss that is no table. Raises UserError for
+    a combination that never was.
     """
-    loss = dict(tree.get("loss", {}))
+    table = tree.get("loss")
+    loss = dict(table) if isinstance(table, Mapping) else {}
     live = loss.get("target") == "live"
     if not ({"pair", "continuous"} & loss.keys() or live):
         return dict(tree)
     method = loss.get("method")
     name = method.get("name") if isinstance(method, Mapping) else method
     before = {value: key for key, value in METHOD_OF.items()}.get(str(name), ("none", False, False))
-    key = (loss.pop("pair", before[0]), bool(loss.pop("continuous", before[1])), live)
+    key = (str(loss.pop("pair", before[0])), bool(loss.pop("continuous", before[1])), live)
     if key not in METHOD_OF:
         raise UserError(
             f"loss.pair = {key[0]!r} with loss.continuous = {str(key[1]).lower()} and"
@@ -48,9 +50,13 @@ def upgraded(tree: Mapping[str, Any]) -> dict[str, Any]:
 def of_kind(tree: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Return a card's tables with its kind and the scalings that version 0.1 took for it.
 
-    There a consistency model always had its boundary at sigma_min, whatever its card said.
+    There a consistency model always had its boundary at sigma_min, whatever its card said. A model
+    that is no table stays as it is.
     """
-    model = dict(tree.get("model", {}))
+    table = tree.get("model", {})
+    if not isinstance(table, Mapping):
+        return {**tree, "kind": kind}
+    model = dict(table)
     scalings = model.get("scalings", "edm")
     name = scalings.get("name") if isinstance(scalings, Mapping) else scalings
     if kind == "consistency":

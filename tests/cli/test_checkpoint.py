@@ -149,7 +149,7 @@ def test_the_bundled_model_becomes_onnx(cmtool, tmp_path):
         (["digits-cd", "x.trt"], 2, "writes no .trt files"),
         (["digits-cd", "x.mp4"], 2, "an .onnx file or a folder"),
         (["digits-edm", "x.onnx"], 3, "distill it first"),
-        (["digits-cd", "x.safetensors", "--steps", "2"], 2, "of .onnx files"),
+        (["digits-cd", "x.safetensors", "--steps", "2"], 2, "only for .onnx files"),
     ],
 )
 def test_what_no_format_has_is_refused(cmtool, tmp_path, arguments, code, said):

@@ -1,12 +1,18 @@
-"""The tour, with a few steps and images: each of its commands runs and leaves what it promises."""
+"""The tour: each of its commands runs and leaves what it promises."""
+
+import os
+from pathlib import Path
 
 import pytest
 
 from cmtool.cli import demo
 
 
-@pytest.mark.slow
-def test_the_tour_ends_with_its_report(cmtool, tmp_path, monkeypatch):
+@pytest.fixture
+def tour(cmtool, tmp_path, monkeypatch):
+    """The folder of a tour: that of CMTOOL_TOUR, where one was taken, else of a few steps."""
+    if "CMTOOL_TOUR" in os.environ:
+        return Path(os.environ["CMTOOL_TOUR"])
     run = demo.Tour.run
 
     def quick(self, command, *arguments):
@@ -18,10 +24,16 @@ def test_the_tour_ends_with_its_report(cmtool, tmp_path, monkeypatch):
     done = cmtool("demo", "--out", "tour")
     assert done.code == 0, done.err
     assert done.text == "tour/report.html\n"
-    left = {path.name for path in (tmp_path / "tour").iterdir()}
+    return tmp_path / "tour"
+
+
+@pytest.mark.slow
+def test_the_tour_ends_with_its_report_and_is_never_replaced_unasked(cmtool, tour):
+    left = {path.name for path in tour.iterdir()}
     assert left >= {"report.html", "teacher.png", "one-step.png", "two-steps.png", "inpainting.png"}
-    report = (tmp_path / "tour" / "report.html").read_text()
+    report = (tour / "report.html").read_text()
     assert "student, 2 steps" in report
-    again = cmtool("demo", "--out", "tour")
+    again = cmtool("demo", "--out", tour)
     assert again.code == 2
     assert "--overwrite" in again.err
+    assert (tour / "report.html").read_text() == report

@@ -43,9 +43,8 @@ def test_a_small_edm2_trains_samples_and_goes_on_bit_for_bit(cmtool, tmp_path, m
     assert sampled.code == 0, sampled.err
 
 
-def test_weights_are_normalised_once_a_step_before_the_gradient(cmtool, tmp_path):
-    """The optimizer moves them then: with a tiny rate they are still normalised at the end."""
-    result = cmtool(*RUN, "--set", "train.lr=1e-12", "--set", "train.steps=1", "--out", "run")
+def test_weights_are_normalised_at_the_end_of_a_step(cmtool, tmp_path):
+    result = cmtool(*RUN, "--set", "train.lr=0.1", "--set", "train.steps=1", "--out", "run")
     assert result.code == 0, result.err
     network = load_model(tmp_path / "run", weights="model").f.network
     layers = [part for part in network.modules() if isinstance(part, MPLayer)]
@@ -119,6 +118,8 @@ def test_what_cannot_be_averaged(cmtool, run):
     line = ["checkpoint", "average", "run", "--sigma-rel", "0.1", "--out"]
     other = cmtool(*line, "w.safetensors", "--step", "21")
     assert (other.code, "--step 20" in other.err) == (2, True)
+    early = cmtool(*line, "w.safetensors", "--step", "1")
+    assert (early.code, "the first is --step 4" in early.err) == (2, True)
     pickle = cmtool(*line, "w.pkl")
     assert (pickle.code, "give --out a name that ends so" in pickle.err) == (2, True)
     again = cmtool(*SMALL, "--set", "train.steps=2", "--out", "run", "--overwrite")

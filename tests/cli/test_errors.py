@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from cmtool.cli import with_homes
+from cmtool.data.decoding import read_image
 from cmtool.data.drawing import animation_bytes, png_bytes
 from cmtool.formats.native import write_weights
 from cmtool.models import ASSETS
 from cmtool.presets.build import build_network
-from cmtool.presets.toml import load_preset
+from cmtool.presets.toml import load_preset, to_toml
 from tests.cli.conftest import TINY
 
 FEATURES = str(ASSETS / "digits-features.safetensors")
@@ -66,6 +68,11 @@ CASES = [
     (["eval", "fid", "folder", "-c", "digits-cd"], 2, "both images and", "one"),
     (["train", *TINY, "--set", "train.optimizer=sgd"], 2, "'sgd'", "adam"),
     (["train", "--preset", "digits-cd"], 2, "needs a teacher", "cmtool distill"),
+    (["train", "--set", "loss=l1"], 2, "loss = 'l1'", "edm loss"),
+    (["train", "--set", "loss=5"], 2, "loss = 5", "edm loss"),
+    (["train", "--set", "loss.pair=[1]"], 2, "loss.pair = '[1]'", "loss.method"),
+    (["train", "--set", "run.ema_every=9"], 2, "error: run.ema_every stores", "ema_every=0"),
+    (["distill", "--set", "loss.method=consistency_training"], 2, "digits-cd has no", "cmtool"),
     (["distill", "--preset", "digits-ct"], 2, "no teacher", "cmtool train"),
     (["distill", "--metric", "l3"], 2, "'l3'", "l2"),
     (["distill", "--teacher", "digits-cd"], 3, "not a teacher", "edm"),
@@ -75,6 +82,9 @@ CASES = [
     (["train", "--data", "nowhere"], 3, "'nowhere'", "digits"),
     (["train", "--data", "folder"], 3, "no images in folder", ".png"),
     (["train", "--device", "tpu9"], 2, "'tpu9'", "cpu"),
+    (["sample", "-c", "digits-cd", "--device", "meta"], 2, "device 'meta' computes", "cpu"),
+    (["sample", "-c", "digits-edm", "--set", "s_churn=nan"], 2, "s_churn is not a number", "=40"),
+    (["sample", "-c", "digits-edm", "--set", "name=heun"], 2, "does not choose", "--sampler heun"),
     (["sample", "-c", "digits-cd", "--precision", "fp8"], 2, "'fp8'", "bf16"),
     (["sample", "-c", "page.safetensors"], 3, "HTML page", "download"),
     (["sample", "-c", "pointer.safetensors"], 3, "LFS pointer", "git lfs pull"),
@@ -108,6 +118,8 @@ CASES = [
     (["edit", "inpaint", "d.png", "--box", "1,2"], 2, "'1,2'", "LEFT,TOP"),
     (["edit", "inpaint", "d.png", "--text", "word"], 2, "does not fit", "fewer letters"),
     (["edit", "superres", "d.png", "--factor", "3"], 2, "factor of 3", "2, 4"),
+    (["edit", "superres", "d.png", "--factor", "100000", "--fit", "tile"], 2, "--factor 100000",
+     "give 2 to 8"),
     (["edit", "superres", "big.png"], 3, "big.png, to be enlarged 2 times,", "tile"),
     (["edit", "colorize", "d.png", "--sigmas", "1,2"], 2, "1,2 do not go from high", "2,1"),
     (["edit", "colorize", "d.png", "--sigmas", "99"], 2, "above the model's 80", "lower"),
@@ -134,6 +146,10 @@ CASES = [
     (["sample", "-c", "digits-edm", "--sampler", "huen"], 2, "'huen'", "'heun'"),
     (["search", "-c", "digits-cd", "--steps", "90", "--out", "l.json"], 2, "grid of 13", "12"),
     (["search", "-c", "digits-edm"], 3, "not a consistency model", "--checkpoint"),
+    (["eval", "is", "x.zip", "--reference-num", "5"], 2, "no reference", "--reference-num out"),
+    (["eval", "is", "x.zip", "--reference", "y.zip"], 2, "no reference", "leave --reference out"),
+    (["eval", "fid", "a.parquet", "b.parquet"], 2, "one set", "a.parquet --reference b.parquet"),
+    (["eval", "fid", "a.tgz", "b.tar.xz"], 2, "one set", "a.tgz --reference b.tar.xz"),
     (["eval", "fid", "folder"], 3, "no images in folder", ".png"),
     (["eval", "fid", "d.png"], 3, "1 image to evaluate", "2 or more"),
     (["eval", "fid", "d.png", "big.png"], 3, "big.png is 16x16", "one size"),
@@ -168,6 +184,81 @@ def test_a_library_that_finds_no_memory_is_a_lack_of_memory(cmtool, monkeypatch)
     error, hint = result.err.splitlines()
     assert error.startswith("error: no memory to load a library: libtorch_cuda.so")
     assert "ulimit -v" in hint
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
+     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_no_more_memory_is_a_lack_of_it_and_no_fault(cmtool, monkeypatch, error):
+    def load(_):
+        raise error
+
+    monkeypatch.setattr("cmtool.cli.build_app", load)
+    for command, way in {"sample": "--batch", "train": "--accumulate", "edit": "picture"}.items():
+        result = cmtool(command)
+        assert (result.code, result.out) == (5, b"")
+        what, hint = result.err.splitlines()
+        assert (what, hint.startswith("hint: "), way in hint) == (
+            "error: out of memory",
+            True,
+            True,
+        )
+
+
+def test_another_error_stays_one_of_ours(cmtool, monkeypatch):
+    def load(_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("cmtool.cli.build_app", load)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cmtool("sample")
+
+
+@pytest.mark.parametrize(
+    ("command", "made_by", "preset"),
+    [("distill", "train", "digits-edm"), ("train", "distill", "digits-cd")],
+)
+def test_a_run_of_the_other_command_is_resumed_by_that_one(
+    cmtool, tmp_path, command, made_by, preset
+):
+    run = tmp_path / "my run"
+    run.mkdir()
+    (run / "preset.toml").write_text(to_toml(load_preset(preset)))
+    result = cmtool(command, "--out", "my run", "--resume")
+    assert result.code == 2
+    assert result.err.splitlines() == [
+        f"error: the run in my run was made by cmtool {made_by}",
+        f"hint: cmtool {made_by} --out 'my run' --resume",
+    ]
+
+
+@pytest.mark.usefixtures("files")
+def test_pictures_are_mixed_by_a_model_of_grey_ones(cmtool, tmp_path):
+    made = cmtool("edit", "interpolate", "d.png", "d.png", "--frames", "2", "--sigmas", "5",
+                  "-c", "grey.safetensors", "--out", "g.png")  # fmt: skip
+    assert made.code == 0, made.err
+    assert read_image(tmp_path / "g.png").shape == (3, 8, 16)
+
+
+@pytest.mark.usefixtures("files")
+def test_a_home_is_found_behind_an_equals_sign(cmtool, tmp_path, monkeypatch):
+    """A shell leaves --out=~/x as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "grey.safetensors").rename(tmp_path / "home/grey.safetensors")
+    for words in (["--checkpoint=~/grey.safetensors"], ["-c", "~/grey.safetensors"]):
+        made = cmtool("sample", *words, "--seeds", "0", "--out=~/pics", "--overwrite")
+        assert made.code == 0, made.err
+    assert [path.name for path in (tmp_path / "home/pics").glob("*.png")] == ["seed000000.png"]
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_tilde_that_is_no_home_stays():
+    words = ["edit", "inpaint", "~/a.png", "--text=~", "--set=data.path=~/x", "x=~/y"]
+    assert with_homes(words) == words
 
 
 def test_a_wrong_flag_is_a_usage_error(cmtool):

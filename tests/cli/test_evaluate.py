@@ -378,7 +378,6 @@ def test_what_cannot_be_compared_with_is_named(cmtool, sets, tmp_path):
 
 def test_without_the_weights_eval_ends_before_it_samples(cmtool, tmp_path, monkeypatch):
     monkeypatch.setenv("CMTOOL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     np.savez(tmp_path / "ref.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     result = cmtool("eval", "fid", "-c", "digits-cd", "--reference", "ref.npz")
     assert result.code == 4
@@ -389,7 +388,8 @@ def test_without_the_weights_eval_ends_before_it_samples(cmtool, tmp_path, monke
     assert (checked.code, "inception-2015-12-05.pt is missing" in checked.err) == (4, True)
     refused = cmtool("eval", "kid", "digits", "--protocol", "clean", "--cross-check")
     assert (refused.code, len(refused.err.splitlines())) == (2, 2)
-    cut = tmp_path / "inception-2015-12-05.pt"  # where clean-fid leaves a download cut short
+    cut = tmp_path / "cache" / "weights" / "inception-2015-12-05.pt"
+    cut.parent.mkdir(parents=True, exist_ok=True)
     cut.write_bytes(b"0" * 1000)
     result = cmtool("eval", "fid", "-c", "digits-cd", "--reference", "ref.npz")
     assert (result.code, "is not the published" in result.err) == (4, True)

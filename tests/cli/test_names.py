@@ -15,7 +15,7 @@ from cmtool.cli._watching import BarWatcher
 from cmtool.data.drawing import png_bytes
 from cmtool.presets.toml import load_preset, to_toml
 from cmtool.system.text import printable
-from cmtool.training.plots import Curve, Plot, svgs, write_comparison, write_curves, write_summary
+from cmtool.training.plots import Curve, Plot, svgs, write_curves, write_plots, write_summary
 from cmtool.training.report import write_run_report
 from tests.cli.conftest import TINY
 
@@ -109,7 +109,7 @@ def test_words_are_drawn_as_they_are(tmp_path, words):
     write_summary(tmp_path / "s.png", log, images, words)
     write_curves(tmp_path / "c.png", {words: [(1, 2), (2, 3)]}, words, words)
     plot = Plot(words, [Curve(words, [1, 2], [1.0, 2.0]), Curve("b", [1], [2.0])])
-    write_comparison(tmp_path / "m.png", [plot])
+    write_plots(tmp_path / "m.png", [plot])
     (page,) = svgs([plot])
     assert printable(words) in page
 

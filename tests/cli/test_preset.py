@@ -6,9 +6,10 @@ import torch
 
 from cmtool.data.drawing import png_bytes
 from cmtool.errors import UserError
+from cmtool.presets.keys import meaning
 from cmtool.presets.manual import REGISTRIES, explained
 from cmtool.presets.schema import Preset, Section
-from cmtool.presets.toml import flat, load_preset, meaning, preset_names, published
+from cmtool.presets.toml import flat, load_preset, preset_names, published
 from cmtool.training import planning
 
 
@@ -62,6 +63,9 @@ def test_show_explains_a_key(cmtool):
     assert "Options: c." in shown.text
     assert "A number above 0." in shown.text
     assert "One of auto, fp32, bf16, fp16." in shown.text
+    source = cmtool("preset", "show", "digits-cmt", "loss.source").text
+    assert "  images: " in source
+    assert "Options: points, rho, walk." in source or "Options: points, walk, rho." in source
     unknown = cmtool("preset", "show", "digits-ict", "loss.distanc")
     assert unknown.code == 2
     assert "loss.distance" in unknown.err
@@ -133,3 +137,49 @@ def test_new_writes_a_preset_that_fits_the_images(cmtool, tmp_path, monkeypatch)
 
 def test_a_new_preset_names_what_it_cannot_extend(cmtool, tmp_path):
     assert "edm" in cmtool("preset", "new", "--data", "digits", "--method", "emd").err
+
+
+@pytest.fixture
+def pets(tmp_path, monkeypatch):
+    """Two pictures in ~/pets, and no timing of steps."""
+    monkeypatch.setattr(planning, "seconds_a_step", lambda *_: 0.1)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pets").mkdir()
+    for name in "ab":
+        picture = torch.full((3, 8, 8), 9, dtype=torch.uint8)
+        (tmp_path / f"pets/{name}.png").write_bytes(png_bytes(picture))
+    return tmp_path / "pets"
+
+
+def test_new_takes_a_home_makes_its_folder_and_quotes_its_path(cmtool, tmp_path, pets):
+    for data in ("--data=~/pets", "--data ~/pets"):
+        made = cmtool("preset", "new", *data.split(), "--out", "new/my file.toml", "--overwrite")
+        assert made.code == 0, made.err
+        assert made.err.splitlines()[-1] == "next: cmtool train --preset 'new/my file.toml'"
+    path = tmp_path / "new/my file.toml"
+    assert load_preset(str(path)).data.path == str(pets)
+    assert path.read_text().startswith("# cmtool train --preset 'new/my file.toml'\n")
+
+
+def test_new_on_stdout_names_no_command_that_does_not_work(cmtool, tmp_path, pets):
+    made = cmtool("preset", "new", "--data", "pets", "--out", "-")
+    assert made.code == 0, made.err
+    assert tomllib.loads(made.text)["extends"] == "edm"
+    assert made.text.startswith("# cmtool train --preset FILE\n")
+    assert "next:" not in made.err
+    assert [path.name for path in tmp_path.iterdir()] == ["pets"]
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_survey(cmtool, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "facts_of", lambda *_: pytest.fail("surveyed"))
+    (tmp_path / "file").touch()
+    refused = cmtool("preset", "new", "--data", "digits", "--out", "file/x.toml")
+    assert refused.code == 3
+    assert "error: cannot make file" in refused.err
+
+
+@pytest.mark.parametrize("hours", ["nan", "inf", "1e305", "-1"])
+def test_hours_that_are_none_are_refused(cmtool, hours):
+    refused = cmtool("preset", "new", "--data", "digits", "--hours", hours)
+    assert (refused.code, len(refused.err.splitlines())) == (2, 2)
+    assert "--hours" in refused.err

@@ -13,7 +13,7 @@ from cmtool.cli.runs import AGES, SIZES, rounded
 from cmtool.data.decoding import read_image
 from cmtool.presets.toml import resolve, to_toml
 from cmtool.training import plots
-from cmtool.training.history import read_history
+from cmtool.training.history import History, read_history
 
 
 def make(folder, preset="digits-cd", losses=(0.5, 0.25), metric=(), when=1000, **status):
@@ -242,3 +242,13 @@ def test_a_name_has_one_colour_in_all_plots(tmp_path):
 )  # fmt: skip
 def test_numbers_are_rounded_for_people(number, units, text):
     assert rounded(number, units) == text
+
+
+def test_the_best_value_is_the_least_one_that_was_measured(tmp_path):
+    """Also of more than a curve shows, and beside one that is no number."""
+    values = [float("nan"), *range(900, 100, -1), 7.5, 300.0]
+    lines = [{"eval": {"metric": "fd-x", "step": k, "value": v}} for k, v in enumerate(values)]
+    history = History(tmp_path, None, 0.0)
+    history.__dict__["log"] = [{"loss": 0.0}, *lines]
+    assert history.best == {"fd-x": 7.5}
+    assert history.loss == 0.0

@@ -15,6 +15,7 @@ from cmtool.cli.sample import Drawing
 from cmtool.core.samplers import SAMPLERS
 from cmtool.data.datasets import load_dataset
 from cmtool.data.decoding import png_info, read_image
+from cmtool.evaluation.search import Search
 from cmtool.models import ASSETS, load_model
 from cmtool.sampling import generate, plan
 from tests.processes import run
@@ -286,6 +287,20 @@ def test_the_bundled_model_is_not_changed(cmtool):
     result = cmtool("search", "-c", "digits-cd")
     assert result.code == 2
     assert "give an --out" in result.err
+
+
+def test_a_search_makes_its_folder_before_it_measures(cmtool, tmp_path, monkeypatch):
+    """It failed after the first whole evaluation."""
+
+    def levels(wanted, *_):
+        assert wanted.file.parent.is_dir()
+        return [80.0, float(wanted.num)], 0.0
+
+    monkeypatch.setattr(Search, "levels", levels)
+    search = ["search", "-c", "digits-cd", "--num-images", "64", "--device", "cpu", "-o"]
+    assert cmtool(*search, "new/l.json").text == "80,64\n"
+    (tmp_path / "file").touch()
+    assert cmtool(*search, "file/l.json").code == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

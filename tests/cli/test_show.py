@@ -126,3 +126,17 @@ def test_sample_and_edit_show_what_they_write(terminal, tmp_path):
         drawn = pixels(terminal.getvalue())[1:9, 1:9]
         written = np.asarray(Image.open(out if words is edit else one))
         assert (drawn == written).all()
+
+
+@pytest.mark.parametrize("columns", [0, None])
+def test_a_terminal_that_does_not_say_its_size_counts_as_one_of_80_columns(
+    terminal, pictures, monkeypatch, columns
+):
+    def size(*_):
+        if columns is None:
+            raise OSError("Inappropriate ioctl for device")
+        return columns, 0
+
+    monkeypatch.setattr("os.get_terminal_size", size)
+    _show.show(pictures)
+    assert pixels(terminal.getvalue()).shape[1] == 8 * 9 + 1

@@ -218,7 +218,21 @@ def test_a_mistake_costs_nothing(cmtool, tmp_path):
     assert (foreign / "thesis.bin").exists()
     result = cmtool("distill", "--teacher", "r", "--out", "r", "--overwrite")
     assert result.code == 2
-    assert "the teacher is in r" in result.err
+    assert "which is in r" in result.err
+
+
+@pytest.mark.usefixtures("bare_runs")
+def test_a_run_that_overwrites_another_forgets_where_that_began(cmtool, tmp_path):
+    begun = ["train", "--preset", "digits-edm", *TINY, "--set", "train.steps=1", "--overwrite"]
+    begun += ["--out"]
+    assert cmtool(*begun, "first").code == 0
+    assert cmtool(*begun, "second", "--init", "first").code == 0
+    lost = cmtool(*begun, "first", "--init", "first")
+    assert (lost.code, "which is in first" in lost.err) == (2, True)
+    facts = tmp_path / "second" / "run.json"
+    assert "first" in json.loads(facts.read_text())["init"]["source"]
+    assert cmtool(*begun, "second").code == 0
+    assert json.loads(facts.read_text())["init"] is None
 
 
 @pytest.mark.usefixtures("bare_runs")
@@ -581,7 +595,7 @@ def test_a_run_that_memory_does_not_hold_is_refused_before_its_first_step(cmtool
     monkeypatch.setattr(cost, "free_memory", lambda _: 20 << 20)
     refused = cmtool("train", "--preset", "digits-edm", "--out", "r", "--device", "cpu")
     assert refused.code == 5
-    assert "hint: split the batch, with the same result: --accumulate " in refused.err
+    assert "hint: split the batch: --accumulate " in refused.err
 
 
 def test_alpha_of_training_images_lies_on_the_presets_background(cmtool, tmp_path):

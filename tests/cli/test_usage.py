@@ -47,9 +47,14 @@ def test_a_path_after_resume_is_the_folder_of_the_run(cmtool):
 @pytest.mark.parametrize(
     ("typed", "what", "hint"),
     [
-        ("trian", "no such command 'trian'", "cmtool --help"),
+        ("trian", "no such command 'trian'", "cmtool --help lists all commands"),
+        ("eval fdi", "no such command 'fdi'", "cmtool eval --help lists all commands"),
         ("train --presett x", "has no option --presett", "did you mean --preset?"),
-        ("sample --lr 3", "cmtool sample has no option --lr", "cmtool sample --help"),
+        (
+            "sample --lr 3",
+            "cmtool sample has no option --lr",
+            "cmtool sample --help lists all options",
+        ),
         ("sample --num four", "has no option --num", "cmtool sample --help"),
         ("sample --num", "has no option --num", "cmtool sample --help"),
         ("sample --num 0", "has no option --num", "cmtool sample --help"),

@@ -65,7 +65,7 @@ def test_data_that_the_metric_does_not_know_is_refused_before_training(cmtool, t
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.png").write_bytes(png_bytes(picture))
     result = cmtool("train", *TINY, *larger, "--set", "model.num_classes=0", "--data", "images",
-                    "--out", "r", *EVERY_STEP)  # fmt: skip
+                    "--out", "r", *EVERY_STEP, "--set", "run.eval_metric=fd-digits")  # fmt: skip
     assert result.code == 2, result.err
     assert "fd-digits measures RGB images of 8x8; images has 16x16 with 3 channels" in result.err
     assert not (tmp_path / "r").exists()

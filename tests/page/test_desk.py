@@ -15,6 +15,7 @@ from cmtool.models import ASSETS
 from cmtool.page.asked import AskedEdit, AskedHarm, AskedMorph, AskedSamples
 from cmtool.page.desk import Desk, Interrupted
 from cmtool.page.rows import EDITS
+from cmtool.system.files import file_facts, write_json
 
 MASK = torch.zeros(8, 8, dtype=torch.uint8)
 MASK[:, 4:] = 255
@@ -203,3 +204,31 @@ def test_the_page_is_told_what_the_model_is(desk):
     assert about["classes"] == [str(i) for i in range(10)]
     assert [len(levels) for levels in about["levels"]] == [1, 2, 3, 4]
     assert set(about["edits"]) == set(EDITS)
+
+
+def checkpoint(run, step):
+    """A checkpoint of the bundled model in a run folder."""
+    folder = run / "checkpoints" / f"step-{step}"
+    folder.mkdir(parents=True)
+    weights = folder / "model.safetensors"
+    shutil.copy(ASSETS / "digits-cd.safetensors", weights)
+    write_json(folder / "manifest.json", {"files": {weights.name: file_facts(weights)}})
+    return folder
+
+
+def test_a_request_hashes_no_weights_and_sees_another_checkpoint(desk, tmp_path, monkeypatch):
+    """With hundreds of MB each request took a second more."""
+    first = checkpoint(tmp_path, 1)
+    monkeypatch.setattr("cmtool.formats.checkpoints.file_sha256", lambda _: pytest.fail("hashed"))
+    of_run, of_checkpoint = Desk(desk.model, str(tmp_path)), Desk(desk.model, str(first))
+    assert of_run.first_seen[0] == first / "model.safetensors"
+    for mine in (of_run, of_checkpoint):
+        mine.check_model()
+    checkpoint(tmp_path, 2)
+    of_checkpoint.check_model()
+    with pytest.raises(InputError, match="another now"):
+        of_run.check_model()
+    shutil.rmtree(tmp_path / "checkpoints")
+    for mine in (of_run, of_checkpoint):
+        with pytest.raises(InputError, match="is gone"):
+            mine.check_model()

@@ -1,6 +1,8 @@
 """Presets that nobody would write: an error of two lines that names the key, or what is meant."""
 
 import os
+import re
+import shlex
 import time
 
 import pytest
@@ -157,3 +159,32 @@ def test_a_large_file_is_not_read(tmp_path):
     os.truncate(path, 1 << 30)
     with pytest.raises(InputError, match="1,073,741,824 bytes"):
         load_preset(str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("data.held_out", 2, r"^data\.held_out = 2: "),
+        ("model.image_size", [8], r"lacks 'model\.image_size\.1'$"),
+        ("train.ema", [{"rate": 0.9}], r"lacks 'train\.ema\.0\.name'$"),
+        ("sample.levels", {"two": "80"}, r"^sample\.levels\.two = '80': "),
+        ("noise.sigma_min", 99.0, r"^noise = .*: sigma_min must be less than sigma_max$"),
+        ("train.ema", [{"name": "a"}], r"^train\.ema\.0 = .*: give one of rate"),
+        ("loss.levels.mean", float("nan"), r"^loss\.levels = .*: mean is not a number$"),
+    ],
+    ids=lambda v: str(v)[:20],
+)
+def test_an_error_names_a_key_and_a_reason_and_nothing_of_pydantic(key, value, what):
+    with pytest.raises(UserError) as caught:
+        load_preset("digits-edm", {key: value})
+    assert re.search(what, caught.value.what)
+
+
+def test_averages_to_store_that_there_are_not_are_told_without_the_whole_preset():
+    with pytest.raises(UserError, match=r"^run\.ema_every stores .* there is none\n") as caught:
+        load_preset("digits-edm", {"run.ema_every": 100})
+    words = shlex.split(caught.value.hint.replace(", or ", " "))
+    fixes = dict(map(parse_override, words[1::2]))
+    assert fixes.keys() == {"run.ema_every", "train.ema"}
+    for key, value in fixes.items():
+        load_preset("digits-edm", {"run.ema_every": 100, key: value})

@@ -57,6 +57,21 @@ def test_what_0_1_refused_is_refused():
     assert "live_distillation" in caught.value.hint
 
 
+@pytest.mark.parametrize("text", ['loss = "l1"', "loss = 5", "[[loss]]", "[loss]\npair = [1]"])
+def test_a_loss_that_is_no_table_of_0_1_is_refused_by_its_name(text, tmp_path):
+    """Tracebacks."""
+    (tmp_path / "own.toml").write_text(f'extends = "digits-cd"\n{text}\n')
+    with pytest.raises(UserError, match=r"^loss"):
+        load_preset(str(tmp_path / "own.toml"))
+
+
+@pytest.mark.parametrize("model", ["adm", 5, [{}]])
+def test_a_model_that_is_no_table_is_left_to_fail_as_what_it_is(model):
+    assert of_kind({"model": model}, "teacher")["model"] == model
+    with pytest.raises(UserError, match=r"^model = "):
+        load_preset("digits-cd", {"model": model, "loss.pair": "teacher"})
+
+
 def test_a_card_of_0_1_had_the_scalings_of_its_kind():
     card = {"model": {"scalings": {"name": "edm"}}}
     assert of_kind(card, "consistency")["model"]["scalings"] == "consistency"
