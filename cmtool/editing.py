@@ -134,11 +134,13 @@ def interpolate(
     Between seeds the noise travels a great circle. Images (C, H, W) of the model's size are mixed
     under the noise of `seed` at the first level.
     """
+    _check_class(model, label)
     if isinstance(start, int) and isinstance(end, int):
         chosen = sampling.plan(model.preset, steps, sigmas)
         return between_seeds(model, chosen, (start, end), frames, label)
     if isinstance(start, int) or isinstance(end, int):
         raise UserError("an image and a seed", "give two images, or two seeds")
+    _check_kind(model)
     chosen = sampling.edit_plan(model.preset, steps, sigmas, stroke_levels(model))
     return between_images(model, chosen, (_checked(start), _checked(end)), frames, seed, label)
 
@@ -152,6 +154,8 @@ def _edit(
     label: int | None, seed: int, fit: str, *, singly: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return the edit of images and what belongs to them, all at once where that is possible."""
+    _check_kind(model)
+    _check_class(model, label)
     image = _checked(given[0])
     batch = list(map(_batch, given))
     if image.shape[-3] != model.preset.model.channels:
@@ -170,6 +174,19 @@ def _edit(
         answers.append(run_prepared(prepared, model, chosen, seeds, fits))
     answer = torch.cat(answers)
     return answer if image.ndim == 4 else answer[0]
+
+
+def _check_kind(model: Model) -> None:
+    """Raise UserError for a model that cannot edit."""
+    if model.kind != "consistency":
+        what = f"{model.source} is a {model.kind} model: edits need a consistency model"
+        raise UserError(what, "distill it, or load another model")
+
+
+def _check_class(model: Model, label: int | None) -> None:
+    """Raise UserError for a class that the model does not know."""
+    if label is not None:
+        sampling.check_classes([label], 1, model.preset.model.num_classes)
 
 
 def _checked(image: Tensor) -> Tensor:

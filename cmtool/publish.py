@@ -85,8 +85,8 @@ def _written(model: Model, named: Named, licence: str, folder: Path) -> list[Pat
 
 def _run_of(model: Model) -> History | None:
     """Return the run that a model is of, or its checkpoint is in; None for another source."""
-    path = Path(model.source)
-    places = [path, *path.parents][:3] if path.exists() else []
+    path = Path(model.source).absolute()
+    places = [path, *path.parents][:4] if path.exists() else []
     found = next((place for place in places if (place / "run.json").is_file()), None)
     return read_history(found) if found else None
 

@@ -14,6 +14,7 @@ from cmtool.core.rng import SeededNoise, seeded_labels
 from cmtool.data.datasets import digits
 from cmtool.data.images import from_uint8
 from cmtool.errors import InputError, UserError
+from cmtool.models import load_model
 
 
 def with_card(model, part, **changes):
@@ -128,3 +129,23 @@ def test_noise_that_is_told_of_is_taken_out(task, model):
     assert error(0.4) < 0.75 * error(0.0)
     with pytest.raises(UserError, match="--noise 3"):
         error(3.0)
+
+
+def test_a_teacher_and_an_unknown_class_are_refused(model, images):
+    teacher = load_model("digits-edm")
+    for edited in (
+        lambda: edit.stroke(teacher, images),
+        lambda: edit.interpolate(teacher, images[0], images[1]),
+    ):
+        with pytest.raises(UserError, match="digits-edm is a teacher model: edits need"):
+            edited()
+    for label in (-5, 10):
+        with pytest.raises(UserError, match=f"no class {label}"):
+            edit.stroke(model, images, label=label)
+        with pytest.raises(UserError, match=f"no class {label}"):
+            edit.interpolate(model, 3, 7, label=label)
+
+
+def test_more_noise_than_all_levels_is_refused(model, images):
+    with pytest.raises(UserError, match=r"noise of 1\.6 in what was given, and levels up to 1\.5"):
+        edit.superres(model, images[:, :, ::2, ::2], noise=1.6, sigmas=[1.5])

@@ -1,8 +1,11 @@
 """A model goes onto the hub with all that is known of it, and comes back as the same model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from cmtool import publish
 from cmtool.errors import InputError, MissingError, ResourceError, UserError
 from cmtool.models import load_model
 from cmtool.publish import push
@@ -111,3 +114,16 @@ def test_without_a_network_it_says_so(hub, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(MissingError, match="needs the network"):
         push(load_model("digits-cd"), "hf:me/x", "mit")
+
+
+def test_the_run_of_a_checkpoint_is_found_from_any_of_its_files(tmp_path, monkeypatch):
+    (tmp_path / "run" / "run.json").parent.mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    folder = tmp_path / "run" / "checkpoints" / "step-0000001"
+    folder.mkdir(parents=True)
+    (folder / "ema.safetensors").write_bytes(b"")
+    monkeypatch.setattr(publish, "read_history", lambda path: path)
+    monkeypatch.chdir(folder)
+    for place in (tmp_path / "run", folder, folder / "ema.safetensors", "ema.safetensors", "."):
+        assert publish._run_of(SimpleNamespace(source=str(place))) == tmp_path / "run"
+    assert publish._run_of(SimpleNamespace(source=str(tmp_path))) is None

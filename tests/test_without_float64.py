@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from cmtool import sampling
 from cmtool.core import edits, tensors
+from cmtool.core.adaptive import Grid
 from cmtool.evaluation.features import build_extractor
 from cmtool.models import load_model
 from cmtool.presets.build import needs_teacher
@@ -95,3 +96,13 @@ def test_a_step_of_training(name):
     step = shapes_of_step(preset, teacher)
     step.loss().sum().backward()
     assert any(p.grad is not None for p in step.student.parameters())
+
+
+@pytest.mark.parametrize("move", [lambda grid: grid.to("meta"), lambda grid: grid.half()])
+def test_the_grid_of_adcm_stays_on_the_cpu_in_float64(move):
+    grid = Grid()
+    move(grid)
+    made = torch.tensor([0.002, 1.0, 80.0], dtype=torch.float64)
+    found = grid.levels(0, lambda: made)
+    assert found.device.type == "cpu"
+    assert torch.equal(found, made)

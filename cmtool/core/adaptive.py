@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from cmtool.core.losses import noise_point
-from cmtool.core.noise import NoiseRange, Stage
+from cmtool.core.noise import NoiseRange, Stage, stage_number
 from cmtool.core.tangents import tangent
 from cmtool.core.tensors import doubled, level, to_device
 from cmtool.core.types import Denoiser
@@ -76,13 +76,17 @@ class Grid(nn.Module):
         self.register_buffer("sigmas", torch.zeros(MOST_LEVELS, dtype=torch.float64))
         self.register_buffer("facts", torch.tensor([0, -1]))  # levels, and the stage they are of
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Grid:
+        """Stay on the CPU in float64: it is small, and not all devices have float64."""
+        return self
+
     def levels(self, stage: int, make: Callable[[], Tensor]) -> Tensor:
         """Return the grid (n,) of a stage, made when the stage is new."""
         if int(self.facts[1]) != stage:
             made = make()
             self.sigmas[: len(made)] = made.to(self.sigmas)
             self.facts[0], self.facts[1] = len(made), stage
-        return self.sigmas[: int(self.facts[0])].cpu()
+        return self.sigmas[: int(self.facts[0])].cpu()  # sharding moves it
 
 
 def own_grid(
@@ -106,5 +110,5 @@ def own_grid(
         noise = to_device(torch.randn(x0.shape, generator=generator), x0.device).to(x0.dtype)
         return adaptive_grid(target, x0, noise, labels, noise_range, lam=lam)
 
-    grid = own.levels(stage.images // every_images, make)
+    grid = own.levels(stage_number(stage.images, every_images), make)
     return stage._replace(grid=grid, n=len(grid))

@@ -110,7 +110,7 @@ def warped(x: Tensor, warps: Warps) -> Tensor:
     where, inverse, shift = (
         to_device(t, x.device) for t in (moved, inverse.to(x.dtype), shift.to(x.dtype))
     )
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # meta has none
         return x.index_copy(0, where, resampled(x[where], inverse, shift))
 
 
@@ -159,12 +159,12 @@ def places(side: int, device: torch.device) -> Tensor:
 
 def on_period(place: Tensor, side: int) -> Tensor:
     """Return pixels from the centre as places on what `up` makes, whose ends are -1 and 1."""
-    period = mirrored(side)
+    period = mirror_period(side)
     row = 2 * place + side - 1 + CENTRE
     return torch.remainder(row, 2 * period) / period - 1
 
 
-def mirrored(side: int) -> int:
+def mirror_period(side: int) -> int:
     """Return the period of a line of pixels and its mirror image, the ends not repeated."""
     return max(2 * side - 2, 1)
 
@@ -175,7 +175,7 @@ def up(side: int, device: torch.device) -> Tensor:
 
     Row n lies at pixel (n - CENTRE) / 2; the last row is the first again.
     """
-    period = mirrored(side)
+    period = mirror_period(side)
     matrix = torch.zeros(2 * period + 1, side)
     for n in range(2 * period + 1):
         for tap, value in enumerate(SYM6):

@@ -53,17 +53,16 @@ def pseudo_huber(x: Tensor, y: Tensor, *, c: float | None = None) -> Tensor:
 
 
 class Trunk(NamedTuple):
-    """A feature network of LPIPS: torchvision's weight file, and the smallest image it takes."""
+    """A feature network of LPIPS: torchvision's weight file, and its size."""
 
     file: str
     megabytes: int
-    smallest: int
 
 
 TRUNKS = {
-    "vgg": Trunk("vgg16-397923af.pth", 528, 16),
-    "alex": Trunk("alexnet-owt-7be5be79.pth", 233, 32),
-    "squeeze": Trunk("squeezenet1_1-b8a52dc0.pth", 5, 32),
+    "vgg": Trunk("vgg16-397923af.pth", 528),
+    "alex": Trunk("alexnet-owt-7be5be79.pth", 233),
+    "squeeze": Trunk("squeezenet1_1-b8a52dc0.pth", 5),
 }
 
 

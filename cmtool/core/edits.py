@@ -32,8 +32,8 @@ class Edit:
 
     `project` is an idempotent affine map and does not clamp. `finish` brings the last x0 into
     [-1, 1] and keeps what the user gave there too. `is_noisy` says that `init` holds the noise of
-    the first level already. `noise` is the deviation of the noise in what the user gave: it is put
-    back at levels above that, and the model is free below.
+    the first level already. `noise` is the deviation of the noise in what the user gave, which is
+    put back at levels above it; below, the model is free.
     """
 
     init: Tensor
@@ -198,6 +198,11 @@ def while_above(project: Projection, sigmas: Sequence[float], noise: float) -> P
 
     It is called once a level, as samplers.multistep does.
     """
+    if noise and noise >= max(sigmas):
+        what = f"noise of {noise:g} in what was given, and levels up to {max(sigmas):g}"
+        raise UserError(
+            what, "nothing of it would be kept: give less noise, or a higher first level"
+        )
     levels = iter(sigmas)
 
     def projected(x0: Tensor) -> Tensor:
@@ -227,7 +232,7 @@ def interpolate(noise_a: Tensor, noise_b: Tensor, weights: Tensor) -> Tensor:
     """
     cosine = F.cosine_similarity(doubled(noise_a.flatten()), doubled(noise_b.flatten()), dim=0)
     angle = torch.arccos(cosine.clamp(-1, 1))
-    w = doubled(weights).reshape(-1, 1, 1, 1)
+    w = doubled(weights.to(noise_a.device)).reshape(-1, 1, 1, 1)
     a, b = 1 - w, w
     if math.sin(angle) > 1e-6:
         a, b = torch.sin(a * angle) / torch.sin(angle), torch.sin(b * angle) / torch.sin(angle)

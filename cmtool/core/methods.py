@@ -267,7 +267,7 @@ class MethodRow(NamedTuple):
     teacher_kind: Kind = "teacher"
     """What its teacher, or the model it starts from, must be."""
     source: str = "images"
-    """What loss.source must be, unless "images" will do."""
+    """What loss.source must be."""
     owns: Callable[[], nn.Module] | None = None
     """Makes a module of the method's own: it is trained, saved and sharded with the student."""
     before: Before | None = None

@@ -27,7 +27,7 @@ class NoiseRange(NamedTuple):
 
 
 class Levels(NamedTuple):
-    """The noise levels of a batch of pairs, each (B,) float64, sigma_lo < sigma_hi."""
+    """The noise levels of a batch of pairs, each (B,) float64: sigma_lo < sigma_hi, or equal."""
 
     sigma_hi: Tensor
     sigma_lo: Tensor
@@ -157,8 +157,15 @@ def tightening(
         hi = law.icdf(ends[0] + (ends[1] - ends[0]) * u).exp().clamp(*noise_range[:2])
     else:
         hi, _ = lognormal(batch, stage, noise_range, generator, mean=mean, std=std)
-    number = stage.images // stage_images
+    number = stage_number(stage.images, stage_images)
     return Levels(hi, tightened(hi, number, q=q, k=k, b=b, closest=closest))
+
+
+def stage_number(images: int, each: int) -> int:
+    """Return how many stages of so many images are over. Raises UserError for stages of none."""
+    if each < 1:
+        raise UserError(f"stages of {each} images", "a stage has 1 image or more")
+    return images // each
 
 
 def tightened(
@@ -180,7 +187,7 @@ def above_transition(
     noise_range: NoiseRange,
     generator: Generator,
     *,
-    transition: float,
+    transition: float | None,
     boundary: float = 0.25,
     df: float = 0.01,
     scale: float = 0.2,
@@ -194,11 +201,14 @@ def above_transition(
     sigma_max (Lee et al. 2025); the first int(batch `boundary`) images lie at the transition. The
     other level is that of `tightening` with k = 8, b = 1, and 1e-6 or more.
     """
+    high = noise_range.sigma_max
+    if transition is None or not 0 < transition < high:
+        what = f"levels above a transition of {transition}, and sigma_max = {high:g}"
+        raise UserError(what, "--set model.transition=1.0, with a method of two stages")
     u = torch.rand(batch, dtype=torch.float64, generator=generator)
-    low, high = transition, noise_range.sigma_max
-    hi = student_t_quantile(u, df=df, scale=scale, low=low, high=high)
+    hi = student_t_quantile(u, df=df, scale=scale, low=transition, high=high)
     hi[: int(batch * boundary)] = transition
-    number = stage.images // stage_images
+    number = stage_number(stage.images, stage_images)
     lo = tightened(hi, number, q=q, k=8.0, b=1.0, closest=closest)
     return Levels(hi, lo.clamp_min(1e-6))
 
@@ -257,7 +267,9 @@ def on_grid(
     Picked by the log-normal mass between the two, or uniformly.
     """
     sigmas = stage.grid
-    assert sigmas is not None, "this method makes no grid"
+    if sigmas is None:
+        what = "loss.levels = on_grid with a method that makes no grid"
+        raise UserError(what, "--set loss.levels=lognormal, or loss.method=adaptive_training")
     p = torch.ones(len(sigmas) - 1) if law == "uniform" else mass_between(sigmas, mean, std)
     index = torch.multinomial(p, batch, replacement=True, generator=generator)
     return Levels(sigmas[index + 1], sigmas[index])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cmtool.core.networks.layers import sinusoidal_embedding
+from cmtool.core.networks.layers import Linear32, sinusoidal_embedding
 from cmtool.core.rng import same_dropout
 from cmtool.core.tangents import OdePoint, tangent
 from cmtool.core.tensors import expand
@@ -129,7 +129,7 @@ class LinearLogVariance(nn.Module):
     def __init__(self, dim: int = 128) -> None:
         super().__init__()
         self.dim = dim
-        self.linear = nn.Linear(dim, 1)
+        self.linear = Linear32(dim, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 

@@ -61,9 +61,9 @@ def chunks_of(t: Tensor, size: int) -> tuple[Tensor, ...]:
 
 
 def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
-    """Return the tensor on a device; on its way to a GPU nobody waits for it, or for what is there.
+    """Return the tensor on a device; a copy to a GPU waits for nothing.
 
-    A copy out of memory that is not page-locked waits for all that the GPU has to do before it.
+    A copy out of memory that is not page-locked would wait for all that the GPU has to do before.
     float64 becomes float32 for a device that has no better.
     """
     if tensor.dtype == torch.float64:

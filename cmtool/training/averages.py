@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import safetensors
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cmtool.core.ema import Profile, gamma_of, posthoc_weights
-from cmtool.errors import InputError, UserError
+from cmtool.errors import InputError, ResourceError, UserError, is_full
 from cmtool.formats.checkpoints import checkpoints
 from cmtool.formats.native import read_about, write_weights
 from cmtool.models import Model, load_model
@@ -57,21 +58,35 @@ def store(run: Path, step: int, averages: dict[str, dict[str, Tensor]], about: A
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in averages.items():
         with replacing(folder / f"{name}.safetensors") as temporary:
-            write_weights(temporary, tensors, {**about, "weights": name, "step": step})
+            try:
+                write_weights(temporary, tensors, {**about, "weights": name, "step": step})
+            except SafetensorError as error:  # it is no OSError
+                if not is_full(error):
+                    raise
+                what = f"no room on the disk for {folder / name}.safetensors"
+                raise ResourceError(what, "free disk space") from None
 
 
 def stored_in(run: Path, last: int | None = None) -> list[Stored]:
-    """Return the stored averages of a run, up to a step, by step. Raises InputError for none."""
-    found = []
+    """Return the stored averages of a run, up to a step, by step. Raises InputError for none.
+
+    Raises UserError where all are of later steps.
+    """
+    found, later = [], []
     for folder in checkpoints(run / FOLDER):
         step = int(folder.name[5:])
-        if step == 0 or (last is not None and step > last):
+        if last is not None and step > last:
+            later.append(step)
+        if step == 0 or later:
             continue
         for path in sorted(folder.glob("*.safetensors")):
             width = widths(read_about(path)).get(path.stem)
             if width is None:
                 raise InputError(f"{path} is not an average of this run", "remove it")
             found.append(Stored(path, Profile(step, gamma_of(width))))
+    if later and not found:
+        hint = f"the first is --step {later[0]}"
+        raise UserError(f"no average up to step {last} is stored in {run}", hint)
     if not found:
         raise InputError(f"{run} has no stored averages", HINT)
     return found

@@ -135,7 +135,7 @@ def make_room(folder: Path, snapshot: Snapshot, keep: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if _free(folder) >= needed:
         return
-    checkpoints.prune(folder, keep)
+    checkpoints.prune(folder, keep, snapshot.step)
     free = _free(folder)
     if free < needed:
         hint = f"free disk space: it needs {needed / 1e6:,.1f} MB and has {free / 1e6:,.1f}"

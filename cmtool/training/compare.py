@@ -202,7 +202,7 @@ def with_reference(bench: Bench, comparison: Comparison, score: Score) -> Compar
     with bench.showing() as progress:
         told = partial(progress, "drawn by the teacher")
         chosen = plan(teacher.preset)
-        value = distance(score, teacher.f, teacher.preset, chosen, asked.num, device, told)
+        value = measured_value(score, teacher.f, teacher.preset, chosen, asked.num, device, told)
     measured = comparison.teacher.model_copy(update={"value": value})
     comparison = comparison.model_copy(update={"teacher": measured})
     write_comparison(bench.out, comparison)
@@ -218,7 +218,7 @@ def fitted(name: str, preset: Preset, steps: int, lap: float | None) -> Fitted:
     )  # fmt: skip
 
 
-def distance(
+def measured_value(
     score: Score,
     f: Preconditioned,
     card: Card,
@@ -243,7 +243,7 @@ def train_one(bench: Bench, comparison: Comparison, run: Trained, score: Score) 
     """Return the comparison after a run is trained to its end, and measured on the way.
 
     A run that is begun is resumed. compare.json is written after each measurement, before the
-    step is saved: so no step that a resumed run skips is missing.
+    step is saved: so every step before the checkpoint of a resumed run has its measurement.
     """
     method, folder = comparison.methods[run.name], bench.out / run.folder
     preset, origins = resolved(bench.terms, method.preset, method, run.seed)
@@ -283,7 +283,7 @@ def measuring(score: Score, num: int, steps: set[int], keep: Callable[[Point], N
         f, preset, told = kept_model(run.state), run.preset, run.watcher.working
         with tools.clock.pause():
             values = {
-                str(n): distance(
+                str(n): measured_value(
                     score, f, preset, plan(preset, n), num, run.device,
                     partial(told, f"images in {n} step{'s' * (n > 1)}"),
                 )

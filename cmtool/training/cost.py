@@ -20,6 +20,7 @@ from cmtool.presets.build import (
     build_method,
     build_objective,
     build_source,
+    can_recompute,
 )
 from cmtool.presets.schema import Preset
 from cmtool.system.devices import HALF, best_precision, free_memory, synchronise
@@ -32,7 +33,7 @@ MOMENTS = 2
 """Tensors that an optimizer keeps for each parameter."""
 PROBE = 16
 """Images of a step that is timed."""
-MOST_TIMED = 10_000
+MOST_TIMED_STEPS = 10_000
 """Steps that may be timed in a row."""
 GIB = 1 << 30
 
@@ -118,10 +119,12 @@ def check_memory(preset: Preset, teacher: Model | None, device: str, group: Grou
     what = f"training needs about {need:.1f} GiB of memory, and {have:.1f} GiB are free on {device}"
     parts = fitting_parts(preset, memory, room, group.world_size)
     if parts is not None:
-        raise ResourceError(what, f"split the batch, with the same result: --accumulate {parts}")
+        raise ResourceError(what, f"split the batch: --accumulate {parts}")
     hint = "take a smaller network, such as --set model.network.model_channels=32"
-    if memory.networks < room and not preset.train.checkpoint_activations:
-        hint = f"--set train.checkpoint_activations=true --accumulate {preset.train.batch}"
+    may_recompute = can_recompute(preset) and not preset.train.checkpoint_activations
+    if memory.networks < room and may_recompute:
+        most = preset.train.batch // group.world_size
+        hint = f"--set train.checkpoint_activations=true --accumulate {most}"
     raise ResourceError(what, hint)
 
 
@@ -142,7 +145,7 @@ def step_times(preset: Preset, teacher: Model | None, device: str, images: int) 
     """
     precision = preset.train.precision
     short = {
-        "batch": images, "accumulate": 1, "steps": MOST_TIMED, "compile": False,
+        "batch": images, "accumulate": 1, "steps": MOST_TIMED_STEPS, "compile": False,
         "precision": best_precision(device) if precision == "auto" else precision,
     }  # fmt: skip
     preset = preset.model_copy(update={"train": preset.train.model_copy(update=short)})

@@ -21,7 +21,7 @@ from cmtool.training.start import with_teacher
 
 METRIC = "fid"
 """The metric of METRICS that is measured, under its name by the protocol."""
-TIMED_SHARE, MOST_TIMED = 0.01, 10.0
+TIMED_SHARE, MOST_TIMED_SECONDS = 0.01, 10.0
 """Part of the time of a run for which steps are timed in a round, and the seconds at most."""
 ROUNDS, LEAST_LAPS = 2, 3
 """Rounds in which steps are timed, and steps that are timed in each at least."""
@@ -109,7 +109,7 @@ def lap_times(terms: Terms, presets: Mapping[str, Preset]) -> dict[str, float]:
             parts, own = preset.train.accumulate, own_teacher(terms, preset)
             each = step_times(preset, own, terms.device, preset.train.batch // parts)
             next(each)
-            end = time.monotonic() + min(terms.asked.seconds * TIMED_SHARE, MOST_TIMED)
+            end = time.monotonic() + min(terms.asked.seconds * TIMED_SHARE, MOST_TIMED_SECONDS)
             least = len(laps[name]) + LEAST_LAPS
             while time.monotonic() < end or len(laps[name]) < least:
                 laps[name].append(next(each) * parts)

@@ -84,7 +84,7 @@ class StepInfo(NamedTuple):
     skipped: bool
     """The gradient was not finite, so nothing was changed."""
     waited: float
-    """Seconds spent waiting for images."""
+    """Seconds until the images, or the points of the teacher's paths, were there."""
     fault: str = ""
     """Why the step was skipped, in words."""
 
@@ -131,15 +131,17 @@ def fit(
 
     One step: the gradient of the mean loss, the optimizer, the weights EMAs, then the target
     with mu(k) (Song et al. 2023, Alg. 2 and 3; k counts finished steps). A step whose loss or
-    gradient is not finite changes nothing but the counter. Before each step the weights of EDM2's
-    layers are replaced by their normalised selves. Raises Diverged after `max_bad_steps`
-    of them in a row. In fp16 a gradient that overflows halves the scale of the loss, and counts as
-    one of them only when that has sunk below 1.
+    gradient is not finite changes nothing but the counter. Raises Diverged after `max_bad_steps`
+    such steps in a row. In fp16 a gradient that overflows halves the scale of the loss, and counts
+    as one of them only when that has sunk below 1. At the start and after each step the weights of
+    EDM2's layers are replaced by their normalised selves: not between, where a run may be stopped.
 
     The host waits for the device once a step, to read whether the gradient is finite, and before
     the optimizer; what is yielded has not been read.
     """
     walked = Walked(state)
+    if state.step == 0:
+        walked.normalise()
     state.student.train()
     own = None if state.own is None else shared(state.own, settings.group)
     student = shared(state.student, settings.group)
@@ -157,10 +159,9 @@ def fit(
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
-        for layer in walked.forced:
-            layer.normalise()
         batch, waited = accumulate(state, models, objective, microbatch, stage, settings)
         norm, fault = descend(state, walked, batch, stage, settings)
+        walked.normalise()
         info = StepInfo(
             step=state.step + 1, loss=batch.loss, sigma=batch.sigma, grad_norm=norm, lr=rate,
             n=stage.n, mu=stage.mu, skipped=fault is not None,
@@ -198,9 +199,15 @@ class Walked:
         own = () if state.own is None else state.own.parameters()
         self.learned = [p for p in (*self.student, *own) if p.requires_grad]
         trained = [m for m in (state.student, state.own) if m is not None]
-        self.forced = [part for m in trained for part in m.modules() if isinstance(part, MPLayer)]
+        layers = (part for model in trained for part in model.modules())
+        self.forced = [p for p in layers if isinstance(p, MPLayer) and p.weight.requires_grad]
         self.averages = [(ema, list(ema.model.parameters())) for ema in state.emas.values()]
         self.target = [] if state.target is None else list(state.target.parameters())
+
+    def normalise(self) -> None:
+        """Replace the weights of EDM2's layers that learn by their normalised selves."""
+        for layer in self.forced:
+            layer.normalise()
 
 
 def descend(

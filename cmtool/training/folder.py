@@ -32,7 +32,7 @@ MADE_FIRST = {".lock", "checkpoints", "samples"}
 """What a run makes before its folder says that it is a run."""
 RESULTS = (
     "samples/step-*.png", "log*.jsonl", "preset.toml", "training-images.png", "summary.png",
-    "report.html",
+    "report.html", "wandb.id", "mlflow.id",
 )  # fmt: skip
 """Files of a run that overwriting it removes, beside its checkpoints."""
 
@@ -98,8 +98,11 @@ def launched_by(out: Path, launchers: Sequence[str]) -> bool:
     return before is not None and not {*before.launchers}.isdisjoint(filter(None, launchers))
 
 
-def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model | None) -> None:
-    """Make the run folder. Raises UserError or InputError for one that must be left alone."""
+def prepare_folder(out: Path, *, resume: bool, overwrite: bool, models: Sequence[Model]) -> None:
+    """Make the run folder. Raises UserError or InputError for one that must be left alone.
+
+    `models` are the teacher, and the one whose weights the run starts from.
+    """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file", "give a folder with --out")
     if resume and not is_resumable(out):
@@ -108,8 +111,10 @@ def prepare_folder(out: Path, *, resume: bool, overwrite: bool, teacher: Model |
         raise UserError(f"{out} holds a run already", "go on with --resume, or --overwrite it")
     if out.exists() and not is_run(out) and not _is_only_begun(out):
         raise UserError(f"{out} is not empty and not a run", "give a new folder with --out")
-    if overwrite and teacher and Path(teacher.source).resolve().is_relative_to(out.resolve()):
-        raise UserError(f"the teacher is in {out}", "overwriting it would lose it: change --out")
+    for model in models if overwrite else ():
+        if Path(model.source).resolve().is_relative_to(out.resolve()):
+            what = f"the run learns from {model.source}, which is in {out}"
+            raise UserError(what, "overwriting it would lose it: change --out")
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         (out / "samples").mkdir(exist_ok=True)
@@ -168,6 +173,8 @@ def keep_status(out: Path, launchers: Sequence[str] = ()) -> Iterator[StatusWrit
         try:
             write_json(out / "status.json", facts, durable=facts["state"] != "running")
         except ResourceError:  # the disk is full; to write over the old file needs no room
+            if not (out / "status.json").is_file():
+                raise
             with opened(out / "status.json", "r+b") as file:
                 file.write(json.dumps(facts, indent=1, sort_keys=True).encode() + b"\n")
                 file.truncate()
@@ -184,7 +191,7 @@ def keep_status(out: Path, launchers: Sequence[str] = ()) -> Iterator[StatusWrit
             end |= {"exit_code": error.exit_code, "error": error.what}
         elif isinstance(error, SystemExit):
             end = {"state": "stopped", "exit_code": error.code, "error": "stopped without saving"}
-        with suppress(OSError):  # the error that ended the run is still shown
+        with suppress(OSError, ResourceError):  # the error that ended the run is still shown
             write(**end)
         raise
 

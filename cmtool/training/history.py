@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from cmtool.system.records import known_facts, read_facts
 from cmtool.training.guide import known_preset
 from cmtool.training.lock import read_status
 from cmtool.training.log import read_log
-from cmtool.training.plots import Plot, evaluation_curves, overlaid
+from cmtool.training.plots import Plot, overlaid
 from cmtool.training.records import Record, Status
 
 
@@ -56,12 +57,18 @@ class History:
     @property
     def loss(self) -> float | None:
         """The last loss that was logged."""
-        return next((line["loss"] for line in reversed(self.log) if line.get("loss")), None)
+        losses = (line.get("loss") for line in reversed(self.log))
+        return next((loss for loss in losses if loss is not None), None)
 
     @property
     def best(self) -> dict[str, float]:
         """The least value of each metric that was measured."""
-        return {curve.name: min(curve.values) for curve in evaluation_curves(self.log)}
+        found: dict[str, float] = {}
+        for verdict in (line["eval"] for line in self.log if line.get("eval")):
+            name, value = verdict["metric"], verdict["value"]
+            if value is not None and math.isfinite(value):
+                found[name] = min(value, found.get(name, value))
+        return found
 
     def facts(self) -> dict[str, Any]:
         """Return the run as JSON."""

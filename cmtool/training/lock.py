@@ -27,6 +27,8 @@ PATIENCE = 0.2
 """Seconds to wait for the lock: whoever looks whether a run lives holds it for a moment."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 """What file systems say that have no locks."""
+CAN_ONLY_FOLLOW = os.utime not in os.supports_follow_symlinks
+"""So it is on Windows."""
 
 
 @contextmanager
@@ -122,7 +124,7 @@ def beating(path: Path) -> Iterator[None]:
     def beat() -> None:
         while not end.wait(HEARTBEAT):
             with suppress(OSError):
-                os.utime(path, follow_symlinks=False)
+                os.utime(path, follow_symlinks=CAN_ONLY_FOLLOW)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

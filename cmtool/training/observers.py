@@ -247,7 +247,8 @@ def save(run: Run, tools: Tools, news: News) -> None:
     ):
         return
     if saver:
-        saver.finish(final=False)
+        with tools.clock.pause():
+            saver.finish(final=False)
     if group.mesh is not None:
         group.meet(f"saves {news.step}")
     if saver:
@@ -268,7 +269,7 @@ def store_averages(run: Run, tools: Tools, news: News) -> None:
     if run.group.leads or run.group.mesh is not None:
         averages = average_tensors(run.state)
         if tools.writer:
-            with tools.writer.expendable(f"{FOLDER}/"):
+            with tools.clock.pause(), tools.writer.expendable(f"{FOLDER}/"):
                 about = about_model(run.preset, run.data.class_names)
                 store(run.out, news.step, averages, about)
     run.group.meet(f"averaged {news.step}")

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cmtool.data.datasets import load_dataset
+from cmtool.data.datasets import DATASETS, load_dataset
 from cmtool.data.survey import Survey, surveys
 from cmtool.errors import InputError, UserError, nearest
+from cmtool.evaluation.features import PROTOCOLS
 from cmtool.models import Model
 from cmtool.presets.schema import Preset
 from cmtool.presets.toml import Resolved, flat, load_preset, packaged_value, resolve
@@ -29,7 +30,9 @@ EDM_SIGMA_DATA = 0.5
 """For images that are all alike, where nothing can be measured."""
 MANY_STEPS = 8000
 """With fewer steps a batch is made smaller: at the start many small steps learn the most."""
-LEAST_BATCH = 8
+LEAST_BATCH = 16
+"""Of photographs, on one core, 16 made a better teacher than 8: fd-pixels 2.4 and not 5.7 after an
+hour, 14.5 and not 16.5 after three minutes."""
 SHARE_OF_GRIDS = 0.05
 """What the grids of samples may take of a run, as a share of its steps."""
 CALLS_OF_A_STEP = 3
@@ -236,7 +239,7 @@ def scaled(preset: Preset, steps: int, images: int) -> dict[str, Any]:
         if key.endswith("_images"):
             values[key] = max(round(value * by_images), 1)
         if key.endswith((".stage_steps", ".warmup_steps")):
-            values[key] = max(round(value * by_steps), 1) if value else 0
+            values[key] = math.ceil(round(value * by_steps, 6))  # no stage more is entered
     values["train.ema"] = [
         {
             k: max(round(v * by_images), 1) if k == "halflife_images" else v
@@ -293,6 +296,7 @@ def planned(
         raise UserError(f"preset {name} names no images, nor does the teacher", "give --data DIR")
     layers["the images"] = {
         "description": f"{name} of {printable(Path(preset.data.path).name)}",
+        "run.eval_metric": distance_of(preset),
         **layers.get("the images", {}),
     }
     if not any("train.steps" in layer for layer in own.values()):
@@ -305,9 +309,22 @@ def planned(
         steps = max(rounded(wish.hours * 3600 / seconds), LEAST_STEPS)
         why = f"about {steps * seconds / 3600:.1f} hours on this {device}"
         layers[why] = scaled(load_preset(name), steps, steps * preset.train.batch)
+    else:
+        steps = preset.train.steps
+        values = scaled(load_preset(name), steps, steps * preset.train.batch)
+        own_pace = {key: value for key, value in values.items() if not key.startswith("run.")}
+        layers[f"{steps:,} steps"] = own_pace
     parts = parts_of_batch(preset, teacher, device)
     layers |= {"memory at hand": {"train.accumulate": parts}} if parts > 1 else {}
     return resolved(), layers
+
+
+def distance_of(preset: Preset) -> str:
+    """Return the Frechet distance that needs no file: bundled images have their own."""
+    name = preset.data.path.partition(":")[0]
+    shape = (preset.model.channels, *preset.model.image_size)
+    is_bundled = name in DATASETS and PROTOCOLS[name].shape == shape
+    return f"fd-{name if is_bundled else 'pixels'}"
 
 
 def fewer_images(batch: int, steps: float) -> int:

@@ -176,7 +176,7 @@ def draw(axis: Any, plot: Plot, places: Mapping[str, int] | None = None) -> None
     axis.grid(alpha=0.3)
 
 
-def write_comparison(path: Path, plots: Sequence[Plot]) -> None:
+def write_plots(path: Path, plots: Sequence[Plot]) -> None:
     """Write a PNG of plots beside each other. A name has one colour in all, and one entry."""
     from matplotlib.figure import Figure
 
@@ -204,7 +204,7 @@ def write_summary(path: Path, log: Log, panels: dict[str, Tensor], title: str) -
     loss.set_ylabel("loss")
     loss.set_title(plain_lines(title), fontsize=10)
     for axis, (name, images) in zip(rest, panels.items(), strict=True):
-        axis.imshow(picture(images, 10).permute(1, 2, 0).numpy(), interpolation="nearest")
+        _show(axis, picture(images, 10))
         axis.set_title(plain_lines(name), fontsize=10)
         axis.set_axis_off()
     write_figure(path, plot)
@@ -314,12 +314,17 @@ def _draw_method(
         )  # fmt: skip
 
 
+def _show(axis: Any, image: Tensor) -> None:
+    """Draw an image (C, H, W) uint8 pixel by pixel; one of a channel is grey, black to white."""
+    shown = image.permute(1, 2, 0).numpy()
+    axis.imshow(shown, interpolation="nearest", cmap="gray", vmin=0, vmax=255)
+
+
 def _draw_rows(figure: Any, samples: Mapping[str, Tensor]) -> None:
     """Draw a row of images for each name."""
     axes = figure.subplots(len(samples), 1, squeeze=False)[:, 0]
     for axis, (name, images) in zip(axes, samples.items(), strict=True):
-        shown = picture(images, len(images)).permute(1, 2, 0).numpy()
-        axis.imshow(shown, interpolation="nearest", cmap="gray")
+        _show(axis, picture(images, len(images)))
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         axis.set_ylabel(plain(name), rotation=0, ha="right", va="center", fontsize=9)

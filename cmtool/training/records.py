@@ -14,7 +14,8 @@ Seconds = Annotated[float, Field(ge=0, le=1e12)]
 class Status(Facts):
     """status.json: how far a run is, who trains it, and how it ended.
 
-    No file says `killed`: that is what a run is which could not say how it ended.
+    No file says `killed`. `read_status` says it of a run whose process is gone while the file still
+    says running.
     """
 
     model_config = ConfigDict(extra="allow")

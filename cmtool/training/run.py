@@ -94,8 +94,8 @@ def joined(preset: Preset, device: str, facts: Mapping[str, object]) -> Iterator
 @contextmanager
 def claimed(run: Run, start: Start) -> Iterator[None]:
     """Make the run folder and hold its lock. Raises UserError for one that must be left alone."""
-    origin = run.teacher or run.init
-    prepare_folder(run.out, resume=start.resume, overwrite=start.overwrite, teacher=origin)
+    models = [model for model in (run.teacher, run.init) if model is not None]
+    prepare_folder(run.out, resume=start.resume, overwrite=start.overwrite, models=models)
     with locked(run.out, run.watcher.note):
         if not sync(run.out):
             lacks = f"{run.out} is on a file system that cannot sync folders"
@@ -115,7 +115,7 @@ def lead(run: Run, start: Start, stop: Stop, observers: Sequence[Observer]) -> N
             trim_log(out, state.step)
         else:
             clear_run(out)
-        write_record(run, start.origins)
+        write_record(run, start)
         write(step=state.step, steps=run.preset.train.steps)
         with make_saver(run) as saver, RunWriter(run, write) as writer:
             writer.training_images()

@@ -42,6 +42,7 @@ from cmtool.presets.build import (
     build_sampler,
     build_source,
     method_row,
+    noise_range,
     pick,
 )
 from cmtool.presets.schema import Choice, Preset
@@ -208,7 +209,9 @@ def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
     kept = {"network": network, "scalings": scalings, "transition": ours.transition}
     model = theirs.model_copy(update=kept)
     noise, sample = teacher.preset.noise, resolved.preset.sample
-    known = {n: levels for n, levels in sample.levels.items() if levels[0] <= noise.sigma_max}
+    known = {
+        n: levels for n, levels in sample.levels.items() if levels and levels[0] <= noise.sigma_max
+    }
     sample = sample.model_copy(update={"levels": known})
     update = {"model": model, "noise": noise, "sample": sample}
     preset = resolved.preset.model_copy(update=update)
@@ -270,8 +273,10 @@ def check_components(preset: Preset) -> None:
     with shapes_only():
         build_denoiser(preset, build_network(preset.model))
     build_augment(preset, method_row(preset))
-    build_method(preset)
-    build_curriculum(preset)(0, preset.train.steps)
+    levels, span = build_method(preset).levels, noise_range(preset)
+    stage = build_curriculum(preset)(0, preset.train.steps)
+    own = torch.tensor(span[:2], dtype=torch.float64) if method_row(preset).before else None
+    levels(4, stage._replace(grid=own), span, torch.Generator())
     pick(OPTIMIZERS, preset.train.optimizer, "train.optimizer", ["lr"])
     check_metric(preset)
     check_fit_rule(preset.data.fit)
@@ -346,9 +351,9 @@ def wrong_teacher(teacher: Model, wanted: str) -> tuple[str, str]:
     return what, "give the consistency model of the first stage, for example of an ect preset"
 
 
-def write_record(run: Run, origins: Mapping[str, str]) -> None:
+def write_record(run: Run, start: Start) -> None:
     """Write preset.toml and run.json. In a resumed run, unchanged values keep their origins."""
-    preset, path = run.preset, run.out / "preset.toml"
+    preset, origins, path = run.preset, start.origins, run.out / "preset.toml"
     if path.is_file():
         changed = changes(load_preset(str(path)), preset)
         updates = {key: (value, origin_of(key, origins)) for key, value in changed.items()}
@@ -356,7 +361,7 @@ def write_record(run: Run, origins: Mapping[str, str]) -> None:
     else:
         text = to_toml(preset, origins)
     write_atomic(path, text.encode(), durable=True)
-    before = read_facts(run.out / "run.json", Record)
+    before = read_facts(run.out / "run.json", Record) if start.resume else None
     init = described(run.init) if run.init else before and before.model_dump()["init"]
     facts = {
         "arguments": sys.argv[1:],

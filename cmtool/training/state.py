@@ -35,7 +35,7 @@ def build_state(
 ) -> TrainState:
     """Return the start of a run: the student has the teacher's weights, or random ones without.
 
-    If `init` is given, it has the weights of that model that fit its network instead.
+    If `init` is given, the student starts from those of its weights that fit the network.
 
     The networks, the teacher's too, are put where and how the device, `preset.train` and the group
     want them: sharded ones go to the device block by block, and in main memory is one whole copy

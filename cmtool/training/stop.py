@@ -16,6 +16,7 @@ from cmtool.core.paths import Draw
 from cmtool.data.drawing import png_bytes
 from cmtool.errors import Paused, ResourceError, Stopped, UserError
 from cmtool.formats.native import write_weights
+from cmtool.presets.build import can_recompute
 from cmtool.system import dist
 from cmtool.system.devices import is_out_of_memory
 from cmtool.system.files import write_atomic, write_json
@@ -29,7 +30,7 @@ PAUSE = 1000
 
 
 class Stop:
-    """Knows whether to stop: a signal has come, the time is up, or the parent is gone.
+    """Knows whether to stop: a signal has come, the time is up, or torchrun is gone.
 
     A signal is noted, and the run stops after the step. While `at_once`, before the first step or
     between two steps, the signal raises Stopped. A second Ctrl-C ends the process without saving.
@@ -37,7 +38,8 @@ class Stop:
 
     def __init__(self, deadline: float | None) -> None:
         self.deadline = deadline
-        self.process, self.parent = os.getpid(), os.getppid()
+        self.process = os.getpid()
+        self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.caught: list[int] = []
         self.at_once = True
 
@@ -45,7 +47,7 @@ class Stop:
         """Return the reason to stop now: the number of a signal, PAUSE, or 0 for none."""
         if self.caught:
             return self.caught[0]
-        if os.getppid() != self.parent:  # torchrun was killed and left us behind
+        if self.torchrun not in (None, os.getppid()):  # it was killed and left us behind
             return signal.SIGTERM
         late = self.deadline is not None and time.monotonic() > self.deadline
         return PAUSE if late else 0
@@ -121,11 +123,12 @@ def explained(run: Run) -> Iterator[None]:
 def out_of_memory(error: Exception, run: Run) -> ResourceError:
     """Return the error to show for one that means there is no more memory."""
     t, group = run.preset.train, run.group
+    may_recompute = can_recompute(run.preset) and not t.checkpoint_activations
     parts = range(t.accumulate + 1, t.batch + 1)
     more = next((n for n in parts if t.batch % (n * group.world_size) == 0), None)
     remedies = [
         f"split the batch: --accumulate {more}" if more is not None else "lower train.batch",
-        *([] if t.checkpoint_activations else ["--set train.checkpoint_activations=true"]),
+        *(["--set train.checkpoint_activations=true"] if may_recompute else []),
         *(["--set run.sharding=fsdp"] if group.world_size > 1 and group.mesh is None else []),
     ]
     reason = str(error).splitlines()[0] if str(error) else "MemoryError"

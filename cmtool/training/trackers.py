@@ -83,7 +83,7 @@ class WeightsAndBiases:
             resume="allow",
             config=dict(told.preset),
             dir=told.out,
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(silent=True, console="off", symlink=False),
         )
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:

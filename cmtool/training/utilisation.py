@@ -20,7 +20,7 @@ from cmtool.core.rng import step_generator
 from cmtool.models import Model
 from cmtool.presets import build
 from cmtool.presets.schema import Card, Preset
-from cmtool.system.devices import shapes_only
+from cmtool.system.devices import shapes_only, synchronise
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEASURED_SECONDS = 0.05
@@ -92,8 +92,8 @@ def peak_flops(device: str, precision: str) -> float:
     if gpu:
         x = x.contiguous(memory_format=torch.channels_last)
     rates = [
-        2 * side**3 / seconds_of(lambda: a @ a, gpu),
-        2 * 9 * x.numel() * channels / seconds_of(lambda: F.conv2d(x, kernel, padding=1), gpu),
+        2 * side**3 / seconds_of(lambda: a @ a, device),
+        2 * 9 * x.numel() * channels / seconds_of(lambda: F.conv2d(x, kernel, padding=1), device),
     ]
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -101,16 +101,15 @@ def peak_flops(device: str, precision: str) -> float:
 
 
 @torch.no_grad()
-def seconds_of(work: Callable[[], object], gpu: bool) -> float:
+def seconds_of(work: Callable[[], object], device: str) -> float:
     """Return the shortest time `work` takes, after one call that does not count."""
-    rounds = 10 if gpu else 1  # so that a launch does not count
+    rounds = 1 if device == "cpu" else 10  # so that a launch does not count
 
     def lap() -> float:
         began = time.perf_counter()
         for _ in range(rounds):
             work()
-        if gpu:
-            torch.cuda.synchronize()
+        synchronise(device)
         return (time.perf_counter() - began) / rounds
 
     lap()

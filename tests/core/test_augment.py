@@ -250,3 +250,9 @@ def test_the_loss_is_that_of_the_warped_images():
     student = lambda x, sigma, labels: clean.append(x) or x  # noqa: E731
     plain(alone(student), x0, None, Stage(), step_generator(0, 0, 0))
     assert torch.allclose(seen[0][0], clean[0] + 1, atol=1e-5)
+
+
+def test_shapes_alone_are_warped_too():
+    """The memory and the work of a step are found on the meta device."""
+    x = torch.empty(4, 3, 8, 8, device="meta")
+    assert warped(x, still(4, octaves=0.5)).shape == x.shape

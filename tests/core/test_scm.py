@@ -232,3 +232,13 @@ def test_the_log_variance_that_fits_is_that_of_the_loss():
         head.linear.bias.fill_(math.log(4.0))
     assert gradient(1.2, over_rms, head) == pytest.approx(plain / 4)
     assert head.linear.weight.grad.norm() > 0
+
+
+def test_the_log_variance_is_computed_in_float32_in_any_precision():
+    variance, sigma = LinearLogVariance(16), torch.tensor([0.1, 3.0, 70.0])
+    torch.nn.init.normal_(variance.linear.weight, generator=torch.Generator().manual_seed(0))
+    wanted = variance(sigma)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = variance(sigma)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)

@@ -6,7 +6,7 @@ from cmtool.core.networks import NETWORKS
 from cmtool.core.rng import step_generator
 from cmtool.errors import ResourceError
 from cmtool.models import load_model
-from cmtool.presets.build import build_curriculum, build_network, build_objective
+from cmtool.presets.build import build_curriculum, build_network, build_objective, can_recompute
 from cmtool.presets.toml import load_preset
 from cmtool.system import devices
 from cmtool.system.dist import ALONE
@@ -136,3 +136,13 @@ def test_a_step_of_more_images_takes_longer(monkeypatch):
     few = seconds_a_step(load_preset("digits-edm", {**tiny, "train.batch": 2}), None, "cpu")
     many = seconds_a_step(load_preset("digits-edm", {**tiny, "train.batch": 2000}), None, "cpu")
     assert many / few > 50
+
+
+def test_blocks_are_not_computed_again_where_the_method_or_network_forbids_it(monkeypatch):
+    assert can_recompute(load_preset("digits-edm"))
+    assert not can_recompute(load_preset("digits-sct"))
+    assert not can_recompute(load_preset("digits-edm", {"model.network": {"name": "mlp"}}))
+    monkeypatch.setattr(cost, "free_memory", lambda _: 16 << 20)
+    with pytest.raises(ResourceError) as caught:
+        check_memory(load_preset("digits-edm"), None, "cpu", ALONE._replace(world_size=2))
+    assert caught.value.hint.endswith("--accumulate 32")

@@ -19,6 +19,7 @@ from cmtool.core.losses import (
     uniform_weight,
 )
 from cmtool.core.methods import METHODS
+from cmtool.core.networks.edm2 import MPConv
 from cmtool.core.networks.mlp import Mlp, MlpOptions
 from cmtool.core.noise import NoiseRange, Stage, consistency_training, karras_sigmas, uniform
 from cmtool.core.objective import LossBatch, make_objective
@@ -26,7 +27,7 @@ from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.precond import Preconditioned, consistency_scalings, edm_scalings, log_label
 from cmtool.core.rng import step_generator
 from cmtool.errors import DivergedError
-from cmtool.training.fit import Diverged, fit, learning_rate
+from cmtool.training.fit import Diverged, Walked, fit, learning_rate
 from cmtool.training.state import FitSettings, TrainState, counters, set_counters
 from tests.objectives import objective_of
 
@@ -519,3 +520,47 @@ def test_a_step_says_how_long_it_waited_for_images():
     )
     assert infos[1].waited >= 0.05
     assert max(infos[0].waited, infos[2].waited) < 0.05
+
+
+class Forced(nn.Module):
+    """A network with one of EDM2's layers, whose weight is normalised in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = MPConv(2, 2, 1)
+
+    def forward(self, x, noise_label, labels=None):
+        return self.layer(x)
+
+
+def forced():
+    torch.manual_seed(0)
+    return Preconditioned(
+        Forced(), consistency_scalings, log_label, sigma_data=0.5, sigma_min=0.002
+    )
+
+
+def test_a_run_stopped_while_it_waits_for_images_goes_on_bit_equal_with_layers_of_edm2():
+    """Normalised weights that are normalised again are others in the last bits."""
+    where = (lambda k, n: Stage(n=5, mu=0.9), settings(steps=6))
+    straight = train_state(forced())
+    list(fit(straight, objective(), data, *where))
+
+    def late(step, shard):
+        if step == 3:
+            raise KeyboardInterrupt
+        return data(step, shard)
+
+    state = train_state(forced())
+    with pytest.raises(KeyboardInterrupt):
+        list(fit(state, objective(), late, *where))
+    assert state.step == 3
+    list(fit(state, objective(), data, *where))
+    for one, other in zip(everything(straight), everything(state), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_layer_of_edm2_that_does_not_learn_stays_as_it_is():
+    state = train_state(forced())
+    state.student.requires_grad_(False)
+    assert not Walked(state).forced

@@ -54,3 +54,20 @@ def test_a_run_knows_the_torchrun_that_began_it(tmp_path, monkeypatch):
     with keep_status(tmp_path, [launcher(), "node:1"]):
         assert launched_by(tmp_path, ["", launcher()])
         assert not launched_by(tmp_path, ["node:2"])
+
+
+def test_a_disk_that_is_full_at_the_start_is_told(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise ResourceError("no room")
+
+    monkeypatch.setattr(folder, "write_json", full)
+    with pytest.raises(ResourceError, match="no room"), keep_status(tmp_path):
+        pass
+
+
+def test_a_run_that_overwrites_another_is_another_to_its_trackers(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("wandb.id", "mlflow.id"):
+        (tmp_path / name).write_text("0123")
+    folder.clear_run(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"checkpoints"}

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -116,6 +117,21 @@ def test_a_plan_is_that_of_the_images(quick):
     assert exact.data.fit == "exact"
 
 
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        (FACTS, "pixels"),
+        (FACTS._replace(path="digits:train", size=(8, 8)), "digits"),
+        (FACTS._replace(path="digits:train", size=(8, 8), channels=1), "pixels"),
+        (FACTS._replace(path="emoji", size=(32, 32)), "emoji"),
+        (FACTS._replace(path="somewhere/digits", size=(8, 8)), "pixels"),
+    ],
+)
+def test_a_plan_measures_what_the_images_allow(quick, facts, name):
+    preset = planned("edm", "cpu", {}, facts=facts)[0].preset
+    assert preset.run.eval_metric.name == f"fd-{name}"
+
+
 def test_a_student_takes_images_and_batch_of_its_teacher(quick):
     teacher = load_model("digits-edm")
     preset = planned("ect", "cpu", {}, teacher=teacher)[0].preset
@@ -140,7 +156,16 @@ def test_what_is_counted_in_steps_or_images_keeps_its_share():
     assert values["train.warmup_steps"] == 40
     assert values["loss.levels.stage_images"] == 16_000
     assert values["train.ema"] == [{"name": "ema", "halflife_images": 12_500, "rampup": 0.1}]
-    assert scaled(load_preset("pd"), 800, 64 * 800)["loss.curriculum.stage_steps"] == 160
+    for steps, each in ((800, 160), (1002, 201), (1, 1)):  # the last stage is entered by no run
+        assert scaled(load_preset("pd"), steps, 64 * steps)["loss.curriculum.stage_steps"] == each
+
+
+def test_steps_that_the_user_chose_have_their_share_too(quick):
+    preset = planned("edm", "cpu", {"--set": {"train.steps": 150}}, facts=FACTS)[0].preset
+    whole = load_preset("edm").train
+    assert preset.train.steps == 150
+    assert preset.train.warmup_steps == math.ceil(whole.warmup_steps * 150 / whole.steps) < 150
+    assert preset.run.checkpoint_every == load_preset("edm").run.checkpoint_every
 
 
 def test_wrong_wishes_are_refused(quick):
@@ -210,7 +235,7 @@ def test_a_short_run_takes_many_steps_of_a_smaller_batch(quick, monkeypatch):
     assert short.preset.train.lr == 1.5e-3
     assert short.origins["train.batch"] == "many steps"
     least = planned("edm", "cpu", {}, facts=FACTS, wish=Wish(hours=0.01))[0].preset.train
-    assert least.batch == 8
+    assert least.batch == planning.LEAST_BATCH == 16
     own = {"--set": {"train.batch": 64}}
     assert planned("edm", "cpu", own, facts=FACTS)[0].preset.train.batch == 64
     taught = planned("cd", "cpu", {}, teacher=load_model("digits-edm"))[0].preset.train

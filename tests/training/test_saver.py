@@ -156,3 +156,15 @@ def test_nothing_is_pruned_for_a_checkpoint_that_was_written_wrong(tmp_path, mon
     assert [path.name for path in checkpoints(tmp_path)] == [f"step-000000{n}" for n in (1, 2, 3)]
     assert "model.safetensors is damaged" in remarks[0]
     assert newest_checkpoint(tmp_path)[0].name == "step-0000002"
+
+
+def test_room_is_made_by_old_checkpoints_and_not_by_the_one_that_a_run_goes_on_from(tmp_path, room):
+    """Those after it are damaged: a run that resumed has passed over them."""
+    for step in (1, 2, 4, 5):
+        save_checkpoint(tmp_path, trained(step), {})
+    room[0] = 0
+    with pytest.raises(ResourceError, match="no room"):
+        module.make_room(tmp_path, take_snapshot(trained(3)), keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        f"step-000000{step}" for step in (2, 4, 5)
+    ]

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from cmtool.errors import UserError
 from cmtool.presets.toml import load_preset, preset_names, to_toml
 from cmtool.training.start import check_components, split_as_before
 
@@ -44,3 +45,23 @@ def test_a_resumed_run_keeps_the_parts_of_its_batch_where_it_can(
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_names_components_that_exist(name):
     check_components(load_preset(name))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"loss.levels": "on_grid"}, "makes no grid"),
+        ({"loss.levels": "above_transition"}, "a transition of None"),
+        ({"loss.levels": {"name": "tightening", "stage_images": 0}}, "stages of 0 images"),
+    ],
+)
+def test_levels_that_cannot_be_drawn_are_refused_before_the_first_step(values, said):
+    with pytest.raises(UserError, match=said):
+        check_components(load_preset("digits-ect", values))
+
+
+@pytest.mark.parametrize("transition", [80.0, 100.0])
+def test_a_transition_above_all_levels_is_refused(transition):
+    preset = load_preset("digits-tcm", {"model.transition": transition})
+    with pytest.raises(UserError, match="levels above a transition"):
+        check_components(preset)

@@ -103,7 +103,7 @@ def test_the_peak_is_measured_once_and_no_kernel_of_that_shape_is_faster():
     peak = peak_flops("cpu", "fp32")
     assert peak_flops("cpu", "fp32") is peak
     a = torch.ones(384, 384)
-    seconds = utilisation.seconds_of(lambda: a @ a, False)
+    seconds = utilisation.seconds_of(lambda: a @ a, "cpu")
     assert peak > 0.3 * 2 * 384**3 / seconds
 
 

@@ -3,9 +3,9 @@
 Every layer keeps the variance of what passes through it: weights are normalised wherever they are
 used, sums and concatenations are scaled, and there are neither norms nor biases.
 
-In training each weight is also replaced by its normalised self before the gradient is taken
-(eq. 66). The forward pass does not do this: `MPLayer.normalise` does, and whoever trains calls it
-once a step. So a pass without gradients, a frozen copy or a pass that is computed again changes no
+In training each weight is also replaced by its normalised self (eq. 66). The forward pass does not
+do this: `MPLayer.normalise` does, and whoever trains calls it at the start and once a step. So a
+pass without gradients, a frozen copy or a pass that is computed again changes no
 weight, and two rounds of accumulation are the same run as two processes.
 """
 

@@ -11,9 +11,9 @@ from cmtool.core.rng import same_dropout
 class Truncated(nn.Module):
     """A frozen network for the levels below a transition, one that learns for all others.
 
-    `label` is the noise label of the transition, and labels grow with the level. In training both
-    networks see all images where any lies below, with the same dropout masks; else each network
-    sees its own images alone.
+    `label` is the noise label of the transition, and labels grow with the level. A batch with
+    levels on both sides goes whole through both networks, with the same dropout masks; any other
+    goes through one.
     """
 
     def __init__(self, below: nn.Module, above: nn.Module, label: float) -> None:
@@ -36,8 +36,3 @@ class Truncated(nn.Module):
             replay()
             below = self.below(x, noise_label, labels, **more)
         return torch.where(is_below[:, None, None, None], below, above)
-
-    def requires_grad_(self, requires_grad: bool = True) -> Truncated:
-        """Have the upper network learn, or not; the lower one never does."""
-        self.above.requires_grad_(requires_grad)
-        return self
