@@ -69,31 +69,28 @@ def test_four_starts_and_a_power_cut_end_bit_equal(launcher, tmp_path):
         def again():
             return start(launcher, folder, "run", f"{limit}s")
 
-        def some_steps_on(ranks):
-            before = newest(run)
-            ranks[0].wait_for(lambda: newest(run) > before)
+        def struck(number, which=slice(None)):
+            """Return how the ranks end that a signal meets before their time is up."""
+            for _ in range(5):  # on a busy machine the time may be up first
+                ranks, before = again(), newest(run)
+                ranks[0].wait_for(lambda before=before: newest(run) > before)
+                for rank in ranks[which]:
+                    rank.send(number)
+                codes = ends(ranks)
+                if not set(codes) <= {0, 75}:
+                    break
+            return codes
 
         ranks = again()  # the time is up
         assert set(ends(ranks)) == {0 if is_torchrun else 75}
         assert (status(run)["state"], status(run)["exit_code"]) == ("stopped", 75)
 
-        ranks = again()
-        some_steps_on(ranks)
-        for rank in ranks:
-            rank.send(signal.SIGTERM)
-        assert set(ends(ranks)) == {143}
+        assert set(struck(signal.SIGTERM)) == {143}
         assert (status(run)["state"], status(run)["exit_code"]) == ("stopped", 143)
 
-        ranks = again()
-        some_steps_on(ranks)
-        ranks[-1].send(signal.SIGKILL)
-        assert ends(ranks) == [5, -9] if len(ranks) > 1 else [-9]
-
-        ranks = again()
-        some_steps_on(ranks)
-        for rank in ranks:
-            rank.send(signal.SIGKILL)
-        assert set(ends(ranks)) == {-9}
+        last = struck(signal.SIGKILL, slice(-1, None))
+        assert last == ([5, -9] if len(last) > 1 else [-9])
+        assert set(struck(signal.SIGKILL)) == {-9}
 
         deadline = time.monotonic() + 200
         while status(run)["state"] != "done":
