@@ -87,11 +87,6 @@ def power_decay(gamma: float, step: float) -> float:
     return (1 - 1 / step) ** (gamma + 1)
 
 
-def sigma_rel_of(gamma: float) -> float:
-    """Return the standard deviation of a power's profile as a share of the run (eq. 123)."""
-    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
-
-
 def gamma_of(sigma_rel: float) -> float:
     """Return the exponent of a profile by its width: the largest root of a cubic (eq. 126).
 

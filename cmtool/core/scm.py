@@ -37,12 +37,6 @@ def angle(sigma: Tensor, sigma_data: float) -> Angle:
     return Angle(sigma_data / length, sigma / length)
 
 
-def raw_output(x0: Tensor, x: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
-    """Return TrigFlow's F (B, C, H, W) of an answer x0 at x: (cos^2(t) x - x0) / (sin(t) s_d)."""
-    cos, sin = angle(sigma, sigma_data)
-    return (expand(cos**2, x) * x - x0) / expand(sin * sigma_data, x)
-
-
 def scm_tangent(
     target: Denoiser,
     point: OdePoint,

@@ -269,7 +269,11 @@ def _validated(tree: dict[str, Any], shown: str) -> Preset:
             above = "".join(f"{part}." for part in path[:-1])
             here = nearest(key, [above + name for name in section(path[:-1]).model_fields])
             hint = f"did you mean {' or '.join(known)}?" if known else here
-        if first["type"] == "missing":
+        if first["type"] == "missing" and key.startswith("model.image_size."):
+            what = f"model.image_size = {given}: it must be two numbers"
+            side = (first["input"] or (8,))[0]
+            hint = f"give height and width: --set model.image_size=[{side},{side}]"
+        elif first["type"] == "missing":
             what, hint = f"preset {shown} lacks {key!r}", "set it, or extend a preset"
         raise UserError(what, hint) from None
 

@@ -5,6 +5,7 @@ In a single process nothing happens. parallel.py spreads models and gradients ov
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
@@ -36,6 +37,8 @@ MARGIN = 60.0
 STORE_TIMEOUT = 2.0
 """Seconds to wait for the store, which may be gone."""
 POLL = 0.02
+STDOUT = 1
+"""The file descriptor, which libraries in C++ write to."""
 LETTING_GO = 0.1
 """Seconds for gloo's threads to let go of their tensors."""
 LOST = ("timed out", "connection closed", "connection reset", "connection refused", "broken pipe",
@@ -235,10 +238,11 @@ def join(
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     longer = patience + timedelta(seconds=MARGIN) if on_gpu else patience
     try:
-        dist.init_process_group(
-            backend, timeout=longer, store=store, rank=rank, world_size=world_size
-        )
-        talk = dist.new_group(backend="gloo", timeout=patience) if on_gpu else None
+        with no_stdout():
+            dist.init_process_group(
+                backend, timeout=longer, store=store, rank=rank, world_size=world_size
+            )
+            talk = dist.new_group(backend="gloo", timeout=patience) if on_gpu else None
     except RuntimeError as error:
         what = f"the processes cannot reach each other: {str(error).splitlines()[0][:200]}"
         hint = "on several nodes, name the network interface that joins them: GLOO_SOCKET_IFNAME"
@@ -248,8 +252,26 @@ def join(
         return Group(rank, world_size, store, talk)
     from torch.distributed.device_mesh import init_device_mesh  # as below: it takes a second
 
-    mesh = init_device_mesh(torch.device(device).type, (world_size,))
+    with no_stdout():
+        mesh = init_device_mesh(torch.device(device).type, (world_size,))
     return Group(rank, world_size, store, talk, mesh)
+
+
+@contextmanager
+def no_stdout() -> Iterator[None]:
+    """Drop what a library prints on stdout meanwhile: stdout is for a command's result.
+
+    gloo of torch 2.8 says there, from C++, how many processes it is connected to.
+    """
+    kept = os.dup(STDOUT)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STDOUT)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, STDOUT)
+        os.close(kept)
 
 
 def assemble(store: Store, rank: int, world_size: int) -> Store:

@@ -44,7 +44,8 @@ def test_a_small_edm2_trains_samples_and_goes_on_bit_for_bit(cmtool, tmp_path, m
 
 
 def test_weights_are_normalised_at_the_end_of_a_step(cmtool, tmp_path):
-    result = cmtool(*RUN, "--set", "train.lr=0.1", "--set", "train.steps=1", "--out", "run")
+    large = ["--set", "train.lr=0.1", "--set", "train.optimizer=adam", "--set", "train.steps=2"]
+    result = cmtool(*RUN, *large, "--out", "run")
     assert result.code == 0, result.err
     network = load_model(tmp_path / "run", weights="model").f.network
     layers = [part for part in network.modules() if isinstance(part, MPLayer)]

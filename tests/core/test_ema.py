@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -10,9 +12,13 @@ from cmtool.core.ema import (
     inner_product,
     posthoc_weights,
     power_decay,
-    sigma_rel_of,
     update_average,
 )
+
+
+def sigma_rel_of(gamma):
+    """The standard deviation of a power's profile as a share of the run (eq. 123)."""
+    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
 def test_update_is_a_convex_combination_from_the_first_step():

@@ -15,7 +15,6 @@ from cmtool.core.scm import (
     angle,
     over_norm,
     over_rms,
-    raw_output,
     scm_loss,
     scm_tangent,
 )
@@ -34,6 +33,12 @@ CASES = {
     for name, row in json.loads((FOLDER / f"{file}.json").read_text())["cases"].items()
 }
 DATA = 0.5
+
+
+def raw_output(x0, x, sigma, sigma_data):
+    """TrigFlow's F of an answer x0 at x: (cos^2(t) x - x0) / (sin(t) s_d)."""
+    cos, sin = angle(sigma, sigma_data)
+    return (expand(cos**2, x) * x - x0) / expand(sin * sigma_data, x)
 
 
 def denoiser(name):

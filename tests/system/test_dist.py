@@ -1,3 +1,4 @@
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore
 
 from cmtool.errors import InputError, ResourceError, Stopped
-from cmtool.system.dist import Group, assemble, contact
+from cmtool.system.dist import STDOUT, Group, assemble, contact, no_stdout
 
 
 def two():
@@ -91,3 +92,10 @@ def test_processes_line_up_only_where_gpus_compute(monkeypatch):
     assert waited == []
     Group(0, 2, talk="gloo").line_up()
     assert waited == ["gloo"]
+
+
+def test_what_a_library_says_on_stdout_while_processes_connect_is_dropped(capfd):
+    with no_stdout():
+        os.write(STDOUT, b"[Gloo] Rank 0 is connected to 1 peer ranks.\n")
+    os.write(STDOUT, b"checkpoints/step-0000003\n")
+    assert capfd.readouterr() == ("checkpoints/step-0000003\n", "")
