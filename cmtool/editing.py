@@ -139,7 +139,8 @@ def interpolate(
         chosen = sampling.plan(model.preset, steps, sigmas)
         return between_seeds(model, chosen, (start, end), frames, label)
     if isinstance(start, int) or isinstance(end, int):
-        raise UserError("an image and a seed", "give two images, or two seeds")
+        what = "a path from an image to a seed is not made"
+        raise UserError(what, "give two images, or two seeds")
     _check_kind(model)
     chosen = sampling.edit_plan(model.preset, steps, sigmas, stroke_levels(model))
     return between_images(model, chosen, (_checked(start), _checked(end)), frames, seed, label)

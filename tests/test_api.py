@@ -144,7 +144,7 @@ def test_interpolation_goes_from_seed_to_seed_or_from_image_to_image(model, imag
     torch.testing.assert_close(frames[[0, -1]], ends, atol=1e-4, rtol=0)
     frames = edit.interpolate(model, images[0], images[1], frames=3, label=4)
     assert torch.equal(frames[0], edit.stroke(model, images[0], label=4))
-    with pytest.raises(UserError, match="an image and a seed"):
+    with pytest.raises(UserError, match="from an image to a seed"):
         edit.interpolate(model, 3, images[0])
 
 

@@ -177,7 +177,8 @@ def parse_seeds(text: str) -> list[int]:
             raise UserError(f"--seeds {text!r} is not a list of seeds", hint)
         first, last = int(match[1]), int(match[2] or match[1])
         if len(seeds) + last - first >= MAX_SEEDS:
-            raise UserError(f"--seeds {text!r} asks for too many images", f"at most {MAX_SEEDS:,}")
+            hint = f"ask for at most {MAX_SEEDS:,} at a time"
+            raise UserError(f"--seeds {text!r} asks for too many images", hint)
         seeds += range(first, last + 1)
     return seeds
 
@@ -309,7 +310,7 @@ def pick_sampler(own: Choice, name: str | None, options: list[str]) -> Choice:
     given = dict(map(parse_override, options))
     if "name" in given:
         chosen = shlex.quote(str(given["name"]))
-        raise UserError("--set does not choose the sampler", f"--sampler {chosen}")
+        raise UserError("--set does not choose the sampler", f"use --sampler {chosen}")
     name = name or own.name
     kept = own.options if name == own.name else {}
     try:

@@ -232,7 +232,8 @@ def motion_of(motion: str) -> Tensor:
         what = f"--motion {motion!r} is not two numbers"
         raise UserError(what, "give LENGTH,ANGLE, for example 5,30") from None
     if not (0 < length <= 1000 and -360 <= angle <= 360):
-        raise UserError(f"--motion {motion!r}", "give pixels from 0 to 1000, and degrees")
+        what = f"--motion {motion!r} is out of range"
+        raise UserError(what, "give 1 to 1000 pixels and -360 to 360 degrees, for example 5,30")
     return motion_kernel(length, angle)
 
 

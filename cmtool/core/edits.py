@@ -132,7 +132,8 @@ def spectrum(kernel: Tensor, image: Tensor) -> Tensor:
     """
     (h, w), size = kernel.shape, image.shape[-2:]
     if h > size[0] or w > size[1]:
-        raise UserError(f"a blur of {w}x{h} pixels", f"the picture is {size[1]}x{size[0]}")
+        what = f"a blur of {w}x{h} pixels is larger than the picture of {size[1]}x{size[0]}"
+        raise UserError(what, "give a smaller blur")
     padded = F.pad(doubled(kernel.to(image.device)), (0, size[1] - w, 0, size[0] - h))
     return torch.fft.rfft2(padded.roll((-(h // 2), -(w // 2)), (0, 1)))
 

@@ -72,9 +72,8 @@ def karras_sigmas(
     if n > MAX_POINTS:
         raise UserError(f"a noise grid of {n:,} points", f"it may have {MAX_POINTS:,}")
     if not 0 < sigma_min < sigma_max:
-        raise UserError(
-            f"noise levels from {sigma_min} to {sigma_max}", "they must be positive and ascend"
-        )
+        what = f"noise levels from {sigma_min} to {sigma_max} do not ascend from above 0"
+        raise UserError(what, "give a smaller and a larger one, for example 0.002 and 80")
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigmas = (low + ramp * (high - low)) ** rho
@@ -290,7 +289,8 @@ def ramp(batch: int, stage: Stage, noise_range: NoiseRange, generator: Generator
 def fixed(step: int, total_steps: int, *, n: int = 18, mu: float = 0.0) -> Stage:
     """Return the same grid and target decay at every step (Song et al. 2023, Table 3, CD)."""
     if n < 2 or not 0 <= mu < 1:
-        raise UserError(f"n = {n}, mu = {mu}", "n must be 2 or more, and 0 <= mu < 1")
+        what = f"a fixed curriculum cannot have n = {n} and mu = {mu}"
+        raise UserError(what, "n must be 2 or more, and 0 <= mu < 1")
     return Stage(progress=min(step / total_steps, 1.0), n=n, mu=mu)
 
 

@@ -118,7 +118,8 @@ def teacher_paths(
     if walk not in WALKS:
         raise UserError(f"loss.source.walk = {walk!r} is unknown", nearest(walk, WALKS))
     if not 2 <= points <= 1000:
-        raise UserError(f"loss.source.points = {points}", "2 to 1000")
+        what = f"loss.source.points = {points} is out of range"
+        raise UserError(what, "give 2 to 1000")
     assert teacher is not None
     return PathPoints(images, teacher, noise_range, seed, points, walk, rho)
 

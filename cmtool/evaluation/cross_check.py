@@ -30,7 +30,8 @@ def check_usage(metric: str, protocol: str, runs: int) -> None:
         good = [name for name, row in PROTOCOLS.items() if row.network == "inception"]
         raise UserError(what, f"choose --protocol {', '.join(good)}")
     if runs > 1:
-        raise UserError(f"--cross-check of {runs} runs", "leave --runs out")
+        what = f"--cross-check measures once, and --runs asks for {runs} measurements"
+        raise UserError(what, "leave --runs or --cross-check out")
 
 
 def clean_fid_extractor(ours: Extractor) -> Extractor:

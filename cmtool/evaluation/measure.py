@@ -95,7 +95,8 @@ def measure(request: Request) -> Result:
     images = given if isinstance(given, ModelImages) else open_set(given)
     request.group.alike(lambda: facts_of(request, setup, images, compared), "request")
     if request.cross_check and isinstance(images, Statistics):
-        raise UserError(f"--cross-check of {images.name}, which holds statistics", "give images")
+        what = f"--cross-check needs images, and {images.name} holds statistics"
+        raise UserError(what, "give the images, or leave --cross-check out")
     reference = _reference(compared, row.reference, setup, request)
     made: list[Features] = []
     found: list[Values] = []

@@ -100,7 +100,8 @@ def parsed(text: str, before: Takes, where: str) -> Takes:
         if match := re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", word):
             size = int(match[2] or match[1]), int(match[1])
             if not all(0 < side <= MAX_SIDE for side in size):
-                raise UserError(f"{where}: a size of {word}", f"1 to {MAX_SIDE} pixels")
+                what = f"{where}: the size {word} is out of range"
+                raise UserError(what, f"give 1 to {MAX_SIDE} pixels")
             found = found._replace(size=size)
         elif word in RANGES:
             found = found._replace(range=word)
@@ -110,6 +111,6 @@ def parsed(text: str, before: Takes, where: str) -> Takes:
             hint = f"{nearest(word, [*RANGES, *RESIZES])}, or a size, as in 224,imagenet,bicubic"
             raise UserError(f"{where}: {word!r} is no size, range or resize rule", hint)
     if found.size is None and found.resize != Takes().resize:
-        hint = f"for example 224,{found.range},{found.resize}"
-        raise UserError(f"{where}: {found.resize} without a size", hint)
+        hint = f"give one, for example 224,{found.range},{found.resize}"
+        raise UserError(f"{where}: {found.resize} needs a size to resize to", hint)
     return found

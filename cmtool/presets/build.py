@@ -132,9 +132,10 @@ def build_noise_label(model: ModelSection) -> Callable[[Tensor], Tensor]:
 def build_denoiser(card: Card, network: nn.Module) -> Preconditioned:
     """Return the Denoiser of a card. Raises UserError for a network that is not of its kind."""
     if is_two_time(network) != (card.kind == "flow map"):
-        good = "two noise levels" if card.kind == "flow map" else "one noise level"
-        what = f"kind = {card.kind!r} with the network {card.model.network.name!r}"
-        raise UserError(what, f"choose a network that takes {good}")
+        flow_map = card.kind == "flow map"
+        levels = "two noise levels" if flow_map else "one noise level"
+        what = f"the network of kind = {card.kind!r} must take {levels}, and this one does not"
+        raise UserError(what, f"in model.network, set two_time = {str(flow_map).lower()}")
     scalings = pick(SCALINGS, card.model.scalings, "model.scalings")
     label = build_noise_label(card.model)
     sigma_data, sigma_min = card.model.sigma_data, card.noise.sigma_min

@@ -113,7 +113,8 @@ def parse_override(text: str) -> tuple[str, Any]:
         table = tomllib.loads(f"value = {raw.strip()}")
         value = table["value"] if len(table) == 1 else raw.strip()  # of several lines: text
     except RecursionError:
-        raise UserError(f"--set {key.strip()} nests too deep", "make it flat") from None
+        what = f"the value of --set {key.strip()} has too many brackets in each other"
+        raise UserError(what, "set single keys, for example --set train.batch=32") from None
     except ValueError:  # no TOML, or a number of thousands of digits
         value = raw.strip()
     return key.strip(), value

@@ -30,9 +30,9 @@ def test_a_text_says_size_range_and_resize_in_any_order():
 
 
 def test_a_rule_without_a_size_is_told_with_one_that_works():
-    with pytest.raises(UserError, match="bilinear without a size") as caught:
+    with pytest.raises(UserError, match="bilinear needs a size") as caught:
         parsed("imagenet,bilinear", Takes(), "net")
-    example = caught.value.hint.removeprefix("for example ")
+    example = caught.value.hint.removeprefix("give one, for example ")
     assert parsed(example, Takes(), "net") == Takes((224, 224), "imagenet", "bilinear")
 
 

@@ -164,8 +164,9 @@ def test_kind_and_network_agree_on_the_number_of_noise_levels(two_time):
     preset = load_preset(
         "digits-ct", {"model.network": {"name": "mlp", "two_time": two_time}, "kind": kind}
     )
-    with pytest.raises(UserError, match=f"kind = '{kind}' with the network 'mlp'"):
+    with pytest.raises(UserError, match=f"kind = '{kind}' must take") as caught:
         build_denoiser(preset, build_network(preset.model))
+    assert f"two_time = {str(not two_time).lower()}" in caught.value.hint
 
 
 @pytest.mark.slow
