@@ -25,6 +25,20 @@ from cmtool.system.devices import on_device, shapes_only
 from cmtool.system.dist import ALONE, Group
 from cmtool.system.parallel import shard
 
+SHARDED_FORWARD_MODE = (2, 14)
+"""The oldest PyTorch seen to differentiate sharded parameters through forward mode."""
+
+
+def check_sharded(preset: Preset) -> None:
+    """Raise UserError for what cannot be done with sharded models."""
+    if preset.train.compile:
+        what = "train.compile with run.sharding = 'fsdp': models are whole in parts only"
+        raise UserError(what, "leave one of them out")
+    if not method_row(preset).recomputes and torch.__version__ < SHARDED_FORWARD_MODE:
+        method = preset.loss.method.name
+        what = f"run.sharding = 'fsdp' with {method} fails in PyTorch {torch.__version__}"
+        raise UserError(what, "install PyTorch 2.14 or newer, or --set run.sharding=none")
+
 
 def build_state(
     preset: Preset,
@@ -43,9 +57,8 @@ def build_state(
     and for models that are to be sharded and compiled.
     """
     train = preset.train
-    if train.compile and group.mesh is not None:
-        what = "train.compile with run.sharding = 'fsdp': models are whole in parts only"
-        raise UserError(what, "leave one of them out")
+    if group.mesh is not None:
+        check_sharded(preset)
 
     def spread(model: Preconditioned) -> None:
         kinds = NETWORKS[preset.model.network.name].blocks

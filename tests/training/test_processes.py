@@ -11,6 +11,7 @@ from cmtool.data.batches import permutation
 from cmtool.formats.native import read_about, read_weights, write_weights
 from cmtool.models import ASSETS
 from cmtool.training.log import read_log
+from cmtool.training.state import SHARDED_FORWARD_MODE
 from tests import processes
 from tests.cli.conftest import TINY
 from tests.training.test_torchrun import EDM2, assert_alike, tensors
@@ -25,7 +26,8 @@ METHODS = {
         "--set", "loss.target=ema", "--set", "loss.curriculum.mu=0.9",
     ],
 }  # fmt: skip
-METHODS["cd, continuous and live"] = [
+LIVE = "cd, continuous and live"
+METHODS[LIVE] = [
     *METHODS["cd"][:-4], "--set", "loss.method=live_distillation", "--set", "loss.levels=ramp",
     "--set", "model.network.dropout=0.1",
 ]  # fmt: skip
@@ -218,7 +220,10 @@ def distances(one, two):
     return {kind: (apart / size) ** 0.5 for kind, (apart, size) in sums.items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+OLD = torch.__version__ < SHARDED_FORWARD_MODE  # then refused: test_state.py
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not (OLD and m == LIVE)])
 def test_sharded_models_are_trained_sampled_and_saved_as_replicated_ones(method, tmp_path):
     two, sharded = tmp_path / "two", tmp_path / "sharded"
     more = ["--set", "train.steps=7", "--precision", "fp32"]

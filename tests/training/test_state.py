@@ -1,9 +1,13 @@
 """What a run changes, built from a preset: a module that belongs to the method is part of it."""
 
+import pytest
+import torch
+
 from cmtool.core.methods import METHODS, MethodRow
+from cmtool.errors import UserError
 from cmtool.presets.toml import load_preset
 from cmtool.training.checkpoint import state_tensors
-from cmtool.training.state import build_state
+from cmtool.training.state import build_state, check_sharded
 from tests.core.test_methods import LogVariance, weighed
 
 WEIGHED = MethodRow(weighed, "consistency", owns=LogVariance)
@@ -18,3 +22,16 @@ def test_a_methods_module_is_in_optimizer_and_checkpoint(monkeypatch):
     assert state_tensors(state)["method"].keys() == {"line.weight", "line.bias"}
     names = state_tensors(state, fill_optimizer=True)["optimizer"]
     assert "method/line.bias.exp_avg" in names
+
+
+def test_what_sharded_models_cannot_do_is_told_before_the_run(monkeypatch):
+    forward_mode = load_preset("digits-scd")
+    with pytest.raises(UserError, match="in parts only"):
+        check_sharded(load_preset("digits-cd", {"train.compile": True}))
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.1+cpu"))
+    check_sharded(load_preset("digits-cd"))
+    with pytest.raises(UserError, match=r"scm_distillation fails in PyTorch 2\.13\.1") as caught:
+        check_sharded(forward_mode)
+    assert "2.14" in caught.value.hint
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.14.0"))
+    check_sharded(forward_mode)
