@@ -16,6 +16,7 @@ from cmtool.core.noise import Curriculum, Stage
 from cmtool.core.objective import LossBatch, Objective, Point
 from cmtool.core.paths import Draw, Drawn, PathPoints
 from cmtool.core.precond import Preconditioned
+from cmtool.core.rng import keyed_generator, seeded
 from cmtool.models import SCALINGS_OF, Model
 from cmtool.presets.build import (
     SAMPLING,
@@ -164,7 +165,8 @@ def random_images(preset: Preset, device: str) -> ImagesOf:
     shape = (preset.model.channels, *preset.model.image_size)
 
     def draws(size: int) -> Draw:
-        x0 = torch.rand(size, *shape, device=device) * 2 - 1
+        noise = torch.rand(size, *shape, generator=keyed_generator("images of a bench"))
+        x0 = noise.to(device) * 2 - 1
         labels = torch.zeros(size, dtype=torch.int64, device=device)
         classes = labels if preset.model.num_classes else None
         return lambda *_: (x0, classes)
@@ -188,7 +190,9 @@ def random_teacher(preset: Preset, device: str) -> Model | None:
     }
     model = ours.model_copy(update=update)
     card = Card(kind=kind, model=model, noise=preset.noise, sample=SAMPLING[kind])
-    f = on_device(build_denoiser(card, build_network(card.model)), device)
+    with seeded(keyed_generator("teacher of a bench")):
+        network = build_network(card.model)
+    f = on_device(build_denoiser(card, network), device)
     return Model(f.eval().requires_grad_(False), card, kind, RANDOM, "", "")
 
 
