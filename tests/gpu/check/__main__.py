@@ -122,7 +122,8 @@ def main(words: list[str] | None = None) -> int:
     if given.device.startswith("cuda") and not torch.cuda.is_available():
         print("error: torch sees no GPU\nhint: --device cpu --tiny", file=sys.stderr)
         return 2
-    print(f"missing packages: {', '.join(about['missing']) or 'none'}", flush=True)
+    for name, checks in missing().items():
+        print(f"missing: {name}, for the checks: {checks}", flush=True)
     warnings.filterwarnings("ignore")
     signal.signal(signal.SIGALRM, too_long)
     wanted = chosen(given)

@@ -6,9 +6,9 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -139,30 +139,22 @@ class Trial:
 Check = Callable[[Trial], None]
 
 
-def missing() -> list[str]:
-    """Return the packages that cmtool's training and commands import, and that are not here."""
-    from importlib.util import find_spec
+NEEDED = {
+    "numpy": "all", "pydantic": "all", "tomlkit": "all", "typing_extensions": "all",
+    "safetensors": "all", "PIL": "all", "filelock": "all", "msgpack": "all",
+    "matplotlib": "resume, quality", "jinja2": "resume, quality",
+    "typer": "commands", "rich": "commands",
+}  # fmt: skip
+"""Packages beside torch that cmtool imports, and for which checks."""
 
-    names = (
-        "numpy",
-        "pydantic",
-        "tomlkit",
-        "typing_extensions",
-        "safetensors",
-        "PIL",
-        "rich",
-        "typer",
-        "lpips",
-        "matplotlib",
-        "jinja2",
-        "filelock",
-        "requests",
-        "msgpack",
-    )
-    absent = []
-    for name in names:
-        with suppress(ImportError, ValueError):
-            if find_spec(name) is not None:
-                continue
-        absent.append(name)
-    return absent
+
+def missing() -> dict[str, str]:
+    """Return the packages that are not here, and the checks that want them."""
+
+    def is_here(name: str) -> bool:
+        try:
+            return find_spec(name) is not None
+        except (ImportError, ValueError):  # a module without a spec stands in for one
+            return False
+
+    return {name: checks for name, checks in NEEDED.items() if not is_here(name)}
