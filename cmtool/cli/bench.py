@@ -87,7 +87,7 @@ def _bench(
         if model is not None:
             say("note: no --teacher, so one with random weights stands in")
     data = _data(resolved.preset, model, is_named=options.data is not None)
-    images = data and _images_of(data, resolved.preset, device)
+    images = None if data is None else _images_of(data, resolved.preset, device)
     found = measured(resolved.preset, model, device, images=images, steps=steps, tell=_note)
     about = {
         "preset": name,

@@ -83,11 +83,13 @@ def bench(
     *,
     images: ImagesOf | None = None,
     steps: int | None = None,
+    tries: bool = True,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Figures:
     """Return what a preset costs on a device, by some steps of its training. Nothing is written.
 
-    `images` gives microbatches of the data set; random images stand in for it. Raises ResourceError
+    `images` gives microbatches of the data set; random images stand in for it. With `tries` a GPU
+    is given larger batches until its memory ends. Raises ResourceError
     where not even one image at a time fits, and UserError as a run does.
     """
     estimate, free = step_memory(preset, teacher, device), free_memory(device)
@@ -118,7 +120,7 @@ def bench(
         steady=_above(steady, before), reserved=reserved,
         estimate=None if estimate is None else estimate.of(timed.images),
     )  # fmt: skip
-    largest, is_tried = None, device.startswith("cuda") and not preset.train.compile
+    largest, is_tried = None, tries and device.startswith("cuda") and not preset.train.compile
     if is_tried:
         largest = timed.largest()
     elif estimate is not None and free is not None:

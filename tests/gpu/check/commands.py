@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import time
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from tests.gpu.check.trial import GIB, NotRun, Trial
 
 SAMPLERS = ("heun", "dpm2", "dpmpp_2m", "ancestral", "stochastic_heun")
 CD = ("-c", "digits-cd")
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(*words: str) -> tuple[int, str]:
     """Return the exit code of a command, and what it wrote to stderr; -1 for a traceback."""
     from cmtool.cli import main
 
-    told = io.StringIO()
+    told, before = io.StringIO(), {number: signal.getsignal(number) for number in HANDLED}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(told):
         try:
             main(list(words))
@@ -27,6 +29,9 @@ def run(*words: str) -> tuple[int, str]:
             return int(end.code or 0), told.getvalue()
         except Exception as error:
             return -1, f"{type(error).__name__}: {str(error)[:300]}"
+        finally:  # a command leaves its own, which would keep a signal from ending the check
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return 0, told.getvalue()
 
 

@@ -34,14 +34,16 @@ def speed(trial: Trial) -> None:
 def largest(trial: Trial) -> None:
     """The largest batch that fits, and the speed of ImageNet-64 CD with half of it."""
     name = "digits-cd" if trial.tiny else "imagenet64-cd-l2"
-    found = measured(trial, name, 4 if trial.tiny else 32)
+    found = measured(trial, name, 4 if trial.tiny else 32, tries=True)
     most = 4 if trial.tiny else int(found["most images at once"])
     trial.say(f"{name} bf16, most images at once", None, most)
     batch = max(most // 2, 1)
     trial.say(f"{name} bf16 batch {batch}", None, measured(trial, name, batch))
 
 
-def measured(trial: Trial, name: str, batch: int, **values: object) -> dict[str, Any]:
+def measured(
+    trial: Trial, name: str, batch: int, *, tries: bool = False, **values: object
+) -> dict[str, Any]:
     """Return the figures of `cmtool bench` for a preset, and its share of the peak of this run."""
     from cmtool.training import bench as benches
 
@@ -49,7 +51,7 @@ def measured(trial: Trial, name: str, batch: int, **values: object) -> dict[str,
     preset = trial.preset(name, train__accumulate=1, **given)
     trial.free()
     found = benches.bench(
-        preset, trial.teacher(preset), trial.device, steps=1 if trial.tiny else STEPS
+        preset, trial.teacher(preset), trial.device, steps=1 if trial.tiny else STEPS, tries=tries
     )
     rate = None if found.flops is None else found.flops / found.lap.whole
     figures = {
