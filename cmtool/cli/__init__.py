@@ -26,6 +26,7 @@ COMMANDS = {
     "train": ("train", "train"),
     "distill": ("train", "distill"),
     "compare": ("compare", "compare"),
+    "bench": ("bench", "bench"),
     "sample": ("sample", "sample"),
     "search": ("search", "search"),
     "edit": ("edit", "app"),
@@ -103,6 +104,7 @@ def with_homes(words: Sequence[str]) -> list[str]:
 LESS = {
     "train": "split the batch: --accumulate 2, or take a smaller network",
     "distill": "split the batch: --accumulate 2, or take a smaller network",
+    "bench": "split the batch: --accumulate 2, or take a smaller network",
     "edit": "give a smaller picture, or fewer at once",
 }
 """What a command can do to take less memory, where it is not --batch."""

@@ -137,7 +137,8 @@ def _meant(option: str, value: str, options: Sequence[str]) -> Sequence[str]:
             words = meant(value)
         except ValueError:
             continue
-        takes_preset = words[0] != "--set" or "--dry-run" in options  # --set is of samplers too
+        # --set is of samplers too
+        takes_preset = words[0] != "--set" or not {"--dry-run", "--price"}.isdisjoint(options)
         if words[0] in options and takes_preset:
             return words
     return ()

@@ -66,7 +66,7 @@ def _train(
     from cmtool.presets.toml import is_method_preset
 
     start = _starting_model(options, init)
-    name = preset or _default_preset(options, start)
+    name = preset or default_preset(options, start)
     resolved = options.resolve(name)
     if needs_teacher(resolved.preset):
         what = f"preset {name} needs a teacher, and cmtool train takes none"
@@ -75,7 +75,7 @@ def _train(
         data = resolved.preset.data
         if not data.path:
             raise UserError(f"preset {name} names no images", "add --data DIR: your images")
-        resolved = _fitted(options, name, data.path, images=data, start=start)
+        resolved = fitted(options, name, data.path, images=data, start=start)
     _run(options, name, resolved, None, start)
 
 
@@ -86,7 +86,7 @@ SHARE_OF_TIME = 0.85
 """What the steps of a fitted preset take of --max-time; samples and checkpoints take some too."""
 
 
-def _default_preset(options: RunOptions, start: Model | None) -> str:
+def default_preset(options: RunOptions, start: Model | None) -> str:
     """Return the preset of a training for which none is named: by its images."""
     if start is not None:
         return "edm" if start.kind == "teacher" else "ict"
@@ -117,7 +117,7 @@ def _of_other(options: RunOptions, command: str, preset: str, what: str) -> User
     return UserError(what, f"cmtool {command} --out {out} --resume{more}")
 
 
-def _fitted(
+def fitted(
     options: RunOptions,
     name: str,
     to: str,
@@ -198,7 +198,7 @@ def _distill(
     start = _starting_model(options, init)
     name = preset or _preset_for(options, model)
     if not options.stored and is_method_preset(name):
-        resolved = _fitted(options, name, f"the teacher {teacher}", teacher=model)
+        resolved = fitted(options, name, f"the teacher {teacher}", teacher=model)
     else:
         resolved = with_teacher(_on_its_images(options, name, model), model)
     _run(options, name, resolved, model, start)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,29 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from cmtool.core.networks import NETWORKS
-from cmtool.core.paths import PathPoints
 from cmtool.errors import ResourceError, UserError
 from cmtool.models import Model
-from cmtool.presets.build import (
-    build_curriculum,
-    build_method,
-    build_objective,
-    build_source,
-    can_recompute,
-)
+from cmtool.presets.build import can_recompute
 from cmtool.presets.schema import Preset
-from cmtool.system.devices import HALF, best_precision, free_memory, synchronise
+from cmtool.system.devices import HALF, free_memory
 from cmtool.system.dist import Group
-from cmtool.training.fit import fit
-from cmtool.training.state import build_state, fit_settings, recompute_activations
+from cmtool.training.laps import short_laps
+from cmtool.training.state import recompute_activations
 from cmtool.training.utilisation import ShapesOfStep, shapes_of_step
 
 MOMENTS = 2
 """Tensors that an optimizer keeps for each parameter."""
 PROBE = 16
 """Images of a step that is timed."""
-MOST_TIMED_STEPS = 10_000
-"""Steps that may be timed in a row."""
 GIB = 1 << 30
 
 
@@ -131,38 +121,13 @@ def check_memory(preset: Preset, teacher: Model | None, device: str, group: Grou
 def seconds_a_step(preset: Preset, teacher: Model | None, device: str) -> float:
     """Return the seconds that a step takes on a device, from three short ones.
 
-    They take PROBE images each; a step of more takes as many times longer.
+    They take PROBE images each; a step of more takes as many times longer, but for its update.
     """
     images = min(preset.train.batch, PROBE)
-    laps = list(itertools.islice(step_times(preset, teacher, device, images), 3))
-    return min(laps[1:]) * preset.train.batch / images
+    found = list(itertools.islice(short_laps(preset, teacher, device, images), 3))
+    return min(lap.of(preset.train.batch / images).whole for lap in found[1:])
 
 
 def step_times(preset: Preset, teacher: Model | None, device: str, images: int) -> Iterator[float]:
-    """Yield the seconds of one step after another, of so many random images; the first is slow.
-
-    A step that takes points of a teacher's paths has its share of walking them.
-    """
-    precision = preset.train.precision
-    short = {
-        "batch": images, "accumulate": 1, "steps": MOST_TIMED_STEPS, "compile": False,
-        "precision": best_precision(device) if precision == "auto" else precision,
-    }  # fmt: skip
-    preset = preset.model_copy(update={"train": preset.train.model_copy(update=short)})
-    x0 = torch.rand(images, preset.model.channels, *preset.model.image_size, device=device) * 2 - 1
-    labels = torch.zeros(images, dtype=torch.int64, device=device)
-    classes = labels if preset.model.num_classes else None
-    state = build_state(preset, teacher, device)
-    objective = build_objective(preset, teacher.f if teacher else None, device)
-    curriculum, settings = build_curriculum(preset), fit_settings(preset)
-    draw = build_source(preset, lambda *_: (x0, classes), teacher.f if teacher else None)
-    first, share, began = 0.0, 0.0, time.perf_counter()
-    steps = fit(state, objective, draw, curriculum, settings, build_method(preset).before)
-    for number, _ in enumerate(steps):
-        synchronise(device)
-        lap = time.perf_counter() - began
-        first = first or lap
-        if number == 1 and isinstance(draw, PathPoints):
-            share = max(first - lap, 0.0) / draw.points
-        yield lap + share
-        began = time.perf_counter()
+    """Yield the seconds of one step after another, of so many random images; the first is slow."""
+    yield from (lap.whole for lap in short_laps(preset, teacher, device, images))

@@ -17,6 +17,7 @@ from cmtool.presets.toml import Resolved, flat, load_preset, packaged_value, res
 from cmtool.system.devices import free_memory
 from cmtool.system.text import printable
 from cmtool.training.cost import fitting_parts, seconds_a_step, step_memory
+from cmtool.training.laps import random_teacher
 from cmtool.training.start import with_teacher
 
 Layers = Mapping[str, Mapping[str, Any]]
@@ -299,8 +300,9 @@ def planned(
         "run.eval_metric": distance_of(preset),
         **layers.get("the images", {}),
     }
+    guide = teacher or random_teacher(preset, device)
     if not any("train.steps" in layer for layer in own.values()):
-        seconds = seconds_a_step(preset, teacher, device)
+        seconds = seconds_a_step(preset, guide, device)
         is_free = teacher is None and start is None
         if is_free and not any("train.batch" in layer for layer in own.values()):
             times = fewer_images(preset.train.batch, wish.hours * 3600 / seconds)
@@ -314,7 +316,7 @@ def planned(
         values = scaled(load_preset(name), steps, steps * preset.train.batch)
         own_pace = {key: value for key, value in values.items() if not key.startswith("run.")}
         layers[f"{steps:,} steps"] = own_pace
-    parts = parts_of_batch(preset, teacher, device)
+    parts = parts_of_batch(preset, guide, device)
     layers |= {"memory at hand": {"train.accumulate": parts}} if parts > 1 else {}
     return resolved(), layers
 
