@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from threading import Lock
@@ -21,13 +20,14 @@ from cmtool.core import samplers
 from cmtool.core.edits import Edit, none_at_first, while_above
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import SeededNoise, seeded_labels
-from cmtool.core.tensors import identity
+from cmtool.core.tensors import identity, to_device
 from cmtool.core.types import Denoiser, RandnLike
 from cmtool.errors import InputError, UserError, nearest
 from cmtool.models import Model
 from cmtool.presets.build import build_curriculum, build_sampler, noise_range
 from cmtool.presets.schema import Card, Choice, Preset
 from cmtool.system.devices import autocast
+from cmtool.system.room import in_room
 from cmtool.system.threads import side_by_side
 
 Sigmas = Sequence[float] | None
@@ -145,17 +145,6 @@ def grid_size(preset: Card) -> int:
     return PUBLISHED_GRID
 
 
-@contextmanager
-def evaluating(f: Preconditioned) -> Iterator[None]:
-    """Put a model that is being trained into eval mode inside the block."""
-    before = f.training
-    f.eval()
-    try:
-        yield
-    finally:
-        f.train(before)
-
-
 def computing_in(f: Denoiser, precision: str, device: torch.device | str) -> Denoiser:
     """Return a model whose convolutions and products are in fp32, bf16 or fp16."""
     if precision == "fp32":
@@ -174,12 +163,13 @@ def steady(
 ) -> Denoiser:
     """Return a model whose answer for an image does not depend on the batch it is in, on a CPU.
 
-    On a GPU it depends on the size of the batch, in the last bits of a float. Chunks of several
-    small images go side by side, each on one core. `network` is what f calls.
+    On a GPU it depends on the size of the batch, in the last bits of a float, and the network sees
+    as many images at once as there is room for. On a CPU chunks of several small images go side by
+    side, each on one core. `network` is what f calls.
     """
     chunk = chunk_size(size, device)
     if chunk is None:
-        return f
+        return in_room(f, network, size)
     if chunk == 1:
         return samplers.in_chunks(f, chunk)
     is_light = sum(p.numel() for p in network.parameters()) * chunk * math.prod(size) < LIGHT
@@ -323,9 +313,10 @@ def generate(
     shape = (preset.model.channels, *preset.model.image_size)
     for start in range(0, len(seeds), batch):
         part = seeds[start : start + batch]
-        given = None if labels is None else labels[start : start + batch].to(device)
+        given = None if labels is None else labels[start : start + batch]
         if given is None and preset.model.num_classes:
-            given = seeded_labels(part, preset.model.num_classes).to(device)
+            given = seeded_labels(part, preset.model.num_classes)
+        given = None if given is None else to_device(given, device)
         init = torch.zeros(len(part), *shape, device=device)
         own, sigma_min = noise or SeededNoise(part), preset.noise.sigma_min
         yield _finite(draw(denoiser, init, chosen.sigmas, own, sigma_min=sigma_min, labels=given))

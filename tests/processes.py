@@ -4,8 +4,9 @@
 "fault", "patience", "bare"}: the jobs run one after the other, and the last line on stdout says for
 each its exit codes by rank, and the seconds between the first end and the last. `others` are more
 arguments of all ranks but the first. A fault is [name, rank, step]: it befalls that rank before
-that step. When a process ends and the others do not within `patience` seconds, they are killed, as
-torchrun does after 30. `bare` runs leave out reports and the look at memory.
+that step; that of a rank that is `late` takes 8 seconds. `uncompiled` runs compile nothing. When a
+process ends and the others do not within `patience` seconds, they are killed, as torchrun does
+after 30. `bare` runs leave out reports and the look at memory.
 """
 
 import contextlib
@@ -50,7 +51,13 @@ def slow_disk():
     checkpoint.write_checkpoint = slowly
 
 
+def late():
+    FAULTS["late"] = lambda: None  # once, as a compiler that then has done its work
+    time.sleep(8)
+
+
 FAULTS = {
+    "late": late,
     "boom": boom,
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "slow disk": slow_disk,
@@ -112,6 +119,8 @@ def start(job, rank, port):
             forbid_writing(job["arguments"][job["arguments"].index("--out") + 1], spared)
         if job.get("bare"):
             hasten(pytest.MonkeyPatch())
+        if job.get("uncompiled"):
+            torch.nn.Module.compile = lambda _: None
         if job.get("stream"):
             data.MAX_IN_MEMORY = data.MAX_CHECKED = 0
         name, where, step = job.get("fault") or (None, None, None)

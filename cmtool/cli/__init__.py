@@ -101,13 +101,19 @@ def with_homes(words: Sequence[str]) -> list[str]:
     ]
 
 
+_SPLIT = "split the batch: --accumulate 2, or take a smaller network"
+_FEWER = "use a smaller --batch, a smaller network, or --device cpu"
 LESS = {
-    "train": "split the batch: --accumulate 2, or take a smaller network",
-    "distill": "split the batch: --accumulate 2, or take a smaller network",
-    "bench": "split the batch: --accumulate 2, or take a smaller network",
+    "train": _SPLIT,
+    "distill": _SPLIT,
+    "bench": _SPLIT,
+    "compare": "take fewer images a step: --set train.batch=16, or a smaller network",
     "edit": "give a smaller picture, or fewer at once",
+    "sample": _FEWER,
+    "eval": _FEWER,
+    "search": _FEWER,
 }
-"""What a command can do to take less memory, where it is not --batch."""
+"""What a command can do to take less memory."""
 
 
 @contextmanager
@@ -126,7 +132,7 @@ def telling_of_memory(command: str) -> Iterator[None]:
 
             if not is_out_of_memory(error):
                 raise
-        hint = LESS.get(command, "use a smaller --batch, or smaller images")
+        hint = LESS.get(command, "end programs that take memory, or use a machine with more")
         full = ResourceError("out of memory", hint)
         full.rank = processes()[0]
         raise full from None

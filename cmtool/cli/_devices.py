@@ -42,8 +42,9 @@ def pick_device(name: str) -> str:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
     has_mps = torch.backends.mps.is_available()
+    is_given = num_gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
     try:
-        chosen = own_device(name, num_gpus, local_rank, local_size, has_mps)
+        chosen = own_device(name, num_gpus, local_rank, local_size, has_mps, is_given=is_given)
         _check_device(chosen)
     except UserError as error:
         error.rank = processes()[0] if local_rank == 0 else None
@@ -52,11 +53,20 @@ def pick_device(name: str) -> str:
 
 
 def own_device(
-    name: str, num_gpus: int, local_rank: int, local_size: int, has_mps: bool = False
+    name: str,
+    num_gpus: int,
+    local_rank: int,
+    local_size: int,
+    has_mps: bool = False,
+    *,
+    is_given: bool = False,
 ) -> str:
     """Return the device that --device means for one of `local_size` processes on a machine.
 
-    Raises UserError for one GPU named for several processes, ResourceError for too few GPUs.
+    `is_given` says that this process sees one GPU because its launcher chose it, as Slurm does
+    with --gpus-per-task=1: then it is taken, and processes that got the same one find that out
+    when they join. Raises UserError for one GPU named for several processes, ResourceError for too
+    few GPUs.
     """
     if name == "auto":
         name = "cuda" if num_gpus else "mps" if has_mps and local_size == 1 else "cpu"
@@ -65,6 +75,8 @@ def own_device(
     if name != "cuda":
         hint = "give cuda: each process takes its own GPU"
         raise UserError(f"--device {name} for {local_size} processes", hint)
+    if is_given:
+        return "cuda:0"
     if local_size > num_gpus:
         fewer = f"torchrun --nproc-per-node {num_gpus}, and --accumulate to keep the batch"
         hint = fewer if num_gpus else "use --device cpu"

@@ -91,7 +91,12 @@ SamplerOptions = Annotated[
     Option("--set", help="An option of the sampler, such as s_churn=40; repeatable."),
 ]
 Batch = Annotated[
-    int, Option(min=1, help="Images per network call. It does not change the images.")
+    int,
+    Option(
+        min=1,
+        help="Images drawn at a time; on a GPU the network sees as many of them at once as there is"
+        " room for. It does not change the images.",
+    ),
 ]
 ModelPreset = Annotated[
     str | None,

@@ -90,7 +90,7 @@ def colorize(gray: Tensor) -> Edit:
     The answer is (B, 3, H, W), its luma 0.2989 R + 0.5870 G + 0.1140 B. The component along the
     luma's weights is put back; the two that are orthogonal to it are generated.
     """
-    weights = gray.new_tensor(LUMA).reshape(3, 1, 1)
+    weights = luma_weights(gray)
     along = weights / weights.square().sum()
 
     def project(x0: Tensor) -> Tensor:
@@ -242,7 +242,12 @@ def interpolate(noise_a: Tensor, noise_b: Tensor, weights: Tensor) -> Tensor:
 
 def luma(image: Tensor) -> Tensor:
     """Return 0.2989 R + 0.5870 G + 0.1140 B of (B, 3, H, W) as (B, 1, H, W)."""
-    return (image * image.new_tensor(LUMA).reshape(3, 1, 1)).sum(1, keepdim=True)
+    return (image * luma_weights(image)).sum(1, keepdim=True)
+
+
+def luma_weights(image: Tensor) -> Tensor:
+    """Return LUMA as (3, 1, 1) beside an image, made on its device: nothing is sent there."""
+    return torch.stack([image.new_full((1, 1), weight) for weight in LUMA])
 
 
 def block_means(image: Tensor, factor: int) -> Tensor:

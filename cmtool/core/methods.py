@@ -262,6 +262,8 @@ class MethodRow(NamedTuple):
     """The distance must have a second derivative where both images are equal."""
     recomputes: bool = True
     """train.checkpoint_activations may be on; forward mode through a backward pass forbids it."""
+    shares_masks: bool = True
+    """Student and target see the same dropout masks, where there are any."""
     warps: bool = False
     """Its training images may be warped (data.augment), and the network is told how."""
     teacher_kind: Kind = "teacher"
@@ -287,114 +289,73 @@ _LEARNED_WEIGHT = (
 )
 METHODS: dict[str, MethodRow] = {
     "denoising": MethodRow(
-        denoising,
-        "teacher",
-        targets=("none",),
-        warps=True,
+        denoising, "teacher", targets=("none",), shares_masks=False, warps=True,
         good_loss="The loss falls fast at first, then ever more slowly, and never reaches 0: noise"
         " cannot be guessed. Samples still improve when the curve looks flat.",
     ),
     "uncertain_denoising": MethodRow(
-        uncertain_denoising,
-        "teacher",
-        targets=("none",),
-        owns=LogVariance,
+        uncertain_denoising, "teacher", targets=("none",), shares_masks=False, owns=LogVariance,
         good_loss="The loss falls fast at first, then ever more slowly. It is a log-likelihood and"
         " may be negative. Samples still improve when the curve looks flat.",
     ),
     "consistency_training": MethodRow(
-        consistency_training,
-        "consistency",
+        consistency_training, "consistency",
         good_loss="The loss falls and flattens while the levels of a pair stay as far apart. Where"
         " the grid gets finer (N grows, or a new stage begins) it may step up or down, as it is"
         " another loss then: compare it within a stage, and the samples across stages.",
     ),
     "consistency_distillation": MethodRow(
-        consistency_distillation,
-        "consistency",
-        needs_teacher=True,
+        consistency_distillation, "consistency", needs_teacher=True,
         good_loss="The loss falls fast at first and then flattens. It may rise a little later, as"
         " the target becomes sharper: then judge by the samples, or by a metric.",
     ),
     "progressive_distillation": MethodRow(
-        progressive_distillation,
-        "teacher",
-        needs_teacher=True,
-        targets=("previous",),
+        progressive_distillation, "teacher", needs_teacher=True, targets=("previous",),
+        shares_masks=False,
         good_loss="The loss falls within each stage. It jumps up where a stage begins, as the"
         " student then learns to do two steps in one anew, and its floor rises with each stage.",
     ),
     "continuous_training": MethodRow(
-        continuous_training,
-        "consistency",
-        targets=("student",),
-        needs_curvature=True,
+        continuous_training, "consistency", targets=("student",), needs_curvature=True,
         good_loss=_CONTINUOUS,
     ),
     "continuous_distillation": MethodRow(
-        continuous_distillation,
-        "consistency",
-        needs_teacher=True,
-        targets=("student",),
+        continuous_distillation, "consistency", needs_teacher=True, targets=("student",),
         needs_curvature=True,
         good_loss=_CONTINUOUS,
     ),
     "live_distillation": MethodRow(
-        live_distillation,
-        "consistency",
-        needs_teacher=True,
-        targets=("student",),
-        recomputes=False,
+        live_distillation, "consistency", needs_teacher=True, targets=("student",),
+        shares_masks=False, recomputes=False,
         good_loss="The loss falls and flattens: it is the squared change of the model along the"
         " teacher's path, and 0 for a model that is consistent.",
     ),
     "scm_training": MethodRow(
-        scm_training,
-        "consistency",
-        targets=("student",),
-        recomputes=False,
-        owns=LinearLogVariance,
+        scm_training, "consistency", targets=("student",), recomputes=False, owns=LinearLogVariance,
         good_loss=_LEARNED_WEIGHT,
     ),
     "scm_distillation": MethodRow(
-        scm_distillation,
-        "consistency",
-        needs_teacher=True,
-        targets=("student",),
-        recomputes=False,
+        scm_distillation, "consistency", needs_teacher=True, targets=("student",), recomputes=False,
         owns=LinearLogVariance,
         good_loss=_LEARNED_WEIGHT,
     ),
     "truncated_training": MethodRow(
-        truncated_training,
-        "consistency",
-        targets=("student",),
-        teacher_kind="consistency",
+        truncated_training, "consistency", targets=("student",), teacher_kind="consistency",
         good_loss=_STAGES,
     ),
     "mid_training": MethodRow(
-        mid_training,
-        "consistency",
-        needs_teacher=True,
-        targets=("none",),
+        mid_training, "consistency", needs_teacher=True, targets=("none",), shares_masks=False,
         source="paths",
         good_loss="The loss falls fast at first, then slowly: it is how far the model is from the"
         " ends of the teacher's paths, and does not depend on the model itself.",
     ),
     "mean_flow": MethodRow(
-        mean_flow,
-        "flow map",
-        targets=("student",),
-        recomputes=False,
+        mean_flow, "flow map", targets=("student",), recomputes=False,
         good_loss="The loss stays nearly level: each image's is divided by a power of itself. Judge"
         " by the samples or a metric.",
     ),
     "adaptive_training": MethodRow(
-        adaptive_training,
-        "consistency",
-        targets=("student",),
-        owns=Grid,
-        before=own_grid,
+        adaptive_training, "consistency", targets=("student",), owns=Grid, before=own_grid,
         good_loss=_STAGES,
     ),
-}
+}  # fmt: skip

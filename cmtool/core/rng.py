@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor
 
+from cmtool.core.tensors import to_device
+
 
 def keyed_generator(*key: int | str) -> Generator:
     """Return a CPU generator whose stream is a function of the key and of nothing else.
@@ -40,7 +42,7 @@ class SeededNoise:
     def __call__(self, like: Tensor) -> Tensor:
         """Return unit noise of the shape of `like` (B, C, H, W), B the number of seeds."""
         rows = [torch.randn(like.shape[1:], generator=g) for g in self.generators]
-        return torch.stack(rows).to(like)
+        return to_device(torch.stack(rows).to(like.dtype), like.device)
 
 
 def seeded_labels(seeds: Sequence[int], num_classes: int) -> Tensor:

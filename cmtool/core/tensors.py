@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -39,8 +40,11 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def level(sigma: float | Tensor, like: Tensor) -> Tensor:
-    """Return one noise level for a whole batch: (B,) float64 on the device of `like`."""
-    value = torch.as_tensor(sigma, dtype=precise(like.device), device=like.device)
+    """Return one noise level for a whole batch: (B,) float64 on the device of `like`.
+
+    It is made there: a number that is sent would be waited for.
+    """
+    value = torch.full((), float(sigma), dtype=precise(like.device), device=like.device)
     return value.expand(like.shape[0])
 
 
@@ -69,7 +73,8 @@ def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
     if tensor.dtype == torch.float64:
         tensor = tensor.to(precise(device))
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
+        with suppress(RuntimeError):  # no page-locked memory is left: the copy is waited for
+            tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 

@@ -23,7 +23,8 @@ from cmtool.evaluation.sets import OnProgress, Setup, collect, extract
 from cmtool.evaluation.takes import Takes, parsed
 from cmtool.presets.build import pick
 from cmtool.presets.schema import Choice, Preset
-from cmtool.sampling import OnDrawn, evaluating, plan
+from cmtool.sampling import OnDrawn, plan
+from cmtool.system.compiled import evaluating
 from cmtool.system.dist import ALONE, Group
 
 BATCH = 256

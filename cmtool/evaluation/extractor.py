@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cmtool.core.tensors import chunks_of
+from cmtool.core.tensors import chunks_of, to_device
 from cmtool.errors import InputError
+from cmtool.system.devices import full_float32
 
 
 class Extractor(NamedTuple):
@@ -53,13 +54,16 @@ class Extractor(NamedTuple):
         """Return features (B, width) of images (B, 3 or 1, H, W) uint8, on the device.
 
         The network always sees `chunk` images, so that the features of an image do not depend on
-        the others. Raises InputError for images that are neither RGB nor grey.
+        the others. It never computes in TF32, which would make another number on a GPU. Raises
+        InputError for images that are neither RGB nor grey.
         """
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         if images.shape[1] != 3:
             raise InputError(f"images of {images.shape[1]} channels", "give RGB or grey ones")
-        parts = [self.network(part.to(self.device)) for part in chunks_of(images, self.chunk)]
+        with full_float32():
+            chunks = chunks_of(images, self.chunk)
+            parts = [self.network(to_device(part, self.device)) for part in chunks]
         return torch.cat(parts)[: len(images)]
 
 

@@ -26,7 +26,7 @@ from cmtool.evaluation.inception import WIDTH, clean_resized, folded, tf_resized
 from cmtool.evaluation.own import Own, own_extractor
 from cmtool.evaluation.takes import Takes
 from cmtool.evaluation.vit import clip_image, dinov2
-from cmtool.system.devices import autocast, full_float32, on_device
+from cmtool.system.devices import autocast, on_device
 from cmtool.system.files import file_sha256
 from cmtool.weights import PUBLISHED, Published
 
@@ -80,7 +80,7 @@ def inception_extractor(
     def features(images: Tensor) -> Tensor:
         x = (resized(images.float()) - 128) / 128
         x = x.contiguous(memory_format=torch.channels_last)
-        with full_float32(), autocast(x.device.type, precision):
+        with autocast(x.device.type, precision):
             return torch.as_tensor(network(x)).flatten(1).float()
 
     return Extractor(
@@ -136,8 +136,7 @@ def vit_extractor(kind: str, path: Path, sha256: str, *, device: str = "cpu") ->
     network = on_device(network, device).eval()
 
     def features(images: Tensor) -> Tensor:
-        with full_float32():
-            return torch.as_tensor(network(takes(images))).float()
+        return torch.as_tensor(network(takes(images))).float()
 
     chunk = 8 if device == "cpu" else 64
     return Extractor(name, sha256, width, features, None, chunk, device, str(takes), file=path)

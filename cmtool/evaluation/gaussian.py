@@ -30,29 +30,42 @@ class GaussianSums:
 
     Features are taken as multiples of 2^-24 below 2^14, in two digits of 19 bits; sums of products
     of digits fit int64. Neither batches, processes nor the order of images change a bit, and
-    memory does not grow with the number of images.
+    memory does not grow with the number of images. The sums are where the features are: a GPU is
+    waited for once, at the end.
     """
 
     def __init__(self, width: int) -> None:
         self.num = 0
+        self.is_sound = torch.ones((), dtype=torch.bool)
         shapes = [(width,)] * 2 + [(width, width)] * 3
         self.sums = [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
         """Of the digits (high, low), and of their products (high high, high low, low low)."""
 
     def add(self, features: Tensor) -> None:
-        """Add features (B, D). Raises InputError for what is not finite, or not below 2^14."""
+        """Add features (B, D). Raises InputError for what is not finite, or not below 2^14.
+
+        Of features on a GPU `check` raises it.
+        """
+        self.is_sound = self.is_sound.to(features.device)
+        self.sums = [total.to(features.device) for total in self.sums]
         for rows in features.detach().double().split(MAX_ROWS):
             units = (rows * UNITS).round()
-            if not bool((units.abs() < DIGIT**2).all()):  # NaN is not, either
-                what = "the features are not finite, or above 16,384"
-                hint = "look at the feature network: its outputs must be finite and below 16,384"
-                raise InputError(what, hint)
+            self.is_sound &= (units.abs() < DIGIT**2).all()  # NaN is not below it, either
+            if features.device.type == "cpu":
+                self.check()
             high = (units / DIGIT).round()
             low = units - high * DIGIT
             parts = (high.sum(0), low.sum(0), high.T @ high, high.T @ low, low.T @ low)
             self.num += len(rows)
             for total, part in zip(self.sums, parts, strict=True):
-                total += part.long().cpu()
+                total += part.long()
+
+    def check(self) -> None:
+        """Raise InputError if what was added is not finite, or not below 2^14."""
+        if not bool(self.is_sound):
+            what = "the features are not finite, or above 16,384"
+            hint = "look at the feature network: its outputs must be finite and below 16,384"
+            raise InputError(what, hint)
 
     def add_others(self, total: Callable[[Tensor], Tensor]) -> None:
         """Add the sums of the other processes: `total` returns the sum over all of them."""
@@ -60,11 +73,15 @@ class GaussianSums:
         self.sums = [total(part) for part in self.sums]
 
     def gaussian(self) -> Gaussian:
-        """Return mean and covariance (over N - 1). Raises InputError for fewer than 2 images."""
+        """Return mean and covariance (over N - 1), on the CPU.
+
+        Raises InputError for fewer than 2 images, and where `check` does.
+        """
+        self.check()
         if self.num < 2:
             hint = "give 2 or more; statistics of fewer than 1,000 mean little"
             raise InputError(f"{self.num} image{'s' * (self.num != 1)} to evaluate", hint)
-        high, low, high_high, high_low, low_low = self.sums
+        high, low, high_high, high_low, low_low = (total.cpu() for total in self.sums)
         n = self.num
         # both digits less a whole number near their mean, still without rounding
         a, b = ((digit.double() / n).round().long() for digit in (high, low))

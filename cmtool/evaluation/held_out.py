@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,8 +28,10 @@ from cmtool.presets.build import (
     noise_range,
 )
 from cmtool.presets.schema import Preset
-from cmtool.sampling import OnDrawn, evaluating
+from cmtool.sampling import OnDrawn
+from cmtool.system.compiled import evaluating
 from cmtool.system.dist import Group
+from cmtool.system.room import in_room
 
 CHUNK = 32
 """Images that the network sees at once: the noise of an image depends on its place among them."""
@@ -54,6 +57,8 @@ def held_out_loss(
     networks drop nothing out and compute in fp32.
     """
     method, levels, _ = build_method(preset)
+    roomy = partial(_roomy, size=preset.model.image_size, device=device)
+    teacher = None if teacher is None else roomy(teacher)
     guide = teacher if method_row(preset).needs_teacher else None
     objective = make_objective(method, levels, noise_range(preset), teacher=guide)
     parts, last = measured(held, most).split(CHUNK), last_stage(preset)
@@ -73,7 +78,7 @@ def held_out_loss(
         generator = keyed_generator("held out", number)
         with torch.no_grad():
             found, _ = objective(models, x0, labels, stage, generator, *point)
-        return [float(value) for value in found]
+        return list(found.tolist())
 
     def mine(models: Models, group: Group, on_drawn: OnDrawn | None) -> dict[int, list[float]]:
         """Return the losses of this process's parts; every process calls the networks as often."""
@@ -91,11 +96,18 @@ def held_out_loss(
         assert isinstance(models.student, Preconditioned)
         assert isinstance(models.target, Preconditioned)
         with evaluating(models.student), evaluating(models.target):
-            own = group.together(lambda: mine(models, group, on_drawn), f"held out {step}")
+            fitting = models._replace(student=roomy(models.student), target=roomy(models.target))
+            own = group.together(lambda: mine(fitting, group, on_drawn), f"held out {step}")
         every = [value for part in group.gather(own) for some in part.values() for value in some]
         return math.fsum(every) / len(every) if all(map(math.isfinite, every)) else math.nan
 
     return loss
+
+
+def _roomy(f: Denoiser, *, size: tuple[int, int], device: str) -> Denoiser:
+    """Return a model that a GPU shows no more images at once than it has room for."""
+    assert isinstance(f, Preconditioned)
+    return f if torch.device(device).type == "cpu" else in_room(f, f, size)
 
 
 def last_stage(preset: Preset) -> Stage:

@@ -129,14 +129,16 @@ def extract(
 
     def take_all() -> None:
         for images in _regrouped(batches, extractor.chunk):
+            on_cpu = images.cpu()  # before the features are queued, so that it waits for none
             features = extractor(images)
             if needs.gaussian:
                 sums.add(features)
             if needs.rows:
                 kept.append(features.cpu())
-            hashes.extend(map(_hash, images.cpu()))
+            hashes.extend(map(_hash, on_cpu))
             if setup.progress is not None:
                 setup.progress(side, len(hashes), total)
+        sums.check()
 
     group.together(take_all, f"features of {side} {setup.turn}")
     everyone = [mark for part in group.gather(hashes) for mark in part]

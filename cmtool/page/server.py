@@ -27,9 +27,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cmtool.errors import BusyError, InputError, UserError
+from cmtool.errors import BusyError, InputError, ResourceError, UserError
 from cmtool.page.asked import Asked, AskedEdit, AskedHarm, AskedMorph, AskedSamples
 from cmtool.page.desk import Answer, Desk, Interrupted
+from cmtool.system.devices import is_out_of_memory
 
 STATIC = Path(__file__).parent / "static"
 FILES = {
@@ -219,7 +220,8 @@ def build(desk: Desk, hosts: set[str] | None, key: str = "") -> Guard:
     app = Starlette(
         routes=[Mount(f"/{key}", routes=list(routes))] if key else routes,
         exception_handlers={
-            UserError: _user_error, HTTPException: _http_error, Exception: _our_mistake,
+            UserError: _user_error, HTTPException: _http_error, RuntimeError: _no_memory,
+            Exception: _our_mistake,
         },
     )  # fmt: skip
     return Guard(app, desk, hosts)
@@ -311,6 +313,13 @@ async def _http_error(_: Request, error: Exception) -> Response:
     what = {404: "there is nothing of this name", 405: "not by this method"}
     shown = UserError(what.get(error.status_code, error.detail), "load the page again")
     return _error(shown, error.status_code)
+
+
+async def _no_memory(_: Request, error: Exception) -> Response:
+    if not is_out_of_memory(error):
+        raise error
+    hint = "give a smaller picture, or ask for fewer variations"
+    return _error(ResourceError("out of memory", hint), 503)
 
 
 async def _our_mistake(_: Request, __: Exception) -> Response:

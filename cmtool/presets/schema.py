@@ -233,6 +233,10 @@ class TrainSection(Section):
         description="precision of the networks; auto is bf16 where the device computes in it",
     )
     compile: bool = Field(False, description="torch.compile; a minute or more, for GPUs")
+    deterministic: bool = Field(
+        False,
+        description="the same bits on a GPU each time, also after a resume; slower",
+    )
     checkpoint_activations: bool = Field(
         False, description="compute residual blocks again in the backward pass: less memory"
     )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.distributed import DistStoreError, Store  # type: ignore[attr-defined]
 
-from cmtool.errors import UserError
+from cmtool.errors import ResourceError, UserError
 
 Facts = Mapping[str, Any]
+T = TypeVar("T")
 HINT = "start all processes with the same command, files and version of cmtool"
 PARTING = timedelta(seconds=10)
 """Time for the others to hear of a difference before the leading process, and its store, ends."""
@@ -31,18 +32,42 @@ def check_over_store(store: Store, rank: int, world_size: int, facts: Facts) -> 
 
     This needs no process group: processes that differ might not even come to make the same one.
     """
-    store.set(f"facts/{rank}", json.dumps(facts))
+    if told := _judged(store, rank, world_size, "difference", facts, difference):
+        raise UserError(told, HINT)
+
+
+def check_apart(store: Store, rank: int, world_size: int, name: str) -> None:
+    """Raise ResourceError in all processes if two have one GPU, which has the same `name`.
+
+    "" is no GPU.
+    """
+    if told := _judged(store, rank, world_size, "sharing", name, sharing):
+        raise ResourceError(told, "give each process a GPU of its own, or start fewer processes")
+
+
+def _judged(
+    store: Store, rank: int, world_size: int, what: str, own: T, judge: Callable[[list[T]], str]
+) -> str:
+    """Return what the leading process finds in what the processes say, by rank; "" for nothing."""
+    store.set(f"{what}/of/{rank}", json.dumps(own))
     if rank == 0:
-        found = [json.loads(store.get(f"facts/{each}")) for each in range(world_size)]
-        store.set("difference", difference(found))
-    told = store.get("difference").decode()
-    store.set(f"heard/{rank}", "")
-    if not told:
-        return
-    if rank == 0:
+        found = [json.loads(store.get(f"{what}/of/{each}")) for each in range(world_size)]
+        store.set(what, judge(found))
+    told = store.get(what).decode()
+    store.set(f"{what}/heard/{rank}", "")
+    if told and rank == 0:
         with suppress(DistStoreError):
-            store.wait([f"heard/{each}" for each in range(world_size)], PARTING)
-    raise UserError(told, HINT)
+            store.wait([f"{what}/heard/{each}" for each in range(world_size)], PARTING)
+    return told
+
+
+def sharing(names: Sequence[str]) -> str:
+    """Return which processes have one GPU, by their ranks; "" for none."""
+    ranks: dict[str, list[int]] = {}
+    for rank, name in enumerate(names):
+        ranks.setdefault(name, []).append(rank)
+    shared = [_who(of) for name, of in ranks.items() if name and len(of) > 1]
+    return f"one GPU serves {' and one serves '.join(shared)}" if shared else ""
 
 
 def difference(found: Sequence[Facts]) -> str:

@@ -19,8 +19,12 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The type that autocast computes in; fp32 is no autocast."""
 
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "cannot allocate memory")
-"""Messages of torch when a CPU has no more memory; it has no exception for that."""
+OUT_OF_MEMORY = (
+    "can't allocate memory", "out of memory", "bad_alloc", "cannot allocate memory",
+    "alloc_failed", "unable to find an engine", "failed to cuda calloc",
+)  # fmt: skip
+"""Messages of torch when a CPU has no more memory, and of CUDA's libraries (cuBLAS, cuDNN, NCCL)
+when a GPU has none for their own work; torch has no exception for them."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of glibc's mallopt (malloc.h)."""

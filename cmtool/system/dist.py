@@ -6,6 +6,7 @@ In a single process nothing happens. parallel.py spreads models and gradients ov
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 import uuid
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from cmtool.errors import DivergedError, Paused, ResourceError, Stopped, UserError
-from cmtool.system.alike import Facts, check_alike, check_over_store
+from cmtool.system.alike import Facts, check_alike, check_apart, check_over_store
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -227,13 +228,14 @@ def join(
     except ValueError as error:  # MASTER_ADDR or MASTER_PORT is not set, or is none
         what = f"the processes cannot find each other: {str(error)[-200:]}"
         raise UserError(what, "start all of them with torchrun") from None
+    on_gpu = device.startswith("cuda")
     try:
         store = assemble(found, rank, world_size)
         check_over_store(store, rank, world_size, facts or {})
+        check_apart(store, rank, world_size, gpu_name(device) if on_gpu else "")
     except dist.DistStoreError:
         what = f"not all of {world_size} processes are there after {JOIN_TIMEOUT:.0f} s"
         raise ResourceError(what, "read the messages of the other processes") from None
-    on_gpu = device.startswith("cuda")
     patience = timedelta(seconds=timeout)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     longer = patience + timedelta(seconds=MARGIN) if on_gpu else patience
@@ -272,6 +274,12 @@ def no_stdout() -> Iterator[None]:
     finally:
         os.dup2(kept, STDOUT)
         os.close(kept)
+
+
+def gpu_name(device: str) -> str:
+    """Return a name that no other GPU has: its machine, its place there, and its own number."""
+    index = torch.device(device).index or 0
+    return f"{socket.gethostname()}/{index}/{torch.cuda.get_device_properties(index).uuid}"
 
 
 def assemble(store: Store, rank: int, world_size: int) -> Store:

@@ -42,7 +42,9 @@ def shard(module: nn.Module, group: Group, blocks: Iterable[nn.Module]) -> None:
 
     Each of its `blocks`, and the rest of it, is whole only while it computes. Parameters stay
     float32, and autocast treats them like those of a replica, so that both are the same run. They
-    become contiguous, as FSDP needs them. Make copies before, and an optimizer after.
+    travel in float32 too: FSDP's MixedPrecisionPolicy has one dtype for a whole block, so it would
+    round norms, embeddings and inputs, which compute in float32. They become contiguous, as FSDP
+    needs them. Make copies before, and an optimizer after.
     """
     if group.mesh is None:
         return

@@ -28,6 +28,7 @@ from cmtool.presets.schema import Preset
 from cmtool.system.dist import Group
 from cmtool.system.files import file_facts, sync, write_json
 from cmtool.system.parallel import fill, whole
+from cmtool.system.pinned import buffers
 from cmtool.system.records import read_facts
 from cmtool.training.records import Counters
 from cmtool.training.state import TrainState, counters, set_counters
@@ -60,14 +61,11 @@ def take_snapshot(state: TrainState, reuse: Snapshot | None = None) -> Snapshot:
 
     The copy of a sharded state is whole: the other processes call `take_part` meanwhile.
     """
-    files: Files = {}
-    for file, tensors in state_tensors(state).items():
-        files[file] = {}
+    found = state_tensors(state)
+    files = make_buffers(found, reuse.files if reuse else {})
+    for file, tensors in found.items():
         for name, tensor in tensors.items():
-            buffer = reuse.files.get(file, {}).get(name) if reuse else None
-            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-                buffer = make_buffer(tensor)
-            files[file][name] = buffer.copy_(whole(tensor.detach()), non_blocking=True)
+            files[file][name].copy_(whole(tensor.detach()), non_blocking=True)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return Snapshot(state.step, files, counters(state))
@@ -80,9 +78,20 @@ def take_part(state: TrainState) -> None:
             whole(tensor.detach())
 
 
-def make_buffer(like: Tensor) -> Tensor:
-    """Return memory for a copy of a tensor; page-locked for one on a GPU, which copies faster."""
-    return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+def make_buffers(like: Files, reuse: Files) -> Files:
+    """Return memory for copies of tensors by file, that of earlier copies where it fits."""
+    tensors = {(file, name): t for file, some in like.items() for name, t in some.items()}
+    own = {(file, name): t for file, some in reuse.items() for name, t in some.items()}
+    fitting = {
+        key: own[key]
+        for key, t in tensors.items()
+        if key in own and (own[key].shape, own[key].dtype) == (t.shape, t.dtype)
+    }
+    new = buffers({key: t for key, t in tensors.items() if key not in fitting})
+    files: Files = {file: {} for file in like}
+    for file, name in tensors:
+        files[file][name] = (fitting if (file, name) in fitting else new)[file, name]
+    return files
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, about: dict[str, Any]) -> Path:
@@ -260,9 +269,10 @@ class Saver:
         self.thread.start()
 
     def _make_buffers(self, like: Files) -> None:
-        files: Files = {}
-        for file, tensors in like.items():
-            files[file] = {name: make_buffer(tensor).zero_() for name, tensor in tensors.items()}
+        files = make_buffers(like, {})
+        for tensors in files.values():
+            for tensor in tensors.values():
+                tensor.zero_()
         self.snapshot = Snapshot(-1, files, {})
 
     def _write(self, snapshot: Snapshot, score: Score | None) -> None:

@@ -21,7 +21,8 @@ from cmtool.evaluation.sets import OnProgress
 from cmtool.models import Model, load_model
 from cmtool.presets.schema import Card, Preset
 from cmtool.presets.toml import is_method_preset, load_preset, preset_names
-from cmtool.sampling import OnDrawn, Plan, evaluating, generate, plan
+from cmtool.sampling import OnDrawn, Plan, generate, plan
+from cmtool.system.compiled import evaluating
 from cmtool.training import run as runs
 from cmtool.training.comparison import (
     FILE,

@@ -146,11 +146,15 @@ def fit(
     own = None if state.own is None else shared(state.own, settings.group)
     student = shared(state.student, settings.group)
     models = Models(student, state.target or state.student, own=own)
+    is_new = settings.compile and settings.group.world_size > 1
     while state.step < settings.steps:
         seen = state.step * settings.batch
         stage = curriculum(state.step, settings.steps)._replace(images=seen)
         if before is not None:
             stage = prepared(before, state, microbatch, stage, settings)
+        if is_new:
+            compile_apart(state, models, objective, microbatch, stage, settings)
+            is_new = False
         if stage.fresh:  # the optimizer has no moments, and each weights EMA is the student
             state.optimizer.state.clear()
             for _, average in walked.averages:
@@ -242,6 +246,27 @@ def descend(
     return norm, fault
 
 
+def compile_apart(
+    state: TrainState,
+    models: Models,
+    objective: Objective,
+    microbatch: Draw,
+    stage: Stage,
+    settings: FitSettings,
+) -> None:
+    """Compile what a step computes, and wait until all processes have done so.
+
+    One may take minutes longer than another, which in a sum over the processes would count as
+    silence. So a step is computed without such a sum, and its gradients are dropped.
+    """
+
+    def compile_step() -> None:
+        accumulate(state, models, objective, microbatch, stage, settings, sums=False)
+
+    settings.group.together(compile_step, f"compiled {state.step}")
+    state.optimizer.zero_grad(set_to_none=True)
+
+
 def accumulate(
     state: TrainState,
     models: Models,
@@ -249,10 +274,13 @@ def accumulate(
     microbatch: Draw,
     stage: Stage,
     settings: FitSettings,
+    *,
+    sums: bool = True,
 ) -> tuple[Batch, float]:
     """Return a step's batch, and the seconds spent waiting for it; the gradients gain its own.
 
-    They are those of the mean loss over the global batch, times the scale of fp16.
+    They are those of the mean loss over the global batch, times the scale of fp16; without `sums`
+    those of this process alone.
     """
     group = settings.group
     shards = tuple(range(group.rank, settings.rounds * group.world_size, group.world_size))
@@ -263,7 +291,7 @@ def accumulate(
         x0, labels, noise, level = Drawn(*microbatch(state.step, shard))
         point = () if noise is None or level is None else (Point(noise, level),)
         waited += time.perf_counter() - asked
-        with sync_in_last_round(models, last=shard == shards[-1]):
+        with sync_in_last_round(models, last=sums and shard == shards[-1]):
             with seeded(generator), autocast(x0.device.type, settings.precision):
                 loss, sigma = objective(models, x0, labels, stage, generator, *point)
             mean = guarded_mean(loss) / (settings.rounds * group.world_size)

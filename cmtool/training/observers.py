@@ -25,7 +25,8 @@ from cmtool.evaluation.during_training import Verdict, evaluate
 from cmtool.formats.checkpoints import Score
 from cmtool.presets.schema import Card
 from cmtool.presets.toml import flat
-from cmtool.sampling import evaluating, generate, plan
+from cmtool.sampling import generate, plan
+from cmtool.system.compiled import evaluating
 from cmtool.system.files import write_atomic
 from cmtool.training.averages import FOLDER, average_tensors, store
 from cmtool.training.checkpoint import Saver, about_model, take_part

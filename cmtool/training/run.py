@@ -12,6 +12,7 @@ from cmtool.models import Model
 from cmtool.presets.build import noise_range
 from cmtool.presets.schema import Preset
 from cmtool.system import dist
+from cmtool.system.determinism import deterministic
 from cmtool.system.dist import ALONE, Group
 from cmtool.system.files import check_temporary, sync
 from cmtool.training.checkpoint import Saver, about_model, load_newest
@@ -58,6 +59,7 @@ def train(
     facts = start_facts(preset, teacher, init, device, resume=resume, overwrite=overwrite)
     with (
         stop_signals(max_seconds) as stop,
+        deterministic(device, wanted=preset.train.deterministic),
         joined(preset, device, facts) as group,
         ExitStack() as claim,
     ):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FREE_TO_CHANGE = {
     "description", "run", "data.path", "data.workers", "data.timeout", "train.accumulate",
-    "train.max_bad_steps", "train.checkpoint_activations", "train.compile",
+    "train.max_bad_steps", "train.checkpoint_activations", "train.compile", "train.deterministic",
 }  # fmt: skip
 """Keys that a resumed run may change: they do not affect the result, or only its rounding.
 

@@ -30,10 +30,7 @@ SHARDED_FORWARD_MODE = (2, 14)
 
 
 def check_sharded(preset: Preset) -> None:
-    """Raise UserError for what cannot be done with sharded models."""
-    if preset.train.compile:
-        what = "train.compile with run.sharding = 'fsdp': models are whole in parts only"
-        raise UserError(what, "leave one of them out")
+    """Raise UserError for a method that an older PyTorch cannot do with sharded models."""
     if not method_row(preset).recomputes and torch.__version__ < SHARDED_FORWARD_MODE:
         method = preset.loss.method.name
         what = f"run.sharding = 'fsdp' with {method} fails in PyTorch {torch.__version__}"
@@ -54,11 +51,13 @@ def build_state(
     The networks, the teacher's too, are put where and how the device, `preset.train` and the group
     want them: sharded ones go to the device block by block, and in main memory is one whole copy
     beside the student. Raises UserError for a network without blocks that can be computed again,
-    and for models that are to be sharded and compiled.
+    and for models that may not be compiled.
     """
     train = preset.train
     if group.mesh is not None:
         check_sharded(preset)
+    if train.compile:
+        check_compile(preset, group)
 
     def spread(model: Preconditioned) -> None:
         kinds = NETWORKS[preset.model.network.name].blocks
@@ -95,6 +94,33 @@ def build_state(
             if model is not None:
                 model.network.compile()  # in place: the names of its tensors stay
     return TrainState(student, target, emas, optimizer, scaler, own)
+
+
+def check_compile(preset: Preset, group: Group) -> None:
+    """Raise UserError for models that torch.compile would make wrong, or slow.
+
+    It draws dropout masks in another order for the student than for its target, so where the two
+    share masks there may be none (pytorch/pytorch#198333). It times kernels to choose among them,
+    whose sums differ in their last bits.
+    """
+    if group.mesh is not None:
+        what = "train.compile with run.sharding = 'fsdp': models are whole in parts only"
+        raise UserError(what, "leave one of them out")
+    if preset.train.deterministic:
+        what = "train.compile with train.deterministic: kernels are chosen by their time"
+        raise UserError(what, "leave one of them out: --set train.compile=false")
+    if method_row(preset).shares_masks and has_dropout(preset):
+        name = preset.loss.method.name
+        what = f"train.compile with dropout: student and target of {name} must share its masks"
+        hint = "--set model.network.dropout=0, or leave train.compile out"
+        raise UserError(what, hint)
+
+
+def has_dropout(preset: Preset) -> bool:
+    """Tell whether the network of a preset drops units out."""
+    with shapes_only():
+        parts = build_network(preset.model).modules()
+        return any(isinstance(part, nn.Dropout) and part.p > 0 for part in parts)
 
 
 def build_start(preset: Preset, teacher: Model | None, init: Model | None) -> nn.Module:
@@ -244,4 +270,5 @@ class FitSettings:
     max_bad_steps: int = 5
     """Skipped steps in a row before the run ends; overflows of fp16 are not among them."""
     precision: str = "fp32"
+    compile: bool = False
     group: Group = ALONE

@@ -18,6 +18,7 @@ from cmtool.errors import Paused, ResourceError, Stopped, UserError
 from cmtool.formats.native import write_weights
 from cmtool.presets.build import can_recompute
 from cmtool.system import dist
+from cmtool.system.determinism import refused
 from cmtool.system.devices import is_out_of_memory
 from cmtool.system.files import write_atomic, write_json
 from cmtool.system.portable import is_nohup, signals
@@ -110,11 +111,16 @@ def stopped(reason: int, step: int, seconds: float, out: Path) -> UserError:
 
 @contextmanager
 def explained(run: Run) -> Iterator[None]:
-    """Where torch's error means no more memory, or a lost process, raise one that says so."""
+    """Where torch's error means no more memory, or a lost process, raise one that says so.
+
+    So for an operation that train.deterministic forbids.
+    """
     with dist.contact(run.group, lambda: run.state.step):
         try:
             yield
         except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and (refusal := refused(error)):
+                raise refusal from None
             if not is_out_of_memory(error):
                 raise
             raise out_of_memory(error, run) from None

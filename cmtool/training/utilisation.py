@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cmtool.core.methods import Models
 from cmtool.core.noise import karras_sigmas
 from cmtool.core.precond import Preconditioned
-from cmtool.core.rng import step_generator
+from cmtool.core.rng import keyed_generator, seeded, step_generator
 from cmtool.models import Model
 from cmtool.presets import build
 from cmtool.presets.schema import Card, Preset
@@ -81,23 +81,32 @@ def shape_of(card: Card) -> Preconditioned:
 def peak_flops(device: str, precision: str) -> float:
     """Return the FLOP/s that a large matrix product or convolution reaches here, the better one.
 
-    Measured once a process, with the threads and the settings in force.
+    Measured once a process, with the threads and the settings in force. Its memory is no part of
+    the peak that training reports.
+    """
+    rates = measured_rates(device, DTYPES[precision])
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    return max(rates)
+
+
+def measured_rates(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the FLOP/s of a large matrix product and of a large convolution.
+
+    They are of random numbers: of ones a GPU takes less power, and so is faster.
     """
     gpu = device.startswith("cuda")
     side, batch, channels = (8192, 64, 256) if gpu else (384, 2, 128)
-    dtype = DTYPES[precision]
-    a = torch.ones(side, side, device=device, dtype=dtype)
-    x = torch.ones(batch, channels, 32, 32, device=device, dtype=dtype)
-    kernel = torch.ones(channels, channels, 3, 3, device=device, dtype=dtype)
+    with seeded(keyed_generator("peak")):
+        a = torch.randn(side, side, device=device, dtype=dtype)
+        x = torch.randn(batch, channels, 32, 32, device=device, dtype=dtype)
+        kernel = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
     if gpu:
         x = x.contiguous(memory_format=torch.channels_last)
-    rates = [
+    return (
         2 * side**3 / seconds_of(lambda: a @ a, device),
         2 * 9 * x.numel() * channels / seconds_of(lambda: F.conv2d(x, kernel, padding=1), device),
-    ]
-    if gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    return max(rates)
+    )
 
 
 @torch.no_grad()

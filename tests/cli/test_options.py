@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 
 from cmtool.cli import build_app
-from cmtool.cli._devices import own_device
+from cmtool.cli._devices import own_device, pick_device
 from cmtool.cli._edits import EditOptions
 from cmtool.cli._options import with_options
 from cmtool.cli.edit import EDITS
@@ -146,3 +147,25 @@ def test_a_command_loads_its_own_module_alone():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     own = [name for name in done.stdout.split() if not name.startswith("cmtool.cli._")]
     assert own == ["cmtool.cli.sample"]
+
+
+def test_a_gpu_that_the_launcher_gave_to_each_process_is_taken(monkeypatch):
+    """As Slurm does with --gpus-per-task=1: each process sees one, and calls it cuda:0."""
+    for rank in (0, 1):
+        assert own_device("auto", 1, rank, 2, is_given=True) == "cuda:0"
+        assert own_device("cuda", 1, rank, 2, is_given=True) == "cuda:0"
+    assert own_device("cpu", 1, 1, 2, is_given=True) == "cpu"
+    chosen = []
+    monkeypatch.setattr("cmtool.cli._devices._check_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ResourceError, match="2 processes on a machine with 1 GPUs"):
+        pick_device("auto")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert pick_device("auto") == "cuda:0"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto") == "cuda:1"
+    assert chosen == ["cuda:0", "cuda:1"]

@@ -295,3 +295,10 @@ def test_inpainting_keeps_known_pixels_through_sampling():
 def test_a_mask_of_another_size_names_both(h, w):
     with pytest.raises(InputError, match=f"mask is {w}x{h} but the image is 6x7"):
         inpaint(torch.zeros(1, 3, 7, 6), torch.ones(1, 1, h, w, dtype=torch.bool))
+
+
+def test_the_weights_of_a_path_go_to_where_the_noise_is(monkeypatch):
+    """The meta device stands in for a GPU; what is read of it is replaced."""
+    monkeypatch.setattr(math, "sin", lambda _: 0.5)
+    a, b = torch.zeros(2, 1, 3, 4, 4, device="meta")
+    assert interpolate(a, b, torch.linspace(0, 1, 5)).shape == (5, 3, 4, 4)

@@ -1,6 +1,7 @@
 """Methods: what their rows promise, sigma_lo = 0, modules of their own, and a map of two levels."""
 
 import itertools
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -260,3 +261,20 @@ def test_a_step_is_skipped_when_the_gradient_of_that_module_is_not_finite():
     (info,) = fit(state, objective, lambda *_: (x0, None), lambda k, n: Stage(n=9), settings)
     assert info.skipped
     assert all(map(torch.equal, before, student.parameters()))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_says_whether_two_passes_share_their_dropout_masks(name, monkeypatch):
+    replays = []
+
+    @contextmanager
+    def counting():
+        yield lambda: replays.append(name)
+
+    for module in ("losses", "meanflow", "scm"):
+        monkeypatch.setattr(f"cmtool.core.{module}.same_dropout", counting)
+    student = mlp(two_time=METHODS[name].makes == "flow map")
+    objective = objective_of(name, LEVELS.get(name, uniform), teacher=mlp())
+    given = (torch.randn(3, 2, 1, 1), None, STAGE, step_generator(0, 0, 0))
+    objective(alone(student, name), *given)
+    assert bool(replays) == METHODS[name].shares_masks

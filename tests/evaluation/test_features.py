@@ -9,6 +9,7 @@ from torch import nn
 from cmtool.data.images import from_uint8
 from cmtool.errors import InputError, MissingError, UserError
 from cmtool.evaluation.bundled import DigitsFeatures, bundled_extractor
+from cmtool.evaluation.extractor import Extractor
 from cmtool.evaluation.features import (
     build_extractor,
     inception_extractor,
@@ -236,3 +237,18 @@ def test_vgg16_features_are_what_the_file_says(tmp_path):
     expected = images.float().mean((2, 3)).sum(1, keepdim=True).expand(2, 4096)
     torch.testing.assert_close(extractor(images), expected)
     assert extractor.logits is None
+
+
+def test_no_feature_network_computes_in_tf32(monkeypatch):
+    """Whichever it is: VGG-16's features took TF32 on a GPU, and Inception's did not."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
+
+    def network(images):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return images.flatten(1).float()
+
+    extractor = Extractor("any", "", 12, network, None, 2, "cpu")
+    assert extractor(torch.zeros(3, 3, 2, 2, dtype=torch.uint8)).shape == (3, 12)
+    assert seen == [False, False]
+    assert torch.backends.cudnn.allow_tf32

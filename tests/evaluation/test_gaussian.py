@@ -168,3 +168,20 @@ def test_the_quick_root_and_the_careful_one_agree():
     factor = root_of(a.covariance)
     torch.testing.assert_close(factor, factor.tril())  # it was Cholesky's
     torch.testing.assert_close(factor @ factor.T, a.covariance)
+
+
+def test_sums_stay_where_the_features_are():
+    """The meta device stands in for a GPU: to read it is an error."""
+    sums = GaussianSums(5)
+    sums.add(torch.zeros(3, 5, device="meta"))
+    sums.add(torch.zeros(4, 5, device="meta"))
+    assert (sums.num, {total.device.type for total in sums.sums}) == (7, {"meta"})
+
+
+def test_what_a_gpu_was_not_asked_is_asked_in_the_end():
+    sums = GaussianSums(2)
+    sums.add(torch.ones(3, 2))
+    sums.is_sound &= False  # as the sums of a GPU find out without a wait
+    for ask in (sums.check, sums.gaussian):
+        with pytest.raises(InputError, match="not finite, or above"):
+            ask()

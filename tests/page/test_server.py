@@ -1,6 +1,8 @@
 """The server: what it refuses, and that it lives on."""
 
+import asyncio
 import contextlib
+import json
 import re
 import signal
 import socket
@@ -14,11 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
+import torch
 
 from cmtool.errors import UserError
 from cmtool.page import server
 from cmtool.page.desk import Interrupted
-from cmtool.page.server import FILES, STATIC, listening
+from cmtool.page.server import FILES, STATIC, _no_memory, listening
 from tests.page.conftest import Site, text
 
 MASK = bytes(32) + b"\xff" * 32
@@ -319,3 +322,12 @@ def test_a_port_that_is_taken_is_said():
         pytest.raises(UserError, match="address already in use"),
     ):
         listening("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_lack_of_memory_is_told_as_one():
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    answer = asyncio.run(_no_memory(None, full))
+    assert answer.status_code == 503
+    assert json.loads(answer.body)["what"] == "out of memory"
+    with pytest.raises(RuntimeError, match="a bug"):
+        asyncio.run(_no_memory(None, RuntimeError("a bug")))

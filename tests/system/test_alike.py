@@ -3,9 +3,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import HashStore
 
-from cmtool.errors import UserError
+from cmtool.errors import ResourceError, UserError
 from cmtool.presets.toml import load_preset
-from cmtool.system.alike import MAX_SHOWN, check_over_store, difference
+from cmtool.system.alike import MAX_SHOWN, check_apart, check_over_store, difference
 from cmtool.training.same import start_facts
 
 
@@ -70,3 +70,29 @@ def test_where_a_process_has_its_data_is_its_own_business(override, is_told):
              for n, p in enumerate(presets)]  # fmt: skip
     assert (override in difference(facts)) == is_told
     assert bool(difference(facts)) == is_told
+
+
+def gpus_of(*names):
+    """What each process hears that says its GPU has this name."""
+    store = HashStore()
+
+    def say(rank):
+        try:
+            return check_apart(store, rank, len(names), names[rank])
+        except ResourceError as error:
+            return error
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        return list(pool.map(say, range(len(names)), timeout=20))
+
+
+def test_processes_that_got_one_gpu_are_told():
+    found = gpus_of("host/0/a", "host/0/b", "host/0/a", "host/1/b", "host/0/b")
+    told = "one GPU serves ranks 0, 2 and one serves ranks 1, 4"
+    assert [error.what for error in found] == [told] * 5
+    assert "fewer processes" in found[0].hint
+
+
+@pytest.mark.parametrize("names", [("", "", ""), ("host/0/a", "host/1/a", "other/0/a")])
+def test_processes_on_cpus_or_on_gpus_of_their_own_go_on(names):
+    assert gpus_of(*names) == [None] * 3

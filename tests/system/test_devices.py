@@ -8,6 +8,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cmtool import sampling
+from cmtool.core import edits
 from cmtool.core.distances import DISTANCES
 from cmtool.core.losses import (
     WEIGHTINGS,
@@ -20,7 +22,10 @@ from cmtool.core.networks.cpu.normalise import is_channels_last
 from cmtool.core.networks.song import Song, SongOptions
 from cmtool.core.noise import Stage, lognormal, uniform
 from cmtool.core.precond import Preconditioned, consistency_scalings, edm_scalings, log_label
+from cmtool.core.samplers import SAMPLERS
 from cmtool.core.tensors import to_device
+from cmtool.models import load_model
+from cmtool.presets.schema import Choice
 from cmtool.system.devices import autocast, best_precision, is_out_of_memory, on_device, shapes_only
 from tests.networks import network
 from tests.objectives import alone, objective_of
@@ -207,6 +212,10 @@ def test_weights_on_a_cpu_stay_where_they_are():
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
         (MemoryError(), True),
         (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("NCCL error, last error: Failed to CUDA calloc async 608 bytes"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
     ],
@@ -237,3 +246,44 @@ def test_networks_of_shapes_only_draw_no_numbers(kind, sizes):
         real.reset_parameters()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.is_meta for p in built.parameters())
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_a_sampler_waits_for_no_device(sampler, monkeypatch):
+    """The meta device has no values, so that reading one raises; nothing is sent to be waited for.
+
+    The one wait of a batch, which asks whether its images are finite, is left out.
+    """
+    monkeypatch.setattr(sampling, "_finite", lambda x0: x0)
+    kind = "digits-cd" if sampler == "multistep" else "digits-edm"
+    model = load_model(kind, device="meta")
+    chosen = sampling.plan(model.preset, 4, sampler=Choice(name=sampler))
+    with Copies() as copies, Lists() as lists:
+        drawn = sampling.generate(model.f, model.preset, chosen, range(3), device="meta")
+        assert torch.cat(list(drawn)).shape == (3, 3, 8, 8)
+    assert copies.waited_for == []
+    assert lists.count == 0
+
+
+def test_what_an_edit_puts_back_is_not_sent_at_each_level():
+    x0 = torch.zeros(2, 3, 8, 8, device="meta")
+    colorized = edits.colorize(x0[:, :1])
+    with Copies() as copies, Lists() as lists:
+        colorized.project(x0)
+    assert (copies.waited_for, lists.count) == ([], 0)
+
+
+class Pageable:
+    """A tensor on a CPU that has no memory left to lock."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def pin_memory(self):
+        raise RuntimeError("CUDA error: out of memory")
+
+    def to(self, device, non_blocking):
+        return device, non_blocking
+
+
+def test_what_cannot_be_page_locked_is_sent_all_the_same():
+    assert to_device(Pageable(), "cuda") == ("cuda", True)

@@ -187,6 +187,20 @@ def test_a_process_that_hangs_is_given_up_after_the_time_that_was_set(tmp_path):
     assert checkpoints(out) == ["latest.json", "step-0000003", "step-0000006"]
 
 
+def test_a_process_that_compiles_for_longer_is_waited_for(tmp_path):
+    """Twice as long as silence is allowed; what is computed meanwhile leaves no trace."""
+    late, plain = tmp_path / "late", tmp_path / "plain"
+    steps = ["--set", "train.steps=4", "--set", "run.timeout=4"]
+    steps += ["--set", "model.network.dropout=0"]
+    compiled = ["--set", "train.compile=true"]
+    ends, stderr = run(
+        job(late, *steps, *compiled, fault=["late", 1, 0], uncompiled=True),
+        job(plain, *steps),
+    )
+    assert [codes for codes, _ in ends] == [[0, 0], [0, 0]], stderr
+    assert_alike(late, plain)
+
+
 def test_two_processes_resumed_as_one_end_bit_equal_to_one_that_accumulates(tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     steps = ["--set", "train.steps=7", "--set", "run.checkpoint_every=2"]

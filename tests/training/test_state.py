@@ -24,10 +24,8 @@ def test_a_methods_module_is_in_optimizer_and_checkpoint(monkeypatch):
     assert "method/line.bias.exp_avg" in names
 
 
-def test_what_sharded_models_cannot_do_is_told_before_the_run(monkeypatch):
+def test_forward_mode_through_sharded_models_wants_a_newer_pytorch(monkeypatch):
     forward_mode = load_preset("digits-scd")
-    with pytest.raises(UserError, match="in parts only"):
-        check_sharded(load_preset("digits-cd", {"train.compile": True}))
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.1+cpu"))
     check_sharded(load_preset("digits-cd"))
     with pytest.raises(UserError, match=r"scm_distillation fails in PyTorch 2\.13\.1") as caught:

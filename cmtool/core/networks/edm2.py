@@ -26,6 +26,7 @@ from cmtool.core.networks.layers import (
     check_size,
     checkpointed,
     downsampled,
+    is_autocast,
     one_hot,
     upsampled,
 )
@@ -140,10 +141,9 @@ class MPLinear(MPLayer):
 
     def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
         """Return (B, out_features), times `gain` (1,), for x (B, features)."""
-        device = x.device.type
-        if not torch.amp.is_autocast_available(device):  # the meta device
-            return F.linear(x, self.scaled(gain))
-        with torch.autocast(device, enabled=False):
+        if not is_autocast(x):
+            return F.linear(x.to(self.weight.dtype), self.scaled(gain))
+        with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(self.weight.dtype), self.scaled(gain))
 
 

@@ -31,15 +31,23 @@ def checkpointed(
     return h
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Tell whether autocast is on for the device of x; the meta device has none.
+
+    torch.amp.is_autocast_available, of which PyTorch 2.11 cannot make a graph, is not asked.
+    """
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 class Linear32(nn.Linear):
     """A linear layer that computes in float32 under autocast too: embeddings are not rounded."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b, float32."""
-        device = x.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if not is_autocast(x):
             return super().forward(x)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
 
 
@@ -195,7 +203,13 @@ def downsampled(x: Tensor, taps: Sequence[float] = (1, 1), *, padding: int | Non
 
 
 def upsampled(x: Tensor, taps: Sequence[float] = (1, 1)) -> Tensor:
-    """Return x (B, C, H, W) at twice the resolution; (1, 1) repeats the nearest pixel."""
+    """Return x (B, C, H, W) at twice the resolution; (1, 1) repeats the nearest pixel.
+
+    Autocast of a GPU would turn x into float32 for that: pixels are repeated in x's own dtype.
+    """
+    if tuple(taps) == (1, 1) and is_autocast(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.interpolate(x, scale_factor=2, mode="nearest")
     if tuple(taps) == (1, 1):
         return F.interpolate(x, scale_factor=2, mode="nearest")
     kernel = 4 * _kernel(taps, x)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cmtool.core.networks.layers import Dropout
+from cmtool.core.networks.edm2 import MPLinear
+from cmtool.core.networks.layers import Dropout, Linear32, upsampled
 from cmtool.core.tangents import derivative
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -28,3 +29,35 @@ def test_dropout_drops_the_same_units_when_it_is_differentiated_forwards(layout)
     y, dy = derivative(Dropout(0.3), (x,), (torch.ones_like(x),))
     assert torch.equal(y, expected)
     assert torch.equal(dy, (expected != 0) / 0.7)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_layers_in_float32_do_not_ask_what_no_graph_can_hold(monkeypatch, half):
+    """PyTorch 2.11's compiler breaks its graph at is_autocast_available, in each such layer."""
+
+    def asked(_):
+        raise AssertionError("is_autocast_available")
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", asked)
+    for device in ("cpu", "meta"):
+        for layer in (Linear32(3, 4), MPLinear(3, 4)):
+            x = torch.ones(2, 3, device=device)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                assert layer.to(device)(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_pixels_are_repeated_out_of_reach_of_autocast(monkeypatch, half):
+    """That of a GPU would turn them into float32; a CPU's leaves them as they are."""
+    seen, real = [], F.interpolate
+
+    def interpolate(x, **options):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return real(x, **options)
+
+    monkeypatch.setattr(F, "interpolate", interpolate)
+    x = torch.randn(1, 2, 3, 3, dtype=torch.bfloat16 if half else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        y = upsampled(x)
+    assert torch.equal(y, x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert (y.dtype, seen) == (x.dtype, [False])
