@@ -25,7 +25,7 @@ from cmtool.system.devices import on_device, shapes_only
 from cmtool.system.dist import ALONE, Group
 from cmtool.system.parallel import shard
 
-SHARDED_FORWARD_MODE = (2, 14)
+SHARDED_FORWARD_MODE = "2.14"
 """The oldest PyTorch seen to differentiate sharded parameters through forward mode."""
 
 
