@@ -23,11 +23,12 @@ def run(*words, prepare=""):
     command = [sys.executable, "-c", code, "--device", "cpu", "--tiny", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580
     )
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_every_check_runs_in_tiny_sizes(tmp_path):
     out = tmp_path / "check.json"
     done = run("--minutes", "30", "--out", str(out))

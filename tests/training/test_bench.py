@@ -10,7 +10,15 @@ from cmtool.training import bench as benches
 from cmtool.training import cost
 from cmtool.training.bench import Timed, bench
 from cmtool.training.cost import Memory
-from cmtool.training.laps import Lap, laps, random_teacher, rig, short_laps
+from cmtool.training.laps import (
+    START,
+    Lap,
+    Stopwatch,
+    laps,
+    random_teacher,
+    rig,
+    short_laps,
+)
 
 TINY = {
     "train.batch": 4, "model.network.model_channels": 16, "model.network.norm_groups": 4,
@@ -49,7 +57,7 @@ def test_time_goes_to_the_phase_that_takes_it(monkeypatch, slow):
         late["by"] += 5.0
 
     made = rig(tiny("digits-edm"), None, "cpu")
-    objective, step = made.objective, made.state.optimizer.step
+    objective = made.objective
     draws = made.draws
     if slow == "data":
         made = made._replace(draws=lambda size: lambda *at: (delay(), draws(size)(*at))[1])
@@ -59,10 +67,45 @@ def test_time_goes_to_the_phase_that_takes_it(monkeypatch, slow):
         next(made.state.student.parameters()).register_hook(lambda _: delay())
     if slow == "update":
         made.state.optimizer.register_step_post_hook(lambda *_: delay())
-    assert step is not None
     for lap in itertools.islice(laps(made, 2), 2):
         assert getattr(lap, slow) == pytest.approx(5.0, abs=0.01)
         assert lap.whole == pytest.approx(5.0, abs=0.01)
+
+
+class Event:
+    """An event of a GPU that ends one mark late, and whose clock runs twice as fast."""
+
+    recorded: list = []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self, stream):
+        self.at = len(self.recorded)
+        self.recorded.append(self)
+
+    def query(self):
+        return self.at < len(self.recorded) - 1
+
+    def elapsed_time(self, other):
+        return 2000.0 * (other.at - self.at)
+
+
+def test_on_a_gpu_events_share_out_the_time_of_the_host(monkeypatch):
+    """Of a step the host saw 4 s: the events say 1 part each to data and forward, 2 to backward."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(Event, "recorded", [])
+    ticks = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
+    watch = Stopwatch("cuda")
+    for phase in (START, "data", "forward", "backward", "backward", "update", START):
+        watch.mark(phase)
+    assert list(watch.finished()) == []  # the device is still at it
+    watch.mark("data")
+    lap = Lap(data=1.0, forward=1.0, backward=2.0, update=2.0)
+    assert list(watch.finished()) == [lap]
+    assert list(watch.finished()) == []  # only once
 
 
 def test_a_step_of_two_rounds_has_both():

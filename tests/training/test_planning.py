@@ -8,7 +8,7 @@ from cmtool.data.drawing import png_bytes
 from cmtool.errors import UserError
 from cmtool.models import load_model
 from cmtool.presets.toml import is_method_preset, load_preset, preset_names
-from cmtool.training import planning
+from cmtool.training import cost, planning
 from cmtool.training.cost import step_memory
 from cmtool.training.planning import (
     SIZES,
@@ -250,3 +250,12 @@ def test_grids_of_samples_take_a_small_part_of_a_run():
     assert scaled(preset, 300, 300 * 8)["run.sample_every"] == 300
     assert scaled(preset, 300, 300 * 8)["run.checkpoint_every"] == 30
     assert scaled(load_preset("cd"), 300, 300 * 8)["run.sample_every"] == 33
+
+
+def test_a_method_with_a_teacher_is_timed_with_one_that_is_not_trained(monkeypatch):
+    """Its step needs one, and a user who plans a distillation may have none yet."""
+    monkeypatch.setattr(cost, "PROBE", 2)
+    small = Facts("digits", 100, (8, 8), 8, 3, 10, 0.5)
+    resolved, _ = planned("cd", "cpu", {}, facts=small, wish=Wish(hours=0.001))
+    assert resolved.preset.train.steps >= 100
+    assert "hours on this cpu" in resolved.origins["train.steps"]

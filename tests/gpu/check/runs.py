@@ -48,7 +48,8 @@ def trained(
     from cmtool.training.start import with_teacher
 
     teacher = load_model("digits-edm", device=trial.device, otherwise="teacher")
-    over = {"run.sample_every": 10**6, **values, **({"train.batch": 4} if trial.tiny else {})}
+    tiny = {"train.batch": 4, "run.sample_grid": 2} if trial.tiny else {}
+    over = {"run.sample_every": 10**6, **values, **tiny}
     preset = with_teacher(resolve("digits-cd", {"--set": over}), teacher).preset
     watcher = Quiet()
     final = train(
