@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cmtool.core.networks.cpu.attention import attend
-from cmtool.core.networks.cpu.normalise import is_channels_last, normalised, whole
+from cmtool.core.networks.cpu.normalise import is_channels_last, normalised
+from cmtool.core.networks.cuda.normalise import by_steps, group_norm, takes
 from cmtool.core.types import NO_CLASS
 from cmtool.errors import InputError
 
@@ -70,8 +71,8 @@ class GroupNorm32(nn.GroupNorm):
     ) -> Tensor:
         """Return silu(norm(x) (1 + scale) + shift), or that without SiLU, in x's dtype.
 
-        x is (B, C, H, W), scale and shift are (B, C) or None. PyTorch's own norm is slow on a CPU
-        for images in channels_last, the layout in which convolutions are fast.
+        x is (B, C, H, W), scale and shift are (B, C) or None. PyTorch's own norm is slow for images
+        in channels_last, the layout in which convolutions are fast.
         """
         if x.device.type == "cpu" and is_channels_last(x):
             gain, offset = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
@@ -81,10 +82,8 @@ class GroupNorm32(nn.GroupNorm):
             pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C)
             y = normalised(pixels, gain, offset, self.num_groups, self.eps, silu)
             return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
-        y = super().forward(whole(x)).to(x.dtype)
-        if scale is not None and shift is not None:
-            y = y * (1 + scale[:, :, None, None]).to(y.dtype) + shift[:, :, None, None].to(y.dtype)
-        return F.silu(y) if silu else y
+        compute = group_norm if takes(x, self.weight, scale, shift) else by_steps
+        return compute(x, self.weight, self.bias, scale, shift, self.num_groups, self.eps, silu)
 
 
 class AttentionBlock(nn.Module):
