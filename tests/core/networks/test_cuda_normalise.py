@@ -17,7 +17,37 @@ from cmtool.core.tangents import derivative
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("full", [False, True])
+def test_the_kernels_compile_for_a_gpu(capability, full):
+    """To machine code, for which no GPU is needed: the interpreter forgives what this does not."""
+    code = f"""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from cmtool.core.networks.cuda import kernels as k
+shape = dict(ROWS=32, GROUPS=2 if {full} else 8, PLACES=32 if {full} else 8, FULL={full})
+shape |= dict(CHUNKS=4, SCALED=True, SILU=True)
+halves, floats = {{"x", "y", "grad", "of_x"}}, "weight bias scale shift parts stats of_rest"
+for kernel in (k.moments_kernel, k.forward_kernel, k.sums_kernel, k.backward_kernel):
+    names = kernel.arg_names
+    types = {{n: "*bf16" for n in halves}} | {{n: "*fp32" for n in floats.split()}}
+    types |= {{n: "constexpr" for n in shape}} | {{"eps": "fp32"}}
+    constants = {{n: v for n, v in shape.items() if n in names}}
+    source = ASTSource(kernel, {{n: types.get(n, "i32") for n in names}}, constants)
+    assert triton.compile(source, target=GPUTarget("cuda", {capability}, 32)).asm["cubin"]
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@needs_triton
+@pytest.mark.slow
 def test_the_kernels_on_tritons_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(

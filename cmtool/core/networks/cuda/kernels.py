@@ -13,17 +13,16 @@ mean that is large beside the spread costs no digits.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
+from triton.language import constexpr, tensor
 
 
 @triton.jit
 def lanes(
-    size: Any, groups: Any, block: Any,
-    GROUPS: tl.constexpr, PLACES: tl.constexpr, FULL: tl.constexpr,
-) -> Any:  # fmt: skip
+    size: tensor, groups: tensor, block: tensor,
+    GROUPS: constexpr, PLACES: constexpr, FULL: constexpr,
+) -> tensor:  # fmt: skip
     """Return the channel of each lane of a block, its group, and whether the lane is in use."""
     lane = tl.arange(0, GROUPS * PLACES)
     group = block * GROUPS + lane // PLACES
@@ -34,14 +33,14 @@ def lanes(
 
 
 @triton.jit
-def over_group(value: Any, GROUPS: tl.constexpr, PLACES: tl.constexpr) -> Any:
+def over_group(value: tensor, GROUPS: constexpr, PLACES: constexpr) -> tensor:
     """Return for each lane the sum of a value over its group's lanes."""
     total = tl.sum(tl.reshape(value, (GROUPS, PLACES)), 1)
     return tl.reshape(tl.broadcast_to(total[:, None], (GROUPS, PLACES)), (GROUPS * PLACES,))
 
 
 @triton.jit
-def merged(mean: Any, deviation: Any, count: Any) -> Any:
+def merged(mean: tensor, deviation: tensor, count: tensor) -> tensor:
     """Return mean and sum of squared deviations of all rows, of those of each row's numbers."""
     total = tl.sum(count, 0)
     all_mean = tl.sum(mean * count, 0) / total
@@ -51,9 +50,10 @@ def merged(mean: Any, deviation: Any, count: Any) -> Any:
 
 @triton.jit
 def moments(
-    x: Any, first: Any, last: Any, channels: Any, size: Any, channel: Any, live: Any,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr,
-) -> Any:  # fmt: skip
+    x: tensor, first: tensor, last: tensor, channels: tensor, size: tensor, channel: tensor,
+    live: tensor,
+    ROWS: constexpr, GROUPS: constexpr, PLACES: constexpr,
+) -> tensor:  # fmt: skip
     """Return mean and sum of squared deviations over the group of each lane, and the pixels."""
     row = tl.arange(0, ROWS)
     place = row[:, None] * channels + channel[None, :]
@@ -79,10 +79,10 @@ def moments(
 
 @triton.jit
 def sums(
-    grad: Any, x: Any, first: Any, last: Any, channels: Any, channel: Any, live: Any, mean: Any,
-    rstd: Any, gain: Any, offset: Any,
-    ROWS: tl.constexpr, SILU: tl.constexpr,
-) -> Any:  # fmt: skip
+    grad: tensor, x: tensor, first: tensor, last: tensor, channels: tensor, channel: tensor,
+    live: tensor, mean: tensor, rstd: tensor, gain: tensor, offset: tensor,
+    ROWS: constexpr, SILU: constexpr,
+) -> tensor:  # fmt: skip
     """Return the sums over the pixels of the gradients of offset and gain, for each lane."""
     row = tl.arange(0, ROWS)
     place = row[:, None] * channels + channel[None, :]
@@ -101,9 +101,10 @@ def sums(
 
 @triton.jit
 def before_gain(
-    grad: Any, x: Any, place: Any, here: Any, mean: Any, rstd: Any, gain: Any, offset: Any,
-    SILU: tl.constexpr,
-) -> Any:  # fmt: skip
+    grad: tensor, x: tensor, place: tensor, here: tensor, mean: tensor, rstd: tensor, gain: tensor,
+    offset: tensor,
+    SILU: constexpr,
+) -> tensor:  # fmt: skip
     """Return the normalised pixels, and the gradient of these times gain plus offset."""
     z = (tl.load(x + place, mask=here, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
     slope = tl.load(grad + place, mask=here, other=0.0).to(tl.float32)
@@ -116,10 +117,10 @@ def before_gain(
 
 @triton.jit
 def affine(
-    weight: Any, bias: Any, scale: Any, shift: Any, image: Any, scale_stride: Any,
-    shift_stride: Any, channel: Any, live: Any,
-    SCALED: tl.constexpr,
-) -> Any:  # fmt: skip
+    weight: tensor, bias: tensor, scale: tensor, shift: tensor, image: tensor, scale_stride: tensor,
+    shift_stride: tensor, channel: tensor, live: tensor,
+    SCALED: constexpr,
+) -> tensor:  # fmt: skip
     """Return weight, bias and 1 + scale of each lane, and the gain and offset that they make."""
     w = tl.load(weight + channel, mask=live, other=0.0).to(tl.float32)
     b = tl.load(bias + channel, mask=live, other=0.0).to(tl.float32)
@@ -134,8 +135,9 @@ def affine(
 
 @triton.jit
 def moments_kernel(
-    x: Any, parts: Any, pixels: Any, channels: Any, size: Any, groups: Any, chunk: Any, chunks: Any,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr, FULL: tl.constexpr,
+    x: tensor, parts: tensor, pixels: tensor, channels: tensor, size: tensor, groups: tensor,
+    chunk: tensor, chunks: tensor,
+    ROWS: constexpr, GROUPS: constexpr, PLACES: constexpr, FULL: constexpr,
 ) -> None:  # fmt: skip
     """Store mean and sum of squared deviations of each chunk: parts (2, B, chunks, groups)."""
     image = (tl.program_id(0) // chunks).to(tl.int64)
@@ -154,11 +156,11 @@ def moments_kernel(
 
 @triton.jit
 def forward_kernel(
-    x: Any, y: Any, weight: Any, bias: Any, scale: Any, shift: Any, parts: Any, stats: Any,
-    pixels: Any, channels: Any, size: Any, groups: Any, chunk: Any, chunks: Any, scale_stride: Any,
-    shift_stride: Any, eps: Any,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr, FULL: tl.constexpr,
-    CHUNKS: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr,
+    x: tensor, y: tensor, weight: tensor, bias: tensor, scale: tensor, shift: tensor, parts: tensor,
+    stats: tensor, pixels: tensor, channels: tensor, size: tensor, groups: tensor, chunk: tensor,
+    chunks: tensor, scale_stride: tensor, shift_stride: tensor, eps: tensor,
+    ROWS: constexpr, GROUPS: constexpr, PLACES: constexpr, FULL: constexpr, CHUNKS: constexpr,
+    SCALED: constexpr, SILU: constexpr,
 ) -> None:  # fmt: skip
     """Store y, like x (B, pixels, channels), and stats (2, B, groups): mean and 1 / std."""
     image = (tl.program_id(0) // chunks).to(tl.int64)
@@ -206,11 +208,11 @@ def forward_kernel(
 
 @triton.jit
 def sums_kernel(
-    grad: Any, x: Any, weight: Any, bias: Any, scale: Any, shift: Any, stats: Any, parts: Any,
-    pixels: Any, channels: Any, size: Any, groups: Any, chunk: Any, chunks: Any, scale_stride: Any,
-    shift_stride: Any,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr, FULL: tl.constexpr,
-    SCALED: tl.constexpr, SILU: tl.constexpr,
+    grad: tensor, x: tensor, weight: tensor, bias: tensor, scale: tensor, shift: tensor,
+    stats: tensor, parts: tensor, pixels: tensor, channels: tensor, size: tensor, groups: tensor,
+    chunk: tensor, chunks: tensor, scale_stride: tensor, shift_stride: tensor,
+    ROWS: constexpr, GROUPS: constexpr, PLACES: constexpr, FULL: constexpr, SCALED: constexpr,
+    SILU: constexpr,
 ) -> None:  # fmt: skip
     """Store what `sums` returns for each chunk: parts (2, B, chunks, channels)."""
     image = (tl.program_id(0) // chunks).to(tl.int64)
@@ -237,16 +239,16 @@ def sums_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad: Any, x: Any, of_x: Any, weight: Any, bias: Any, scale: Any, shift: Any, stats: Any,
-    parts: Any, of_rest: Any, pixels: Any, channels: Any, size: Any, groups: Any, chunk: Any,
-    chunks: Any, scale_stride: Any, shift_stride: Any,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr, FULL: tl.constexpr,
-    CHUNKS: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr,
+    grad: tensor, x: tensor, of_x: tensor, weight: tensor, bias: tensor, scale: tensor,
+    shift: tensor, stats: tensor, parts: tensor, of_rest: tensor, pixels: tensor, channels: tensor,
+    size: tensor, groups: tensor, chunk: tensor, chunks: tensor, scale_stride: tensor,
+    shift_stride: tensor,
+    ROWS: constexpr, GROUPS: constexpr, PLACES: constexpr, FULL: constexpr, CHUNKS: constexpr,
+    SCALED: constexpr, SILU: constexpr,
 ) -> None:  # fmt: skip
     """Store the gradients of x, and by image of weight, bias, scale and shift: (4, B, channels).
 
-    That of x is rstd (gain grad - a - b z): z is the normalised x, a and b are the means over a
-    group of gain grad and gain grad z.
+    That of x is rstd (gain grad - a - b z), z the normalised x, a and b means over a group.
     """
     image = (tl.program_id(0) // chunks).to(tl.int64)
     number = tl.program_id(0) % chunks
