@@ -26,7 +26,12 @@ from cmtool.presets.schema import Preset
 from cmtool.system.devices import HALF, best_precision, free_memory, synchronise
 from cmtool.system.dist import Group
 from cmtool.training.fit import fit
-from cmtool.training.state import build_state, fit_settings, recompute_activations
+from cmtool.training.state import (
+    build_state,
+    fit_settings,
+    frozen_for_steps,
+    recompute_activations,
+)
 from cmtool.training.utilisation import ShapesOfStep, shapes_of_step
 
 MOMENTS = 2
@@ -67,7 +72,8 @@ def step_memory(preset: Preset, teacher: Model | None, device: str) -> Memory | 
         return None
     size = sum(p.numel() * p.element_size() for p in step.student.parameters())
     copies = 2 + MOMENTS + len(preset.train.ema) + (step.models.target is not step.student)
-    frozen = 0 if step.teacher is None else sum(p.numel() * 4 for p in step.teacher.parameters())
+    each = 6 if device.startswith("cuda") and preset.train.precision in HALF else 4
+    frozen = sum(p.numel() * each for p in step.teacher.parameters()) if step.teacher else 0
     kept = kept * 2 // 3 if device == "cpu" else kept
     return Memory(copies * size + frozen, kept // 2 if preset.train.precision in HALF else kept)
 
@@ -153,9 +159,10 @@ def step_times(preset: Preset, teacher: Model | None, device: str, images: int) 
     labels = torch.zeros(images, dtype=torch.int64, device=device)
     classes = labels if preset.model.num_classes else None
     state = build_state(preset, teacher, device)
-    objective = build_objective(preset, teacher.f if teacher else None, device)
+    called = frozen_for_steps(teacher.f, preset, device) if teacher else None
+    objective = build_objective(preset, called, device)
     curriculum, settings = build_curriculum(preset), fit_settings(preset)
-    draw = build_source(preset, lambda *_: (x0, classes), teacher.f if teacher else None)
+    draw = build_source(preset, lambda *_: (x0, classes), called)
     first, share, began = 0.0, 0.0, time.perf_counter()
     steps = fit(state, objective, draw, curriculum, settings, build_method(preset).before)
     for number, _ in enumerate(steps):

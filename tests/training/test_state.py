@@ -1,10 +1,14 @@
 """What a run changes, built from a preset: a module that belongs to the method is part of it."""
 
+import pytest
+import torch
+
 from cmtool.core.methods import METHODS, MethodRow
 from cmtool.presets.toml import load_preset
 from cmtool.training.checkpoint import state_tensors
-from cmtool.training.state import build_state
+from cmtool.training.state import build_state, frozen_for_steps, rounded_beforehand
 from tests.core.test_methods import LogVariance, weighed
+from tests.networks import network
 
 WEIGHED = MethodRow(weighed, "consistency", owns=LogVariance)
 
@@ -18,3 +22,27 @@ def test_a_methods_module_is_in_optimizer_and_checkpoint(monkeypatch):
     assert state_tensors(state)["method"].keys() == {"line.weight", "line.bias"}
     names = state_tensors(state, fill_optimizer=True)["optimizer"]
     assert "method/line.bias.exp_avg" in names
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "copied"),
+    [("cpu", "bf16", False), ("cuda", "fp32", False), ("cuda:1", "bf16", True)],
+)
+def test_a_teacher_is_rounded_beforehand_on_a_gpu_in_half_precision(device, precision, copied):
+    preset = load_preset("digits-cd", {"train.precision": precision})
+    f = network("song")
+    assert (frozen_for_steps(f, preset, device) is not f) == copied
+
+
+def test_what_is_rounded_beforehand_answers_as_the_model_with_autocast_and_without():
+    f = network("adm").eval()
+    called = rounded_beforehand(f, torch.bfloat16, "cpu")
+    g = torch.Generator().manual_seed(0)
+    given = (torch.randn(2, 3, 8, 8, generator=g), torch.tensor([0.5, 4.0]), torch.tensor([1, 3]))
+    with torch.no_grad():
+        assert torch.equal(called(*given), f(*given))
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = f(*given)
+            assert torch.equal(called(*given), rounded)
+            next(f.network.input_blocks[0].parameters()).zero_()  # it holds a copy
+            assert torch.equal(called(*given), rounded)

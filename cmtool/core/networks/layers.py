@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from cmtool.core.networks.cpu.normalise import is_channels_last, normalised
 from cmtool.core.networks.cuda.normalise import by_steps, group_norm, takes
 from cmtool.core.types import NO_CLASS
 from cmtool.errors import InputError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 MAX_BLOCKS = 64
 
@@ -42,6 +46,19 @@ class Linear32(nn.Linear):
             return super().forward(x)
         with torch.autocast(device, enabled=False):
             return super().forward(x.float())
+
+
+def rounded_copy(module: ModuleT, dtype: torch.dtype) -> ModuleT:
+    """Return a copy of a frozen module, for autocast to `dtype` alone: there it answers the same.
+
+    Autocast would round the weights of its convolutions and products at each pass; here they are
+    rounded once. What is computed in float32 there is so here.
+    """
+    twin = copy.deepcopy(module)
+    for part in twin.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear) and not isinstance(part, Linear32):
+            part.to(dtype)
+    return twin
 
 
 class Dropout(nn.Dropout):

@@ -1,9 +1,11 @@
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from cmtool.core.networks.layers import Dropout
+from cmtool.core.networks.layers import Dropout, GroupNorm32, Linear32, rounded_copy
 from cmtool.core.tangents import derivative
+from tests.networks import OPTIONS, network
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -28,3 +30,19 @@ def test_dropout_drops_the_same_units_when_it_is_differentiated_forwards(layout)
     y, dy = derivative(Dropout(0.3), (x,), (torch.ones_like(x),))
     assert torch.equal(y, expected)
     assert torch.equal(dy, (expected != 0) / 0.7)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_a_network_rounded_beforehand_answers_with_the_same_bits_under_autocast(name, half):
+    f = network(name).eval()
+    twin = rounded_copy(f, half)
+    g = torch.Generator().manual_seed(0)
+    x, sigma = torch.randn(2, 3, 8, 12, generator=g), torch.tensor([0.5, 40.0])
+    with torch.autocast("cpu", half), torch.no_grad():
+        expected = f(x, sigma, torch.tensor([1, 3]))
+        assert torch.equal(twin(x, sigma, torch.tensor([1, 3])), expected)
+    kinds = {type(m): m.weight.dtype for m in twin.modules() if hasattr(m, "weight")}
+    assert kinds.get(nn.Conv2d, half) == kinds.get(nn.Linear, half) == half
+    assert all(kinds.get(kind, torch.float32) == torch.float32 for kind in (GroupNorm32, Linear32))
+    assert all(p.dtype == torch.float32 for p in f.parameters())
