@@ -21,7 +21,14 @@ from cmtool.core.networks.song import Song, SongOptions
 from cmtool.core.noise import Stage, lognormal, uniform
 from cmtool.core.precond import Preconditioned, consistency_scalings, edm_scalings, log_label
 from cmtool.core.tensors import to_device
-from cmtool.system.devices import autocast, best_precision, is_out_of_memory, on_device, shapes_only
+from cmtool.system.devices import (
+    autocast,
+    best_precision,
+    is_out_of_memory,
+    on_device,
+    shapes_only,
+    timed_convolutions,
+)
 from tests.networks import network
 from tests.objectives import alone, objective_of
 
@@ -237,3 +244,13 @@ def test_networks_of_shapes_only_draw_no_numbers(kind, sizes):
         real.reset_parameters()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.is_meta for p in built.parameters())
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "expected"),
+    [("cuda:1", True, True), ("cuda", False, False), ("cpu", True, False), ("mps", True, False)],
+)
+def test_convolutions_are_timed_on_a_gpu_inside_the_block(device, wanted, expected):
+    with timed_convolutions(device, wanted=wanted):
+        assert torch.backends.cudnn.benchmark is expected
+    assert not torch.backends.cudnn.benchmark
