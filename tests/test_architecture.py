@@ -31,6 +31,7 @@ ONE_IMPORTER = {
     "requests": "system/download.py",
     "huggingface_hub": "hub.py",
     "onnxruntime": "export.py",
+    "triton": "core/networks/cuda/kernels.py",
     "torch.utils.tensorboard": "training/trackers.py",
     "starlette": "page/server.py",
     "uvicorn": "page/server.py",

@@ -65,8 +65,8 @@ class RunOptions:
         bool | None,
         Option(
             "--compile/--no-compile",
-            help="Run the networks by torch.compile. For GPUs: on a CPU it takes minutes and gains"
-            " nothing.",
+            help="Run the networks by torch.compile. By default a long run on a GPU does; on a CPU"
+            " it takes minutes and gains nothing.",
         ),
     ] = None
     max_time: Annotated[

@@ -232,7 +232,10 @@ class TrainSection(Section):
         "auto",
         description="precision of the networks; auto is bf16 where the device computes in it",
     )
-    compile: bool = Field(False, description="torch.compile; a minute or more, for GPUs")
+    compile: bool = Field(
+        False,
+        description="torch.compile, for GPUs; unless this is set a long run there chooses it",
+    )
     deterministic: bool = Field(
         False,
         description="the same bits on a GPU each time, also after a resume; slower",

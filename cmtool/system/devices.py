@@ -82,6 +82,21 @@ def full_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
+@contextmanager
+def timed_convolutions(device: str, *, wanted: bool = True) -> Iterator[None]:
+    """Let a GPU try its convolutions at each new shape inside the block, and take the fastest.
+
+    The choice may differ from run to run, and the last bits with it. Without `wanted`, and on
+    another device, nothing is changed.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or (wanted and device.startswith("cuda"))
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def on_device(module: ModuleT, device: str) -> ModuleT:
     """Return the module on a device; on a GPU in channels_last, the layout of the images there.
 

@@ -57,7 +57,8 @@ def step_memory(preset: Preset, teacher: Model | None, device: str) -> Memory | 
         return None
     size = sum(p.numel() * p.element_size() for p in step.student.parameters())
     copies = 2 + MOMENTS + len(preset.train.ema) + (step.models.target is not step.student)
-    frozen = 0 if step.teacher is None else sum(p.numel() * 4 for p in step.teacher.parameters())
+    each = 6 if device.startswith("cuda") and preset.train.precision in HALF else 4
+    frozen = sum(p.numel() * each for p in step.teacher.parameters()) if step.teacher else 0
     kept = kept * 2 // 3 if device == "cpu" else kept
     return Memory(copies * size + frozen, kept // 2 if preset.train.precision in HALF else kept)
 

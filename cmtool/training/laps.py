@@ -32,7 +32,7 @@ from cmtool.presets.build import (
 from cmtool.presets.schema import Card, Choice, Preset
 from cmtool.system.devices import best_precision, on_device, synchronise
 from cmtool.training.fit import fit
-from cmtool.training.state import TrainState, build_state, fit_settings
+from cmtool.training.state import TrainState, build_state, fit_settings, frozen_for_steps
 
 MOST_STEPS = 1_000_000
 """Steps that may be timed in a row."""
@@ -142,7 +142,7 @@ def rig(preset: Preset, teacher: Model | None, device: str, images: ImagesOf | N
     Raises UserError as `build_state` and `build_objective` do.
     """
     preset = with_precision(preset, device)
-    guide = teacher.f if teacher else None
+    guide = frozen_for_steps(teacher.f, preset, device) if teacher else None
     objective = build_objective(preset, guide, device)
     state = build_state(preset, teacher, device)
     found = images or random_images(preset, device)

@@ -13,9 +13,11 @@ from cmtool.presets.build import noise_range
 from cmtool.presets.schema import Preset
 from cmtool.system import dist
 from cmtool.system.determinism import deterministic
+from cmtool.system.devices import timed_convolutions
 from cmtool.system.dist import ALONE, Group
 from cmtool.system.files import check_temporary, sync
 from cmtool.training.checkpoint import Saver, about_model, load_newest
+from cmtool.training.compiling import with_compile_decided
 from cmtool.training.fit import Diverged, StepInfo, fit
 from cmtool.training.folder import clear_leftovers, clear_run, keep_status, prepare_folder
 from cmtool.training.lock import locked, tell_killed
@@ -66,8 +68,11 @@ def train(
         start = decide_start(
             preset, out, origins or {}, device, group, resume=resume, overwrite=overwrite
         )
+        start = with_compile_decided(start, teacher, device, group)
         for note in start.notes:
             watcher.note(note)
+        exact = start.preset.train.deterministic
+        claim.enter_context(timed_convolutions(device, wanted=not exact))
         run = group.together(lambda: set_up(start, watcher, teacher, init, device, group), "built")
         group.alike(lambda: data_facts(run.data, run.held), "data")
         group.agreed(lambda: claim.enter_context(claimed(run, start)), "claimed")

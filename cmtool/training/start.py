@@ -64,7 +64,7 @@ from cmtool.training.lock import read_status, refuse_busy
 from cmtool.training.log import Watcher
 from cmtool.training.records import Record
 from cmtool.training.same import changes, described, run_inputs
-from cmtool.training.state import TrainState, build_state, not_taken
+from cmtool.training.state import TrainState, build_state, frozen_for_steps, not_taken
 from cmtool.training.trackers import check_trackers, trackers_of
 
 MAX_NAMES = 100
@@ -238,7 +238,8 @@ def set_up(
     given = Given(preset, data, held, guide, device, watcher.working)
     evaluation = build_evaluation(given)
     check_trackers(trackers_of(preset))  # now, and not at the first line of the log
-    objective = build_objective(preset, guide, device)
+    called = frozen_for_steps(teacher.f, preset, device, group) if teacher else None
+    objective = build_objective(preset, called, device)
     curriculum = build_curriculum(preset)
     if data.is_checked_first and not start.resume:
         watcher.note(f"decoding all {len(data):,} images once, to find bad ones before training")
@@ -254,7 +255,7 @@ def set_up(
         label_dropout=preset.data.label_dropout, workers=preset.data.workers,
         timeout=preset.data.timeout, rank=group.rank, world_size=group.world_size,
     )  # fmt: skip
-    microbatch = build_source(preset, images, guide)
+    microbatch = build_source(preset, images, called)
     return Run(
         preset, start.out, watcher, teacher, init, device, group, data, held, evaluation, objective,
         curriculum, state, microbatch, build_method(preset).before,

@@ -13,15 +13,17 @@ from torch.optim import Optimizer
 
 from cmtool.core.ema import Ema, frozen_copy
 from cmtool.core.networks import NETWORKS
+from cmtool.core.networks.layers import rounded_copy
 from cmtool.core.networks.truncated import Truncated
 from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.precond import Preconditioned, is_two_time
 from cmtool.core.rng import keyed_generator, seeded
+from cmtool.core.types import Denoiser
 from cmtool.errors import InputError, UserError
 from cmtool.models import Model
 from cmtool.presets.build import build_denoiser, build_network, method_row, pick
 from cmtool.presets.schema import Preset
-from cmtool.system.devices import on_device, shapes_only
+from cmtool.system.devices import HALF, on_device, shapes_only
 from cmtool.system.dist import ALONE, Group
 from cmtool.system.parallel import shard
 
@@ -175,6 +177,35 @@ def not_taken(preset: Preset, init: Model) -> list[str]:
         what = f"no weight of {init.source} fits the network of the preset"
         raise InputError(what, "leave --preset out: its network is then the model's")
     return left
+
+
+def frozen_for_steps(
+    model: Preconditioned, preset: Preset, device: str, group: Group = ALONE
+) -> Denoiser:
+    """Return a frozen model as the steps of a run call it; it answers the same.
+
+    On a GPU, in half precision, that is under autocast a copy whose weights are rounded already:
+    otherwise each pass has a launch for each of them. A sharded model has no copy.
+    """
+    kind, half = torch.device(device).type, HALF.get(preset.train.precision)
+    if kind != "cuda" or half is None or group.mesh is not None:
+        return model
+    return rounded_beforehand(model, half, kind, compiled=preset.train.compile)
+
+
+def rounded_beforehand(
+    model: Preconditioned, half: torch.dtype, kind: str, *, compiled: bool = False
+) -> Denoiser:
+    """Return what is the model, and under autocast to `half` on a kind of device a rounded copy."""
+    twin = rounded_copy(model, half)
+    if compiled:
+        twin.network.compile()
+
+    def frozen(x: Tensor, sigma: Tensor, *given: Tensor | None) -> Tensor:
+        result: Tensor = (twin if torch.is_autocast_enabled(kind) else model)(x, sigma, *given)
+        return result
+
+    return frozen
 
 
 def build_own(preset: Preset, device: str, group: Group) -> nn.Module | None:

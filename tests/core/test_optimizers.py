@@ -48,3 +48,76 @@ def test_moments_have_pytorchs_names(name):
         1e-8,
         pytest.approx(0.01 / 3),
     )
+
+
+def radam(parameters, **options):
+    return OPTIMIZERS["radam"](parameters, lr=0.01, **options)
+
+
+def one_step(optimizer, parameters, draw):
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=draw)
+    optimizer.step()
+
+
+def test_fifty_steps_of_radam_are_pytorchs():
+    ours, _ = walk(OPTIMIZERS["radam"], 50)
+    theirs, _ = walk(torch.optim.RAdam, 50)
+    assert float(((ours - theirs).abs() / theirs.abs().clamp_min(0.01)).max()) < 1e-6
+
+
+def test_radam_reads_its_count_once_and_after_somebody_has_written_it(monkeypatch):
+    """On a GPU each reading is a wait."""
+    p, draw, reads = nn.Parameter(torch.ones(3)), torch.Generator().manual_seed(0), []
+    optimizer = radam([p])
+    convert = torch.Tensor.__int__
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda t: reads.append(0) or convert(t))
+    for _ in range(7):
+        one_step(optimizer, [p], draw)
+    assert (optimizer.count(0), len(reads)) == (7, 0)
+    with torch.no_grad():
+        optimizer.state[p]["step"].copy_(torch.tensor(40.0))  # as a checkpoint is loaded
+    assert (optimizer.count(0), len(reads)) == (40, 1)
+    one_step(optimizer, [p], draw)
+    assert optimizer.count(0) == int(optimizer.state[p]["step"]) == 41
+    optimizer.state.clear()  # as at a stage's start
+    assert optimizer.count(0) == 0
+    one_step(optimizer, [p], draw)
+    assert optimizer.count(0) == int(optimizer.state[p]["step"]) == 1
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_the_state_of_radam_goes_on_in_pytorchs_and_back(back):
+    makers = [radam, lambda ps: torch.optim.RAdam(ps, lr=0.01)]
+    first, second = reversed(makers) if back else makers
+    places = []
+    for then in (first, second):  # six steps by one, six more by itself or the other
+        draw, p = torch.Generator().manual_seed(0), nn.Parameter(torch.ones(3))
+        optimizer = first([p])
+        for _ in range(6):
+            one_step(optimizer, [p], draw)
+        state = {"state": optimizer.state_dict()["state"]}
+        optimizer = then([p])
+        optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
+        for _ in range(6):
+            one_step(optimizer, [p], draw)
+        places.append(p.detach())
+    torch.testing.assert_close(places[0], places[1], rtol=1e-6, atol=1e-6)
+
+
+def test_a_scaler_of_gradients_skips_a_step_of_radam_and_unscales_the_others():
+    found = []
+    for scale in (1.0, 1024.0):
+        draw, p = torch.Generator().manual_seed(0), nn.Parameter(torch.ones(3))
+        optimizer = radam([p])
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=100)
+        for step in range(12):
+            slope = torch.randn(3, generator=draw)
+            optimizer.zero_grad()
+            scaler.scale((p * (torch.inf if step == 3 and scale > 1 else slope)).sum()).backward()
+            if step != 3 or scale > 1:
+                scaler.step(optimizer)
+                scaler.update()
+        assert optimizer.count(0) == 11
+        found.append(p.detach())
+    torch.testing.assert_close(found[0], found[1])

@@ -26,7 +26,14 @@ from cmtool.core.samplers import SAMPLERS
 from cmtool.core.tensors import to_device
 from cmtool.models import load_model
 from cmtool.presets.schema import Choice
-from cmtool.system.devices import autocast, best_precision, is_out_of_memory, on_device, shapes_only
+from cmtool.system.devices import (
+    autocast,
+    best_precision,
+    is_out_of_memory,
+    on_device,
+    shapes_only,
+    timed_convolutions,
+)
 from tests.networks import network
 from tests.objectives import alone, objective_of
 
@@ -287,3 +294,13 @@ class Pageable:
 
 def test_what_cannot_be_page_locked_is_sent_all_the_same():
     assert to_device(Pageable(), "cuda") == ("cuda", True)
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "expected"),
+    [("cuda:1", True, True), ("cuda", False, False), ("cpu", True, False), ("mps", True, False)],
+)
+def test_convolutions_are_timed_on_a_gpu_inside_the_block(device, wanted, expected):
+    with timed_convolutions(device, wanted=wanted):
+        assert torch.backends.cudnn.benchmark is expected
+    assert not torch.backends.cudnn.benchmark

@@ -7,8 +7,14 @@ from cmtool.core.methods import METHODS, MethodRow
 from cmtool.errors import UserError
 from cmtool.presets.toml import load_preset
 from cmtool.training.checkpoint import state_tensors
-from cmtool.training.state import build_state, check_sharded
+from cmtool.training.state import (
+    build_state,
+    check_sharded,
+    frozen_for_steps,
+    rounded_beforehand,
+)
 from tests.core.test_methods import LogVariance, weighed
+from tests.networks import network
 
 WEIGHED = MethodRow(weighed, "consistency", owns=LogVariance)
 
@@ -33,3 +39,27 @@ def test_forward_mode_through_sharded_models_wants_a_newer_pytorch(monkeypatch):
     assert "2.14" in caught.value.hint
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.14.0"))
     check_sharded(forward_mode)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "copied"),
+    [("cpu", "bf16", False), ("cuda", "fp32", False), ("cuda:1", "bf16", True)],
+)
+def test_a_teacher_is_rounded_beforehand_on_a_gpu_in_half_precision(device, precision, copied):
+    preset = load_preset("digits-cd", {"train.precision": precision})
+    f = network("song")
+    assert (frozen_for_steps(f, preset, device) is not f) == copied
+
+
+def test_what_is_rounded_beforehand_answers_as_the_model_with_autocast_and_without():
+    f = network("adm").eval()
+    called = rounded_beforehand(f, torch.bfloat16, "cpu")
+    g = torch.Generator().manual_seed(0)
+    given = (torch.randn(2, 3, 8, 8, generator=g), torch.tensor([0.5, 4.0]), torch.tensor([1, 3]))
+    with torch.no_grad():
+        assert torch.equal(called(*given), f(*given))
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = f(*given)
+            assert torch.equal(called(*given), rounded)
+            next(f.network.input_blocks[0].parameters()).zero_()  # it holds a copy
+            assert torch.equal(called(*given), rounded)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cmtool.core.networks.cpu.attention import attend
-from cmtool.core.networks.cpu.normalise import is_channels_last, normalised, whole
+from cmtool.core.networks.cpu.normalise import is_channels_last, normalised
+from cmtool.core.networks.cuda.normalise import by_steps, group_norm, takes
 from cmtool.core.types import NO_CLASS
 from cmtool.errors import InputError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 MAX_BLOCKS = 64
 
@@ -51,6 +56,19 @@ class Linear32(nn.Linear):
             return super().forward(x.float())
 
 
+def rounded_copy(module: ModuleT, dtype: torch.dtype) -> ModuleT:
+    """Return a copy of a frozen module, for autocast to `dtype` alone: there it answers the same.
+
+    Autocast would round the weights of its convolutions and products at each pass; here they are
+    rounded once. What is computed in float32 there is so here.
+    """
+    twin = copy.deepcopy(module)
+    for part in twin.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear) and not isinstance(part, Linear32):
+            part.to(dtype)
+    return twin
+
+
 class Dropout(nn.Dropout):
     """Dropout whose masks depend on the generator and the shape alone.
 
@@ -78,8 +96,8 @@ class GroupNorm32(nn.GroupNorm):
     ) -> Tensor:
         """Return silu(norm(x) (1 + scale) + shift), or that without SiLU, in x's dtype.
 
-        x is (B, C, H, W), scale and shift are (B, C) or None. PyTorch's own norm is slow on a CPU
-        for images in channels_last, the layout in which convolutions are fast.
+        x is (B, C, H, W), scale and shift are (B, C) or None. PyTorch's own norm is slow for images
+        in channels_last, the layout in which convolutions are fast.
         """
         if x.device.type == "cpu" and is_channels_last(x):
             gain, offset = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
@@ -89,10 +107,8 @@ class GroupNorm32(nn.GroupNorm):
             pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C)
             y = normalised(pixels, gain, offset, self.num_groups, self.eps, silu)
             return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
-        y = super().forward(whole(x)).to(x.dtype)
-        if scale is not None and shift is not None:
-            y = y * (1 + scale[:, :, None, None]).to(y.dtype) + shift[:, :, None, None].to(y.dtype)
-        return F.silu(y) if silu else y
+        compute = group_norm if takes(x, self.weight, scale, shift) else by_steps
+        return compute(x, self.weight, self.bias, scale, shift, self.num_groups, self.eps, silu)
 
 
 class AttentionBlock(nn.Module):

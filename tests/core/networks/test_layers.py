@@ -1,10 +1,12 @@
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from cmtool.core.networks.edm2 import MPLinear
-from cmtool.core.networks.layers import Dropout, Linear32, upsampled
+from cmtool.core.networks.layers import Dropout, GroupNorm32, Linear32, rounded_copy, upsampled
 from cmtool.core.tangents import derivative
+from tests.networks import OPTIONS, network
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -61,3 +63,19 @@ def test_pixels_are_repeated_out_of_reach_of_autocast(monkeypatch, half):
         y = upsampled(x)
     assert torch.equal(y, x.repeat_interleave(2, 2).repeat_interleave(2, 3))
     assert (y.dtype, seen) == (x.dtype, [False])
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_a_network_rounded_beforehand_answers_with_the_same_bits_under_autocast(name, half):
+    f = network(name).eval()
+    twin = rounded_copy(f, half)
+    g = torch.Generator().manual_seed(0)
+    x, sigma = torch.randn(2, 3, 8, 12, generator=g), torch.tensor([0.5, 40.0])
+    with torch.autocast("cpu", half), torch.no_grad():
+        expected = f(x, sigma, torch.tensor([1, 3]))
+        assert torch.equal(twin(x, sigma, torch.tensor([1, 3])), expected)
+    kinds = {type(m): m.weight.dtype for m in twin.modules() if hasattr(m, "weight")}
+    assert kinds.get(nn.Conv2d, half) == kinds.get(nn.Linear, half) == half
+    assert all(kinds.get(kind, torch.float32) == torch.float32 for kind in (GroupNorm32, Linear32))
+    assert all(p.dtype == torch.float32 for p in f.parameters())
