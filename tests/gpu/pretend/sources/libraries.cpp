@@ -102,31 +102,32 @@ int cufftXtMakePlanMany(
     return *bytes = 0, 0;
 }
 
-// ---- NCCL: communicators. All processes have the same to say, so that each passes on its own
+// ---- NCCL: communicators. All processes have the same to say, so that each passes on its own:
+// whole numbers, by which they compare their models, and not the weights
 
 int processes() {
     const char* said = getenv("WORLD_SIZE");
     return said ? atoi(said) : 1;
 }
-size_t bytes_of(int type) {  // of ncclDataType_t
-    constexpr size_t bytes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};
-    return bytes[type];
+void pass_on_numbers(const void* from, void* to, size_t count, int type) {
+    constexpr int int64 = 4;
+    if (type == int64) pass_on(from, to, count * sizeof(int64_t));
 }
 int ncclAllGather(const void* from, void* to, size_t count, int type, void*, void*) {
     note("launch ncclAllGather");
-    size_t bytes = count * bytes_of(type);
-    for (int i = 0; i < processes(); i++) pass_on(from, static_cast<char*>(to) + i * bytes, bytes);
+    auto* part = static_cast<int64_t*>(to);
+    for (int i = 0; i < processes(); i++) pass_on_numbers(from, part + i * count, count, type);
     return 0;
 }
 int ncclBroadcast(const void* from, void* to, size_t count, int type, int, void*, void*) {
     note("launch ncclBroadcast");
-    pass_on(from, to, count * bytes_of(type));
+    pass_on_numbers(from, to, count, type);
     return 0;
 }
 
 int ncclBcast(void* at, size_t count, int type, int, void*, void*) {
     note("launch ncclBcast");
-    pass_on(at, at, count * bytes_of(type));
+    pass_on_numbers(at, at, count, type);
     return 0;
 }
 int ncclGetVersion(int* to) { return *to = 23007, 0; }
