@@ -21,9 +21,9 @@ class Bound(NamedTuple):
 
 
 BOUNDS = {
-    "imagenet64-cd": Bound(9_500, 20.1),  # 9,257 and 19.55 measured
-    "cifar10-cd": Bound(7_050, 13.0),  # 6,878 and 12.66
-    "emoji-cmt": Bound(1_650, 0.19),  # 1,595 and 0.18
+    "imagenet64-cd": Bound(4_600, 14.3),  # 4,459 and 13.87 measured
+    "cifar10-cd": Bound(4_000, 7.3),  # 3,874 and 7.05
+    "emoji-cmt": Bound(890, 0.14),  # 863 and 0.13
 }
 
 

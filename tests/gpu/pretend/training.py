@@ -26,7 +26,7 @@ from cmtool.presets.schema import Choice, Preset
 from cmtool.presets.toml import parse_override, resolve
 from cmtool.system.devices import on_device
 from cmtool.training.fit import StepInfo, fit
-from cmtool.training.state import TrainState, build_state, fit_settings
+from cmtool.training.state import TrainState, build_state, fit_settings, frozen_for_steps
 
 DEVICE = "cuda"
 NUM_IMAGES = 256
@@ -91,7 +91,7 @@ def training(name, *sets):
     """Return the training of a preset with "KEY=VALUE" overrides."""
     preset = preset_of(name, *sets)
     teacher = teacher_of(preset)
-    guide = teacher.f if teacher else None
+    guide = frozen_for_steps(teacher.f, preset, DEVICE) if teacher else None
     objective = build_objective(preset, guide, DEVICE)
     with Undrawn():
         state = build_state(preset, teacher, DEVICE)

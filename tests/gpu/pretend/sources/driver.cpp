@@ -20,6 +20,7 @@ int launched(void* function) {  // a function is its name
 }
 
 void* const context = reinterpret_cast<void*>(8);
+constexpr int most_threads_a_block = 0;  // CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
 constexpr int registers_a_thread = 4;  // CU_FUNC_ATTRIBUTE_NUM_REGS
 constexpr int memory_type = 2, device_pointer = 3;  // of CUpointer_attribute
 
@@ -73,7 +74,8 @@ int cuTensorMapEncodeIm2col(...) { return 0; }
 // ---- kernels
 
 int cuFuncGetAttribute(int* to, int attribute, void*) {
-    return *to = attribute == registers_a_thread ? 40 : 0, 0;
+    *to = attribute == most_threads_a_block ? 1024 : attribute == registers_a_thread ? 40 : 0;
+    return 0;
 }
 int cuFuncSetAttribute(void*, int, int) { return 0; }
 int cuFuncSetCacheConfig(void*, int) { return 0; }
