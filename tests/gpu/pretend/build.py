@@ -18,8 +18,9 @@ from tests.gpu.pretend import generate
 HERE = Path(__file__).parent
 SOURCES = HERE / "sources"
 LIBRARY = "libcuda.so.1"
-"""The name that Triton and PyTorch load the driver by. The other libraries are preloaded, so that
-one file can be all of them."""
+"""The name that Triton and PyTorch load the driver by. Others are preloaded and found by symbol, so
+that one file can be all of them; but for NVRTC, which is loaded by name too."""
+COMPILER = "libnvrtc.so.*[0-9]"
 TOOLKITS = (Path("/usr/local/cuda"), Path("/usr/local"), Path("/usr/include"))
 HEADERS = ("cuda_runtime_api.h", "cudnn_graph.h")
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-Wall")
@@ -79,6 +80,12 @@ def compiled(source, work):
     return made
 
 
+def link(objects, library):
+    """Write a library of objects."""
+    options = ["-shared", f"-Wl,-soname,{library.name}", "-o", library]
+    subprocess.run(["g++", *objects, *options], check=True)
+
+
 def build_in(work):
     """Write the library into an empty folder."""
     objects = [compiled(path, work) for path in sorted(SOURCES.glob("*.cpp"))]
@@ -87,8 +94,10 @@ def build_in(work):
     rest = work / "rest.cpp"
     rest.write_text(generate.source([name for name in needed if name not in written]))
     objects.append(compiled(rest, work))
-    linked = ["-shared", f"-Wl,-soname,{LIBRARY}", *objects, "-o", work / LIBRARY]
-    subprocess.run(["g++", *linked], check=True)
+    compiler = work / "nvrtc.o"
+    link([made for made in objects if made != compiler], work / LIBRARY)
+    for name in {path.name for path in (site() / "nvidia").rglob(COMPILER)}:
+        link([compiler], work / name)
     (work / "libcuda.so").symlink_to(LIBRARY)
     for left in (rest, *objects):
         left.unlink()
@@ -112,7 +121,7 @@ def build():
 def environment(folder):
     """Return the variables under which a process has the card."""
     return {
-        "LD_PRELOAD": str(folder / LIBRARY),
+        "LD_PRELOAD": ":".join(map(str, sorted(folder.glob("*.so.*")))),
         "TRITON_LIBCUDA_PATH": str(folder),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }

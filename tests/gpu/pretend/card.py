@@ -28,6 +28,10 @@ class Counted:
     waits: list[str] = field(default_factory=list)
     """Each wait: why, and the line of Python that led to it."""
 
+    def __str__(self):
+        """Return where the host waited, a line each."""
+        return "\n".join([f"{len(self.waits)} waits for the card", *self.waits])
+
     def total(self, what):
         """Return how often something was done whose name begins with a word."""
         return sum(times for name, times in self.counts.items() if name.startswith(f"{what} "))

@@ -2,11 +2,12 @@
 
 import re
 
-LIBRARIES = r"cublas|cudnn|nccl"
+LIBRARIES = r"cublas|cudnn|cufft|nccl"
 SETTINGS = r"Create|Destroy|Set|Get|Find|Algo|Comm|Group|Mem|RedOp|Register|Version|Win"
 COMPUTES = {
     "cublas": r".",
     "cudnn": r"Forward|Backward|Loss",
+    "cufft": r"Exec",
     "nccl": r"All|Bcast|Broadcast|Gather|Recv|Reduce|Scatter|Send",
 }
 """What the names of functions have that launch a kernel, unless they belong to the settings."""

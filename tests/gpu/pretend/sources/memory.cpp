@@ -3,6 +3,7 @@
 // The card's memory is a range of addresses that nobody may touch: code of the host that reads or
 // writes it ends with a segmentation fault, as it would on a machine with a card. It holds nothing.
 // What is copied out of it is zero; a single byte is one, so that questions (is it finite?) get yes.
+// The one exception is what the host wrote and NCCL passed on, which processes compare by.
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
 
@@ -10,9 +11,11 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <string>
 
 #include "card.h"
 #include "ledger.h"
+#include "passed_on.h"
 
 namespace {
 
@@ -28,6 +31,10 @@ struct Range {
 std::mutex turn;
 std::map<char*, Range> ranges;  // by where they begin
 std::atomic<size_t> used{0};
+
+// Small things that the host copied to the card, and those of them that NCCL passed on; by address.
+constexpr size_t small_bytes = 64 << 10;
+std::map<const char*, std::string> written, passed;
 
 void* take(size_t bytes, Kind kind) {
     int access = kind == on_card ? PROT_NONE : PROT_READ | PROT_WRITE;
@@ -55,6 +62,32 @@ Kind kind_of(const void* address) {
     return at < begin + range.bytes ? range.kind : pageable;
 }
 
+void remember(const void* at, const void* from, size_t bytes) {
+    if (bytes > small_bytes) return;
+    std::lock_guard<std::mutex> hold(turn);
+    written[static_cast<const char*>(at)] = std::string(static_cast<const char*>(from), bytes);
+}
+
+void carry_along(void* to, const void* from, size_t bytes) {
+    std::lock_guard<std::mutex> hold(turn);
+    auto* begin = static_cast<const char*>(from);
+    auto part = passed.lower_bound(begin);
+    if (part == passed.end() || part->first >= begin + bytes) return;
+    passed[static_cast<const char*>(to) + (part->first - begin)] = part->second;
+}
+
+// Parts that lie beside each other were gathered, and are read at once; each is read once.
+void read_back(void* to, const void* from, size_t bytes) {
+    memset(to, bytes == 1, bytes);
+    std::lock_guard<std::mutex> hold(turn);
+    auto* begin = static_cast<const char*>(from);
+    for (auto part = passed.lower_bound(begin); part != passed.end() && part->first < begin + bytes;) {
+        size_t offset = part->first - begin, size = part->second.size();
+        if (offset + size <= bytes) memcpy(static_cast<char*>(to) + offset, part->second.data(), size);
+        part = passed.erase(part);
+    }
+}
+
 // A copy that returns at once waits all the same where one end is pageable memory: out of it small
 // ones alone are staged, and into it none is.
 void copy(void* to, const void* from, size_t bytes, bool at_once) {
@@ -66,12 +99,23 @@ void copy(void* to, const void* from, size_t bytes, bool at_once) {
     if (!at_once) note_wait("cudaMemcpy");
     else if (source == on_card && target == pageable) note_wait("copy to pageable memory");
     else if (source == pageable && target == on_card && !small) note_wait("copy of pageable memory");
+    if (target == on_card && source == on_card) carry_along(to, from, bytes);
+    else if (target == on_card) remember(to, from, bytes);
     if (target == on_card) return;
-    if (source == on_card) memset(to, bytes == 1, bytes);
+    if (source == on_card) read_back(to, from, bytes);
     else memmove(to, from, bytes);
 }
 
 }  // namespace
+
+void pass_on(const void* from, void* to, size_t bytes) {
+    std::lock_guard<std::mutex> hold(turn);
+    auto found = written.find(static_cast<const char*>(from));
+    if (found == written.end() || found->second.size() < bytes) return;
+    auto* begin = static_cast<const char*>(to);
+    passed.erase(passed.lower_bound(begin), passed.lower_bound(begin + bytes));
+    passed[begin] = found->second.substr(0, bytes);
+}
 
 extern "C" {
 

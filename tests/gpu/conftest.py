@@ -1,0 +1,10 @@
+import pytest
+
+from tests.gpu.pretend import card
+
+
+@pytest.fixture(autouse=True)
+def with_the_card(request):
+    """Leave out the tests of the pretended card in a process that has none."""
+    if request.node.get_closest_marker("pretend_gpu") and not card.is_there():
+        pytest.skip("no pretended card: python -m tests.gpu.pretend pytest -m pretend_gpu")
