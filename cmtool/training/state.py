@@ -205,7 +205,8 @@ def set_counters(state: TrainState, facts: Mapping[str, Any]) -> None:
     if state.scaler is not None and facts.get("scaler") is not None:
         try:
             state.scaler.load_state_dict(facts["scaler"])
-            state.scaler.scale(torch.zeros(()))
+            home = next(state.student.parameters()).device  # the scale stays where it is first used
+            state.scaler.scale(torch.zeros((), device=home))
         except (KeyError, TypeError, RuntimeError):
             what = f"the checkpoint of step {state.step} holds no state of the scaler of fp16"
             raise InputError(what, "remove it to go on from the one before it") from None
