@@ -1,5 +1,6 @@
 """Training on the pretended card: a preset's own steps, without a run folder or real numbers."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from cmtool.presets.build import (
 from cmtool.presets.schema import Choice, Preset
 from cmtool.presets.toml import parse_override, resolve
 from cmtool.system.devices import on_device
-from cmtool.training.fit import fit
+from cmtool.training.fit import StepInfo, fit
 from cmtool.training.state import TrainState, build_state, fit_settings
 
 DEVICE = "cuda"
@@ -38,7 +39,7 @@ class Training(NamedTuple):
     teacher: Model | None
     objective: Objective
     state: TrainState
-    steps: object
+    steps: Iterator[StepInfo]
 
 
 class Undrawn(TorchFunctionMode):

@@ -1,0 +1,39 @@
+"""Launches and memory of published configurations: real networks, on a card that computes nothing.
+
+A change that adds to them is seen here. One that takes from them should lower the bounds.
+"""
+
+from typing import NamedTuple
+
+import pytest
+
+from tests.gpu.pretend.published import CONFIGURATIONS, measured
+from tests.gpu.pretend.training import training
+
+pytestmark = pytest.mark.pretend_gpu
+
+
+class Bound(NamedTuple):
+    """The most that a step may launch, and may hold at once without cuDNN's workspaces."""
+
+    launches: int
+    peak_gib: float
+
+
+BOUNDS = {
+    "imagenet64-cd": Bound(9_500, 20.1),  # 9,257 and 19.50 measured
+    "cifar10-cd": Bound(7_050, 13.0),  # 6,878 and 12.63
+    "emoji-cmt": Bound(1_650, 0.19),  # 1,595 and 0.18
+}
+
+
+def test_every_configuration_has_a_bound():
+    assert BOUNDS.keys() == CONFIGURATIONS.keys()
+
+
+@pytest.mark.parametrize("name", sorted(BOUNDS))
+def test_a_step_stays_within_its_bound(name):
+    counted, peak_gib = measured(training(*CONFIGURATIONS[name]))
+    assert counted.launches <= BOUNDS[name].launches
+    assert peak_gib <= BOUNDS[name].peak_gib
+    assert len(counted.waits) == 1, str(counted)
