@@ -1,5 +1,6 @@
 import pytest
 
+from tests.cli.conftest import bare_runs, cmtool  # noqa: F401
 from tests.gpu.pretend import card
 
 

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from cmtool.cli.edit import EDITS
-from tests.cli.conftest import cmtool  # noqa: F401
 
 pytestmark = pytest.mark.pretend_gpu
 
@@ -52,8 +51,9 @@ def assert_done(result):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_sampling(precision, cmtool):  # noqa: F811
-    assert_done(cmtool("sample", *STUDENT, "--seeds", "0-5", "--precision", precision, "--out", "o"))
+def test_sampling(precision, cmtool):
+    seeds = ["--seeds", "0-5", "--precision", precision]
+    assert_done(cmtool("sample", *STUDENT, *seeds, "--out", "o"))
     assert_done(cmtool("sample", *TEACHER, "--seeds", "0-5", "--steps", "4", "--out", "grid.png"))
 
 
@@ -63,34 +63,34 @@ def test_every_edit_is_here():
 
 @pytest.mark.parametrize("edit", sorted(OF_EDITS))
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_edits(edit, precision, picture, cmtool):  # noqa: F811
+def test_edits(edit, precision, picture, cmtool):
     more = [*OF_EDITS[edit], *STUDENT, "--precision", precision]
     assert_done(cmtool("edit", edit, picture, *more, "--out", "o.png"))
     assert_done(cmtool("edit", edit, picture, *more, "--class", "3", "--out", "class.png"))
 
 
-def test_interpolation_between_pictures_and_between_seeds(picture, cmtool):  # noqa: F811
+def test_interpolation_between_pictures_and_between_seeds(picture, cmtool):
     assert_done(cmtool("edit", "interpolate", picture, "b.png", *STUDENT, "--out", "pictures.png"))
     assert_done(cmtool("edit", "interpolate", "--seeds", "3,7", *STUDENT, "--out", "seeds.png"))
 
 
 @pytest.mark.parametrize("name", sorted(EVALUATIONS))
-def test_evaluation(name, cmtool):  # noqa: F811
+def test_evaluation(name, cmtool):
     json.loads(assert_done(cmtool(*EVALUATIONS[name])).text)
 
 
-def test_the_search_for_levels(cmtool):  # noqa: F811
+def test_the_search_for_levels(cmtool):
     search = ["search", *STUDENT, "--steps", "2", "--num", "24", "--out", "levels.json"]
     assert_done(cmtool(*search))
 
 
-def test_a_card_that_is_not_there_is_told_in_two_lines(cmtool):  # noqa: F811
+def test_a_card_that_is_not_there_is_told_in_two_lines(cmtool):
     result = cmtool("sample", "-c", "digits-cd", "--device", "cuda:9", "--out", "o.png")
     assert result.code == 2
     assert [line.split(":")[0] for line in result.err.splitlines()[-2:]] == ["error", "hint"]
 
 
-def test_a_batch_too_large_for_the_card_is_drawn_in_parts_or_told(cmtool, monkeypatch):  # noqa: F811
+def test_a_batch_too_large_for_the_card_is_drawn_in_parts_or_told(cmtool, monkeypatch):
     torch.cuda.empty_cache()
     monkeypatch.setenv("PRETEND_GPU_BYTES", FEW)
     many = ["--seeds", "0-4095", "--batch", "4096", "--out", "o.npz"]

@@ -10,7 +10,6 @@ import pytest
 from safetensors.torch import load_file
 
 from cmtool.training import run as runs
-from tests.cli.conftest import bare_runs, cmtool  # noqa: F401
 from tests.gpu.pretend.card import counting
 
 pytestmark = pytest.mark.pretend_gpu
@@ -38,7 +37,7 @@ def state(out):
     return json.loads((out / "status.json").read_text())["state"]
 
 
-def resumed(cmtool, words, out):  # noqa: F811
+def resumed(cmtool, words, out):
     """Train four steps, lose the last two, and resume; return what the second command said."""
     first = cmtool(*words, *SHORT, "--out", out)
     assert first.code == 0, first.err
@@ -47,7 +46,7 @@ def resumed(cmtool, words, out):  # noqa: F811
 
 
 @pytest.mark.parametrize(("run", "precision"), [("edm", "fp32"), ("ct", "bf16"), ("cd", "fp16")])
-def test_a_run_goes_on_from_a_checkpoint(run, precision, tmp_path, cmtool, bare_runs):  # noqa: F811
+def test_a_run_goes_on_from_a_checkpoint(run, precision, tmp_path, cmtool, bare_runs):
     out = tmp_path / "run"
     again = resumed(cmtool, [*RUNS[run], "--set", f"train.precision={precision}"], out)
     assert again.code == 0, again.err
@@ -55,14 +54,14 @@ def test_a_run_goes_on_from_a_checkpoint(run, precision, tmp_path, cmtool, bare_
     assert state(out) == "done"
 
 
-def test_a_run_ends_with_its_report(tmp_path, cmtool):  # noqa: F811
+def test_a_run_ends_with_its_report(tmp_path, cmtool):
     result = cmtool(*RUNS["ct"], *SHORT, "--out", tmp_path / "run")
     assert result.code == 0, result.err
     assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_the_scale_of_fp16_is_on_the_card_after_a_resumption(
-    tmp_path, cmtool, bare_runs, monkeypatch  # noqa: F811
+    tmp_path, cmtool, bare_runs, monkeypatch
 ):  # fmt: skip
     seen = []
     fit = runs.fit
@@ -73,11 +72,12 @@ def test_the_scale_of_fp16_is_on_the_card_after_a_resumption(
             yield info
 
     monkeypatch.setattr(runs, "fit", watched)
-    assert resumed(cmtool, [*RUNS["ct"], "--set", "train.precision=fp16"], tmp_path / "run").code == 0
+    words = [*RUNS["ct"], "--set", "train.precision=fp16"]
+    assert resumed(cmtool, words, tmp_path / "run").code == 0
     assert seen == ["cuda"] * 6
 
 
-def test_steps_of_a_run_wait_once_each_between_its_lines(tmp_path, cmtool, bare_runs, monkeypatch):  # noqa: F811
+def test_steps_of_a_run_wait_once_each_between_its_lines(tmp_path, cmtool, bare_runs, monkeypatch):
     """What a run does beside its steps, it does every N steps."""
     waits = []
     fit = runs.fit
@@ -101,7 +101,9 @@ def test_steps_of_a_run_wait_once_each_between_its_lines(tmp_path, cmtool, bare_
         assert len(counted.waits) == 1, counted
 
 
-def test_a_run_without_page_locked_memory_is_saved_all_the_same(tmp_path, cmtool, bare_runs, monkeypatch):  # noqa: F811
+def test_a_run_without_page_locked_memory_is_saved_all_the_same(
+    tmp_path, cmtool, bare_runs, monkeypatch
+):
     monkeypatch.setenv("PRETEND_PINNED_BYTES", str(1 << 16))
     result = cmtool(*RUNS["ct"], *SHORT, "--out", tmp_path / "run")
     assert result.code == 0, result.err

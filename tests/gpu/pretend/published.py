@@ -75,7 +75,9 @@ class Moved(TorchDispatchMode):
         if func.is_view or name in VIEWS:
             return result
         read = tree_leaves((args, kwargs))
-        changed = tree_leaves([t for t, a in zip(args, func._schema.arguments, strict=False) if is_written(a)])
+        changed = tree_leaves(
+            [t for t, a in zip(args, func._schema.arguments, strict=False) if is_written(a)]
+        )
         written = tree_leaves(result) if func._schema.returns else changed
         moved = bytes_of(read) + bytes_of(written)
         computed = self.flops.get_total_flops() - before
