@@ -74,7 +74,7 @@ def unit(x: Tensor, dim: tuple[int, ...]) -> Tensor:
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=dtype)
-    size = math.prod(x.shape[d] for d in dim)
+    size = math.prod([x.shape[d] for d in dim])  # of a list: the compiler knows no generators here
     return x / (EPS + norm / math.sqrt(size)).to(x.dtype)
 
 
