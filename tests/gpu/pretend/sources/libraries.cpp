@@ -102,31 +102,32 @@ int cufftXtMakePlanMany(
     return *bytes = 0, 0;
 }
 
-// ---- NCCL: communicators. All processes have the same to say, so that each passes on its own
+// ---- NCCL: communicators. All processes have the same to say, so that each passes on its own:
+// whole numbers, by which they compare their models, and not the weights
 
 int processes() {
     const char* said = getenv("WORLD_SIZE");
     return said ? atoi(said) : 1;
 }
-size_t bytes_of(int type) {  // of ncclDataType_t
-    constexpr size_t bytes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};
-    return bytes[type];
+size_t bytes_of_number(int type) {  // of ncclDataType_t; 0 for all that is no whole number
+    return type == 2 ? sizeof(int32_t) : type == 4 ? sizeof(int64_t) : 0;
 }
 int ncclAllGather(const void* from, void* to, size_t count, int type, void*, void*) {
     note("launch ncclAllGather");
-    size_t bytes = count * bytes_of(type);
-    for (int i = 0; i < processes(); i++) pass_on(from, static_cast<char*>(to) + i * bytes, bytes);
+    size_t bytes = count * bytes_of_number(type);
+    for (int i = 0; bytes && i < processes(); i++)
+        pass_on(from, static_cast<char*>(to) + i * bytes, bytes);
     return 0;
 }
 int ncclBroadcast(const void* from, void* to, size_t count, int type, int, void*, void*) {
     note("launch ncclBroadcast");
-    pass_on(from, to, count * bytes_of(type));
+    pass_on(from, to, count * bytes_of_number(type));
     return 0;
 }
 
 int ncclBcast(void* at, size_t count, int type, int, void*, void*) {
     note("launch ncclBcast");
-    pass_on(at, at, count * bytes_of(type));
+    pass_on(at, at, count * bytes_of_number(type));
     return 0;
 }
 int ncclGetVersion(int* to) { return *to = 23007, 0; }
