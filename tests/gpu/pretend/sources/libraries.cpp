@@ -109,25 +109,25 @@ int processes() {
     const char* said = getenv("WORLD_SIZE");
     return said ? atoi(said) : 1;
 }
-void pass_on_numbers(const void* from, void* to, size_t count, int type) {
-    constexpr int int64 = 4;
-    if (type == int64) pass_on(from, to, count * sizeof(int64_t));
+size_t bytes_of_number(int type) {  // of ncclDataType_t; 0 for all that is no whole number
+    return type == 2 ? sizeof(int32_t) : type == 4 ? sizeof(int64_t) : 0;
 }
 int ncclAllGather(const void* from, void* to, size_t count, int type, void*, void*) {
     note("launch ncclAllGather");
-    auto* part = static_cast<int64_t*>(to);
-    for (int i = 0; i < processes(); i++) pass_on_numbers(from, part + i * count, count, type);
+    size_t bytes = count * bytes_of_number(type);
+    for (int i = 0; bytes && i < processes(); i++)
+        pass_on(from, static_cast<char*>(to) + i * bytes, bytes);
     return 0;
 }
 int ncclBroadcast(const void* from, void* to, size_t count, int type, int, void*, void*) {
     note("launch ncclBroadcast");
-    pass_on_numbers(from, to, count, type);
+    pass_on(from, to, count * bytes_of_number(type));
     return 0;
 }
 
 int ncclBcast(void* at, size_t count, int type, int, void*, void*) {
     note("launch ncclBcast");
-    pass_on_numbers(at, at, count, type);
+    pass_on(at, at, count * bytes_of_number(type));
     return 0;
 }
 int ncclGetVersion(int* to) { return *to = 23007, 0; }

@@ -109,6 +109,7 @@ void copy(void* to, const void* from, size_t bytes, bool at_once) {
 }  // namespace
 
 void pass_on(const void* from, void* to, size_t bytes) {
+    if (!bytes) return;
     std::lock_guard<std::mutex> hold(turn);
     auto found = written.find(static_cast<const char*>(from));
     if (found == written.end() || found->second.size() < bytes) return;
