@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,11 @@ class Truncated(nn.Module):
         self.below = below.requires_grad_(False)
         self.above = above
         self.label = label
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the two networks, each by itself: the masks they share are kept between them."""
+        self.below.compile(*args, **options)
+        self.above.compile(*args, **options)
 
     def forward(
         self, x: Tensor, noise_label: Tensor, labels: Tensor | None = None, **more: Tensor
