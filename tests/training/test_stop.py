@@ -17,6 +17,7 @@ def test_a_run_outlives_its_shell_and_ends_with_its_torchrun(monkeypatch, enviro
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "getppid", lambda: 77)
     stop = Stop(None)
     assert stop.reason() == 0
     monkeypatch.setattr(os, "getppid", lambda: 1)
