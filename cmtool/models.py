@@ -31,7 +31,7 @@ from cmtool.weights import PUBLISHED
 PREFIX = "hf:"
 """How the name of a model of a hub begins."""
 ASSETS = Path(__file__).parent / "assets"
-BUNDLED = ("digits-edm", "digits-cmt", "digits-cd")
+BUNDLED = ("emoji-cmt", "emoji-edm", "digits-edm", "digits-cmt", "digits-cd")
 SCALINGS_OF: dict[Kind, str] = {"teacher": "edm", "consistency": "consistency", "flow map": "edm"}
 """The scalings of a model whose file does not say them."""
 TRAINING_ONLY = {"dropout", "dropout_res"}

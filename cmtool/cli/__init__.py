@@ -48,7 +48,7 @@ Try `cmtool demo` first: it distills, samples, edits and evaluates on bundled di
 
     cmtool distill --preset digits-cd --out runs/mine
 
-    cmtool edit inpaint digit.png --mask mask.png > mended.png
+    cmtool edit inpaint face.png --mask mask.png > mended.png
 
 Results go to stdout, everything else to stderr; `-` is stdin or stdout."""
 

@@ -29,14 +29,17 @@ LabelRule = Annotated[
         " of a column. In training: --set data.labels.",
     ),
 ]
+BUNDLED_MODEL, BUNDLED_TEACHER = "emoji-cmt", "emoji-edm"
+"""What --checkpoint is where it is left out and runs/ holds no finished run."""
+
 Checkpoint = Annotated[
     str | None,
     Option(
         "--checkpoint",
         "-c",
         help="Run, checkpoint, weight file of any format, hf:ORG/NAME, a published name, or what is"
-        " bundled: digits-cmt, digits-cd, digits-edm."
-        " Default: the newest finished run under runs/, else digits-cmt.",
+        " bundled: emoji-cmt, emoji-edm, digits-cmt, digits-cd, digits-edm."
+        " Default: the newest finished run under runs/, else emoji-cmt.",
         autocompletion=_completion.models,
     ),
 ]
@@ -327,7 +330,7 @@ def pick_sampler(own: Choice, name: str | None, options: list[str]) -> Choice:
 
 def default_model(kind: Kind | None = None) -> str:
     """Return what stands in for --checkpoint: the newest finished run, or a bundled model."""
-    return newest_run(kind) or ("digits-edm" if kind == "teacher" else "digits-cmt")
+    return newest_run(kind) or (BUNDLED_TEACHER if kind == "teacher" else BUNDLED_MODEL)
 
 
 def newest_run(kind: Kind | None = None) -> str | None:

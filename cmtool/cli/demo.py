@@ -19,20 +19,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cmtool.data.datasets import Dataset
-    from cmtool.training.report import Row
+    from cmtool.training.report import Figure, Row
 
-TEACHER, PRESET = "digits-edm", "digits-cmt"
+EMOJI, TEACHER, PRESET = "emoji-cmt", "digits-edm", "digits-cmt"
 NUM = "512"
 DISTILLED = ["--set", "train.steps=700"]  # of 1,100, which reach a little more
 TEACHER_STEPS, STUDENT_STEPS = (3, 5, 18), (1, 2, 4)
 FOLDER = Path("cmtool-demo")
+HOW = """
+How such a model is made, on a smaller one: a bundled teacher, an EDM diffusion model of small
+coloured digits, needs 35 network calls an image. Distillation turns it into a model that needs one.
+"""
 
 
 def demo(
     out: Annotated[Path, Option(help="Folder for everything the demo makes.")] = FOLDER,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier demo.")] = False,
 ) -> None:
-    """Distill, sample, edit and evaluate on bundled digits; a report at the end.
+    """Sample and mend bundled emoji, then distill, edit and evaluate digits; a report at the end.
 
     `cmtool demo`
 
@@ -47,15 +51,15 @@ def demo(
         if not (out / "student" / "run.json").is_file():
             raise UserError(f"{out} does not hold an earlier demo", "give another --out")
 
+    from cmtool.data.datasets import digits
     from cmtool.training.report import Figure, write_report
 
     start = time.monotonic()
     make_folder(out)
     tour = Tour(out, ["--overwrite"] if overwrite else [])
-    say_lines(
-        "A teacher comes bundled: an EDM diffusion model of small coloured digits. It needs 35\n"
-        "network calls an image. Distillation turns it into a model that needs one.\n"
-    )
+    say_lines("A one-step model of emoji comes bundled: from noise to a picture in one call.\n")
+    emoji = show_emoji(tour)
+    say_lines(HOW)
     distilled = ["--teacher", TEACHER, "--preset", PRESET, *DISTILLED]
     tour.run("distill", *distilled, "--out", str(tour.student), *tour.replace)
     say_lines(
@@ -65,19 +69,20 @@ def demo(
     say_lines(
         "\nThe same model mends a picture it has never seen: white in the mask is regenerated.\n"
     )
-    mended = mend_digits(tour)
+    mended = mend(tour, "digit", digits("held-out"), str(tour.student), 6)
     say_lines(f"\nfd-digits, the Frechet distance to the training digits, on {NUM} images each.\n")
     measurements = measure(tour)
     rows = [row for each in measurements.values() for row in each]
 
     report = out / "report.html"
     figures = [
+        *emoji,
         Figure("Quality against network calls", draw_quality(tour, measurements)),
         Figure("The run", tour.student / "summary.png"),
         Figure("Teacher, 35 network calls an image", grids["teacher"]),
         Figure("Student, 1 network call", grids["one-step"]),
         Figure("Student, 2 network calls", grids["two-steps"]),
-        Figure("Inpainting: given, masked, answer", mended),
+        Figure("Inpainting digits: given, masked, answer", mended),
     ]
     seconds = time.monotonic() - start
     write_report(report, rows=rows, figures=figures, commands=tour.commands, seconds=seconds)
@@ -123,31 +128,46 @@ def draw_grids(tour: Tour) -> dict[str, Path]:
     return grids
 
 
-def mend_digits(tour: Tour) -> Path:
-    """Return the picture of held-out digits, their left halves, and how the student mends them."""
+def show_emoji(tour: Tour) -> list[Figure]:
+    """Return figures of the bundled model of emoji: samples, and held-out pictures mended."""
+    from cmtool.data.datasets import emoji
+    from cmtool.training.report import Figure
+
+    out = tour.out / "emoji.png"
+    tour.run("sample", "-c", EMOJI, "--seeds", "0-49", "--out", str(out), *tour.replace)
+    mended = mend(tour, "emoji", emoji("held-out"), EMOJI, 2)
+    return [
+        Figure("Emoji, 1 network call each", out),
+        Figure("Inpainting emoji that no model has seen: given, masked, answer", mended),
+    ]
+
+
+def mend(tour: Tour, name: str, data: Dataset, model: str, scale: int) -> Path:
+    """Return a picture of one of each class, their left halves, and how the model mends them."""
     import torch
 
-    from cmtool.data.datasets import digits
     from cmtool.data.decoding import read_image
     from cmtool.data.drawing import grid, png_bytes
     from cmtool.system.files import write_atomic
 
-    pictures = first_of_each_class(digits("held-out"))
+    pictures = first_of_each_class(data)
     mask = torch.zeros(1, *pictures.shape[-2:], dtype=torch.uint8)
     mask[:, :, pictures.shape[-1] // 2 :] = 255  # white: the right half is regenerated
-    write_atomic(tour.out / "mask.png", png_bytes(mask))
+    hidden = tour.out / f"{name}-mask.png"
+    write_atomic(hidden, png_bytes(mask))
     answers = []
     for index, picture in enumerate(pictures):
-        source, answer = tour.out / f"digit-{index}.png", tour.out / f"mended-{index}.png"
+        source = tour.out / f"{name}-{index}.png"
+        answer = tour.out / f"{name}-{index}-mended.png"
         write_atomic(source, png_bytes(picture))
         tour.run(
-            "edit", "inpaint", str(source), "--mask", str(tour.out / "mask.png"),
-            "-c", str(tour.student), "--out", str(answer), *tour.replace,
+            "edit", "inpaint", str(source), "--mask", str(hidden),
+            "-c", model, "--out", str(answer), *tour.replace,
         )  # fmt: skip
         answers.append(read_image(answer))
-    mended = tour.out / "inpainting.png"
+    mended = tour.out / f"{name}-inpainting.png"
     rows_of_three = torch.cat([pictures, pictures.where(mask == 0, 128), torch.stack(answers)])
-    write_atomic(mended, png_bytes(grid(rows_of_three, len(pictures), scale=6)))
+    write_atomic(mended, png_bytes(grid(rows_of_three, len(pictures), scale=scale)))
     return mended
 
 

@@ -60,11 +60,11 @@ def inpaint(
 ) -> Prepare:
     """Regenerate the white part of a mask; every other pixel stays as it is.
 
-    `cmtool edit inpaint digit.png --mask mask.png --out mended.png`
+    `cmtool edit inpaint face.png --mask mask.png --out mended.png`
 
-    `cat digit.png | cmtool edit inpaint --box 4,0,4,8 --seed 3 > mended.png`
+    `cat face.png | cmtool edit inpaint --box 16,0,16,32 --seed 3 > mended.png`
 
-    `cmtool edit inpaint digit.png --text S --variations 4 --compare > all.png`
+    `cmtool edit inpaint face.png --text S --variations 4 --compare > all.png`
 
     A class-conditional model takes --class. Without it, the model uses the class that explains the
     known pixels best.

@@ -118,7 +118,7 @@ def rows(folder, model, pictures):
     return made
 
 
-def main(out, model="digits-cmt"):
+def main(out, model="emoji-cmt"):
     data = load_dataset(f"{cmtool.load_model(model).bundled_data}:held-out")
     with tempfile.TemporaryDirectory() as made:
         parts = rows(Path(made), model, chosen(data))

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 
-from cmtool.cli import main
+from cmtool.cli import _options, main
 from cmtool.training import observers, start
 from cmtool.training import run as runs
 
@@ -37,6 +37,12 @@ def hasten(patch):
 def bare_runs(monkeypatch):
     """For tests of something else than memory, speed and reports."""
     hasten(monkeypatch)
+
+
+@pytest.fixture
+def digits_by_default(monkeypatch):
+    """For tests that edit digits without --checkpoint."""
+    monkeypatch.setattr(_options, "BUNDLED_MODEL", "digits-cmt")
 
 
 @pytest.fixture

@@ -30,7 +30,14 @@ def tour(cmtool, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_tour_ends_with_its_report_and_is_never_replaced_unasked(cmtool, tour):
     left = {path.name for path in tour.iterdir()}
-    assert left >= {"report.html", "teacher.png", "one-step.png", "two-steps.png", "inpainting.png"}
+    assert left >= {
+        "report.html",
+        "teacher.png",
+        "one-step.png",
+        "two-steps.png",
+        "digit-inpainting.png",
+        "emoji-inpainting.png",
+    }
     report = (tour / "report.html").read_text()
     assert "student, 2 steps" in report
     again = cmtool("demo", "--out", tour)

@@ -16,6 +16,8 @@ from cmtool.errors import UserError
 from cmtool.models import load_model
 from cmtool.sampling import edit_plan, run_edit
 
+pytestmark = pytest.mark.usefixtures("digits_by_default")
+
 
 @pytest.fixture
 def digit(tmp_path):

@@ -159,7 +159,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("arguments", "code", "what", "hint"), CASES, ids=lambda v: None)
-@pytest.mark.usefixtures("files")
+@pytest.mark.usefixtures("files", "digits_by_default")
 def test_the_message_names_value_and_remedy(cmtool, arguments, code, what, hint):
     result = cmtool(*arguments)
     assert result.code == code, result.err

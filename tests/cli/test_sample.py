@@ -130,7 +130,7 @@ def test_the_newest_finished_run_is_the_default(cmtool, tiny_run, tmp_path):
 
 
 def test_without_runs_the_bundled_model_is_the_default(cmtool):
-    assert "model: digits-cmt" in cmtool("sample", "--seeds", "0", "--out", "a").err
+    assert "model: emoji-cmt" in cmtool("sample", "--seeds", "0", "--out", "a").err
 
 
 def test_every_weight_file_of_a_checkpoint_can_be_chosen(cmtool, tiny_run, tmp_path):

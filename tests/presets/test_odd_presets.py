@@ -117,7 +117,7 @@ def test_numbers_of_use_are_taken():
     "text", [f"a={'[' * 50_000}", f"{'.'.join(['a'] * 500)}=1", f"a={'{b=' * 20}1{'}' * 20}"]
 )
 def test_overrides_are_flat(text):
-    with pytest.raises(UserError, match="brackets in each other|nests") as caught:
+    with pytest.raises(UserError, match=r"brackets in each other|nests") as caught:
         resolve("digits-edm", {"--set": dict([parse_override(text)])})
     assert len(caught.value.what) < 200
 
