@@ -32,32 +32,38 @@ MOST_PRICE = 1_000_000
 GIB = 1 << 30
 
 
+PresetOption = Annotated[
+    str | None,
+    Option(
+        "--preset",
+        autocompletion=_completion.presets,
+        help="A preset's name or a TOML file. Default: the one that cmtool train takes for"
+        " --data, which is digits-edm without it.",
+    ),
+]
+Teacher = Annotated[
+    str | None,
+    Option(
+        autocompletion=_completion.models,
+        help="Teacher model. Default: one with random weights, which takes as long.",
+    ),
+]
+Price = Annotated[
+    float | None,
+    Option(min=0, max=MOST_PRICE, help="Price of this device for an hour, to tell the cost."),
+]
+TimedSteps = Annotated[
+    int | None,
+    Option(min=1, help="Steps that are timed. Default: as many as fit in 15 seconds."),
+]
+
+
 def _bench(
     options: RunOptions,
-    preset: Annotated[
-        str | None,
-        Option(
-            "--preset",
-            autocompletion=_completion.presets,
-            help="A preset's name or a TOML file. Default: the one that cmtool train takes for"
-            " --data, which is digits-edm without it.",
-        ),
-    ] = None,
-    teacher: Annotated[
-        str | None,
-        Option(
-            autocompletion=_completion.models,
-            help="Teacher model. Default: one with random weights, which takes as long.",
-        ),
-    ] = None,
-    price: Annotated[
-        float | None,
-        Option(min=0, max=MOST_PRICE, help="Price of this device for an hour, to tell the cost."),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        Option(min=1, help="Steps that are timed. Default: as many as fit in 15 seconds."),
-    ] = None,
+    preset: PresetOption = None,
+    teacher: Teacher = None,
+    price: Price = None,
+    steps: TimedSteps = None,
 ) -> None:
     """Measure what training a preset costs here: speed, MFU, memory, hours, and the price.
 
