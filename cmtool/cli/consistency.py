@@ -36,12 +36,13 @@ def check_plot(plot: Path, overwrite: bool) -> None:
 def consistency(
     checkpoint: Checkpoint = None,
     teacher: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="The teacher of the model: its paths are followed.",
+            help="The teacher of the model: its paths are followed. Default: the bundled one of the"
+            " model's bundled data, else digits-edm.",
             autocompletion=_completion.models,
         ),
-    ] = "digits-edm",
+    ] = None,
     num: Annotated[int, typer.Option(*NUM, min=1, help="Paths to follow.")] = 64,
     first_seed: FirstSeed = 0,
     levels: Annotated[
@@ -77,6 +78,7 @@ def consistency(
 
     where, seeds = pick_device(device), range(first_seed, first_seed + num)
     model = pick_model(checkpoint, weights, where, "consistency", preset=preset)
+    teacher = teacher or f"{model.bundled_data}-edm"
     guide = pick_model(teacher, "ema", where, "teacher", preset=preset)
     with showing("network calls") as progress:
         found = measured.consistency(model, guide, seeds, levels, substeps, where, progress)

@@ -136,7 +136,7 @@ def test_a_class_is_asked_for_by_its_name(cmtool, tmp_path, of_kinds):
     assert "the model has no class 'dgo'" in refused.err
     assert "did you mean 'dog'?" in refused.err
     assert cmtool(*draw, "c.png", "--class", "3").code == 2
-    numbers = cmtool("sample", "--class", "dog", "--out", "c.png")
+    numbers = cmtool("sample", "-c", "digits-cd", "--class", "dog", "--out", "c.png")
     assert "knows its classes by number alone" in numbers.err
     assert json.loads(cmtool("checkpoint", "info", "r", "--json").out)["class_names"] == [*KINDS]
     assert list(_completion.known_classes(Line({"checkpoint": "r"}))) == [*KINDS]

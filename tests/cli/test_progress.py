@@ -54,7 +54,7 @@ def check_lines(told, what, total):
 
 
 def test_a_search_tells_of_the_images_for_each_score(cmtool, impatient):
-    result = cmtool("search", "--grid", "4", "--num", "40", "--out", "l.json")
+    result = cmtool("search", "-c", "digits-cd", "--grid", "4", "--num", "40", "--out", "l.json")
     lines = [line for line in told(result) if line[0] == "drawn"]
     assert lines.count(("drawn", 40, 40)) == result.err.count("fd-digits") == 2
 

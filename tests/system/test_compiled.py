@@ -14,6 +14,7 @@ class Net(nn.Module):
         return self.part(x).sin()
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # of Python 3.13.0
 @pytest.mark.parametrize("of", ["whole", "part"])
 def test_a_compiled_model_is_evaluated_as_it_is_written(of):
     """Eval mode and another batch would each have it compiled once more."""
