@@ -5,10 +5,21 @@ from torch import nn
 from cmtool.system.compiled import evaluating, is_compiled
 
 
+class Part(nn.Module):
+    """PyTorch 2.8 leaves its own layers uncompiled when they are compiled by themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.line(x).cos()
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.part = nn.Linear(2, 2)
+        self.part = Part()
 
     def forward(self, x):
         return self.part(x).sin()
