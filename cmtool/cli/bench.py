@@ -177,7 +177,8 @@ def _images_of(data: Dataset, preset: Preset, device: str) -> ImagesOf:
         return batches(
             data, batch=size, shards=1, seed=preset.train.seed, device=device,
             flip=preset.data.flip, label_dropout=preset.data.label_dropout,
-            workers=preset.data.workers, timeout=preset.data.timeout,
+            balanced=preset.data.balanced, workers=preset.data.workers,
+            timeout=preset.data.timeout,
         )  # fmt: skip
 
     return draws

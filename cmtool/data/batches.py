@@ -35,6 +35,7 @@ def batches(
     device: str,
     flip: bool = False,
     label_dropout: float = 0.0,
+    balanced: bool = False,
     workers: int = 0,
     timeout: float = WORKER_TIMEOUT,
     rank: int = 0,
@@ -44,11 +45,13 @@ def batches(
 
     Each epoch has a permutation that is a function of (seed, epoch), and the images that `flip`
     mirrors, or that lose their label by `label_dropout`, are a function of (seed, step, shard): a
-    resumed or differently split run sees the same images at the same steps. `workers` processes
-    decode ahead for the shards of this `rank`, as long as steps are asked for in order. Raises
-    InputError for a batch that the shards do not divide, and later ResourceError for a worker that
-    died or hangs for `timeout` seconds.
+    resumed or differently split run sees the same images at the same steps. `balanced` shows each
+    class equally often, and the images of a class in epochs of its own. `workers` processes decode
+    ahead for the shards of this `rank`, as long as steps are asked for in order. Raises InputError
+    for a batch that the shards do not divide and for balanced images without classes, and later
+    ResourceError for a worker that died or hangs for `timeout` seconds.
     """
+    order = ByClass.of(data) if balanced else None
     if batch % shards:
         what = f"a batch of {batch} cannot be split into {shards} equal parts"
         raise InputError(what, f"use a multiple of {shards}")
@@ -57,7 +60,7 @@ def batches(
     elif isinstance(data.images, Tensor):  # in memory, so on the GPU
         labels = None if data.labels is None else data.labels.to(device)
         data = replace(data, images=data.images.to(device), labels=labels)
-    pick = Picker(data, batch, batch // shards, seed, flip, label_dropout)
+    pick = Picker(data, batch, batch // shards, seed, flip, label_dropout, order)
     fetch: BatchFn = pick
     if workers and not isinstance(data.images, Tensor):
         fetch = PickerAhead(pick, workers, range(rank, shards, world_size), timeout)
@@ -80,12 +83,17 @@ class Picker:
     seed: int
     flip: bool
     label_dropout: float
+    by_class: ByClass | None = None
+    """The order in which classes take turns; none if images come as often as they are there."""
 
     def __call__(self, step: int, shard: int) -> tuple[Tensor, Tensor | None]:
         """Return one microbatch, on the device where the images are."""
         images, labels = self.data.images, self.data.labels
         first = step * self.batch + shard * self.size
-        index = epoch_indices(len(self.data), self.seed, first, self.size)
+        if self.by_class is not None:
+            index = self.by_class(self.seed, first, self.size)
+        else:
+            index = epoch_indices(len(self.data), self.seed, first, self.size)
         if isinstance(images, Tensor):
             index = to_device(index, str(images.device))
         found = images[index]
@@ -119,6 +127,47 @@ def epoch_indices(count: int, seed: int, first: int, size: int) -> Tensor:
 def permutation(count: int, seed: int, epoch: int) -> Tensor:
     """Return the order of an epoch."""
     return torch.randperm(count, generator=keyed_generator("epoch", seed, epoch))
+
+
+@dataclass(frozen=True)
+class ByClass:
+    """An order of images in which the classes take turns: a round has one image of each."""
+
+    members: tuple[Tensor, ...]
+    """The indices of the images of each class that has any."""
+
+    @classmethod
+    def of(cls, data: Dataset) -> ByClass:
+        """Return the order for a data set. Raises InputError if it has no classes."""
+        if data.labels is None:
+            what = f"{data.name} has no classes, which data.balanced shows equally often"
+            raise InputError(what, "leave it out: --set data.balanced=false")
+        labels = data.labels.cpu()
+        return cls(tuple((labels == label).nonzero()[:, 0] for label in labels.unique()))
+
+    def __call__(self, seed: int, first: int, size: int) -> Tensor:
+        """Return the indices of `size` images, from number `first` of all rounds in order."""
+        return torch.stack([self.index(seed, number) for number in range(first, first + size)])
+
+    def index(self, seed: int, number: int) -> Tensor:
+        """Return the index (scalar) of the image with this number."""
+        turn, slot = divmod(number, len(self.members))
+        label = int(turn_order(len(self.members), seed, turn)[slot])
+        mine = self.members[label]
+        epoch, place = divmod(turn, len(mine))
+        return mine[class_order(len(mine), seed, label, epoch)[place]]
+
+
+@lru_cache(4)
+def turn_order(classes: int, seed: int, turn: int) -> Tensor:
+    """Return the order of the classes in a round."""
+    return torch.randperm(classes, generator=keyed_generator("turn", seed, turn))
+
+
+@lru_cache(4096)
+def class_order(count: int, seed: int, label: int, epoch: int) -> Tensor:
+    """Return the order of an epoch of one class."""
+    return torch.randperm(count, generator=keyed_generator("class epoch", seed, label, epoch))
 
 
 @dataclass

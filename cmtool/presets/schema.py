@@ -149,6 +149,9 @@ class DataSection(Section):
         description="share of images whose class the network is not told, so that it learns images"
         " of no class too",
     )
+    balanced: bool = Field(
+        False, description="show each class equally often, however many images it has"
+    )
     held_out: Annotated[float, Field(gt=0, lt=1)] | str | None = Field(
         None,
         description="images that training does not see, for run.eval_metric = loss: a share of the"

@@ -79,6 +79,7 @@ def shared_layers(terms: Terms) -> Layers:
             "data.background": data.background,
             "data.flip": data.flip,
             "data.label_dropout": data.label_dropout,
+            "data.balanced": data.balanced,
             "train.batch": own.train.batch,
         }
     }

@@ -197,6 +197,7 @@ def teacher_layers(preset: str, teacher: Model) -> Layers:
             "data.background": theirs.data.background,
             "data.flip": theirs.data.flip,
             "data.label_dropout": theirs.data.label_dropout,
+            "data.balanced": theirs.data.balanced,
             "train.batch": theirs.train.batch,
             "train.lr": lr * min(theirs.train.lr / packaged_value("edm", "train.lr"), 1.0) * small,
         }

@@ -252,8 +252,9 @@ def set_up(
     images = batches(
         data, batch=preset.train.batch, shards=preset.train.accumulate * group.world_size,
         seed=preset.train.seed, device=device, flip=preset.data.flip,
-        label_dropout=preset.data.label_dropout, workers=preset.data.workers,
-        timeout=preset.data.timeout, rank=group.rank, world_size=group.world_size,
+        label_dropout=preset.data.label_dropout, balanced=preset.data.balanced,
+        workers=preset.data.workers, timeout=preset.data.timeout, rank=group.rank,
+        world_size=group.world_size,
     )  # fmt: skip
     microbatch = build_source(preset, images, called)
     return Run(

@@ -94,6 +94,44 @@ def test_a_share_of_the_labels_is_dropped_and_the_others_stay():
     assert torch.equal(plain(3, 1)[0], some(3, 1)[0])
 
 
+def uneven(counts=(1, 50, 0, 7)):
+    labels = torch.tensor([c for c, n in enumerate(counts) for _ in range(n)])
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    images = torch.arange(len(labels), dtype=torch.uint8).reshape(-1, 1, 1, 1)
+    return Dataset("uneven", images, labels, len(counts))
+
+
+def test_balanced_batches_show_classes_equally_often_and_their_images_too():
+    data = uneven()
+    draw = batches(data, batch=15, shards=1, seed=0, device="cpu", balanced=True)
+    drawn = [draw(step, 0) for step in range(200)]
+    images = torch.cat([from_uint8(data.images[i : i + 1]) for i in range(58)]).flatten()
+    for _, labels in drawn:
+        assert labels.bincount(minlength=4).tolist() == [5, 5, 0, 5]
+    seen = torch.cat([(x0.flatten()[:, None] == images).float().argmax(1) for x0, _ in drawn])
+    assert torch.equal(data.labels[seen], torch.cat([labels for _, labels in drawn]))
+    for label, times in ((0, 1000), (1, 20), (3, 142)):  # 1,000 of a class: whole epochs of it
+        counts = seen.bincount(minlength=58)[data.labels == label]
+        assert counts.min() >= times
+        assert counts.max() <= times + 1
+    first, second = (torch.cat([x for x, y in drawn[a : a + 50]]).flatten() for a in (0, 50))
+    assert not torch.equal(first, second)
+
+
+def test_balanced_batches_are_the_same_however_they_are_split():
+    whole = batches(uneven(), batch=12, shards=1, seed=3, device="cpu", balanced=True)
+    parts = batches(uneven(), batch=12, shards=3, seed=3, device="cpu", balanced=True)
+    for step in (0, 5, 1000):
+        split = torch.cat([parts(step, shard)[0] for shard in range(3)])
+        assert torch.equal(whole(step, 0)[0], split)
+
+
+def test_images_without_classes_cannot_be_balanced():
+    data = Dataset("plain", torch.zeros(4, 1, 1, 1, dtype=torch.uint8), None, 0)
+    with pytest.raises(InputError, match="plain has no classes"):
+        batches(data, batch=2, shards=1, seed=0, device="cpu", balanced=True)
+
+
 def test_half_of_the_images_are_mirrored_from_left_to_right():
     n = 10_000
     image = torch.tensor([[10, 20], [30, 40]], dtype=torch.uint8)

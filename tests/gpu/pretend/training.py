@@ -98,7 +98,7 @@ def training(name, *sets):
     images = batches(
         images_of(preset), batch=preset.train.batch, shards=preset.train.accumulate,
         seed=preset.train.seed, device=DEVICE, flip=preset.data.flip,
-        label_dropout=preset.data.label_dropout,
+        label_dropout=preset.data.label_dropout, balanced=preset.data.balanced,
     )  # fmt: skip
     microbatch = build_source(preset, images, guide)
     steps = fit(
