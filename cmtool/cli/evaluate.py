@@ -48,7 +48,7 @@ from cmtool.cli._output import (
 )
 from cmtool.cli._watching import showing
 from cmtool.cli.consistency import consistency
-from cmtool.errors import InputError, ThresholdError, UserError
+from cmtool.errors import InputError, ThresholdError, UserError, nearest
 
 DRAWN = 2048  # images drawn from a model if the user gives no number
 TIMEOUT = 1800.0  # seconds without an answer after which another process counts as lost
@@ -58,7 +58,7 @@ SETS = (
 """Endings of files that hold more than one image."""
 OF_MODELS = {
     "runs": 1, "steps": None, "sigmas": None, "sampler": None, "preset": None, "kind": None,
-    "weights": "ema", "first_seed": 0, "precision": "fp32",
+    "weights": "ema", "first_seed": 0, "precision": "fp32", "classes": "uniform",
 }  # fmt: skip
 """Options of models alone, and their defaults."""
 
@@ -131,6 +131,13 @@ Runs = Annotated[
         " else the mean.",
     ),
 ]
+Classes = Annotated[
+    str,
+    typer.Option(
+        help="How often a model draws each class: uniform, equally often, as published numbers do;"
+        " or reference, as often as the reference has it."
+    ),
+]
 ReferenceNum = Annotated[
     int | None,
     typer.Option(
@@ -165,6 +172,7 @@ def metric_command(
     reference_num: ReferenceNum = None,
     first_seed: FirstSeed = 0,
     runs: Runs = 1,
+    classes: Classes = "uniform",
     steps: Steps = None,
     sigmas: Sigmas = None,
     sampler: Sampler = None,
@@ -205,7 +213,7 @@ def metric_command(
             refuse_options(ctx.params)
         request = Request(
             images=draw if given is None else given, metric=metric, protocol=protocol, num=num,
-            reference=reference, reference_num=reference_num,
+            reference=reference, reference_num=reference_num, classes=classes,
             runs=runs, cross_check=cross_check, feature_weights=feature_weights, features=features,
             features_input=features_input, trust=trust, feature_precision=feature_precision,
             batch=batch, workers=workers, device=where, group=group, progress=progress,
@@ -220,8 +228,12 @@ def metric_command(
 def check_usage(metric: str, given: dict[str, Any]) -> None:
     """Raise UserError for options that do not fit the metric, or bounds that no value can pass."""
     from cmtool.evaluation.metrics import METRICS
+    from cmtool.evaluation.request import CLASSES
 
     row = METRICS[metric]
+    if given["classes"] not in CLASSES:
+        what = f"--classes {given['classes']}"
+        raise UserError(what, nearest(given["classes"], CLASSES))
     bounds = options_among(given, "fail_above", "fail_below")
     if len(row.values) > 1 and bounds:
         raise UserError(f"a threshold for {metric}, which is several numbers", "use fid or kid")

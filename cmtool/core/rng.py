@@ -45,12 +45,22 @@ class SeededNoise:
         return to_device(torch.stack(rows).to(like.dtype), like.device)
 
 
-def seeded_labels(seeds: Sequence[int], num_classes: int) -> Tensor:
-    """Return the class index that belongs to each seed, (B,) int64, uniform; it takes no noise."""
-    draws = [
-        torch.randint(num_classes, (), generator=keyed_generator("label", seed)) for seed in seeds
-    ]
-    return torch.stack(draws)
+def seeded_labels(
+    seeds: Sequence[int], num_classes: int, shares: Sequence[float] | None = None
+) -> Tensor:
+    """Return the class index that belongs to each seed, (B,) int64; it takes no noise.
+
+    Classes are equally likely, or as likely as their `shares`, of which there are `num_classes`.
+    """
+    weights = None if shares is None else torch.tensor(shares, dtype=torch.float64)
+
+    def draw(seed: int) -> Tensor:
+        generator = keyed_generator("label", seed)
+        if weights is None:
+            return torch.randint(num_classes, (), generator=generator)
+        return torch.multinomial(weights, 1, generator=generator)[0]
+
+    return torch.stack([draw(seed) for seed in seeds])
 
 
 @contextmanager

@@ -13,13 +13,14 @@ from cmtool.core.methods import Models
 from cmtool.core.precond import Preconditioned
 from cmtool.core.types import Denoiser
 from cmtool.data.datasets import Dataset
-from cmtool.errors import UserError
+from cmtool.errors import UserError, nearest
 from cmtool.evaluation.features import PROTOCOLS, build_extractor
 from cmtool.evaluation.held_out import held_out_loss
 from cmtool.evaluation.measure import drawn_batches
 from cmtool.evaluation.metrics import METRICS, Features
 from cmtool.evaluation.own import OPTION, Own, label
-from cmtool.evaluation.sets import OnProgress, Setup, collect, extract
+from cmtool.evaluation.request import CLASSES
+from cmtool.evaluation.sets import OnProgress, Setup, collect, extract, shares_in
 from cmtool.evaluation.takes import Takes, parsed
 from cmtool.presets.build import pick
 from cmtool.presets.schema import Choice, Preset
@@ -145,23 +146,26 @@ def score_of(
 
 def evaluation_by_images(
     name: str, given: Given, *, features: str | None = None, input: str = "",
-    sha256: str | None = None,
+    sha256: str | None = None, classes: str = CLASSES[0],
 ) -> Evaluation:  # fmt: skip
     """Return the evaluation by a score of images that the model draws, as the preset says.
 
+    `classes` "reference" draws each class as often as the data have it, "uniform" equally often.
     They are those of seeds 0 to run.eval_num - 1: the value is the one of `cmtool eval`.
     """
     own = own_of(features, input, sha256)
     check_own(name, own)
     preset, num, device = given.preset, given.preset.run.eval_num, given.device
     score = build_score(name, given.data, device, given.progress, own)
+    is_mixed = classes == "reference" and given.data.labels is not None
+    shares = shares_in(given.data) if is_mixed else None
 
     def value(models: Models, step: int, group: Group, on_drawn: OnDrawn | None) -> float:
         f, chosen = models.student, plan(preset)
         assert isinstance(f, Preconditioned)
         drawn = drawn_batches(
             f, preset, chosen, range(num), batch=BATCH, device=device, group=group,
-            on_drawn=on_drawn,
+            on_drawn=on_drawn, shares=shares,
         )  # fmt: skip
         with evaluating(f):
             return score(drawn, group, step)
@@ -199,6 +203,9 @@ def check_metric(preset: Preset) -> None:
     pick_metric(choice)
     if choice.name != LOSS:
         options = choice.options
+        if (classes := options.get("classes", CLASSES[0])) not in CLASSES:
+            what = f"run.eval_metric.classes = {classes!r}"
+            raise UserError(what, nearest(str(classes), CLASSES))
         takes, sha256 = options.get("input", ""), options.get("sha256")
         check_own(choice.name, own_of(options.get("features"), takes, sha256))
     elif preset.data.held_out is None:

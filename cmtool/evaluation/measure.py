@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cmtool import __version__
 from cmtool.core.precond import Preconditioned
+from cmtool.core.rng import seeded_labels
 from cmtool.data.datasets import DATASETS, Dataset
 from cmtool.data.images import to_uint8
 from cmtool.errors import UserError, nearest
@@ -32,6 +33,7 @@ from cmtool.evaluation.sets import (
     extract,
     open_set,
     save_features,
+    shares_of,
 )
 from cmtool.presets.schema import Card
 from cmtool.sampling import OnDrawn, Plan, generate
@@ -92,6 +94,8 @@ def measure(request: Request) -> Result:
     compared = open_set(request.reference) if any(row.reference) else None
     setup = build_setup(request, compared)
     given = request.images() if callable(request.images) else request.images
+    if isinstance(given, ModelImages) and request.classes == "reference":
+        given = given._replace(shares=shares_of(request.reference, given.model.preset))
     images = given if isinstance(given, ModelImages) else open_set(given)
     request.group.alike(lambda: facts_of(request, setup, images, compared), "request")
     if request.cross_check and isinstance(images, Statistics):
@@ -175,17 +179,22 @@ def drawn_batches(
     device: str,
     group: Group = ALONE,
     on_drawn: OnDrawn | None = None,
+    shares: Sequence[float] | None = None,
 ) -> Iterator[Tensor]:
     """Yield this process's images of some seeds, as they would be written, uint8.
 
-    `on_drawn` is told of the progress of this process. Every process calls the network equally
+    Classes are equally likely, or as likely as their `shares`. `on_drawn` is told of the progress
+    of this process. Every process calls the network equally
     often, as a sharded network needs; images of seeds beyond the last are left out. Raises
     InputError for values that are not finite.
     """
     size = group.world_size
     share = -(-len(seeds) // size)
     mine = range(seeds[0] + group.rank, seeds[0] + share * size, size)
-    drawn = generate(f, preset, chosen, mine, batch=batch, device=device, on_drawn=on_drawn)
+    labels = None if shares is None else seeded_labels(mine, preset.model.num_classes, shares)
+    drawn = generate(
+        f, preset, chosen, mine, labels=labels, batch=batch, device=device, on_drawn=on_drawn
+    )
     for first, images in zip(itertools.count(0, batch), drawn, strict=False):
         wanted = sum(seed in seeds for seed in mine[first : first + batch])
         if wanted:
@@ -207,7 +216,9 @@ def _images(images: Source, needs: Needs, setup: Setup, num: int | None, turn: i
     seeds = range(first, first + images.num)
     draw = partial(drawn_batches, batch=setup.batch, device=setup.extractor.device)
     told = None if setup.progress is None else partial(setup.progress, "drawn")
-    drawn = draw(model.f, model.preset, chosen, seeds, group=setup.group, on_drawn=told)
+    drawn = draw(
+        model.f, model.preset, chosen, seeds, group=setup.group, on_drawn=told, shares=images.shares
+    )
     found = extract(drawn, needs, setup._replace(progress=None), "drawn")
     about = {
         "model": {
@@ -217,11 +228,19 @@ def _images(images: Source, needs: Needs, setup: Setup, num: int | None, turn: i
         "sampler": chosen.sampler.name,
         "sigmas": chosen.sigmas,
         "evaluations": chosen.evaluations,
-        "classes": "drawn from the seeds" if model.preset.model.num_classes else None,
+        "classes": _classes(images),
         "seeds": f"{seeds[0]}-{seeds[-1]}",
         "fingerprint": found.fingerprint,
     }  # fmt: skip
     return found._replace(about=about)
+
+
+def _classes(images: ModelImages) -> str | None:
+    """Return how the classes of a model's images were drawn; None if it has none."""
+    if not images.model.preset.model.num_classes:
+        return None
+    shares = images.shares and ", as often as in the reference"
+    return f"drawn from the seeds{shares or ''}"
 
 
 def _cross_check(

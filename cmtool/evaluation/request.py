@@ -14,15 +14,21 @@ from cmtool.system.dist import ALONE, Group
 
 
 class ModelImages(NamedTuple):
-    """The images that a model draws from `num` seeds; another run takes the next `num` seeds."""
+    """The images that a model draws from `num` seeds; another run takes the next `num` seeds.
+
+    Classes are equally likely, or as likely as their `shares`.
+    """
 
     model: Model
     plan: Plan
     num: int
     first_seed: int = 0
+    shares: tuple[float, ...] | None = None
 
 
 Source = Opened | ModelImages
+CLASSES = ("uniform", "reference")
+"""How often a model draws each class: equally often, or as often as the reference has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,7 @@ class Request:
     `images` may be a function, which is called after the weights of the feature network are found.
     `reference` None is the bundled data that the model was trained on, else the digits: then the
     function is called first.
+    `classes` says how often a model draws each class: a name of CLASSES.
     `protocol` None is the usual one for the reference. `num` and `reference_num` None are all.
     `features` is a feature network of the user's own, and `features_input` what it takes.
     """
@@ -40,6 +47,7 @@ class Request:
     metric: str = "fid"
     reference: Given | None = "digits"
     protocol: str | None = None
+    classes: str = "uniform"
     num: int | None = None
     reference_num: int | None = None
     runs: int = 1
@@ -75,7 +83,7 @@ def facts_of(
         about = {
             "model": model.sha256, "kind": model.kind, "sigmas": list(chosen.sigmas),
             "sampler": chosen.sampler.model_dump(mode="json"), "precision": chosen.precision,
-            "images": [images.num, images.first_seed],
+            "images": [images.num, images.first_seed], "classes": list(images.shares or ()),
         }  # fmt: skip
     options = {f"--{key.replace('_', '-')}": getattr(request, key) for key in same}
     chosen_features = {"--protocol": setup.protocol, "features": setup.extractor.facts}

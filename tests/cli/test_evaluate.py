@@ -10,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cmtool.cli._watching import ticker
+from cmtool.core.rng import seeded_labels
+from cmtool.data.datasets import load_dataset
 from cmtool.data.decoding import read_image
 from cmtool.data.drawing import png_bytes
 from tests.published import write_detector
@@ -37,6 +39,56 @@ def test_the_number_comes_with_all_it_depends_on(cmtool):
     assert len(content["model"]["sha256"]) == len(content["features"]["sha256"]) == 64
     assert content["reference"]["images"] == 11536
     assert content["classes"] == "drawn from the seeds"
+
+
+def lopsided(folder, counts):
+    """Write digits in a folder a class, so many of each."""
+    data = load_dataset("digits")
+    for label, count in enumerate(counts):
+        (folder / str(label)).mkdir(parents=True)
+        for i, image in enumerate(data.images[data.labels == label][:count]):
+            (folder / str(label) / f"{i}.png").write_bytes(png_bytes(image))
+
+
+def test_classes_come_as_often_as_the_reference_has_them(cmtool, tmp_path):
+    lopsided(tmp_path / "data", [90, 10, *[1] * 8])
+    asked = ["eval", "fid", "-c", "digits-cd", "--num", "60", "--reference", "data", "--protocol",
+             "pixels", "--classes"]  # fmt: skip
+    content, uniform = (value(cmtool(*asked, how)) for how in ("reference", "uniform"))
+    assert content["classes"] == "drawn from the seeds, as often as in the reference"
+    assert content["value"] < uniform["value"] / 2
+    shares = [count / 108 for count in (90, 10, *[1] * 8)]
+    labels = seeded_labels(range(60), 10, shares).tolist()
+    assert labels.count(0) > 40
+    for label in set(labels):
+        seeds = ",".join(str(seed) for seed in range(60) if labels[seed] == label)
+        drawn = cmtool("sample", "-c", "digits-cd", "--class", str(label), "--seeds", seeds,
+                       "--out", f"drawn/{label}")  # fmt: skip
+        assert drawn.code == 0, drawn.err
+    folder = value(cmtool("eval", "fid", "drawn", *asked[6:-1]))
+    assert folder["value"] == pytest.approx(content["value"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-c", "digits-cd", "--reference", "emoji"], "emoji has 9 classes, and the model 10"),
+        (["-c", "digits-cd", "--reference", "flat"], "flat has 0 classes, and the model 10"),
+        (["-c", "digits-cd", "--reference", "s.npz"], "holds no images with classes"),
+        (["digits:held-out"], "says how a model draws, and images were given"),
+    ],
+)
+def test_classes_need_a_reference_that_has_those_of_the_model(cmtool, tmp_path, options, message):
+    (tmp_path / "flat").mkdir()
+    for i in range(3):
+        (tmp_path / "flat" / f"{i}.png").write_bytes(png_bytes(load_dataset("digits").images[i]))
+    made = cmtool("eval", "reference", "digits:held-out", "--protocol", "pixels", "-o", "s.npz")
+    assert made.code == 0, made.err
+    result = cmtool("eval", "fid", *options, "--num", "8", "--protocol", "pixels", "--classes",
+                    "reference")  # fmt: skip
+    assert result.code in (2, 3)
+    assert message in result.err
+    assert "hint:" in result.err
 
 
 def test_bf16_moves_a_model_by_less_than_a_percent_and_is_on_record(cmtool):

@@ -37,6 +37,14 @@ def test_labels_are_uniform():
     assert 400 < int(counts.min()) <= int(counts.max()) < 600
 
 
+def test_labels_are_as_likely_as_their_shares():
+    counts = seeded_labels(range(5000), 3, [0.7, 0.0, 0.3]).bincount(minlength=3)
+    assert counts[1] == 0
+    assert 3400 < int(counts[0]) < 3600
+    few = seeded_labels([4, 9], 3, [0.7, 0.0, 0.3])
+    assert torch.equal(few, seeded_labels([9, 4], 3, [0.7, 0.0, 0.3]).flip(0))
+
+
 @pytest.mark.parametrize("other", [(1, 2, 4), (1, 3, 3), (2, 2, 3)])
 def test_every_part_of_the_key_counts(other):
     a = torch.randn(8, generator=step_generator(1, 2, 3))
