@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from cmtool.core import samplers
 from cmtool.core.edits import Edit, none_at_first, while_above
+from cmtool.core.guidance import guided
 from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import SeededNoise, seeded_labels
 from cmtool.core.tensors import identity, to_device
 from cmtool.core.types import Denoiser, RandnLike
 from cmtool.errors import InputError, UserError, nearest
 from cmtool.models import Model
-from cmtool.presets.build import build_curriculum, build_sampler, noise_range
+from cmtool.presets.build import build_curriculum, build_sampler, check_guided, noise_range
 from cmtool.presets.schema import Card, Choice, Preset
 from cmtool.system.devices import autocast
 from cmtool.system.room import in_room
@@ -48,11 +49,14 @@ class Plan(NamedTuple):
     sigmas: tuple[float, ...]
     precision: str = "fp32"
     """Precision of the network; noise, scalings and the sampler's state are float32 or better."""
+    guidance: float = 1.0
+    """Weight of classifier-free guidance; 1 for none."""
 
     @property
     def evaluations(self) -> int:
-        """Network calls an image."""
-        return samplers.count_calls(build_sampler(self.sampler), self.sigmas)
+        """Network calls an image; with guidance a call is two."""
+        calls = samplers.count_calls(build_sampler(self.sampler), self.sigmas)
+        return calls if self.guidance == 1 else 2 * calls
 
 
 def plan(
@@ -106,6 +110,17 @@ def edit_plan(
     if sigmas is None and steps is None:
         steps = min(grid_size(preset) - 1, PUBLISHED_GRID)
     return plan(preset, steps, sigmas)
+
+
+def with_guidance(chosen: Plan, card: Card, weight: float) -> Plan:
+    """Return a plan with classifier-free guidance. Raises UserError for a model that takes none."""
+    if weight == 1:
+        return chosen
+    if card.kind != "teacher":
+        what = f"--guidance {weight:g}: a {card.kind} model is guided when it is made"
+        raise UserError(what, "leave it out, or cmtool distill with --set loss.guidance=2")
+    check_guided(card, f"--guidance {weight:g}")
+    return chosen._replace(guidance=weight)
 
 
 def indexed_levels(preset: Card, indices: Sequence[int], grid: int | None) -> list[float]:
@@ -276,6 +291,7 @@ def provenance(model: Model, chosen: Plan) -> dict[str, str]:
         "cmtool:weights": model.weights,
         "cmtool:sampler": f"{chosen.sampler.name}({options})" if options else chosen.sampler.name,
         "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)),
+        **({} if chosen.guidance == 1 else {"cmtool:guidance": repr(chosen.guidance)}),
         **precision_info(chosen),
     }
 
@@ -308,6 +324,7 @@ def generate(
     denoiser = computing_in(f, chosen.precision, device)
     if on_drawn is not None:
         denoiser = _telling(denoiser, preset, chosen, len(seeds), batch, device, on_drawn)
+    denoiser = guided(denoiser, chosen.guidance)
     denoiser = samplers.clipped(steady(denoiser, f, preset.model.image_size, device))
     draw = build_sampler(chosen.sampler)
     shape = (preset.model.channels, *preset.model.image_size)

@@ -26,6 +26,7 @@ from cmtool.cli._options import (
     Features,
     FeaturesInput,
     FirstSeed,
+    Guidance,
     KindOption,
     ModelPreset,
     Precision,
@@ -59,6 +60,7 @@ SETS = (
 OF_MODELS = {
     "runs": 1, "steps": None, "sigmas": None, "sampler": None, "preset": None, "kind": None,
     "weights": "ema", "first_seed": 0, "precision": "fp32", "classes": "uniform",
+    "guidance": 1.0,
 }  # fmt: skip
 """Options of models alone, and their defaults."""
 
@@ -176,6 +178,7 @@ def metric_command(
     steps: Steps = None,
     sigmas: Sigmas = None,
     sampler: Sampler = None,
+    guidance: Guidance = 1.0,
     batch: Batch = 256,
     weights: Weights = "ema",
     preset: ModelPreset = None,
@@ -203,7 +206,7 @@ def metric_command(
 
     def draw() -> ModelImages:
         model = pick_model(checkpoint, weights, where, said=kind, preset=preset)
-        chosen = pick_plan(model, sampler, None, steps, sigmas)
+        chosen = pick_plan(model, sampler, None, steps, sigmas, guidance=guidance)
         chosen = chosen._replace(precision=pick_precision(precision, where))
         return ModelImages(model, chosen, num or DRAWN, first_seed)
 

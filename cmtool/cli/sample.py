@@ -68,6 +68,7 @@ class SampleOptions:
     ] = "samples"
     overwrite: shared.Overwrite = False
     show: Show = False
+    guidance: shared.Guidance = 1.0
     batch: shared.Batch = 256
     rounding: Annotated[
         str, Option(help="Rounding to 8 bits: nearest, or floor as the PyTorch release does.")
@@ -96,7 +97,14 @@ class SampleOptions:
         )
         labels = _labels(self.class_, seeds, model)
         chosen = shared.pick_plan(
-            model, self.sampler, self.set_, self.steps, self.sigmas, self.ts, self.grid
+            model,
+            self.sampler,
+            self.set_,
+            self.steps,
+            self.sigmas,
+            self.ts,
+            self.grid,
+            self.guidance,
         )._replace(precision=precision)
         how = f"{chosen.sampler.name} at sigma {','.join(f'{s:.4g}' for s in chosen.sigmas)}"
         say(f"{len(seeds)} images, {how}: {chosen.evaluations} network calls each")

@@ -24,6 +24,7 @@ from cmtool.presets.build import (
     build_curriculum,
     build_method,
     build_source,
+    followed,
     method_row,
     noise_range,
 )
@@ -59,7 +60,7 @@ def held_out_loss(
     method, levels, _ = build_method(preset)
     roomy = partial(_roomy, size=preset.model.image_size, device=device)
     teacher = None if teacher is None else roomy(teacher)
-    guide = teacher if method_row(preset).needs_teacher else None
+    guide = followed(preset, teacher) if method_row(preset).needs_teacher else None
     objective = make_objective(method, levels, noise_range(preset), teacher=guide)
     parts, last = measured(held, most).split(CHUNK), last_stage(preset)
 

@@ -227,6 +227,7 @@ def _images(images: Source, needs: Needs, setup: Setup, num: int | None, turn: i
         },
         "sampler": chosen.sampler.name,
         "sigmas": chosen.sigmas,
+        "guidance": chosen.guidance,
         "evaluations": chosen.evaluations,
         "classes": _classes(images),
         "seeds": f"{seeds[0]}-{seeds[-1]}",

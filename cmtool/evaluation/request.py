@@ -83,6 +83,7 @@ def facts_of(
         about = {
             "model": model.sha256, "kind": model.kind, "sigmas": list(chosen.sigmas),
             "sampler": chosen.sampler.model_dump(mode="json"), "precision": chosen.precision,
+            "--guidance": chosen.guidance,
             "images": [images.num, images.first_seed], "classes": list(images.shares or ()),
         }  # fmt: skip
     options = {f"--{key.replace('_', '-')}": getattr(request, key) for key in same}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cmtool.core.augment import LABELS, Augment, augmented
 from cmtool.core.distances import DISTANCES, is_norm
+from cmtool.core.guidance import guided
 from cmtool.core.losses import WEIGHTINGS
 from cmtool.core.methods import METHODS, Before, Method, MethodRow
 from cmtool.core.networks import NETWORKS
@@ -199,7 +200,7 @@ def build_source(preset: Preset, images: Draw, teacher: Denoiser | None) -> Draw
     given = {"noise_range": noise_range(preset), "seed": preset.train.seed}
     known = [*given, "images", "teacher"]
     source = pick(SOURCES, preset.loss.source, "loss.source", known)
-    return source(images, teacher, noise_range(preset), preset.train.seed)
+    return source(images, followed(preset, teacher), noise_range(preset), preset.train.seed)
 
 
 def build_objective(preset: Preset, teacher: Denoiser | None, device: str = "cpu") -> Objective:
@@ -216,8 +217,22 @@ def build_objective(preset: Preset, teacher: Denoiser | None, device: str = "cpu
         blank = torch.zeros(1, preset.model.channels, *preset.model.image_size, device=device)
         distance = pick(DISTANCES, preset.loss.distance, "loss.distance")
         distance(blank, blank)  # what it lacks, such as a weight file, it says now
-    teacher = teacher if row.needs_teacher else None
+    teacher = followed(preset, teacher) if row.needs_teacher else None
     return make_objective(method, levels, noise_range(preset), teacher=teacher, augment=augment)
+
+
+def followed(preset: Preset, teacher: Denoiser | None) -> Denoiser | None:
+    """Return the teacher as the steps of a preset follow it: guided, if loss.guidance says so."""
+    return None if teacher is None else guided(teacher, preset.loss.guidance)
+
+
+def check_guided(card: Card, what: str) -> None:
+    """Raise UserError for guidance, `what` says which, of a model that does not know "no class"."""
+    if not card.model.num_classes:
+        raise UserError(f"{what}: the model has no classes", "leave guidance out")
+    if isinstance(card, Preset) and not card.data.label_dropout:
+        hint = "train a teacher with --set data.label_dropout=0.1, or leave guidance out"
+        raise UserError(f"{what}: the model never learned images of no class", hint)
 
 
 def check_method(preset: Preset, row: MethodRow, distance: Distance) -> None:
@@ -232,6 +247,9 @@ def check_method(preset: Preset, row: MethodRow, distance: Distance) -> None:
     if loss.source.name != row.source:
         what = f"loss.source = {loss.source.name!r} with loss.method = {name!r}"
         raise UserError(what, f"--set loss.source={row.source}")
+    if loss.guidance != 1 and (not row.needs_teacher or "previous" in row.targets):
+        what = f"loss.guidance = {loss.guidance:g} with loss.method = {name!r}"
+        raise UserError(f"{what}, whose steps call no teacher", "leave loss.guidance out")
     takes_two = "transition" in inspect.signature(row.loss).parameters
     if takes_two and preset.model.transition is None:
         what = f"loss.method = {name!r} without model.transition"

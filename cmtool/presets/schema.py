@@ -176,6 +176,12 @@ class LossSection(Section):
         description="what a step starts from: images, or paths (points of the teacher's paths)",
     )
     solver: Choice = Field(Choice(name="heun"), description="step of the teacher's ODE")
+    guidance: float = Field(
+        1.0,
+        ge=0,
+        le=100,
+        description="weight of classifier-free guidance of the teacher; 1: none",
+    )
     target: str = Field(
         "none",
         description="what the student is compared with: student (itself), ema, previous, or none",

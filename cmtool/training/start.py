@@ -41,6 +41,7 @@ from cmtool.presets.build import (
     build_objective,
     build_sampler,
     build_source,
+    check_guided,
     method_row,
     noise_range,
     pick,
@@ -324,6 +325,8 @@ def load_parts(preset: Preset, tell: Callable[[str], None]) -> tuple[Dataset, Da
 def check_fit(preset: Preset, data: Dataset, teacher: Model | None) -> None:
     """Raise InputError unless data, preset and teacher agree on size, channels and classes."""
     row = method_row(preset)
+    if teacher is not None and preset.loss.guidance != 1:
+        check_guided(teacher.preset, f"loss.guidance = {preset.loss.guidance:g}")
     if teacher is not None and teacher.kind != row.teacher_kind:
         is_start = not row.needs_teacher and row.teacher_kind == "teacher"
         if not is_start or teacher.kind == "flow map":

@@ -1,0 +1,104 @@
+"""Guidance through the commands, and in what distillation follows."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from cmtool.core.guidance import guided
+from cmtool.core.types import NO_CLASS
+from cmtool.errors import UserError
+from cmtool.models import load_model
+from cmtool.presets.build import build_objective, build_source, followed
+from cmtool.presets.toml import load_preset
+from tests.cli.conftest import TINY
+
+
+def with_loss(name, **loss):
+    preset = load_preset(name)
+    return preset.model_copy(update={"loss": preset.loss.model_copy(update=loss)})
+
+
+def test_the_paths_of_a_guided_teacher_are_guided():
+    teacher = load_model("emoji-edm")
+    x0, labels = torch.zeros(2, 3, 32, 32), torch.tensor([6, NO_CLASS])
+
+    def drawn(f, weight):
+        return build_source(with_loss("emoji-cmt", guidance=weight), lambda *_: (x0, labels), f)(
+            0, 0
+        )
+
+    plain, asked = drawn(teacher.f, 1.0), drawn(teacher.f, 2.5)
+    torch.testing.assert_close(asked.x0, drawn(guided(teacher.f, 2.5), 1.0).x0)
+    assert (asked.x0[0] - plain.x0[0]).abs().max() > 0.1
+    torch.testing.assert_close(asked.x0[1], plain.x0[1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cd", "ecd", "scd", "pd", "ct"])
+def test_a_method_follows_the_guided_teacher_or_says_that_it_has_none(name):
+    preset = with_loss(name, guidance=2.0)
+    calls = []
+
+    def f(x, sigma, labels=None, sigma_to=None):
+        calls.append(labels.tolist())
+        return x * 0.5
+
+    if name in ("pd", "ct"):
+        with pytest.raises(UserError, match=r"loss.guidance = 2 with loss.method"):
+            build_objective(preset, f)
+        return
+    build_objective(preset, f)
+    x, sigma, labels = torch.zeros(3, 1, 2, 2), torch.ones(3), torch.arange(3)
+    followed(preset, f)(x, sigma, labels)
+    assert calls == [[0, 1, 2, *[NO_CLASS] * 3]]
+
+
+def test_sample_says_what_it_did_and_eval_draws_the_same(cmtool, tmp_path):
+    asked = ["-c", "emoji-edm", "--steps", "3", "--guidance", "2.5"]
+    drawn = cmtool("sample", *asked, "--seeds", "0-3", "--out", "some")
+    assert drawn.code == 0, drawn.err
+    assert "10 network calls each" in drawn.err  # Heun: 5 answers, each of two calls
+    first = drawn.out.decode().split()[0]
+    with Image.open(tmp_path / first) as image:
+        assert image.info["cmtool:guidance"] == "2.5"
+    plain = cmtool("sample", *asked[:4], "--seeds", "0-3", "--out", "plain")
+    assert (tmp_path / plain.out.decode().split()[0]).read_bytes() != (
+        tmp_path / first
+    ).read_bytes()
+    options = ["--protocol", "pixels", "--reference", "emoji"]
+    folder = json.loads(cmtool("eval", "fid", "some", *options).text)
+    model = json.loads(cmtool("eval", "fid", *asked, "--num", "4", *options).text)
+    assert model["guidance"] == 2.5
+    assert model["value"] == pytest.approx(folder["value"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("model", "message", "hint"),
+    [
+        ("digits-edm", "never learned images of no class", "data.label_dropout=0.1"),
+        ("digits-cd", "is guided when it is made", "--set loss.guidance=2"),
+    ],
+)
+def test_a_model_that_cannot_be_guided_says_why(cmtool, model, message, hint):
+    result = cmtool("sample", "-c", model, "--guidance", "2", "--out", "x.png")
+    assert result.code == 2
+    assert message in result.err
+    assert hint in result.err
+    if model == "digits-edm":
+        asked = ["distill", "--teacher", model, "--preset", "digits-cd", *TINY, "--out", "r"]
+        result = cmtool(*asked, "--set", "loss.guidance=2")
+        assert result.code == 2
+        assert message in result.err
+
+
+def test_a_student_of_a_guided_teacher_is_another(cmtool):
+    asked = ["distill", "--teacher", "emoji-edm", "--set", "train.steps=2", "--set",
+             "train.batch=2", "--set", "run.sample_grid=1"]  # fmt: skip
+    values = []
+    for weight in ("1", "3"):
+        run = cmtool(*asked, "--preset", "emoji-cmt", "--set", f"loss.guidance={weight}",
+                     "--out", f"r{weight}")  # fmt: skip
+        assert run.code == 0, run.err
+        values.append(load_model(f"r{weight}").sha256)
+    assert values[0] != values[1]
