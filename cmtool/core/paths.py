@@ -34,7 +34,7 @@ Draw = Callable[[int, int], "tuple[Tensor, Tensor | None] | Drawn"]
 
 
 class Bank(NamedTuple):
-    """The paths of a block of steps: points (n, B, C, H, W), their ends (B, C, H, W), labels."""
+    """The paths of a block of steps: points (n, N, C, H, W), their ends (N, C, H, W), labels."""
 
     block: int
     points: Tensor
@@ -58,11 +58,12 @@ def path_levels(points: int, noise_range: NoiseRange, rho: float | None) -> Tens
 class PathPoints:
     """A Draw of points of the teacher's paths: those of a microbatch lie on as many paths.
 
-    A block is as many steps as a path has points. At its first step the paths of a microbatch of
-    images are walked, x0 + sigma_max noise being the start; then each step takes one point of every
-    path, and all levels are among them. So a step costs one teacher call an image, in batches as
-    large as the student's. The bank is a function of (seed, block, shard): a resumed run makes the
-    one of its block again.
+    A block is as many steps as a path has points, times `mixed`. At its first step the paths of
+    `mixed` microbatches of images are walked, x0 + sigma_max noise being the start; then each step
+    takes one point of as many paths as a microbatch has images, and all levels are among them. So a
+    step costs one teacher call an image, in batches as large as the student's. With `mixed` 1 the
+    steps of a block have the same paths, else random ones. The bank is a function of (seed, block,
+    shard): a resumed run makes the one of its block again.
     """
 
     images: Draw
@@ -72,32 +73,60 @@ class PathPoints:
     points: int = 16
     walk: str = "dpmpp_2m"
     rho: float | None = None
+    mixed: int = 1
     banks: dict[int, Bank] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Steps that share a bank."""
+        return self.points * self.mixed
 
     def __call__(self, step: int, shard: int) -> Drawn:
         """Return points of paths as noise beside their ends, and the level of each."""
-        block, place = divmod(step, self.points)
+        block, place = divmod(step, self.steps)
         bank = self.banks.get(shard)
         if bank is None or bank.block != block:
             bank = self.banks[shard] = self.walked(block, shard)
-        rows = torch.arange(len(bank.ends))
-        index = (rows + place) % self.points
+        index, rows = self.taken(place, block, shard, len(bank.ends))
         levels = path_levels(self.points, self.noise_range, self.rho)
         sigma = to_device(levels[index], bank.ends.device)
         index, rows = (to_device(t, bank.ends.device) for t in (index, rows))
-        noise = (bank.points[index, rows] - bank.ends) / expand(sigma, bank.ends)
-        return Drawn(bank.ends, bank.labels, noise, sigma)
+        ends = bank.ends[rows]
+        noise = (bank.points[index, rows] - ends) / expand(sigma, ends)
+        return Drawn(ends, None if bank.labels is None else bank.labels[rows], noise, sigma)
+
+    def taken(self, place: int, block: int, shard: int, paths: int) -> tuple[Tensor, Tensor]:
+        """Return the levels and the paths, (B,) each, of the points of a step of a block."""
+        size = paths // self.mixed
+        slots = torch.arange(size)
+        index = (slots + place) % self.points
+        if self.mixed == 1:
+            return index, slots
+        turns = torch.arange(self.steps)[:, None]
+        levels = ((slots + turns) % self.points).flatten()  # of all steps of the block
+        generator = keyed_generator("mixed", self.seed, block, shard)
+        order = torch.cat([torch.randperm(paths, generator=generator) for _ in range(self.points)])
+        rows = torch.empty_like(levels)
+        rows[levels.argsort(stable=True)] = order  # each level has every path once
+        return index, rows.view(-1, size)[place]
+
+    def walked(self, block: int, shard: int) -> Bank:
+        """Return the paths of a block, whose images are those of the steps of its numbers."""
+        numbers = range(block * self.mixed, (block + 1) * self.mixed)
+        points, ends, labels = zip(*(self.walk_of(n, shard) for n in numbers), strict=True)
+        known = None if labels[0] is None else torch.cat(labels)
+        return Bank(block, torch.cat(points, dim=1), torch.cat(ends), known)
 
     @torch.no_grad()
-    def walked(self, block: int, shard: int) -> Bank:
-        """Return the paths of a block, whose images are those of the step of its number."""
-        x0, labels, *_ = self.images(block, shard)
-        generator = keyed_generator("path", self.seed, block, shard)
+    def walk_of(self, number: int, shard: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return points, ends and labels of the paths of one microbatch."""
+        x0, labels, *_ = self.images(number, shard)
+        generator = keyed_generator("path", self.seed, number, shard)
         noise = to_device(torch.randn(x0.shape, generator=generator), x0.device)
         levels = path_levels(self.points, self.noise_range, self.rho)
         start = x0 + expand(levels[:1], x0) * noise
         *points, end = WALKS[self.walk](self.teacher, start, levels, labels)
-        return Bank(block, torch.stack([start, *points]), end, labels)
+        return torch.stack([start, *points]), end, labels
 
 
 def teacher_paths(
@@ -109,19 +138,24 @@ def teacher_paths(
     points: int = 16,
     walk: str = "dpmpp_2m",
     rho: float | None = None,
+    mixed: int = 1,
 ) -> Draw:
     """Return the Draw of points of the teacher's paths. Raises UserError for a choice that is none.
 
     `points` is the number of levels of a path, `walk` the solver, `rho` that of the levels' grid;
-    without it they are even in ln sigma.
+    without it they are even in ln sigma. `mixed` is the number of microbatches whose paths are
+    mixed.
     """
     if walk not in WALKS:
         raise UserError(f"loss.source.walk = {walk!r} is unknown", nearest(walk, WALKS))
     if not 2 <= points <= 1000:
         what = f"loss.source.points = {points} is out of range"
         raise UserError(what, "give 2 to 1000")
+    if not 1 <= mixed <= 1000:
+        what = f"loss.source.mixed = {mixed} is out of range"
+        raise UserError(what, "give 1 to 1000")
     assert teacher is not None
-    return PathPoints(images, teacher, noise_range, seed, points, walk, rho)
+    return PathPoints(images, teacher, noise_range, seed, points, walk, rho, mixed)
 
 
 def only_images(images: Draw, teacher: Denoiser | None, noise_range: NoiseRange, seed: int) -> Draw:

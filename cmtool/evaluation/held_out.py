@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -69,8 +70,10 @@ def held_out_loss(
         labels = None if held.labels is None else to_device(held.labels[index], device)
         return from_uint8(to_device(held.images[index], device)), labels
 
-    draw = build_source(preset, images, teacher)
-    stride = draw.points if isinstance(draw, PathPoints) else 1  # steps that share their paths
+    draw, stride = build_source(preset, images, teacher), 1
+    if isinstance(draw, PathPoints):
+        draw = replace(draw, mixed=1)  # a part has paths of its own
+        stride = draw.steps  # steps that share their paths
 
     def losses(models: Models, number: int) -> list[float]:
         x0, labels, noise, sigma = Drawn(*draw(number * stride, 0))

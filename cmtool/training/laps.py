@@ -222,7 +222,7 @@ def laps(rig: Rig, images: int, rounds: int = 1) -> Iterator[Lap]:
                 if first is not None and share is None:
                     walks = isinstance(draw, PathPoints)
                     walked = max(first.data - lap.data, 0.0) if walks else 0.0
-                    share = walked / draw.points if isinstance(draw, PathPoints) else 0.0
+                    share = walked / draw.steps if isinstance(draw, PathPoints) else 0.0
                 first = first or lap
                 yield lap._replace(data=lap.data + (share or 0.0))
     finally:

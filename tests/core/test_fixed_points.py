@@ -211,6 +211,42 @@ def test_points_of_paths_lie_on_them_and_each_comes_once_a_block():
     assert not torch.equal(source(400, 1).x0, other.x0)
 
 
+@pytest.mark.parametrize(("points", "mixed", "size"), [(4, 3, 5), (16, 4, 16), (8, 2, 3)])
+def test_mixed_paths_give_every_point_of_every_path_once(points, mixed, size):
+    def draw(step, shard):
+        x0 = torch.arange(size, dtype=torch.float64).reshape(-1, 1, 1, 1) + 100 * step
+        return x0, torch.arange(size) + 100 * step
+
+    def ends(x, sigma, labels=None):
+        return labels.double().reshape(-1, 1, 1, 1).expand_as(x)
+
+    span = NoiseRange(0.01, 20.0)
+    mixing = PathPoints(draw, ends, span, 3, points, "euler", None, mixed)
+    plain = PathPoints(draw, ends, span, 3, points, "euler")
+    block = points * mixed
+
+    def all_of(source, steps):
+        taken = []
+        for step in steps:
+            x0, labels, noise, sigma = source(step, 0)
+            assert len(x0) == size
+            x = x0 + expand(sigma, x0) * noise
+            taken += list(zip(labels.tolist(), sigma.tolist(), x.flatten().tolist(), strict=True))
+        return taken
+
+    second = range(block, 2 * block)
+    one, other = all_of(mixing, second), all_of(plain, second)
+    torch.testing.assert_close(torch.tensor(sorted(one)), torch.tensor(sorted(other)))
+    assert one != other
+    for step in second:  # every step has levels as different as can be
+        sigma = mixing(step, 0).sigma
+        assert len(set(sigma.tolist())) == min(points, size)
+    again = PathPoints(draw, ends, span, 3, points, "euler", None, mixed)
+    assert torch.equal(again(block + 5, 0).noise, mixing(block + 5, 0).noise)
+    batches = [set(mixing(step, 0).labels.tolist()) for step in second]
+    assert len({frozenset(batch) for batch in batches}) > points  # other paths at each step
+
+
 def test_levels_of_a_path_are_even_in_the_logarithm():
     source = PathPoints(
         lambda *_: (torch.zeros(5, 1, 1, 1), None), PROBLEM.denoiser, NoiseRange(), 0, points=5
