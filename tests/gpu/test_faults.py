@@ -24,10 +24,7 @@ from cmtool.training.fit import fit
 from cmtool.training.state import build_state, fit_settings
 from cmtool.training.utilisation import peak_flops
 
-pytestmark = [
-    pytest.mark.pretend_gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no card"),
-]
+pytestmark = pytest.mark.pretend_gpu
 DEVICE = "cuda:0"
 READS = {"digits-adcm", "digits-tcm"}
 """ADCM reads the steps of its grid, TCM which of its two networks answers."""

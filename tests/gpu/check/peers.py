@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-import tempfile
 import types
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as td
 
+from tests.bench.peers import import_openai, mended_loop
 from tests.gpu.check.speed import measured
 from tests.gpu.check.trial import NotRun, Trial
 
@@ -65,15 +65,6 @@ def _beside(trial: Trial, name: str, preset: str, batch: int, theirs: float) -> 
     trial.say(f"{name}, images/s beside {preset}", good, figures)
 
 
-def stub(name: str, **attributes: object) -> None:
-    """Put an empty module of that name where an import will find it, if there is none."""
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        sys.modules[name] = types.ModuleType(name)
-        vars(sys.modules[name]).update(attributes)
-
-
 def _join(trial: Trial) -> None:
     """Be the only process of a group, as their code wants it."""
     if not td.is_initialized():
@@ -83,18 +74,8 @@ def _join(trial: Trial) -> None:
 
 def openai_step(trial: Trial, folder: Path, batch: int) -> Callable[[], object]:
     """Return one CD step of openai's own loop; on a GPU in fp16 and by DDP, as they train."""
-    for name, attributes in {
-        "blobfile": {},
-        "mpi4py": {"MPI": None},
-        "piq": {"LPIPS": None},
-    }.items():
-        stub(name, **attributes)
-    sys.path.insert(0, str(folder))
-    names = ("unet", "karras_diffusion", "train_util", "logger", "nn")
-    cm = types.SimpleNamespace(**{name: importlib.import_module(f"cm.{name}") for name in names})
-    cm.unet.QKVFlashAttention = lambda channels, heads: cm.unet.QKVAttention(heads)
-    cm.logger.configure(dir=tempfile.mkdtemp(), format_strs=[])
     _join(trial)
+    cm = import_openai(folder)
     options: dict[str, Any] = {
         **IMAGENET,
         **(SMALL if trial.tiny else {}),
@@ -108,7 +89,7 @@ def openai_step(trial: Trial, folder: Path, batch: int) -> Callable[[], object]:
         return made.train()
 
     denoiser = partial(cm.karras_diffusion.KarrasDenoiser, loss_norm="l2")
-    kind = cm.train_util.CMTrainLoop if trial.on_gpu else _mended(cm)
+    kind = cm.train_util.CMTrainLoop if trial.on_gpu else mended_loop(cm)
     loop = kind(
         model=network(), target_model=network(), teacher_model=network(),
         teacher_diffusion=denoiser(distillation=False), training_mode="consistency_distillation",
@@ -119,17 +100,6 @@ def openai_step(trial: Trial, folder: Path, batch: int) -> Callable[[], object]:
     )  # fmt: skip
     x0 = torch.rand(batch, 3, 64, 64) * 2 - 1
     return partial(loop.run_step, x0, {"y": torch.zeros(batch, dtype=torch.int64)})
-
-
-def _mended(cm: types.SimpleNamespace) -> type[Any]:
-    """Return their loop with a target EMA by parameters: theirs fails in float32."""
-
-    class Mended(cm.train_util.CMTrainLoop):  # type: ignore[misc,name-defined]
-        def _update_target_ema(self) -> None:
-            mu, _ = self.ema_scale_fn(self.global_step)
-            cm.nn.update_ema(self.target_model.parameters(), self.mp_trainer.master_params, rate=mu)
-
-    return Mended
 
 
 def ect_step(trial: Trial, folder: Path, batch: int) -> Callable[[], object]:
