@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cmtool.core.networks import NETWORKS
+from cmtool.core.paths import PathPoints
 from cmtool.errors import ResourceError, UserError
 from cmtool.models import Model
 from cmtool.presets.build import can_recompute
@@ -103,6 +105,7 @@ def check_memory(preset: Preset, teacher: Model | None, device: str, group: Grou
     if free is None or memory is None or group.mesh is not None:
         return
     room = free // here
+    room -= check_bank(preset, room, device, group.world_size)
     images = preset.train.batch // (preset.train.accumulate * group.world_size)
     if memory.of(images) <= room:
         return
@@ -117,6 +120,26 @@ def check_memory(preset: Preset, teacher: Model | None, device: str, group: Grou
         most = preset.train.batch // group.world_size
         hint = f"--set train.checkpoint_activations=true --accumulate {most}"
     raise ResourceError(what, hint)
+
+
+def check_bank(preset: Preset, room: int, device: str, processes: int) -> int:
+    """Return the bytes of the paths that a process keeps, 0 for a method that keeps none.
+
+    Raises ResourceError if they take more than half of the room, in bytes.
+    """
+    if preset.loss.source.name != "paths":
+        return 0
+    given = {"points": PathPoints.points, "mixed": PathPoints.mixed, **preset.loss.source.options}
+    paths = preset.train.batch // processes * given["mixed"]
+    size = 4 * preset.model.channels * math.prod(preset.model.image_size)
+    need = paths * (given["points"] + 1) * size
+    if need <= room // 2:
+        return need
+    what = f"{paths:,} paths of the teacher need {need / GIB:.1f} GiB of memory"
+    hint = f"--set train.batch={max(preset.train.batch // 2, 1)}"
+    if given["mixed"] > 1:
+        hint = "mix the paths of fewer batches: --set loss.source.mixed=1"
+    raise ResourceError(f"{what}, and {room / GIB:.1f} GiB are free on {device}", hint)
 
 
 def seconds_a_step(preset: Preset, teacher: Model | None, device: str) -> float:

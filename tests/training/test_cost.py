@@ -6,7 +6,13 @@ from cmtool.core.networks import NETWORKS
 from cmtool.core.rng import step_generator
 from cmtool.errors import ResourceError
 from cmtool.models import load_model
-from cmtool.presets.build import build_curriculum, build_network, build_objective, can_recompute
+from cmtool.presets.build import (
+    build_curriculum,
+    build_network,
+    build_objective,
+    build_source,
+    can_recompute,
+)
 from cmtool.presets.toml import load_preset
 from cmtool.system import devices
 from cmtool.system.dist import ALONE
@@ -115,6 +121,38 @@ def test_a_split_batch_or_unknown_memory_passes(monkeypatch):
     check_memory(split, None, "cpu", ALONE)
     monkeypatch.setattr(cost, "free_memory", lambda _: None)
     check_memory(load_preset("digits-edm", {"train.batch": 1 << 20}), None, "cpu", ALONE)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        ({"loss.source.mixed": 1000}, "--set loss.source.mixed=1"),
+        ({"loss.source.mixed": 1, "train.batch": 1 << 17}, "--set train.batch=65536"),
+    ],
+)
+def test_a_bank_of_paths_larger_than_memory_is_refused_with_a_smaller_one(
+    monkeypatch, overrides, hint
+):
+    monkeypatch.setattr(cost, "free_memory", lambda _: 1 << 30)
+    teacher = load_model("digits-edm")
+    with pytest.raises(ResourceError, match=r"paths of the teacher need .* 1\.0 GiB") as caught:
+        check_memory(load_preset("digits-cmt", overrides), teacher, "cpu", ALONE)
+    assert hint in caught.value.hint
+    check_memory(load_preset("digits-cmt"), teacher, "cpu", ALONE)
+
+
+def test_a_bank_of_paths_is_counted_as_it_is():
+    preset = load_preset("emoji-cmt")
+    source = build_source(
+        preset, lambda *_: (torch.zeros(16, 3, 32, 32), torch.zeros(16, dtype=torch.int64)),
+        lambda x, *_: x,
+    )  # fmt: skip
+    source(0, 0)
+    bank = source.banks[0]
+    held = sum(t.numel() for t in (bank.points, bank.ends)) * 4
+    assert cost.check_bank(preset, 1 << 40, "cpu", 1) == held
+    assert cost.check_bank(preset, 1 << 40, "cpu", 2) == held // 2
+    assert cost.check_bank(load_preset("digits-cd"), 0, "cpu", 1) == 0
 
 
 def test_free_memory_is_what_the_container_leaves(tmp_path):
