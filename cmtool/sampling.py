@@ -60,14 +60,15 @@ class Plan(NamedTuple):
 
 
 def plan(
-    preset: Card, steps: int | None = None, sigmas: Sigmas = None, sampler: Choice | None = None
-) -> Plan:
+    preset: Card, steps: int | None = None, sigmas: Sigmas = None, sampler: Choice | None = None,
+    guidance: float = 1.0,
+) -> Plan:  # fmt: skip
     """Return how to sample a model: by what is given, else by what its preset says.
 
     Levels for n steps are the preset's tuned ones if it has them, else a Karras grid for a
     teacher and levels of the training grid for a consistency model. Raises UserError for a
-    sampler that does not suit this kind of model, for levels that the model never saw, and for a
-    model whose images cannot be shown.
+    sampler or guidance that does not suit the model, for levels that it never saw, and for a model
+    whose images cannot be shown.
     """
     if preset.model.channels not in (1, 3):
         what = f"the model has {preset.model.channels} channels: no picture has them"
@@ -82,6 +83,8 @@ def plan(
     if chosen.name == "multistep" and preset.kind == "teacher":
         hint = nearest("multistep", [name for name in known if name != "multistep"])
         raise UserError("multistep needs a consistency model; this is a teacher", hint)
+    if guidance != 1:
+        check_guided(preset, f"guidance {guidance:g}")
     if sigmas is not None and steps is not None:
         raise UserError(f"both --steps {steps} and --sigmas", "give one of them")
     if sigmas is not None:
@@ -89,12 +92,13 @@ def plan(
             what = f"noise level {max(sigmas):g} is above the model's {preset.noise.sigma_max:g}"
             raise UserError(what, "the model never saw so much noise: lower the level")
         samplers.check_levels(sigmas, preset.noise.sigma_min)
-        return Plan(chosen, tuple(sigmas))
+        return Plan(chosen, tuple(sigmas), guidance=guidance)
     n = steps or preset.sample.steps
     levels = preset.sample.levels.get(str(n))
     if levels is None and preset.kind == "teacher":
         levels = samplers.sampling_levels(n, noise_range(preset))
-    return Plan(chosen, tuple(trained_levels(preset, n) if levels is None else levels))
+    found = trained_levels(preset, n) if levels is None else levels
+    return Plan(chosen, tuple(found), guidance=guidance)
 
 
 def edit_plan(
@@ -110,17 +114,6 @@ def edit_plan(
     if sigmas is None and steps is None:
         steps = min(grid_size(preset) - 1, PUBLISHED_GRID)
     return plan(preset, steps, sigmas)
-
-
-def with_guidance(chosen: Plan, card: Card, weight: float) -> Plan:
-    """Return a plan with classifier-free guidance. Raises UserError for a model that takes none."""
-    if weight == 1:
-        return chosen
-    if card.kind != "teacher":
-        what = f"--guidance {weight:g}: a {card.kind} model is guided when it is made"
-        raise UserError(what, "leave it out, or cmtool distill with --set loss.guidance=2")
-    check_guided(card, f"--guidance {weight:g}")
-    return chosen._replace(guidance=weight)
 
 
 def indexed_levels(preset: Card, indices: Sequence[int], grid: int | None) -> list[float]:
@@ -247,15 +240,16 @@ def sample(
     steps: int | None = None,
     sigmas: Sigmas = None,
     labels: int | Sequence[int] | Tensor | None = None,
+    guidance: float = 1.0,
 ) -> Tensor:
     """Return images (N, C, H, W) in [-1, 1], one a seed: those that `cmtool sample` draws.
 
     `steps` or `sigmas` choose the noise levels, by default the model's preset does. `labels` are
     one class, or one a seed; without them a class-conditional model draws each image's class from
-    its seed. Raises UserError for levels and classes the model does not know.
+    its seed. `guidance` is for a teacher. Raises UserError for what the model does not know.
     """
     numbers = list(seeds)
-    chosen = plan(model.preset, steps, sigmas)
+    chosen = plan(model.preset, steps, sigmas, guidance=guidance)
     classes = None if labels is None else torch.as_tensor(labels).reshape(-1)
     if classes is not None:
         check_classes(classes.tolist(), len(numbers), model.preset.model.num_classes)
@@ -318,8 +312,7 @@ def generate(
 
     An image is a function of its seed, its label and the plan. Without `labels` a conditional
     model draws each image's class from its seed. `noise` replaces the noise of the seeds.
-    `on_drawn` is told of the progress after each call of the network. Raises InputError for values
-    that are not finite.
+    `on_drawn` is told of each call's progress. Raises InputError for values that are not finite.
     """
     denoiser = computing_in(f, chosen.precision, device)
     if on_drawn is not None:

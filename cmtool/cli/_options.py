@@ -299,7 +299,7 @@ def pick_plan(
     guidance: float = 1.0,
 ) -> Plan:
     """Return the sampler and the levels that the command line asks for. Raises UserError."""
-    from cmtool.sampling import indexed_levels, plan, with_guidance
+    from cmtool.sampling import indexed_levels, plan
 
     levels = parse_sigmas(sigmas)
     if ts is not None:
@@ -312,8 +312,7 @@ def pick_plan(
         hint = "--grid is the grid of the indices: give --ts too"
         raise UserError(f"--grid {grid} without --ts", hint)
     chosen = pick_sampler(model.preset.sample.sampler, sampler, options or [])
-    made = plan(model.preset, sampler=chosen, steps=steps, sigmas=levels)
-    return with_guidance(made, model.preset, guidance)
+    return plan(model.preset, sampler=chosen, steps=steps, sigmas=levels, guidance=guidance)
 
 
 def pick_sampler(own: Choice, name: str | None, options: list[str]) -> Choice:

@@ -228,6 +228,9 @@ def followed(preset: Preset, teacher: Denoiser | None) -> Denoiser | None:
 
 def check_guided(card: Card, what: str) -> None:
     """Raise UserError for guidance, `what` says which, of a model that does not know "no class"."""
+    if card.kind != "teacher":
+        hint = "leave it out, or cmtool distill with --set loss.guidance=2"
+        raise UserError(f"{what}: a {card.kind} model is guided when it is made", hint)
     if not card.model.num_classes:
         raise UserError(f"{what}: the model has no classes", "leave guidance out")
     if isinstance(card, Preset) and not card.data.label_dropout:

@@ -21,8 +21,10 @@ SEEDS, COLUMNS, SIDE, GAP = range(20), 10, 64, 24
 
 def main(out, teacher="emoji-edm", student="emoji-cmt"):
     rows = []
-    for name, steps in ((teacher, None), (student, 1), (student, 2)):
-        images = to_uint8(cmtool.sample(cmtool.load_model(name), SEEDS, steps=steps))
+    guidance = cmtool.load_model(student).preset.loss.guidance  # that it was distilled with
+    for name, steps, weight in ((teacher, None, guidance), (student, 1, 1.0), (student, 2, 1.0)):
+        model = cmtool.load_model(name)
+        images = to_uint8(cmtool.sample(model, SEEDS, steps=steps, guidance=weight))
         rows.append(grid(images, COLUMNS, scale=max(SIDE // images.shape[-1], 1)))
     gap = torch.full((3, GAP, rows[0].shape[-1]), 255, dtype=torch.uint8)
     write_atomic(Path(out), png_bytes(torch.cat([rows[0], gap, rows[1], gap, rows[2]], 1)))

@@ -11,6 +11,7 @@ from cmtool.core.types import NO_CLASS
 from cmtool.errors import UserError
 from cmtool.models import load_model
 from cmtool.presets.build import build_objective, build_source, followed
+from cmtool.presets.schema import Choice
 from cmtool.presets.toml import load_preset
 from tests.cli.conftest import TINY
 
@@ -24,10 +25,11 @@ def test_the_paths_of_a_guided_teacher_are_guided():
     teacher = load_model("emoji-edm")
     x0, labels = torch.zeros(2, 3, 32, 32), torch.tensor([6, NO_CLASS])
 
+    unmixed = Choice(name="paths", rho=7.0)
+
     def drawn(f, weight):
-        return build_source(with_loss("emoji-cmt", guidance=weight), lambda *_: (x0, labels), f)(
-            0, 0
-        )
+        preset = with_loss("emoji-cmt", guidance=weight, source=unmixed)
+        return build_source(preset, lambda *_: (x0, labels), f)(0, 0)
 
     plain, asked = drawn(teacher.f, 1.0), drawn(teacher.f, 2.5)
     torch.testing.assert_close(asked.x0, drawn(guided(teacher.f, 2.5), 1.0).x0)
