@@ -120,25 +120,26 @@ def test_bad_input(cmtool, arguments, code, what):
 
 
 @pytest.mark.slow
-def test_the_bundled_model_becomes_onnx(cmtool, tmp_path):
+@pytest.mark.parametrize(("name", "classes", "side"), [("digits-cd", 10, 8), ("emoji-cmt", 9, 32)])
+def test_a_bundled_model_becomes_onnx(cmtool, tmp_path, name, classes, side):
     """Its pictures of 100 seeds are those of `cmtool sample`, to one grey level."""
-    made = cmtool("checkpoint", "convert", "digits-cd", "digits.onnx", "--steps", "2")
+    made = cmtool("checkpoint", "convert", name, "model.onnx", "--steps", "2")
     assert made.code == 0, made.err
-    assert made.text == "digits.onnx\n"
+    assert made.text == "model.onnx\n"
     assert "within" in made.err
-    again = cmtool("checkpoint", "convert", "digits-cd", "digits.onnx")
+    again = cmtool("checkpoint", "convert", name, "model.onnx")
     assert (again.code, "--overwrite" in again.err) == (2, True)
-    model, seeds = load_model("digits-cd"), range(100)
+    model, seeds = load_model(name), range(100)
     start = time.perf_counter()
     ours = to_uint8(sample(model, seeds, steps=2))
     between = time.perf_counter()
     draw = SeededNoise(seeds)
-    noise = torch.stack([draw(torch.empty(100, 3, 8, 8)) for _ in range(2)])
-    inputs = {"noise": noise.numpy(), "labels": seeded_labels(seeds, 10).numpy()}
-    (images,) = onnxruntime.InferenceSession(tmp_path / "digits.onnx").run(None, inputs)
+    noise = torch.stack([draw(torch.empty(100, 3, side, side)) for _ in range(2)])
+    inputs = {"noise": noise.numpy(), "labels": seeded_labels(seeds, classes).numpy()}
+    (images,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, inputs)
     took = between - start, time.perf_counter() - between
     apart = (to_uint8(torch.from_numpy(images)).int() - ours.int()).abs()
-    print(f"cmtool {took[0]:.3f} s, ONNX Runtime with its start {took[1]:.3f} s")
+    print(f"{name}: cmtool {took[0]:.3f} s, ONNX Runtime with its start {took[1]:.3f} s")
     assert int(apart.max()) <= 1
     assert float((apart > 0).float().mean()) < 1e-3
 
