@@ -38,11 +38,19 @@ def right_half(x):
     return mask
 
 
-def mean_filled(x):
-    """The right half filled with the mean of the left."""
-    mask = right_half(x)
-    left = x[..., : x.shape[-1] // 2].mean((2, 3), keepdim=True)
-    return torch.where(mask, left, x)
+def middle(x):
+    """A box of half the side, in the middle."""
+    side = x.shape[-1]
+    mask = torch.zeros_like(x[:, :1], dtype=torch.bool)
+    mask[..., side // 4 : -side // 4, side // 4 : -side // 4] = True
+    return mask
+
+
+def mean_filled(x, mask_of):
+    """The pixels that are masked filled with the mean of the others."""
+    mask = mask_of(x)
+    known = (x * ~mask).sum((2, 3), keepdim=True) / (~mask).sum((2, 3), keepdim=True)
+    return torch.where(mask, known, x)
 
 
 def colours(x):
@@ -61,10 +69,11 @@ def tasks():
         return F.interpolate(low, scale_factor=factor, mode="bicubic", antialias=False).clamp(-1, 1)
 
     rows = {
-        "inpaint the right half": Task(
-            lambda x: x, lambda m, x, **o: edit.inpaint(m, x, right_half(x), **o),
-            "the left half's mean", mean_filled,
-        ),
+        f"inpaint {title}": Task(
+            lambda x: x, partial(lambda m, x, of, **o: edit.inpaint(m, x, of(x), **o), of=mask_of),
+            "mean of the rest", partial(mean_filled, mask_of=mask_of),
+        )
+        for title, mask_of in (("the middle", middle), ("the right half", right_half))
     }  # fmt: skip
     for factor in (2, 4):
         given = partial(block_means, factor=factor)
