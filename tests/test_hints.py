@@ -74,7 +74,7 @@ def test_options_in_hints_exist(text):
 @pytest.mark.parametrize("text", [t for t in HINTS if re.search(r"--set [\w.]+=", t)])
 def test_keys_in_hints_exist(text):
     options = {f"model.network.{name}": 0 for name in ("model_channels", "augment_dim", "dropout")}
-    known = {*_known(options), *options, "kind"}
+    known = {*_known(options), *options, "kind", "loss.source.mixed"}
     for key in re.findall(r"--set ([\w.]+)=", text):
         assert key in known, key
 
