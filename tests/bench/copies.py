@@ -8,6 +8,7 @@ all, each above its nearest training image.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -48,7 +49,7 @@ def main(name, out, steps="1"):
             some = torch.arange(SHOWN)
             parts = [samples[closest], train.images[where[closest]]]
             parts += [samples[some], train.images[where[some]]]
-            write_atomic(out, png_bytes(grid(torch.cat(parts), SHOWN, scale=2)))
+            write_atomic(Path(out), png_bytes(grid(torch.cat(parts), SHOWN, scale=2)))
 
 
 if __name__ == "__main__":

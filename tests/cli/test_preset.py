@@ -65,7 +65,10 @@ def test_show_explains_a_key(cmtool):
     assert "One of auto, fp32, bf16, fp16." in shown.text
     source = cmtool("preset", "show", "digits-cmt", "loss.source").text
     assert "  images: " in source
-    assert "Options: mixed, points, rho, walk." in source or "Options: points, walk, rho, mixed." in source
+    assert (
+        "Options: mixed, points, rho, walk." in source
+        or "Options: points, walk, rho, mixed." in source
+    )
     unknown = cmtool("preset", "show", "digits-ict", "loss.distanc")
     assert unknown.code == 2
     assert "loss.distance" in unknown.err
