@@ -132,7 +132,8 @@ def test_subsets_are_told_as_large_as_the_smaller_set(num, reference):
 def test_processes_draw_equally_many_and_together_every_seed_once(world_size, monkeypatch):
     calls, asked = [], []
 
-    def generate(f, preset, chosen, seeds, *, batch, device, on_drawn):
+    def generate(f, preset, chosen, seeds, *, labels, batch, device, on_drawn):
+        assert labels is None  # drawn from the seeds
         calls.append(-(-len(seeds) // batch))
         for first in range(0, len(seeds), batch):
             yield torch.zeros(len(seeds[first : first + batch]), 1, 1, 1)
