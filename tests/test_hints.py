@@ -1,6 +1,7 @@
 """Hints are true: the commands, options and keys in them exist, and following one helps."""
 
 import ast
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -16,11 +17,13 @@ from typer.main import get_command
 import cmtool as package
 from cmtool.cli import build_app
 from cmtool.cli._usage import HABITS
+from cmtool.core.paths import SOURCES
 from cmtool.data.drawing import png_bytes
 from cmtool.presets.toml import _known
 from tests.cli.conftest import TINY, cmtool  # noqa: F401  # a fixture
 
 ROOT = Path(package.__file__).parent
+OF_PATHS = inspect.signature(SOURCES["paths"]).parameters
 ELSEWHERE = {"--nproc-per-node", "--help", "--hard-dereference"}
 
 
@@ -74,7 +77,7 @@ def test_options_in_hints_exist(text):
 @pytest.mark.parametrize("text", [t for t in HINTS if re.search(r"--set [\w.]+=", t)])
 def test_keys_in_hints_exist(text):
     options = {f"model.network.{name}": 0 for name in ("model_channels", "augment_dim", "dropout")}
-    known = {*_known(options), *options, "kind", "loss.source.mixed"}
+    known = {*_known(options), *options, "kind", *(f"loss.source.{key}" for key in OF_PATHS)}
     for key in re.findall(r"--set ([\w.]+)=", text):
         assert key in known, key
 

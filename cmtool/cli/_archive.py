@@ -13,7 +13,7 @@ from cmtool.errors import ResourceError, Stopped
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cmtool.cli.sample import Drawing
+    from cmtool.cli._drawing import Drawing
     from cmtool.data.kept import KeptImages
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from cmtool.presets.schema import Preset
     from cmtool.presets.toml import Resolved
     from cmtool.training.bench import Figures
-    from cmtool.training.laps import ImagesOf
 
 TAKEN = {"set_", "data", "metric", "accumulate", "precision", "compile_", "device", "as_json"}
 """Options of a training that change what it costs."""
@@ -83,6 +83,7 @@ def _bench(
     with importing_torch():
         from cmtool.training.bench import bench as measured
     from cmtool.training.laps import RANDOM, random_teacher
+    from cmtool.training.state import training_images
 
     device = pick_device(options.device)
     name = preset or default_preset(options, None)
@@ -93,7 +94,7 @@ def _bench(
         if model is not None:
             say("note: no --teacher, so one with random weights stands in")
     data = _data(resolved.preset, model, is_named=options.data is not None)
-    images = None if data is None else _images_of(data, resolved.preset, device)
+    images = None if data is None else partial(training_images, resolved.preset, data, device)
     found = measured(resolved.preset, model, device, images=images, steps=steps, tell=_note)
     about = {
         "preset": name,
@@ -167,21 +168,6 @@ def _data(preset: Preset, teacher: Model | None, *, is_named: bool) -> Dataset |
     data = load_images(preset, _note)
     check_fit(preset, data, teacher)
     return data
-
-
-def _images_of(data: Dataset, preset: Preset, device: str) -> ImagesOf:
-    """Return what makes microbatches of a data set, of any size, as a training does."""
-    from cmtool.data.batches import batches
-
-    def draws(size: int) -> Any:
-        return batches(
-            data, batch=size, shards=1, seed=preset.train.seed, device=device,
-            flip=preset.data.flip, label_dropout=preset.data.label_dropout,
-            balanced=preset.data.balanced, workers=preset.data.workers,
-            timeout=preset.data.timeout,
-        )  # fmt: skip
-
-    return draws
 
 
 def _device_name(device: str) -> str:

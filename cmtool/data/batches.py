@@ -51,7 +51,7 @@ def batches(
     for a batch that the shards do not divide and for balanced images without classes, and later
     ResourceError for a worker that died or hangs for `timeout` seconds.
     """
-    order = ByClass.of(data) if balanced else None
+    order = ByClass.of(data) if balanced else partial(epoch_indices, len(data))
     if batch % shards:
         what = f"a batch of {batch} cannot be split into {shards} equal parts"
         raise InputError(what, f"use a multiple of {shards}")
@@ -83,17 +83,14 @@ class Picker:
     seed: int
     flip: bool
     label_dropout: float
-    by_class: ByClass | None = None
-    """The order in which classes take turns; none if images come as often as they are there."""
+    order: Callable[[int, int, int], Tensor]
+    """`(seed, first, size)` -> indices of `size` images, from number `first` in the order."""
 
     def __call__(self, step: int, shard: int) -> tuple[Tensor, Tensor | None]:
         """Return one microbatch, on the device where the images are."""
         images, labels = self.data.images, self.data.labels
         first = step * self.batch + shard * self.size
-        if self.by_class is not None:
-            index = self.by_class(self.seed, first, self.size)
-        else:
-            index = epoch_indices(len(self.data), self.seed, first, self.size)
+        index = self.order(self.seed, first, self.size)
         if isinstance(images, Tensor):
             index = to_device(index, str(images.device))
         found = images[index]

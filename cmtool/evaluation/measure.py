@@ -184,9 +184,8 @@ def drawn_batches(
     """Yield this process's images of some seeds, as they would be written, uint8.
 
     Classes are equally likely, or as likely as their `shares`. `on_drawn` is told of the progress
-    of this process. Every process calls the network equally
-    often, as a sharded network needs; images of seeds beyond the last are left out. Raises
-    InputError for values that are not finite.
+    of this process. Every process calls the network equally often, as a sharded network needs;
+    images of seeds beyond the last are left out. Raises InputError for values that are not finite.
     """
     size = group.world_size
     share = -(-len(seeds) // size)

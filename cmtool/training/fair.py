@@ -16,7 +16,7 @@ from cmtool.presets.schema import Preset
 from cmtool.presets.toml import Resolved, is_method_preset, load_preset, resolve
 from cmtool.training.comparison import Asked, Fitted
 from cmtool.training.cost import step_times
-from cmtool.training.planning import Layers, parts_of_batch, scaled, teacher_layers
+from cmtool.training.planning import Layers, parts_of_batch, scaled, shown_alike, teacher_layers
 from cmtool.training.start import with_teacher
 
 METRIC = "fid"
@@ -73,13 +73,8 @@ def shared_layers(terms: Terms) -> Layers:
     return {
         "the comparison": {
             "data.path": data.path if asked.data is None else asked.data,
-            "data.labels": data.labels,
-            "data.column": data.column,
+            **shown_alike(data),
             "data.fit": data.fit if is_theirs or data.fit != "exact" else "adm",
-            "data.background": data.background,
-            "data.flip": data.flip,
-            "data.label_dropout": data.label_dropout,
-            "data.balanced": data.balanced,
             "train.batch": own.train.batch,
         }
     }

@@ -12,7 +12,7 @@ from cmtool.data.survey import Survey, surveys
 from cmtool.errors import InputError, UserError, nearest
 from cmtool.evaluation.features import PROTOCOLS
 from cmtool.models import Model
-from cmtool.presets.schema import Preset
+from cmtool.presets.schema import DataSection, Preset
 from cmtool.presets.toml import Resolved, flat, load_preset, packaged_value, resolve
 from cmtool.system.devices import free_memory
 from cmtool.system.text import printable
@@ -191,17 +191,18 @@ def teacher_layers(preset: str, teacher: Model) -> Layers:
     return {
         f"teacher {teacher.source}": {
             "data.path": theirs.data.path,
-            "data.labels": theirs.data.labels,
-            "data.column": theirs.data.column,
+            **shown_alike(theirs.data),
             "data.fit": "adm" if theirs.data.fit == "exact" else theirs.data.fit,
-            "data.background": theirs.data.background,
-            "data.flip": theirs.data.flip,
-            "data.label_dropout": theirs.data.label_dropout,
-            "data.balanced": theirs.data.balanced,
             "train.batch": theirs.train.batch,
             "train.lr": lr * min(theirs.train.lr / packaged_value("edm", "train.lr"), 1.0) * small,
         }
     }
+
+
+def shown_alike(data: DataSection) -> dict[str, Any]:
+    """Return the keys by which another training sees the same images in the same way."""
+    keys = ("labels", "column", "background", "flip", "label_dropout", "balanced")
+    return {f"data.{key}": getattr(data, key) for key in keys}
 
 
 def start_layers(start: Model, facts: Facts) -> Layers:

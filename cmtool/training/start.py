@@ -18,7 +18,6 @@ from cmtool.core.objective import Objective
 from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.paths import Draw
 from cmtool.core.samplers import check_levels
-from cmtool.data.batches import batches
 from cmtool.data.datasets import Dataset, check_rule, load_dataset
 from cmtool.data.decoding import check_background
 from cmtool.data.held_out import split
@@ -65,7 +64,13 @@ from cmtool.training.lock import read_status, refuse_busy
 from cmtool.training.log import Watcher
 from cmtool.training.records import Record
 from cmtool.training.same import changes, described, run_inputs
-from cmtool.training.state import TrainState, build_state, frozen_for_steps, not_taken
+from cmtool.training.state import (
+    TrainState,
+    build_state,
+    frozen_for_steps,
+    not_taken,
+    training_images,
+)
 from cmtool.training.trackers import check_trackers, trackers_of
 
 MAX_NAMES = 100
@@ -250,13 +255,7 @@ def set_up(
     if init is not None:
         for left in not_taken(preset, init):
             watcher.note(f"new, not from {init.source}: {left}")
-    images = batches(
-        data, batch=preset.train.batch, shards=preset.train.accumulate * group.world_size,
-        seed=preset.train.seed, device=device, flip=preset.data.flip,
-        label_dropout=preset.data.label_dropout, balanced=preset.data.balanced,
-        workers=preset.data.workers, timeout=preset.data.timeout, rank=group.rank,
-        world_size=group.world_size,
-    )  # fmt: skip
+    images = training_images(preset, data, device, group=group)
     microbatch = build_source(preset, images, called)
     return Run(
         preset, start.out, watcher, teacher, init, device, group, data, held, evaluation, objective,

@@ -19,6 +19,8 @@ from cmtool.core.optimizers import OPTIMIZERS
 from cmtool.core.precond import Preconditioned, is_two_time
 from cmtool.core.rng import keyed_generator, seeded
 from cmtool.core.types import Denoiser
+from cmtool.data.batches import BatchFn, batches
+from cmtool.data.datasets import Dataset
 from cmtool.errors import InputError, UserError
 from cmtool.models import Model
 from cmtool.presets.build import build_denoiser, build_network, method_row, pick
@@ -206,6 +208,22 @@ def rounded_beforehand(
         return result
 
     return frozen
+
+
+def training_images(
+    preset: Preset, data: Dataset, device: str, batch: int | None = None, group: Group = ALONE
+) -> BatchFn:
+    """Return the microbatches of a preset's steps; with `batch`, of steps of one so large.
+
+    Raises InputError as `batches` does.
+    """
+    shards = preset.train.accumulate * group.world_size if batch is None else 1
+    own = preset.data
+    return batches(
+        data, batch=batch or preset.train.batch, shards=shards, seed=preset.train.seed,
+        device=device, flip=own.flip, label_dropout=own.label_dropout, balanced=own.balanced,
+        workers=own.workers, timeout=own.timeout, rank=group.rank, world_size=group.world_size,
+    )  # fmt: skip
 
 
 def build_own(preset: Preset, device: str, group: Group) -> nn.Module | None:

@@ -6,14 +6,24 @@ import pytest
 import torch
 from PIL import Image
 
+from cmtool.cli.sample import SampleOptions
 from cmtool.core.guidance import guided
+from cmtool.core.methods import METHODS, Models
+from cmtool.core.objective import Point
+from cmtool.core.paths import Drawn
+from cmtool.core.rng import step_generator
 from cmtool.core.types import NO_CLASS
+from cmtool.data.datasets import load_dataset
+from cmtool.data.images import from_uint8
 from cmtool.errors import UserError
+from cmtool.evaluation.held_out import held_out_loss
 from cmtool.models import load_model
-from cmtool.presets.build import build_objective, build_source, followed
+from cmtool.presets.build import build_curriculum, build_objective, build_source
 from cmtool.presets.schema import Choice
 from cmtool.presets.toml import load_preset
+from cmtool.system.dist import ALONE
 from tests.cli.conftest import TINY
+from tests.evaluation.test_held_out import network_of, of_method
 
 
 def with_loss(name, **loss):
@@ -37,23 +47,42 @@ def test_the_paths_of_a_guided_teacher_are_guided():
     torch.testing.assert_close(asked.x0[1], plain.x0[1], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["cd", "ecd", "scd", "pd", "ct"])
-def test_a_method_follows_the_guided_teacher_or_says_that_it_has_none(name):
-    preset = with_loss(name, guidance=2.0)
-    calls = []
+FOLLOWS = [n for n, row in METHODS.items() if row.needs_teacher and "previous" not in row.targets]
 
-    def f(x, sigma, labels=None, sigma_to=None):
-        calls.append(labels.tolist())
-        return x * 0.5
 
-    if name in ("pd", "ct"):
-        with pytest.raises(UserError, match=r"loss.guidance = 2 with loss.method"):
-            build_objective(preset, f)
-        return
-    build_objective(preset, f)
-    x, sigma, labels = torch.zeros(3, 1, 2, 2), torch.ones(3), torch.arange(3)
-    followed(preset, f)(x, sigma, labels)
-    assert calls == [[0, 1, 2, *[NO_CLASS] * 3]]
+@pytest.mark.parametrize("name", FOLLOWS)
+def test_steps_and_held_out_loss_follow_the_guided_teacher(name):
+    preset = of_method(name)
+    preset = preset.model_copy(update={"loss": preset.loss.model_copy(update={"guidance": 2.0})})
+    teacher, student, asked = load_model("digits-edm").f, network_of(preset, 0), []
+
+    def asking(x, sigma, labels=None, sigma_to=None):
+        asked.append(labels)
+        return type(teacher).forward(teacher, x, sigma, labels)
+
+    teacher.forward = asking
+    models, data = Models(student, student), load_dataset("digits:held-out")
+    x0, labels = from_uint8(data.images[:4]), data.labels[:4]
+    draw = build_source(preset, lambda *_: (x0, labels), teacher)
+    drawn = Drawn(*draw(0, 0))
+    point = () if drawn.noise is None else (Point(drawn.noise, drawn.sigma),)
+    stage = build_curriculum(preset)(0, preset.train.steps)
+    objective, generator = build_objective(preset, teacher), step_generator(0, 0, 0)
+    objective(models, drawn.x0, drawn.labels, stage, generator, *point)
+    in_training = len(asked)
+    assert in_training
+    held_out_loss(preset, data, teacher, 8, "cpu")(models, 0, ALONE, None)
+    assert len(asked) > in_training
+    for given in asked:
+        known, unknown = given.chunk(2)
+        assert (unknown == NO_CLASS).all()
+        assert (known != NO_CLASS).all()
+
+
+@pytest.mark.parametrize("name", ["pd", "ct", "edm"])
+def test_guidance_without_a_teacher_is_refused(name):
+    with pytest.raises(UserError, match=r"loss.guidance = 2 with loss.method"):
+        build_objective(with_loss(name, guidance=2.0), lambda x, *_: x)
 
 
 def test_sample_says_what_it_did_and_eval_draws_the_same(cmtool, tmp_path):
@@ -104,3 +133,11 @@ def test_a_student_of_a_guided_teacher_is_another(cmtool):
         assert run.code == 0, run.err
         values.append(load_model(f"r{weight}").sha256)
     assert values[0] != values[1]
+
+
+def test_processes_that_are_told_other_weights_are_told():
+    facts = [
+        SampleOptions("emoji-edm", "0-1", guidance=weight, device="cpu").drawing([0, 1]).facts()
+        for weight in (1.0, 2.0)
+    ]
+    assert {key for key in facts[0] if facts[0][key] != facts[1][key]} == {"--guidance"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmtool.cli.sample import Drawing
+from cmtool.cli._drawing import Drawing
 from cmtool.core.samplers import SAMPLERS
 from cmtool.data.datasets import load_dataset
 from cmtool.data.decoding import png_info, read_image

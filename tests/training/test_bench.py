@@ -120,7 +120,7 @@ def test_a_step_that_takes_points_of_paths_has_its_share_of_walking_them():
     preset = tiny("digits-cmt")
     made = rig(preset, random_teacher(preset, "cpu"), "cpu")
     first, *later = itertools.islice(laps(made, 2), 3)
-    assert all(0 < lap.data < first.data for lap in later)
+    assert all(0 < lap.data < first.data / 32 for lap in later)  # of 128 steps, 16 levels of 8
 
 
 @pytest.mark.parametrize("name", [n for n in preset_names() if n.startswith("digits")])

@@ -186,9 +186,11 @@ def digits_teacher(**changes):
 
 
 def test_a_student_learns_as_its_teacher_did(quick):
-    teacher = digits_teacher(**{"data.flip": True, "data.background": "black", "train.lr": 5e-4})
+    seen = {"flip": True, "background": "black", "label_dropout": 0.1, "balanced": True}
+    changes = {f"data.{key}": value for key, value in seen.items()}
+    teacher = digits_teacher(**changes, **{"train.lr": 5e-4})
     preset = planned("cd", "cpu", {}, teacher=teacher)[0].preset
-    assert (preset.data.flip, preset.data.background) == (True, "black")
+    assert {key: getattr(preset.data, key) for key in seen} == seen
     assert preset.train.lr == load_preset("cd").train.lr / 2  # as its teacher's to that of edm
     assert planned("cd", "cpu", {}, teacher=digits_teacher())[0].preset.train.lr == 5e-4
     few = planned("cd", "cpu", {}, teacher=digits_teacher(**{"train.batch": 16}))[0].preset.train

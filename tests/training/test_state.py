@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from cmtool.core.methods import METHODS, MethodRow
+from cmtool.data.batches import batches
+from cmtool.data.datasets import load_dataset
 from cmtool.errors import UserError
 from cmtool.presets.toml import load_preset
 from cmtool.training.checkpoint import state_tensors
@@ -12,6 +14,7 @@ from cmtool.training.state import (
     check_sharded,
     frozen_for_steps,
     rounded_beforehand,
+    training_images,
 )
 from tests.core.test_methods import LogVariance, weighed
 from tests.networks import network
@@ -28,6 +31,26 @@ def test_a_methods_module_is_in_optimizer_and_checkpoint(monkeypatch):
     assert state_tensors(state)["method"].keys() == {"line.weight", "line.bias"}
     names = state_tensors(state, fill_optimizer=True)["optimizer"]
     assert "method/line.bias.exp_avg" in names
+
+
+def test_a_run_sees_images_as_its_preset_says():
+    data = load_dataset("digits")
+    said = {"flip": True, "label_dropout": 0.3, "balanced": True}
+    overrides = {f"data.{key}": value for key, value in said.items()}
+    preset = load_preset("digits-ct", {**overrides, "train.batch": 8, "train.seed": 5})
+
+    def drawn(images):
+        return [tensor for step in range(3) for tensor in images(step, 0)]
+
+    ours = drawn(training_images(preset, data, "cpu"))
+    batch = {"batch": 8, "shards": 1, "seed": 5, "device": "cpu"}
+    assert all(map(torch.equal, ours, drawn(batches(data, **batch, **said))))
+    for key, value in said.items():  # each of them counts
+        others = drawn(batches(data, **batch, **{**said, key: type(value)()}))
+        assert not all(map(torch.equal, ours, others)), key
+    split = preset.model_copy(update={"train": preset.train.model_copy(update={"accumulate": 2})})
+    half, whole = training_images(split, data, "cpu"), training_images(split, data, "cpu", 16)
+    assert (len(half(0, 1)[0]), len(whole(0, 0)[0])) == (4, 16)
 
 
 def test_forward_mode_through_sharded_models_wants_a_newer_pytorch(monkeypatch):

@@ -10,7 +10,6 @@ from torch.overrides import TorchFunctionMode
 from cmtool.core.methods import METHODS
 from cmtool.core.objective import Objective
 from cmtool.core.precond import Preconditioned
-from cmtool.data.batches import batches
 from cmtool.data.datasets import Dataset
 from cmtool.models import SCALINGS_OF, Model
 from cmtool.presets.build import (
@@ -26,7 +25,13 @@ from cmtool.presets.schema import Choice, Preset
 from cmtool.presets.toml import parse_override, resolve
 from cmtool.system.devices import on_device
 from cmtool.training.fit import StepInfo, fit
-from cmtool.training.state import TrainState, build_state, fit_settings, frozen_for_steps
+from cmtool.training.state import (
+    TrainState,
+    build_state,
+    fit_settings,
+    frozen_for_steps,
+    training_images,
+)
 
 DEVICE = "cuda"
 NUM_IMAGES = 256
@@ -95,11 +100,7 @@ def training(name, *sets):
     objective = build_objective(preset, guide, DEVICE)
     with Undrawn():
         state = build_state(preset, teacher, DEVICE)
-    images = batches(
-        images_of(preset), batch=preset.train.batch, shards=preset.train.accumulate,
-        seed=preset.train.seed, device=DEVICE, flip=preset.data.flip,
-        label_dropout=preset.data.label_dropout, balanced=preset.data.balanced,
-    )  # fmt: skip
+    images = training_images(preset, images_of(preset), DEVICE)
     microbatch = build_source(preset, images, guide)
     steps = fit(
         state, objective, microbatch, build_curriculum(preset), fit_settings(preset),
