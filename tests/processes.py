@@ -28,7 +28,7 @@ from cmtool.cli import main
 from cmtool.core.methods import METHODS
 from cmtool.data import datasets as data
 from cmtool.training import checkpoint
-from cmtool.training import start as run_start
+from cmtool.training import state as run_state
 from tests.cli.conftest import hasten
 from tests.training.test_state import WEIGHED
 
@@ -67,7 +67,7 @@ FAULTS = {
 
 def befall(name, step):
     """Let a fault happen in this process before a step."""
-    batches = run_start.batches
+    batches = run_state.batches
 
     def faulty(*arguments, **options):
         microbatch = batches(*arguments, **options)
@@ -79,7 +79,7 @@ def befall(name, step):
 
         return fetch
 
-    run_start.batches = faulty
+    run_state.batches = faulty
 
 
 def forbid_writing(folder, spared):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from cmtool.data.decoding import read_image
 from cmtool.system.devices import best_precision
 from cmtool.system.dist import ALONE
-from cmtool.training import start
+from cmtool.training import state
 from cmtool.training.fit import Diverged
 from cmtool.training.stop import with_dump
 from tests.cli.conftest import TINY
@@ -24,7 +24,7 @@ from tests.cli.conftest import TINY
 @pytest.fixture
 def broken_at(monkeypatch):
     """Make the data of some steps hold one image of NaN."""
-    real = start.batches
+    real = state.batches
 
     def make(steps):
         def batches(*args, **kwargs):
@@ -38,7 +38,7 @@ def broken_at(monkeypatch):
 
             return microbatch
 
-        monkeypatch.setattr(start, "batches", batches)
+        monkeypatch.setattr(state, "batches", batches)
 
     return make
 

@@ -84,10 +84,10 @@ def test_two_processes_are_bit_equal_to_two_rounds(tmp_path):
 
 BROKEN = """
 import torch
-from cmtool.training import start
+from cmtool.training import state
 from cmtool.cli import main
 
-real = start.batches
+real = state.batches
 
 def batches(*args, **kwargs):
     fetch = real(*args, **kwargs)
@@ -100,7 +100,7 @@ def batches(*args, **kwargs):
 
     return microbatch
 
-start.batches = batches
+state.batches = batches
 main()
 """
 
