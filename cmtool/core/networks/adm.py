@@ -137,7 +137,7 @@ class ResBlock(nn.Module):
                 scale, shift = pixel_norm(scale) - 1, pixel_norm(shift)
             h = norm(h, scale, shift, silu=True)
         else:
-            h = norm(h + emb_out[:, :, None, None].to(h.dtype), silu=True)
+            h = norm(h, added=emb_out, silu=True)
         h = conv(dropout(h))
         skip: Tensor = self.skip_connection(x)
         return skip + h

@@ -27,6 +27,7 @@ from cmtool.core.networks.layers import (
     checkpointed,
     downsampled,
     is_autocast,
+    low_pass,
     one_hot,
     upsampled,
 )
@@ -213,6 +214,8 @@ class Edm2Block(nn.Module):
     the decoder widens after it, and may take features of the encoder.
     """
 
+    low_pass: Tensor | None
+
     def __init__(
         self,
         side: Literal["enc", "dec"],
@@ -230,6 +233,7 @@ class Edm2Block(nn.Module):
         self.options = o
         self.side = side
         self.resample = resample
+        self.register_buffer("low_pass", low_pass(o.resample_filter), persistent=False)
         self.takes_skip = takes_skip
         heads = out_channels // o.head_channels if attention else 0
         inner = out_channels if side == "enc" else channels
@@ -249,7 +253,7 @@ class Edm2Block(nn.Module):
         """Return what `forward` does."""
         o = self.options
         if self.resample:
-            x = (upsampled if self.resample == "up" else downsampled)(x, o.resample_filter)
+            x = (upsampled if self.resample == "up" else downsampled)(x, self.low_pass)
         if self.side == "enc":
             x = unit(self.widened(x), (1,))
         y = self.conv_res0(mp_silu(x))

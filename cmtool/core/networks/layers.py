@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cmtool.core.networks.cpu.attention import attend
 from cmtool.core.networks.cpu.normalise import is_channels_last, normalised
-from cmtool.core.networks.cuda.normalise import by_steps, group_norm, takes
+from cmtool.core.networks.cuda.normalise import by_steps, group_norm, plus, takes
 from cmtool.core.types import NO_CLASS
 from cmtool.errors import InputError
 
@@ -92,14 +92,16 @@ class GroupNorm32(nn.GroupNorm):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         *,
+        added: Tensor | None = None,
         silu: bool = False,
     ) -> Tensor:
-        """Return silu(norm(x) (1 + scale) + shift), or that without SiLU, in x's dtype.
+        """Return silu(norm(x + added) (1 + scale) + shift), or that without SiLU, in x's dtype.
 
-        x is (B, C, H, W), scale and shift are (B, C) or None. PyTorch's own norm is slow for images
-        in channels_last, the layout in which convolutions are fast.
+        x is (B, C, H, W), scale, shift and added are (B, C) or None. PyTorch's own norm is slow for
+        images in channels_last, the layout in which convolutions are fast.
         """
         if x.device.type == "cpu" and is_channels_last(x):
+            x = plus(x, added)
             gain, offset = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
             if scale is not None and shift is not None:
                 factor = 1 + scale
@@ -107,8 +109,9 @@ class GroupNorm32(nn.GroupNorm):
             pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, C)
             y = normalised(pixels, gain, offset, self.num_groups, self.eps, silu)
             return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
-        compute = group_norm if takes(x, self.weight, scale, shift) else by_steps
-        return compute(x, self.weight, self.bias, scale, shift, self.num_groups, self.eps, silu)
+        given = (x, self.weight, self.bias, scale, shift, added)
+        compute = group_norm if takes(*given) else by_steps
+        return compute(*given, self.num_groups, self.eps, silu)
 
 
 class AttentionBlock(nn.Module):
@@ -206,39 +209,46 @@ def check_labels(labels: Tensor | None, num_classes: int) -> None:
         raise InputError("labels given to an unconditional model", "leave them out")
 
 
-def downsampled(x: Tensor, taps: Sequence[float] = (1, 1), *, padding: int | None = None) -> Tensor:
-    """Return x (B, C, H, W) at half the resolution, filtered with the outer square of `taps`.
+def low_pass(taps: Sequence[float]) -> Tensor | None:
+    """Return the outer square (n, n) of the taps, of sum 1; None for (1, 1), which needs none.
 
-    The taps are normalised to sum 1 and even in number; (1, 1) is the 2x2 mean. Zeros around x
-    make the result half its size, or as many as `padding` says.
+    The taps are even in number. A network holds it as a buffer that no file has: it has numbers
+    where the network is built without them, too.
     """
     if tuple(taps) == (1, 1):
+        return None
+    line = torch.tensor(taps, dtype=torch.float32, device="cpu") / sum(taps)
+    return torch.outer(line, line)
+
+
+def downsampled(x: Tensor, kernel: Tensor | None = None, *, padding: int | None = None) -> Tensor:
+    """Return x (B, C, H, W) at half the resolution, by a kernel of `low_pass`.
+
+    None is the 2x2 mean. Zeros around x make the result half its size, or `padding` of them.
+    """
+    if kernel is None:
         return F.avg_pool2d(x, 2)
-    padding = (len(taps) - 1) // 2 if padding is None else padding
-    return F.conv2d(x, _kernel(taps, x), stride=2, padding=padding, groups=x.shape[1])
+    padding = (len(kernel) - 1) // 2 if padding is None else padding
+    return F.conv2d(x, of_channels(kernel, x), stride=2, padding=padding, groups=x.shape[1])
 
 
-def upsampled(x: Tensor, taps: Sequence[float] = (1, 1)) -> Tensor:
-    """Return x (B, C, H, W) at twice the resolution; (1, 1) repeats the nearest pixel.
+def upsampled(x: Tensor, kernel: Tensor | None = None) -> Tensor:
+    """Return x (B, C, H, W) at twice the resolution; without a kernel, by the nearest pixel.
 
     Autocast of a GPU would turn x into float32 for that: pixels are repeated in x's own dtype.
     """
-    if tuple(taps) == (1, 1) and is_autocast(x):
+    if kernel is None and is_autocast(x):
         with torch.autocast(x.device.type, enabled=False):
             return F.interpolate(x, scale_factor=2, mode="nearest")
-    if tuple(taps) == (1, 1):
+    if kernel is None:
         return F.interpolate(x, scale_factor=2, mode="nearest")
-    kernel = 4 * _kernel(taps, x)
-    return F.conv_transpose2d(x, kernel, stride=2, padding=(len(taps) - 1) // 2, groups=x.shape[1])
+    wide, padding = of_channels(4 * kernel, x), (len(kernel) - 1) // 2
+    return F.conv_transpose2d(x, wide, stride=2, padding=padding, groups=x.shape[1])
 
 
-def _kernel(taps: Sequence[float], x: Tensor) -> Tensor:
-    """Return the outer square of the taps, of sum 1, once per channel: (C, 1, n, n).
-
-    It is made on the device of x: a list of numbers would have to be sent there, and waited for.
-    """
-    line = torch.stack([x.new_full((), tap) for tap in taps]) / sum(taps)
-    return torch.outer(line, line).expand(x.shape[1], 1, -1, -1)
+def of_channels(kernel: Tensor, x: Tensor) -> Tensor:
+    """Return a kernel (n, n) for each channel of x (B, C, H, W), like x: (C, 1, n, n)."""
+    return kernel.to(x.device, x.dtype).expand(x.shape[1], 1, -1, -1)
 
 
 def check_options(

@@ -23,6 +23,7 @@ from cmtool.core.networks.layers import (
     check_size,
     checkpointed,
     downsampled,
+    low_pass,
     one_hot,
     sinusoidal_embedding,
     upsampled,
@@ -66,6 +67,8 @@ def group_norm(channels: int) -> GroupNorm32:
 class SongBlock(nn.Module):
     """Norm, SiLU, conv, twice, the embedding added in between; then, perhaps, attention."""
 
+    low_pass: Tensor | None
+
     def __init__(
         self,
         channels: int,
@@ -79,7 +82,7 @@ class SongBlock(nn.Module):
         super().__init__()
         self.recompute = False
         self.resample = resample
-        self.taps = o.resample_filter
+        self.register_buffer("low_pass", low_pass(o.resample_filter), persistent=False)
         self.norm0 = group_norm(channels)
         self.conv0 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.affine = Linear32(emb_channels, out_channels)
@@ -104,7 +107,7 @@ class SongBlock(nn.Module):
     def residual(self, x: Tensor, emb: Tensor) -> Tensor:
         """Return what `forward` does."""
         h = self.conv0(self.resampled(self.norm0(x, silu=True)))
-        h = self.norm1(h + self.affine(emb)[:, :, None, None].to(h.dtype), silu=True)
+        h = self.norm1(h, added=self.affine(emb), silu=True)
         h = self.conv1(self.dropout(h))
         x = (self.skip(self.resampled(x)) + h) * SKIP_SCALE
         if self.attention is not None:
@@ -114,8 +117,8 @@ class SongBlock(nn.Module):
     def resampled(self, x: Tensor) -> Tensor:
         """Return x filtered to twice or half the resolution, or as it is."""
         if self.resample == "up":
-            return upsampled(x, self.taps)
-        return downsampled(x, self.taps) if self.resample == "down" else x
+            return upsampled(x, self.low_pass)
+        return downsampled(x, self.low_pass) if self.resample == "down" else x
 
 
 class EncoderLevel(nn.Module):
@@ -126,6 +129,8 @@ class EncoderLevel(nn.Module):
     next picture ("residual").
     """
 
+    low_pass: Tensor | None
+
     def __init__(
         self, entry: nn.Module, blocks: list[SongBlock], aux: nn.Conv2d | None, o: SongOptions
     ) -> None:
@@ -134,7 +139,7 @@ class EncoderLevel(nn.Module):
         self.aux = aux
         self.blocks = nn.ModuleList(blocks)
         self.residual = o.encoder == "residual"
-        self.taps = o.resample_filter
+        self.register_buffer("low_pass", low_pass(o.resample_filter), persistent=False)
 
     def forward(
         self, x: Tensor, aux: Tensor, emb: Tensor, skips: list[Tensor]
@@ -143,11 +148,11 @@ class EncoderLevel(nn.Module):
         x = self.entry(x, emb) if isinstance(self.entry, SongBlock) else self.entry(x)
         if self.aux is not None and self.residual:
             # convolve with room for the filter, then filter: a border EDM's weights rely on
-            pad = 1 + (len(self.taps) - 1) // 2
+            pad = 1 if self.low_pass is None else len(self.low_pass) // 2
             wide = F.conv2d(aux, self.aux.weight, self.aux.bias, padding=pad)
-            x = aux = (x + downsampled(wide, self.taps, padding=0)) * SKIP_SCALE
+            x = aux = (x + downsampled(wide, self.low_pass, padding=0)) * SKIP_SCALE
         elif self.aux is not None:
-            aux = downsampled(aux, self.taps)
+            aux = downsampled(aux, self.low_pass)
             x = x + self.aux(aux)
         skips.append(x)
         for block in self.blocks:
@@ -158,6 +163,8 @@ class EncoderLevel(nn.Module):
 
 class DecoderLevel(nn.Module):
     """One resolution on the way up: an entry (in0 and in1 at the bottom, else up), then blocks."""
+
+    low_pass: Tensor | None
 
     def __init__(
         self,
@@ -170,7 +177,7 @@ class DecoderLevel(nn.Module):
         self.entry = nn.ModuleList(entry)
         self.blocks = nn.ModuleList(blocks)
         self.head = head
-        self.taps = o.resample_filter
+        self.register_buffer("low_pass", low_pass(o.resample_filter), persistent=False)
 
     def forward(
         self, x: Tensor, out: Tensor | None, emb: Tensor, skips: list[Tensor]
@@ -182,7 +189,7 @@ class DecoderLevel(nn.Module):
             x = block(torch.cat([x, skips.pop()], dim=1), emb)
         if self.head is not None:
             picture = self.head(x)
-            out = picture if out is None else picture + upsampled(out, self.taps)
+            out = picture if out is None else picture + upsampled(out, self.low_pass)
         return x, out
 
 

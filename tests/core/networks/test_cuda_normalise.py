@@ -33,8 +33,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from cmtool.core.networks.cuda import kernels as k
 shape = dict(ROWS=32, GROUPS=2 if {full} else 8, PLACES=32 if {full} else 8, FULL={full})
-shape |= dict(CHUNKS=4, SCALED=True, SILU=True)
-halves, floats = {{"x", "y", "grad", "of_x"}}, "weight bias scale shift parts stats of_rest"
+shape |= dict(CHUNKS=4, SCALED=True, ADDED=True, SILU=True)
+halves = {{"x", "y", "grad", "of_x"}}
+floats = "weight bias scale shift added parts stats of_rest of_added"
 for kernel in (k.moments_kernel, k.forward_kernel, k.sums_kernel, k.backward_kernel):
     names = kernel.arg_names
     types = {{n: "*bf16" for n in halves}} | {{n: "*fp32" for n in floats.split()}}
@@ -106,12 +107,15 @@ def test_the_compiler_sees_one_operator_and_its_shapes(dtype):
     """Of images on the meta device, which the compiler has too, shapes alone are computed."""
     x = last(2, 8, 3, 5, dtype=dtype).to("meta")
     weight, rows = torch.empty(8, device="meta"), torch.empty(2, 8, device="meta")
-    y, stats = normalise.forward_op(x, weight, weight, rows, rows, 4, 1e-5, True)
+    y, stats = normalise.forward_op(x, weight, weight, rows, rows, rows, 4, 1e-5, True)
     assert (y.dtype, y.stride(), stats.shape) == (dtype, x.stride(), (2, 2, 4))
-    of_x, of_rest = normalise.backward_op(y, x, weight, weight, rows, rows, stats, 4, True)
+    of_x, of_rest, of_added = normalise.backward_op(
+        y, x, weight, weight, *[rows] * 3, stats, 4, True
+    )
     assert (of_x.stride(), of_rest.shape, of_rest.dtype) == (x.stride(), (4, 2, 8), torch.float32)
-    plain = normalise.backward_op(y, x, weight, weight, None, None, stats, 4, True)[1]
-    assert plain.shape == (2, 2, 8)
+    assert (of_added.shape, of_added.dtype) == ((2, 8), torch.float32)
+    plain = normalise.backward_op(y, x, weight, weight, *[None] * 3, stats, 4, True)
+    assert [tuple(t.shape) for t in plain[1:]] == [(2, 2, 8), (0,)]
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler of PyTorch 2.8 has some of its own
@@ -126,7 +130,7 @@ def test_compiled_networks_are_whole_graphs(monkeypatch):
     monkeypatch.setattr(normalise, "runs_on", lambda device: True)
     module = GroupNorm32(4, 8)
     compute = torch.compile(
-        lambda x: normalise.group_norm(x, module.weight, module.bias, None, None, 4, 1e-5, True),
+        lambda x: normalise.group_norm(x, module.weight, module.bias, *[None] * 3, 4, 1e-5, True),
         backend=backend, fullgraph=True,
     )  # fmt: skip
     with pytest.raises(Exception):  # noqa: B017  # there is no GPU to run it

@@ -10,6 +10,7 @@ from cmtool.core.networks.layers import (
     AttentionBlock,
     GroupNorm32,
     downsampled,
+    low_pass,
     sinusoidal_embedding,
     upsampled,
 )
@@ -347,20 +348,19 @@ def test_blocks_filter_before_they_convolve():
     x = torch.randn(1, 16, 8, 8)
     block(x, torch.zeros(1, 32))
     activated = torch.nn.functional.silu(block.norm0(x))
-    torch.testing.assert_close(seen[0], downsampled(activated, (1, 3, 3, 1)))
+    torch.testing.assert_close(seen[0], downsampled(activated, low_pass((1, 3, 3, 1))))
 
 
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
 def test_filters_keep_a_constant_and_are_adjoint(taps):
     g = torch.Generator().manual_seed(0)
-    one = torch.ones(1, 2, 12, 8)
-    assert torch.allclose(downsampled(one, taps)[..., 1:-1, 1:-1], torch.ones(1, 2, 4, 2))
-    assert torch.allclose(upsampled(one, taps)[..., 2:-2, 2:-2], torch.ones(1, 2, 20, 12))
+    one, kernel = torch.ones(1, 2, 12, 8), low_pass(taps)
+    assert torch.allclose(downsampled(one, kernel)[..., 1:-1, 1:-1], torch.ones(1, 2, 4, 2))
+    assert torch.allclose(upsampled(one, kernel)[..., 2:-2, 2:-2], torch.ones(1, 2, 20, 12))
     x, y = torch.randn(1, 2, 12, 8, generator=g), torch.randn(1, 2, 6, 4, generator=g)
     # <down x, y> = <x, up y> / 4
-    torch.testing.assert_close(
-        (downsampled(x, taps) * y).sum(), (x * upsampled(y, taps)).sum() / 4, rtol=1e-4, atol=1e-4
-    )
+    down, up = downsampled(x, kernel), upsampled(y, kernel)
+    torch.testing.assert_close((down * y).sum(), (x * up).sum() / 4, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_rows_are_thirds_of_heads():

@@ -143,7 +143,7 @@ def norm_kernel(trial: Trial) -> None:
             trial.say(f"norm kernel {dtype} {shape}", *_norm_error(normalise, shape, dtype, most))
     x = _channels_last((32, 192, 64, 64), torch.bfloat16)
     weight, bias = torch.ones(192, device="cuda"), torch.zeros(192, device="cuda")
-    given = (x, weight, bias, None, None, 32, 1e-5, True)
+    given = (x, weight, bias, None, None, None, 32, 1e-5, True)
     with torch.no_grad():
         trial.say("norm and SiLU of 32x192x64x64 bf16, ms", None, {
             "kernel": trial.milliseconds(lambda: normalise.group_norm(*given)),
@@ -164,14 +164,14 @@ def _norm_error(
     b, c = shape[:2]
     x, grad = _channels_last(shape, dtype), _channels_last(shape, dtype)
     weight, bias = torch.randn(c, device="cuda"), torch.randn(c, device="cuda")
-    scale, shift = (torch.randn(b, c, device="cuda", dtype=dtype) * 0.3 for _ in range(2))
+    rows = [torch.randn(b, c, device="cuda", dtype=dtype) * 0.3 for _ in range(3)]
     found = []
     for compute in (normalise.group_norm, normalise.by_steps):
-        given = [t.detach().clone().requires_grad_() for t in (x, weight, bias, scale, shift)]
+        given = [t.detach().clone().requires_grad_() for t in (x, weight, bias, *rows)]
         given[0] = given[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
         y = compute(*given, 8, 1e-5, True)
         found.append([y, *torch.autograd.grad(y, given, grad)])
-    names = ("y", "x", "weight", "bias", "scale", "shift")
+    names = ("y", "x", "weight", "bias", "scale", "shift", "added")
     errors = {
         name: float((a.float() - e.float()).norm() / e.float().norm())
         for name, a, e in zip(names, *found, strict=True)

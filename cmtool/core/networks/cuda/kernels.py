@@ -49,9 +49,21 @@ def merged(mean: tensor, deviation: tensor, count: tensor) -> tensor:
 
 
 @triton.jit
+def addend(
+    added: tensor, image: tensor, stride: tensor, channel: tensor, live: tensor,
+    ADDED: constexpr,
+) -> tensor:  # fmt: skip
+    """Return what is added to the pixels of each lane before the norm."""
+    if ADDED:
+        at = added + image * stride + channel
+        return tl.load(at, mask=live, other=0.0).to(tl.float32)
+    return tl.zeros(channel.shape, tl.float32)
+
+
+@triton.jit
 def moments(
     x: tensor, first: tensor, last: tensor, channels: tensor, size: tensor, channel: tensor,
-    live: tensor,
+    live: tensor, extra: tensor,
     ROWS: constexpr, GROUPS: constexpr, PLACES: constexpr,
 ) -> tensor:  # fmt: skip
     """Return mean and sum of squared deviations over the group of each lane, and the pixels."""
@@ -63,7 +75,7 @@ def moments(
     for start in range(first, last, ROWS):
         here = (start + row < last)[:, None] & live[None, :]
         at = x + tl.cast(start, tl.int64) * channels
-        value = tl.load(at + place, mask=here, other=0.0).to(tl.float32)
+        value = tl.load(at + place, mask=here, other=0.0).to(tl.float32) + extra[None, :]
         seen += 1.0
         step = tl.where(here, value - mean, 0.0)
         mean += step / seen
@@ -135,9 +147,9 @@ def affine(
 
 @triton.jit
 def moments_kernel(
-    x: tensor, parts: tensor, pixels: tensor, channels: tensor, size: tensor, groups: tensor,
-    chunk: tensor, chunks: tensor,
-    ROWS: constexpr, GROUPS: constexpr, PLACES: constexpr, FULL: constexpr,
+    x: tensor, added: tensor, parts: tensor, pixels: tensor, channels: tensor, size: tensor,
+    groups: tensor, chunk: tensor, chunks: tensor, added_stride: tensor,
+    ROWS: constexpr, GROUPS: constexpr, PLACES: constexpr, FULL: constexpr, ADDED: constexpr,
 ) -> None:  # fmt: skip
     """Store mean and sum of squared deviations of each chunk: parts (2, B, chunks, groups)."""
     image = (tl.program_id(0) // chunks).to(tl.int64)
@@ -146,7 +158,10 @@ def moments_kernel(
     first = number * chunk
     last = tl.minimum(first + chunk, pixels)
     x += image * pixels * channels
-    mean, deviation = moments(x, first, last, channels, size, channel, live, ROWS, GROUPS, PLACES)
+    extra = addend(added, image, added_stride, channel, live, ADDED)
+    mean, deviation = moments(
+        x, first, last, channels, size, channel, live, extra, ROWS, GROUPS, PLACES
+    )
     leads = live & (tl.arange(0, GROUPS * PLACES) % PLACES == 0)
     at = parts + tl.program_id(0).to(tl.int64) * groups + group
     beyond = (tl.num_programs(0)).to(tl.int64) * groups
@@ -156,11 +171,12 @@ def moments_kernel(
 
 @triton.jit
 def forward_kernel(
-    x: tensor, y: tensor, weight: tensor, bias: tensor, scale: tensor, shift: tensor, parts: tensor,
-    stats: tensor, pixels: tensor, channels: tensor, size: tensor, groups: tensor, chunk: tensor,
-    chunks: tensor, scale_stride: tensor, shift_stride: tensor, eps: tensor,
+    x: tensor, y: tensor, weight: tensor, bias: tensor, scale: tensor, shift: tensor, added: tensor,
+    parts: tensor, stats: tensor, pixels: tensor, channels: tensor, size: tensor, groups: tensor,
+    chunk: tensor, chunks: tensor, scale_stride: tensor, shift_stride: tensor,
+    added_stride: tensor, eps: tensor,
     ROWS: constexpr, GROUPS: constexpr, PLACES: constexpr, FULL: constexpr, CHUNKS: constexpr,
-    SCALED: constexpr, SILU: constexpr,
+    SCALED: constexpr, ADDED: constexpr, SILU: constexpr,
 ) -> None:  # fmt: skip
     """Store y, like x (B, pixels, channels), and stats (2, B, groups): mean and 1 / std."""
     image = (tl.program_id(0) // chunks).to(tl.int64)
@@ -172,6 +188,7 @@ def forward_kernel(
     skipped = image * pixels * channels
     x += skipped
     y += skipped
+    extra = addend(added, image, added_stride, channel, live, ADDED)
     if CHUNKS > 1:
         one = tl.arange(0, CHUNKS)
         at = parts + (image * chunks + one[:, None]) * groups + group[None, :]
@@ -184,7 +201,7 @@ def forward_kernel(
         )
     else:
         mean, deviation = moments(
-            x, first, last, channels, size, channel, live, ROWS, GROUPS, PLACES
+            x, first, last, channels, size, channel, live, extra, ROWS, GROUPS, PLACES
         )
     rstd = tl.rsqrt(deviation / (pixels * size) + eps)
     leads = live & (tl.arange(0, GROUPS * PLACES) % PLACES == 0) & (number == 0)
@@ -194,6 +211,7 @@ def forward_kernel(
     _, _, _, gain, offset = affine(
         weight, bias, scale, shift, image, scale_stride, shift_stride, channel, live, SCALED
     )
+    mean -= extra
     row = tl.arange(0, ROWS)
     place = row[:, None] * channels + channel[None, :]
     for start in range(first, last, ROWS):
@@ -209,10 +227,11 @@ def forward_kernel(
 @triton.jit
 def sums_kernel(
     grad: tensor, x: tensor, weight: tensor, bias: tensor, scale: tensor, shift: tensor,
-    stats: tensor, parts: tensor, pixels: tensor, channels: tensor, size: tensor, groups: tensor,
-    chunk: tensor, chunks: tensor, scale_stride: tensor, shift_stride: tensor,
+    added: tensor, stats: tensor, parts: tensor, pixels: tensor, channels: tensor, size: tensor,
+    groups: tensor, chunk: tensor, chunks: tensor, scale_stride: tensor, shift_stride: tensor,
+    added_stride: tensor,
     ROWS: constexpr, GROUPS: constexpr, PLACES: constexpr, FULL: constexpr, SCALED: constexpr,
-    SILU: constexpr,
+    ADDED: constexpr, SILU: constexpr,
 ) -> None:  # fmt: skip
     """Store what `sums` returns for each chunk: parts (2, B, chunks, channels)."""
     image = (tl.program_id(0) // chunks).to(tl.int64)
@@ -222,7 +241,8 @@ def sums_kernel(
     first = number * chunk
     last = tl.minimum(first + chunk, pixels)
     at = stats + image * groups + group
-    mean = tl.load(at, mask=live, other=0.0)
+    extra = addend(added, image, added_stride, channel, live, ADDED)
+    mean = tl.load(at, mask=live, other=0.0) - extra
     rstd = tl.load(at + images * groups, mask=live, other=0.0)
     _, _, _, gain, offset = affine(
         weight, bias, scale, shift, image, scale_stride, shift_stride, channel, live, SCALED
@@ -240,15 +260,16 @@ def sums_kernel(
 @triton.jit
 def backward_kernel(
     grad: tensor, x: tensor, of_x: tensor, weight: tensor, bias: tensor, scale: tensor,
-    shift: tensor, stats: tensor, parts: tensor, of_rest: tensor, pixels: tensor, channels: tensor,
-    size: tensor, groups: tensor, chunk: tensor, chunks: tensor, scale_stride: tensor,
-    shift_stride: tensor,
+    shift: tensor, added: tensor, stats: tensor, parts: tensor, of_rest: tensor, of_added: tensor,
+    pixels: tensor, channels: tensor, size: tensor, groups: tensor, chunk: tensor, chunks: tensor,
+    scale_stride: tensor, shift_stride: tensor, added_stride: tensor,
     ROWS: constexpr, GROUPS: constexpr, PLACES: constexpr, FULL: constexpr, CHUNKS: constexpr,
-    SCALED: constexpr, SILU: constexpr,
+    SCALED: constexpr, ADDED: constexpr, SILU: constexpr,
 ) -> None:  # fmt: skip
     """Store the gradients of x, and by image of weight, bias, scale and shift: (4, B, channels).
 
-    That of x is rstd (gain grad - a - b z), z the normalised x, a and b means over a group.
+    That of x is rstd (gain grad - a - b z), z the normalised x, a and b means over a group. Its
+    sums over the pixels of a chunk are those of what is added: (B, chunks, channels).
     """
     image = (tl.program_id(0) // chunks).to(tl.int64)
     number = tl.program_id(0) % chunks
@@ -257,7 +278,8 @@ def backward_kernel(
     first = number * chunk
     last = tl.minimum(first + chunk, pixels)
     at = stats + image * groups + group
-    mean = tl.load(at, mask=live, other=0.0)
+    extra = addend(added, image, added_stride, channel, live, ADDED)
+    mean = tl.load(at, mask=live, other=0.0) - extra
     rstd = tl.load(at + images * groups, mask=live, other=0.0)
     w, b, factor, gain, offset = affine(
         weight, bias, scale, shift, image, scale_stride, shift_stride, channel, live, SCALED
@@ -287,6 +309,7 @@ def backward_kernel(
         tl.store(at + 3 * beyond, of_offset, mask=once)
     mean_slope = over_group(gain * of_offset, GROUPS, PLACES) / (pixels * size)
     mean_product = over_group(gain * of_gain, GROUPS, PLACES) / (pixels * size)
+    total = tl.zeros((ROWS, GROUPS * PLACES), tl.float32)
     row = tl.arange(0, ROWS)
     place = row[:, None] * channels + channel[None, :]
     for start in range(first, last, ROWS):
@@ -296,5 +319,10 @@ def backward_kernel(
             grad + skipped, x + skipped, place, here, mean, rstd, gain, offset, SILU
         )
         value = gain[None, :] * slope - mean_slope[None, :] - mean_product[None, :] * z
-        value = (value * rstd[None, :]).to(of_x.dtype.element_ty)
-        tl.store(of_x + skipped + place, value, mask=here)
+        value *= rstd[None, :]
+        tl.store(of_x + skipped + place, value.to(of_x.dtype.element_ty), mask=here)
+        if ADDED:
+            total += tl.where(here, value, 0.0)
+    if ADDED:
+        at = of_added + tl.program_id(0).to(tl.int64) * channels + channel
+        tl.store(at, tl.sum(total, 0), mask=live)

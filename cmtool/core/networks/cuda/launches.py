@@ -73,59 +73,76 @@ def planned(x: Tensor, groups: int) -> Plan:
     return plan(images, channels, height * width, groups)
 
 
-def rows_of(scale: Tensor | None, shift: Tensor | None, x: Tensor) -> tuple[Any, ...]:
-    """Return scale and shift (B, C) with a channel's neighbour beside it, and their strides.
+class Rows(NamedTuple):
+    """Scale, shift and what is added before the norm, (B, C) each, as a kernel takes them."""
 
-    Then tells whether there are any; x stands in for them if not.
-    """
-    if scale is None or shift is None:
-        return x, x, 0, 0, False
-    scale, shift = (t if t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
-    return scale, shift, scale.stride(0), shift.stride(0), True
+    tensors: tuple[Tensor, ...]
+    """With a channel's neighbour beside it; any tensor stands in for one that is not given."""
+    strides: tuple[int, ...]
+    given: dict[str, bool]
+    """What a kernel is compiled for."""
+
+
+def rows_of(x: Tensor, *rows: Tensor | None) -> Rows:
+    """Return scale, shift and addend; scale and shift are there together or not at all."""
+    near = [None if t is None else t if t.stride(1) == 1 else t.contiguous() for t in rows]
+    scale, _, added = near
+    return Rows(
+        tuple(x if t is None else t for t in near),
+        tuple(0 if t is None else t.stride(0) for t in near),
+        {"SCALED": scale is not None, "ADDED": added is not None},
+    )
 
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-    groups: int, eps: float, silu: bool,
+    added: Tensor | None, groups: int, eps: float, silu: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return y, laid out as x (B, C, H, W), and mean and 1 / std of its groups (2, B, groups)."""
     grid, chunks, sizes, shape = planned(x, groups)
     y = torch.empty_like(x)
     stats = parts = x.new_empty((2, len(x), groups), dtype=torch.float32)
-    of_scale, of_shift, *strides, scaled = rows_of(scale, shift, x)
+    rows = rows_of(x, scale, shift, added)
     with torch.cuda.device_of(x):
         if chunks > 1:
             parts = x.new_empty((2, len(x), chunks, groups), dtype=torch.float32)
-            moments_kernel[grid](x, parts, *sizes, **shape)
+            of_added = rows.given["ADDED"]
+            moments_kernel[grid](
+                x, rows.tensors[2], parts, *sizes, rows.strides[2], ADDED=of_added, **shape
+            )
         forward_kernel[grid](
-            x, y, weight, bias, of_scale, of_shift, parts, stats, *sizes, *strides, eps,
-            CHUNKS=power_of_2(chunks), SCALED=scaled, SILU=silu, **shape,
+            x, y, weight, bias, *rows.tensors, parts, stats, *sizes, *rows.strides, eps,
+            CHUNKS=power_of_2(chunks), SILU=silu, **rows.given, **shape,
         )  # fmt: skip
     return y, stats
 
 
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
-    shift: Tensor | None, stats: Tensor, groups: int, silu: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradient of x, and by image those of weight and bias, then scale and shift.
+    shift: Tensor | None, added: Tensor | None, stats: Tensor, groups: int, silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of x, by image of weight, bias, scale and shift, and of the addend.
 
-    The latter are (2, B, C), with scale and shift (4, B, C).
+    The second is (2, B, C), with scale and shift (4, B, C); the third (B, C), without addend (0,).
     """
     grid, chunks, sizes, shape = planned(x, groups)
     grad = grad.contiguous(memory_format=torch.channels_last)
     of_x, parts = torch.empty_like(x), stats
-    of_scale, of_shift, *strides, scaled = rows_of(scale, shift, x)
-    of_rest = x.new_empty((4 if scaled else 2, *x.shape[:2]), dtype=torch.float32)
-    rest = (weight, bias, of_scale, of_shift, stats)
+    rows = rows_of(x, scale, shift, added)
+    of_rest = x.new_empty((2 if scale is None else 4, *x.shape[:2]), dtype=torch.float32)
+    shape_of_added = (0,) if added is None else (len(x), chunks, x.shape[1])
+    of_added = x.new_empty(shape_of_added, dtype=torch.float32)
+    rest = (weight, bias, *rows.tensors, stats)
     with torch.cuda.device_of(x):
         if chunks > 1:
             parts = x.new_empty((2, len(x), chunks, x.shape[1]), dtype=torch.float32)
             sums_kernel[grid](
-                grad, x, *rest, parts, *sizes, *strides, SCALED=scaled, SILU=silu, **shape
+                grad, x, *rest, parts, *sizes, *rows.strides, SILU=silu, **rows.given, **shape
             )
         backward_kernel[grid](
-            grad, x, of_x, *rest, parts, of_rest, *sizes, *strides,
-            CHUNKS=power_of_2(chunks), SCALED=scaled, SILU=silu, **shape,
+            grad, x, of_x, *rest, parts, of_rest, of_added, *sizes, *rows.strides,
+            CHUNKS=power_of_2(chunks), SILU=silu, **rows.given, **shape,
         )  # fmt: skip
-    return of_x, of_rest
+    if added is not None:
+        of_added = of_added.sum(1) if chunks > 1 else of_added[:, 0]
+    return of_x, of_rest, of_added

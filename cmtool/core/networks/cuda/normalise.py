@@ -2,7 +2,8 @@
 
 PyTorch's own knows only images channel by channel: under autocast it takes a cast to float32, a
 copy to that layout, the norm, a cast back and, by the next convolution, a copy to the old layout.
-Here scale, shift and SiLU are part of it too, and all is computed in float32 and rounded once.
+Here what is added before the norm, scale, shift and SiLU are part of it too, and all is computed in
+float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -31,15 +32,22 @@ def by_steps(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    added: Tensor | None,
     groups: int,
     eps: float,
     silu: bool,
 ) -> Tensor:
-    """Return silu(norm(x) (1 + scale) + shift), in x's dtype, by PyTorch's own operations."""
+    """Return silu(norm(x + added) (1 + scale) + shift), in x's dtype, by PyTorch's operations."""
+    x = plus(x, added)
     y = F.group_norm(whole(x), groups, weight, bias, eps).to(x.dtype)
     if scale is not None and shift is not None:
         y = y * (1 + scale[:, :, None, None]).to(y.dtype) + shift[:, :, None, None].to(y.dtype)
     return F.silu(y) if silu else y
+
+
+def plus(x: Tensor, added: Tensor | None) -> Tensor:
+    """Return x (B, C, H, W) plus added (B, C) at each pixel, in x's dtype; without it, x."""
+    return x if added is None else x + added[:, :, None, None].to(x.dtype)
 
 
 def group_norm(
@@ -48,12 +56,13 @@ def group_norm(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    added: Tensor | None,
     groups: int,
     eps: float,
     silu: bool,
 ) -> Tensor:
     """Return what `by_steps` does, for x that the kernel `takes`."""
-    given = (x, weight, bias, scale, shift)
+    given = (x, weight, bias, scale, shift, added)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         result: Tensor = Normalise.apply(*given, groups, eps, silu)
         return result
@@ -108,7 +117,7 @@ class Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, weight, bias, scale and shift.
+        """Return the gradients of x, weight, bias, scale, shift and what is added.
 
         Where they are to be differentiated once more they are those of `by_steps`.
         """
@@ -116,10 +125,11 @@ class Normalise(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             settings = (ctx.groups, ctx.eps, ctx.silu)
             return (*differentiable(grads[0], given, settings), None, None, None)
-        of_x, of_rest = backward(grads[0], *given, stats, ctx.groups, ctx.silu)
+        of_x, of_rest, of_added = backward(grads[0], *given, stats, ctx.groups, ctx.silu)
         of_weight, of_bias = of_rest[:2].sum(1)
         of_scale, of_shift = (None, None) if given[3] is None else of_rest[2:]
-        return of_x, of_weight, of_bias, of_scale, of_shift, None, None, None
+        of_rows = (of_scale, of_shift, None if given[5] is None else of_added)
+        return of_x, of_weight, of_bias, *of_rows, None, None, None
 
 
 def differentiable(
@@ -142,10 +152,10 @@ def forward(*given: Any) -> tuple[Tensor, Tensor]:
     return launches.forward(*given)
 
 
-def backward(*given: Any) -> tuple[Tensor, Tensor]:
+def backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `backward_op` does."""
     if torch.compiler.is_compiling():
-        results: tuple[Tensor, Tensor] = backward_op(*given)
+        results: tuple[Tensor, Tensor, Tensor] = backward_op(*given)
         return results
     from cmtool.core.networks.cuda import launches
 
@@ -159,12 +169,13 @@ def forward_op(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    added: Tensor | None,
     groups: int,
     eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return what `by_steps` does, and mean and 1 / std of the groups, (2, B, groups)."""
-    return forward(x, weight, bias, scale, shift, groups, eps, silu)
+    return forward(x, weight, bias, scale, shift, added, groups, eps, silu)
 
 
 @torch.library.custom_op("cmtool::group_norm_backward", mutates_args=())
@@ -175,26 +186,29 @@ def backward_op(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    added: Tensor | None,
     stats: Tensor,
     groups: int,
     silu: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient of x, and by image those of weight, bias, scale, shift: (4, B, C).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, by image of weight, bias, scale and shift, and of what is added.
 
-    Without scale and shift the latter is (2, B, C).
+    The second is (4, B, C), without scale and shift (2, B, C); the third (B, C), or (0,).
     """
-    return backward(grad, x, weight, bias, scale, shift, stats, groups, silu)
+    return backward(grad, x, weight, bias, scale, shift, added, stats, groups, silu)
 
 
 @forward_op.register_fake
 def shapes_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Return tensors without numbers of the shapes that `forward_op` returns."""
-    groups = rest[4]
+    groups = rest[5]
     return torch.empty_like(x), x.new_empty((2, len(x), groups), dtype=torch.float32)
 
 
 @backward_op.register_fake
-def shapes_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def shapes_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return tensors without numbers of the shapes that `backward_op` returns."""
     rows = 2 if rest[2] is None else 4
-    return torch.empty_like(x), x.new_empty((rows, *x.shape[:2]), dtype=torch.float32)
+    of_added = (0,) if rest[4] is None else x.shape[:2]
+    made = [x.new_empty(shape, dtype=torch.float32) for shape in ((rows, *x.shape[:2]), of_added)]
+    return torch.empty_like(x), made[0], made[1]
