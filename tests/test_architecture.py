@@ -113,3 +113,12 @@ def test_commands_import_heavy_things_in_their_bodies(path):
             assert module.split(".")[0] not in ("torch", "numpy", "pydantic", "PIL")
             if module.startswith("cmtool."):
                 assert module.split(".")[1] in ("cli", "errors")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_has_at_most_400_lines_and_a_function_60(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name

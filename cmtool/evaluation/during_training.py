@@ -20,7 +20,8 @@ from cmtool.evaluation.measure import drawn_batches
 from cmtool.evaluation.metrics import METRICS, Features
 from cmtool.evaluation.own import OPTION, Own, label
 from cmtool.evaluation.request import CLASSES
-from cmtool.evaluation.sets import OnProgress, Setup, collect, extract, shares_in
+from cmtool.evaluation.sets import OnProgress, Setup, collect, extract
+from cmtool.evaluation.shares import shares_in
 from cmtool.evaluation.takes import Takes, parsed
 from cmtool.presets.build import pick
 from cmtool.presets.schema import Choice, Preset

@@ -33,8 +33,8 @@ from cmtool.evaluation.sets import (
     extract,
     open_set,
     save_features,
-    shares_of,
 )
+from cmtool.evaluation.shares import shares_of
 from cmtool.presets.schema import Card
 from cmtool.sampling import OnDrawn, Plan, generate
 from cmtool.system.dist import ALONE, Group

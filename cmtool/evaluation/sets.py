@@ -28,12 +28,10 @@ from cmtool.evaluation.features import CLEAN_FID_MODES, PROTOCOLS
 from cmtool.evaluation.gaussian import Gaussian, GaussianSums
 from cmtool.evaluation.metrics import Features, Needs
 from cmtool.formats.safe_pickle import NUMPY_TABLE, Array, Dtype, Machine, Refused, expect
-from cmtool.presets.schema import Card
 from cmtool.system.dist import ALONE, Group
 from cmtool.system.files import file_sha256, replacing
 
 MAX_WIDTH = 16_384  # the most features an image may have: their covariance takes 2 GiB
-DATA = "give the data that it was trained on as --reference, or leave --classes out"
 EDM2_KEYS = {"dinov2": "fd_dinov2"}
 """Where EDM2's files of statistics have those of other protocols than FID's."""
 MAX_RATIO = 200  # the most that statistics may be compressed: floats hardly are
@@ -90,30 +88,6 @@ def open_set(given: Given) -> Opened:
     if stored is not None:
         return stored
     return load_dataset(names[0], in_memory=False, labels="none")
-
-
-def shares_of(given: Given | None, preset: Card) -> tuple[float, ...]:
-    """Return which part of a set's images each class of a model has. Raises InputError for none."""
-    classes = preset.model.num_classes
-    if not classes:
-        raise UserError("--classes reference: the model has no classes", "leave --classes out")
-    name = os.fspath(given) if isinstance(given, str | Path) else ""
-    is_file = Path(name).is_file() and name.lower().endswith((".npz", ".pkl"))
-    stored = read_statistics(name) if is_file else None
-    if not name or (stored is not None and not stored.has_images):
-        raise InputError("--classes reference: the reference holds no images with classes", DATA)
-    data = load_dataset(name, in_memory=False)
-    if data.labels is None or data.num_classes != classes:
-        what = f"{name} has {data.num_classes} classes, and the model {classes}"
-        raise InputError(f"--classes reference: {what}", DATA)
-    return shares_in(data)
-
-
-def shares_in(data: Dataset) -> tuple[float, ...]:
-    """Return which part of the images of a set with labels each class has."""
-    assert data.labels is not None
-    counts = data.labels.cpu().bincount(minlength=data.num_classes)
-    return tuple((counts / counts.sum()).tolist())
 
 
 def collect(
