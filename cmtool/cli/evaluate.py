@@ -200,8 +200,7 @@ def metric_command(
     from cmtool.evaluation.measure import measure
     from cmtool.evaluation.request import ModelImages, Request
 
-    metric = str(ctx.command.name)
-    check_usage(metric, ctx.params)
+    check_usage(metric := str(ctx.command.name), ctx.params)
     where = pick_device(device)
 
     def draw() -> ModelImages:
@@ -214,14 +213,13 @@ def metric_command(
         given = group.agreed(lambda: given_images(metric, images, checkpoint), "names of images")
         if given is not None:
             refuse_options(ctx.params)
-        request = Request(
+        content, notes = measure(Request(
             images=draw if given is None else given, metric=metric, protocol=protocol, num=num,
-            reference=reference, reference_num=reference_num, classes=classes,
-            runs=runs, cross_check=cross_check, feature_weights=feature_weights, features=features,
+            reference=reference, reference_num=reference_num, classes=classes, runs=runs,
+            cross_check=cross_check, feature_weights=feature_weights, features=features,
             features_input=features_input, trust=trust, feature_precision=feature_precision,
             batch=batch, workers=workers, device=where, group=group, progress=progress,
-        )  # fmt: skip
-        content, notes = measure(request)
+        ))  # fmt: skip
     for note in notes:
         say(note)
     emit_json(content, compact=as_json)

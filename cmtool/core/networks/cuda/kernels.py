@@ -112,6 +112,30 @@ def sums(
 
 
 @triton.jit
+def over_chunks(
+    parts: tensor, image: tensor, channels: tensor, chunks: tensor, channel: tensor, live: tensor,
+    CHUNKS: constexpr,
+) -> tensor:  # fmt: skip
+    """Return the sums over all chunks of an image, of parts (2, B, chunks, channels)."""
+    one = tl.arange(0, CHUNKS)
+    at = parts + (image * chunks + one[:, None]) * channels + channel[None, :]
+    there = (one < chunks)[:, None] & live[None, :]
+    of_offset = tl.sum(tl.load(at, mask=there, other=0.0), 0)
+    at += tl.num_programs(0).to(tl.int64) * channels
+    return of_offset, tl.sum(tl.load(at, mask=there, other=0.0), 0)
+
+
+@triton.jit
+def found(
+    stats: tensor, image: tensor, images: tensor, groups: tensor, group: tensor, live: tensor
+) -> tensor:
+    """Return mean and 1 / std of each lane's group, of stats (2, B, groups)."""
+    at = stats + image * groups + group
+    mean = tl.load(at, mask=live, other=0.0)
+    return mean, tl.load(at + images * groups, mask=live, other=0.0)
+
+
+@triton.jit
 def before_gain(
     grad: tensor, x: tensor, place: tensor, here: tensor, mean: tensor, rstd: tensor, gain: tensor,
     offset: tensor,
@@ -240,10 +264,8 @@ def sums_kernel(
     channel, group, live = lanes(size, groups, tl.program_id(1), GROUPS, PLACES, FULL)
     first = number * chunk
     last = tl.minimum(first + chunk, pixels)
-    at = stats + image * groups + group
-    extra = addend(added, image, added_stride, channel, live, ADDED)
-    mean = tl.load(at, mask=live, other=0.0) - extra
-    rstd = tl.load(at + images * groups, mask=live, other=0.0)
+    mean, rstd = found(stats, image, images, groups, group, live)
+    mean -= addend(added, image, added_stride, channel, live, ADDED)
     _, _, _, gain, offset = affine(
         weight, bias, scale, shift, image, scale_stride, shift_stride, channel, live, SCALED
     )
@@ -266,10 +288,9 @@ def backward_kernel(
     ROWS: constexpr, GROUPS: constexpr, PLACES: constexpr, FULL: constexpr, CHUNKS: constexpr,
     SCALED: constexpr, ADDED: constexpr, SILU: constexpr,
 ) -> None:  # fmt: skip
-    """Store the gradients of x, and by image of weight, bias, scale and shift: (4, B, channels).
+    """Store the gradients of x, of the rest by image (4, B, C), and of added (B, chunks, C).
 
-    That of x is rstd (gain grad - a - b z), z the normalised x, a and b means over a group. Its
-    sums over the pixels of a chunk are those of what is added: (B, chunks, channels).
+    That of x is rstd (gain grad - a - b z), z the normalised x, a and b means over a group.
     """
     image = (tl.program_id(0) // chunks).to(tl.int64)
     number = tl.program_id(0) % chunks
@@ -277,10 +298,8 @@ def backward_kernel(
     channel, group, live = lanes(size, groups, tl.program_id(1), GROUPS, PLACES, FULL)
     first = number * chunk
     last = tl.minimum(first + chunk, pixels)
-    at = stats + image * groups + group
-    extra = addend(added, image, added_stride, channel, live, ADDED)
-    mean = tl.load(at, mask=live, other=0.0) - extra
-    rstd = tl.load(at + images * groups, mask=live, other=0.0)
+    mean, rstd = found(stats, image, images, groups, group, live)
+    mean -= addend(added, image, added_stride, channel, live, ADDED)
     w, b, factor, gain, offset = affine(
         weight, bias, scale, shift, image, scale_stride, shift_stride, channel, live, SCALED
     )
@@ -289,12 +308,7 @@ def backward_kernel(
     x += skipped
     of_x += skipped
     if CHUNKS > 1:
-        one = tl.arange(0, CHUNKS)
-        at = parts + (image * chunks + one[:, None]) * channels + channel[None, :]
-        there = (one < chunks)[:, None] & live[None, :]
-        of_offset = tl.sum(tl.load(at, mask=there, other=0.0), 0)
-        at += tl.num_programs(0).to(tl.int64) * channels
-        of_gain = tl.sum(tl.load(at, mask=there, other=0.0), 0)
+        of_offset, of_gain = over_chunks(parts, image, channels, chunks, channel, live, CHUNKS)
     else:
         of_offset, of_gain = sums(
             grad, x, first, last, channels, channel, live, mean, rstd, gain, offset, ROWS, SILU
