@@ -40,7 +40,7 @@ def test_the_number_of_training_is_that_of_eval_for_classes_that_differ_in_numbe
     found = build_evaluation(Given(preset, data, None, None, "cpu"))
     number = evaluate(found, Models(model.f, model.f), 0, ALONE).value
     images = ModelImages(model, plan(preset), 40)
-    for where in ("measure.open_set", "sets.load_dataset"):
+    for where in ("measure.open_set", "shares.load_dataset"):
         monkeypatch.setattr(f"cmtool.evaluation.{where}", lambda *_, **__: data)
     request = Request(images=lambda: images, reference="these", protocol="pixels", classes=classes)
     assert measure(request).content["value"] == pytest.approx(number, rel=1e-9)
