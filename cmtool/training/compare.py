@@ -52,6 +52,7 @@ from cmtool.training.fair import (
     picked_protocol,
     resolved,
     split_by_memory,
+    work_before,
 )
 from cmtool.training.folder import clear_run, is_resumable, is_run
 from cmtool.training.history import time_spent
@@ -168,14 +169,18 @@ def begun(bench: Bench, data: Dataset, protocol: str) -> Comparison:
         check_fit(preset, data, teacher)
         presets[name] = split_by_memory(bench.terms, preset)
     laps: Mapping[str, float] = {}
+    early: dict[str, float] = {}
     if "train.steps" not in asked.values:
         bench.note(f"timing the steps of {', '.join(presets)}")
+        for (name, preset), source in zip(presets.items(), asked.presets, strict=True):
+            early[name] = work_before(bench.terms, source, preset, data)
         laps = lap_times(bench.terms, presets)
     methods = {}
     for name, source in zip(presets, asked.presets, strict=True):
-        preset, lap = presets[name], laps.get(name)
-        steps = preset.train.steps if lap is None else max(int(asked.seconds / lap), 1)
-        methods[name] = fitted(source, preset, steps, lap)
+        preset, lap, before = presets[name], laps.get(name), early.get(name, 0.0)
+        left = asked.seconds - before
+        steps = preset.train.steps if lap is None else max(int(left / lap), 1)
+        methods[name] = fitted(source, preset, steps, lap, before)
     chosen = plan(teacher.preset)
     reference = Reference(
         source=teacher.source, sha256=teacher.sha256, sampler=chosen.sampler.name,
@@ -210,11 +215,11 @@ def with_reference(bench: Bench, comparison: Comparison, score: Score) -> Compar
     return comparison
 
 
-def fitted(name: str, preset: Preset, steps: int, lap: float | None) -> Fitted:
+def fitted(name: str, preset: Preset, steps: int, lap: float | None, before: float = 0.0) -> Fitted:
     """Return a preset as compare.json tells it."""
     return Fitted(
         preset=name, method=preset.loss.method.name, steps=steps, batch=preset.train.batch,
-        accumulate=preset.train.accumulate, seconds_a_step=lap,
+        accumulate=preset.train.accumulate, seconds_a_step=lap, seconds_before=before,
         calls={str(n): plan(preset, n).evaluations for n in STEPS},
     )  # fmt: skip
 

@@ -44,7 +44,10 @@ class Reference(Facts):
 
 
 class Fitted(Facts):
-    """A preset fitted to the time; `calls` are the network calls an image, by sampler steps."""
+    """A preset fitted to the time; `calls` are the network calls an image, by sampler steps.
+
+    `seconds_before` are those of a run in which its method works before its steps.
+    """
 
     preset: str
     method: str
@@ -52,6 +55,7 @@ class Fitted(Facts):
     batch: Count
     accumulate: Count
     seconds_a_step: float | None
+    seconds_before: float = 0.0
     calls: dict[str, Count]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
-from cmtool.data.datasets import DATASETS
+from cmtool.data.datasets import DATASETS, Dataset
 from cmtool.errors import UserError, nearest
 from cmtool.evaluation.features import PROTOCOLS
 from cmtool.models import Model
@@ -16,8 +18,10 @@ from cmtool.presets.schema import Preset
 from cmtool.presets.toml import Resolved, is_method_preset, load_preset, resolve
 from cmtool.training.comparison import Asked, Fitted
 from cmtool.training.cost import step_times
+from cmtool.training.laps import rig, seconds_before, times_before
 from cmtool.training.planning import Layers, parts_of_batch, scaled, shown_alike, teacher_layers
 from cmtool.training.start import with_teacher
+from cmtool.training.state import training_images
 
 METRIC = "fid"
 """The metric of METRICS that is measured, under its name by the protocol."""
@@ -92,6 +96,25 @@ def split_by_memory(terms: Terms, preset: Preset) -> Preset:
 def own_teacher(terms: Terms, preset: Preset) -> Model | None:
     """Return the teacher for a preset that needs one."""
     return terms.teacher if needs_teacher(preset) else None
+
+
+def work_before(terms: Terms, name: str, preset: Preset, data: Dataset) -> float:
+    """Return the seconds of a run in which its method makes something before a step.
+
+    It does so as often as in the preset of that name, whatever the steps of the run. Raises
+    UserError if no time is left for steps.
+    """
+    times = times_before(load_preset(name))
+    if not times:
+        return 0.0
+    images = partial(training_images, preset, data, terms.device)
+    made = rig(preset, own_teacher(terms, preset), terms.device, images)
+    each = seconds_before(made, preset.train.batch // preset.train.accumulate)
+    if times * each < terms.asked.seconds:
+        return times * each
+    seconds = math.ceil(times * each)
+    what = f"{name} makes its grid {times} times, {each:.1f} s each: no time is left for steps"
+    raise UserError(what, f"leave it out, or give more than --max-time {seconds}s")
 
 
 def lap_times(terms: Terms, presets: Mapping[str, Preset]) -> dict[str, float]:

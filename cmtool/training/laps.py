@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +13,9 @@ import torch
 from torch import Tensor
 
 from cmtool.core.methods import Before, Models
-from cmtool.core.noise import Curriculum, Stage
+from cmtool.core.noise import Curriculum, Stage, stage_number
 from cmtool.core.objective import LossBatch, Objective, Point
 from cmtool.core.paths import Draw, Drawn, PathPoints
-from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import keyed_generator, seeded
 from cmtool.models import SCALINGS_OF, Model
 from cmtool.presets.build import (
@@ -28,10 +28,11 @@ from cmtool.presets.build import (
     build_source,
     method_row,
     needs_teacher,
+    noise_range,
 )
 from cmtool.presets.schema import Card, Choice, Preset
 from cmtool.system.devices import best_precision, on_device, synchronise
-from cmtool.training.fit import fit
+from cmtool.training.fit import fit, prepared
 from cmtool.training.state import TrainState, build_state, fit_settings, frozen_for_steps
 
 MOST_STEPS = 1_000_000
@@ -200,7 +201,8 @@ def laps(rig: Rig, images: int, rounds: int = 1) -> Iterator[Lap]:
     """Yield the seconds of one step after another, each of `rounds` microbatches of `images`.
 
     The first is slow. The steps are those of `fit`, and change the state. A step that takes points
-    of a teacher's paths has its share of walking them.
+    of a teacher's paths has its share of walking them. What a method does before some steps is left
+    out: `seconds_before` tells it.
     """
     watch, draw, state = Stopwatch(rig.device), rig.draws(images), rig.state
     settings = replace(
@@ -210,7 +212,7 @@ def laps(rig: Rig, images: int, rounds: int = 1) -> Iterator[Lap]:
     hook = state.optimizer.register_step_pre_hook(lambda *_: watch.mark("update"))
     steps = fit(
         state, _watched(rig.objective, watch), _watched_draw(draw, watch), rig.curriculum,
-        settings, None if rig.before is None else _watched_before(rig.before, watch),
+        settings, None if rig.before is None else _on_both_ends(rig.preset),
     )  # fmt: skip
     first: Lap | None = None
     share: float | None = None
@@ -255,18 +257,35 @@ def _watched_draw(draw: Draw, watch: Stopwatch) -> Draw:
     return microbatch
 
 
-def _watched_before(before: Before, watch: Stopwatch) -> Before:
-    """Return what a method does before a step as a part of the forward pass."""
+def _on_both_ends(preset: Preset) -> Before:
+    """Return what stands in for a method's work before its steps: a grid of two levels, at once."""
+    ends = torch.tensor(noise_range(preset)[:2], dtype=torch.float64)
+    return lambda student, own, images, stage, generator: stage._replace(grid=ends)
 
-    def prepare(
-        student: Preconditioned, own: torch.nn.Module | None,
-        images: Callable[[], tuple[Tensor, Tensor | None]], stage: Stage,
-        generator: torch.Generator,
-    ) -> Stage:  # fmt: skip
-        watch.mark("forward")
-        return before(student, own, images, stage, generator)
 
-    return prepare
+def seconds_before(rig: Rig, images: int) -> float:
+    """Return the seconds of what a method does before a step, once, by so many images.
+
+    It may take minutes: an adaptive grid has hundreds of levels, each with a forward-mode pass.
+    """
+    assert rig.before is not None
+    settings = replace(fit_settings(rig.preset), batch=images, rounds=1, steps=MOST_STEPS)
+    stage = rig.curriculum(0, rig.preset.train.steps)
+    synchronise(rig.device)
+    begun = time.perf_counter()
+    prepared(rig.before, rig.state, rig.draws(images), stage, settings)
+    synchronise(rig.device)
+    return time.perf_counter() - begun
+
+
+def times_before(preset: Preset) -> int:
+    """Return how often a run does its method's work before a step; 0 for a method without."""
+    before = build_method(preset).before
+    if before is None:
+        return 0
+    every = inspect.signature(before).parameters["every_images"].default
+    seen = (preset.train.steps - 1) * preset.train.batch
+    return stage_number(seen, every) + 1
 
 
 def short_laps(preset: Preset, teacher: Model | None, device: str, images: int) -> Iterator[Lap]:

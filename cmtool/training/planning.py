@@ -311,7 +311,7 @@ def planned(
             layers |= smaller_batch(preset, times)
             preset, seconds = resolved().preset, seconds / times
         steps = max(rounded(wish.hours * 3600 / seconds), LEAST_STEPS)
-        why = f"about {steps * seconds / 3600:.1f} hours on this {device}"
+        why = f"about {spoken(steps * seconds)} on this {device}"
         layers[why] = scaled(load_preset(name), steps, steps * preset.train.batch)
     else:
         steps = preset.train.steps
@@ -321,6 +321,14 @@ def planned(
     parts = parts_of_batch(preset, guide, device)
     layers |= {"memory at hand": {"train.accumulate": parts}} if parts > 1 else {}
     return resolved(), layers
+
+
+def spoken(seconds: float) -> str:
+    """Return a time to one figure after the point in hours, or in whole minutes below an hour."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} hours"
+    minutes = max(round(seconds / 60), 1)
+    return f"{minutes} minute{'s' * (minutes > 1)}"
 
 
 def distance_of(preset: Preset) -> str:

@@ -17,7 +17,9 @@ from cmtool.training.laps import (
     laps,
     random_teacher,
     rig,
+    seconds_before,
     short_laps,
+    times_before,
 )
 
 TINY = {
@@ -123,10 +125,26 @@ def test_a_step_that_takes_points_of_paths_has_its_share_of_walking_them():
     assert all(0 < lap.data < first.data / 32 for lap in later)  # of 128 steps, 16 levels of 8
 
 
+def test_steps_of_an_adaptive_grid_do_not_wait_for_it_and_it_is_timed_apart(monkeypatch):
+    made, counted = rig(tiny("digits-adcm"), None, "cpu"), []
+    made = made._replace(before=lambda *given: counted.append(given[2]()[0].shape))
+    assert len(list(itertools.islice(laps(made, 2), 2))) == 2
+    assert counted == []
+    monkeypatch.setattr("time.perf_counter", iter([5.0, 12.0]).__next__)
+    assert seconds_before(made, 3) == 7
+    assert counted == [(3, 3, 8, 8)]
+
+
+@pytest.mark.parametrize(("steps", "times"), [(800, 2), (801, 3), (1, 1), (400, 1), (401, 2)])
+def test_a_grid_is_made_at_the_first_step_of_each_stage(steps, times):
+    given = {"train.steps": steps, "loss.method.every_images": 25_600}
+    assert times_before(load_preset("digits-adcm", given)) == times
+    assert times_before(load_preset("digits-ect", {"train.steps": steps})) == 0
+
+
 @pytest.mark.parametrize("name", [n for n in preset_names() if n.startswith("digits")])
 def test_every_method_is_timed_without_a_trained_teacher(name):
-    coarse = {"loss__method__lam": 5.0} if name == "digits-adcm" else {}  # fewer levels to find
-    preset = tiny(name, **coarse)
+    preset = tiny(name)
     teacher = random_teacher(preset, "cpu")
     assert (teacher is not None) == needs_teacher(preset)
     first, again = itertools.islice(short_laps(preset, teacher, "cpu", 2), 2)

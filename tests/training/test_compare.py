@@ -19,10 +19,12 @@ from cmtool.training.history import time_spent
 from cmtool.training.plots import Reached, mean_curve, short_number, write_methods
 
 LAPS = {"cd": 3.0, "ict": 1.5, "digits-ect": 0.9}
+BEFORE = {"cd": 0.0, "ict": 45.0, "digits-ect": 0.0}  # seconds that are not for steps
 
 
 def test_each_method_gets_the_steps_that_fill_the_same_time(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "lap_times", lambda terms, presets: LAPS)
+    monkeypatch.setattr(compare, "work_before", lambda terms, name, preset, data: BEFORE[name])
     monkeypatch.setattr(compare, "split_by_memory", lambda terms, preset: preset)
     asked = Asked(
         presets=list(LAPS), teacher=None, data=None, seeds=[0], seconds=90.0, num=9,
@@ -35,7 +37,7 @@ def test_each_method_gets_the_steps_that_fill_the_same_time(tmp_path, monkeypatc
     )  # fmt: skip
     comparison = begun(bench, digits("train"), "digits")
     assert {name: each.steps for name, each in comparison.methods.items()} == {
-        "cd": 30, "ict": 60, "digits-ect": 100
+        "cd": 30, "ict": 30, "digits-ect": 100
     }  # fmt: skip
     assert {each.batch for each in comparison.methods.values()} == {64}
     assert read_comparison(tmp_path) == comparison

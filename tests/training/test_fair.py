@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 
+from cmtool.data.datasets import digits
 from cmtool.errors import UserError
 from cmtool.models import load_model
 from cmtool.presets.schema import Card
@@ -106,6 +107,18 @@ def test_laps_are_medians_of_rounds_in_turn_without_the_first(teacher, monkeypat
     assert lap_times(chosen, presets) == {"cd": 8.0, "ict": 2.0}
     named = [(presets["cd"].description, teacher, 16), (presets["ict"].description, None, 64)]
     assert asked == named * fair.ROUNDS
+
+
+def test_the_time_of_a_method_before_its_steps_is_taken_from_them(teacher, monkeypatch):
+    monkeypatch.setattr(fair, "seconds_before", lambda made, images: images / 64 * 20.0)
+    chosen = terms(teacher, seconds=60.0)
+    preset, data = resolved(chosen, "digits-adcm").preset, digits()
+    assert fair.work_before(chosen, "digits-adcm", preset, data) == 40
+    assert fair.work_before(chosen, "cd", resolved(chosen, "cd").preset, data) == 0
+    short = chosen._replace(asked=chosen.asked.model_copy(update={"seconds": 40.0}))
+    with pytest.raises(UserError, match=r"2 times, 20\.0 s each: no time is left") as error:
+        fair.work_before(short, "digits-adcm", preset, data)
+    assert error.value.hint == "leave it out, or give more than --max-time 40s"
 
 
 def test_the_protocol_is_that_of_the_images(teacher):

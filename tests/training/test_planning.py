@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from cmtool.training.planning import (
     planned,
     rounded,
     scaled,
+    spoken,
 )
 from cmtool.training.start import check_components
 
@@ -260,4 +262,19 @@ def test_a_method_with_a_teacher_is_timed_with_one_that_is_not_trained(monkeypat
     small = Facts("digits", 100, (8, 8), 8, 3, 10, 0.5)
     resolved, _ = planned("cd", "cpu", {}, facts=small, wish=Wish(hours=0.001))
     assert resolved.preset.train.steps >= 100
-    assert "hours on this cpu" in resolved.origins["train.steps"]
+    assert re.fullmatch(r"about \d+ minutes? on this cpu", resolved.origins["train.steps"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (2, "1 minute"),
+        (95, "2 minutes"),
+        (3569, "59 minutes"),
+        (3599, "60 minutes"),
+        (3600, "1.0 hours"),
+        (9000, "2.5 hours"),
+    ],
+)
+def test_a_short_time_is_told_in_minutes(seconds, text):
+    assert spoken(seconds) == text
