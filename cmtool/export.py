@@ -1,4 +1,4 @@
-"""From a consistency model to one ONNX file that draws images: noise and classes in, images out."""
+"""From a model to an ONNX file that draws images in few calls: noise and classes in, images out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cmtool import __version__
+from cmtool.core.networks.truncated import Truncated
+from cmtool.core.precond import Preconditioned
 from cmtool.core.rng import SeededNoise, seeded_labels
 from cmtool.core.samplers import clipped, multistep
 from cmtool.errors import InputError, MissingError
@@ -32,21 +34,38 @@ class Drawing(nn.Module):
 
     def __init__(self, model: Model, chosen: Plan) -> None:
         super().__init__()
-        self.f = copy.deepcopy(model.f).cpu().to(memory_format=torch.contiguous_format)
+        f = copy.deepcopy(model.f).cpu().to(memory_format=torch.contiguous_format)
+        self.fs = nn.ModuleList(one_network(f, chosen.sigmas))
         self.sigmas, self.sigma_min = chosen.sigmas, model.noise_range.sigma_min
 
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return images in [-1, 1]; noise[i] is that of the i-th level."""
-        draws = iter(noise.unbind(0))
+        draws, fs = iter(noise.unbind(0)), iter(self.fs)
+
+        def f(x: Tensor, sigma: Tensor, *given: Tensor | None) -> Tensor:
+            return next(fs)(x, sigma, *given)
+
         return multistep(
-            clipped(self.f), torch.zeros_like(noise[0]), self.sigmas, lambda _: next(draws),
+            clipped(f), torch.zeros_like(noise[0]), self.sigmas, lambda _: next(draws),
             sigma_min=self.sigma_min, labels=labels,
         )  # fmt: skip
 
 
+def one_network(f: Preconditioned, sigmas: Sequence[float]) -> list[Preconditioned]:
+    """Return the model for each level: of one with two networks, it has the level's alone."""
+    if not isinstance(f.network, Truncated):
+        return [f] * len(sigmas)
+    sides = {}
+    for is_below in (False, True):
+        sides[is_below] = copy.copy(f)
+        sides[is_below]._modules = {"network": f.network.below if is_below else f.network.above}
+    labels = f.noise_label(torch.tensor(sigmas, dtype=torch.float64)).float()
+    return [sides[bool(label < f.network.label)] for label in labels]
+
+
 def check_exportable(model: Model) -> None:
-    """Raise InputError for a model that is not one of a few calls, MissingError without ONNX."""
-    if model.kind != "consistency":
+    """Raise InputError for a teacher, which takes many calls, MissingError without ONNX."""
+    if model.kind == "teacher":
         hint = "distill it first: an ONNX file draws in a few calls"
         raise InputError(f"{model.source} is a {model.kind} model", hint)
     try:
@@ -98,7 +117,8 @@ def _write(drawing: Drawing, model: Model, chosen: Plan, path: Path) -> None:
 
     inputs = _probe(model, len(chosen.sigmas), 3)
     batch = torch.export.Dim("batch", min=1)
-    shapes = {"noise": {1: batch}, "labels": {0: batch} if "labels" in inputs else None}
+    places = {"noise": 1, "labels": 0}
+    shapes = {name: {places[name]: batch} for name in inputs}
     with _quiet():
         traced = torch.export.export(
             drawing, tuple(inputs.values()), dynamic_shapes=shapes, strict=False
