@@ -72,6 +72,14 @@ class Model:
         """The noise levels the model was trained on."""
         return noise_range(self.preset)
 
+    def told(self) -> dict[str, str]:
+        """Return what a picture says of its model; of one of a hub also the name, with its commit.
+
+        Other names are places on this machine, which are nobody else's business.
+        """
+        about = {"cmtool:model": self.sha256, "cmtool:weights": self.weights}
+        return about | ({"cmtool:source": self.source} if self.source.startswith(PREFIX) else {})
+
 
 class Stored(NamedTuple):
     """A model as its file tells it; `kind` is None if the file does not say it."""

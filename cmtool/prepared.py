@@ -188,7 +188,7 @@ def provenance(
 ) -> dict[str, str]:
     """Return what the PNG of an edit's answers says of how they were made; `seed` is the first."""
     about = {
-        "cmtool:edit": name, "cmtool:model": model.sha256, "cmtool:weights": model.weights,
+        "cmtool:edit": name, **model.told(),
         "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)), "cmtool:seed": str(seed),
         **precision_info(chosen),
     }  # fmt: skip

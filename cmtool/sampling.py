@@ -281,8 +281,7 @@ def provenance(model: Model, chosen: Plan) -> dict[str, str]:
     """Return what a PNG says of how it was sampled, without its seed and class."""
     options = ",".join(f"{key}={value}" for key, value in chosen.sampler.options.items())
     return {
-        "cmtool:model": model.sha256,
-        "cmtool:weights": model.weights,
+        **model.told(),
         "cmtool:sampler": f"{chosen.sampler.name}({options})" if options else chosen.sampler.name,
         "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)),
         **({} if chosen.guidance == 1 else {"cmtool:guidance": repr(chosen.guidance)}),

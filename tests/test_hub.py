@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from PIL import Image
 
 from cmtool.data.decoding import read_image
 from cmtool.errors import InputError, MissingError, ResourceError, UserError
@@ -168,6 +169,11 @@ def test_commands_take_models_of_the_hub_and_say_which_commit(hub, cmtool, tmp_p
     assert drawn.code == 0, drawn.err
     assert cmtool("sample", "-c", "digits-cd", "--seeds", "0-3", "--out", "ours.png").code == 0
     assert torch.equal(read_image(tmp_path / "hub.png"), read_image(tmp_path / "ours.png"))
+    with Image.open(tmp_path / "hub.png") as theirs, Image.open(tmp_path / "ours.png") as ours:
+        source = f"hf:{NAME}@{student}/digits.safetensors"
+        assert theirs.text == {**ours.text, "cmtool:source": source}
+    told = cmtool("sample", "-c", f"hf:{NAME}", "--seeds", "0", "--out", "a", "--json")
+    assert json.loads(told.text)["source"] == source
     measured = cmtool("eval", "fid", "-c", f"hf:{NAME}", "--num", "20")
     assert measured.code == 0, measured.err
     assert f"hf:{NAME}@{student}" in measured.text

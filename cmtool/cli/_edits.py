@@ -216,7 +216,7 @@ def interpolate_between(
         chosen = plan(model.preset, options.steps, sigmas)._replace(precision=precision)
         drawn = between_seeds(model, chosen, (ends[0], ends[1]), frames, label)
     about = {
-        "cmtool:edit": "interpolate", "cmtool:model": model.sha256,
+        "cmtool:edit": "interpolate", **model.told(),
         "cmtool:ends": ",".join(images or map(str, ends)),
         "cmtool:sigmas": ",".join(map(repr, chosen.sigmas)), **precision_info(chosen),
     }  # fmt: skip

@@ -134,7 +134,9 @@ def _sample(options: SampleOptions) -> None:
         about = {
             "sigmas": chosen.sigmas, "guidance": chosen.guidance, "precision": chosen.precision,
         }  # fmt: skip
-        emit_json({**facts, **about, "model": drawing.model.sha256})
+        emit_json({
+            **facts, **about, "model": drawing.model.sha256, "source": drawing.model.source
+        })  # fmt: skip
     elif out != "-" and "path" in facts:
         emit(out)
 
