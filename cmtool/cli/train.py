@@ -170,7 +170,7 @@ def _distill(
 
     `cmtool distill --teacher runs/teacher --metric l1 --out runs/student`
 
-    `cmtool distill --preset digits-ecd --init runs/cmt --out runs/ecd`
+    `cmtool distill --preset digits-cd --init runs/cmt --out runs/cd`
 
     The student has the teacher's architecture, starts from its weights, and learns from the same
     images unless --data or the preset names others. Without --preset it is digits-cd for digits,
@@ -218,7 +218,7 @@ def _on_its_images(options: RunOptions, name: str, teacher: Model) -> Resolved:
     resolved = options.resolve(name)
     theirs, ours = getattr(teacher.preset, "data", None), resolved.preset.data
     is_told = resolved.origins["data.path"].startswith("--") or options.stored
-    if theirs is None or is_told or ours.path != packaged_value(name, "data.path"):
+    if theirs is None or is_told or ours.path != (packaged_value(name, "data.path") or ""):
         return resolved
     if theirs.path != ours.path:
         say(f"images: {theirs.path}, the teacher's")

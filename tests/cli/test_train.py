@@ -353,6 +353,15 @@ def test_a_student_takes_the_architecture_of_its_teacher(cmtool, tmp_path):
     assert teacher["sha256"] == hashlib.sha256(ema.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize(("named", "taken"), [("", "digits"), ("'emoji'", "emoji")])
+def test_a_file_that_names_no_images_takes_the_teachers(cmtool, tmp_path, named, taken):
+    data = f"[data]\npath = {named}\n" if named else ""
+    (tmp_path / "mine.toml").write_text(f'extends = "cd"\n{data}')
+    result = cmtool("distill", "--teacher", "digits-edm", "--preset", "mine.toml", "--dry-run")
+    assert result.code == 0, result.err
+    assert tomllib.loads(result.text)["data"]["path"] == taken
+
+
 @pytest.mark.usefixtures("bare_runs")
 def test_a_resumed_distillation_keeps_its_teacher(cmtool):
     assert cmtool("train", *TINY, "--set", "train.steps=2", "--out", "runs/t").code == 0
