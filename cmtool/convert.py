@@ -23,19 +23,20 @@ from cmtool.sampling import grid_size
 PROBE_SIDE = 64
 
 
-def convert(model: Model, out: Path, *, overwrite: bool = False) -> str:
+def convert(model: Model, out: Path, *, overwrite: bool = False, guide: Model | None = None) -> str:
     """Write the model to `out` and return the format: a .safetensors file of ours, else diffusers.
 
     It is written beside `out`, loaded again, and run beside the original on the same input; only
     when both give equal numbers does it take its name. What was there before stays until then.
-    Raises UserError, as check_out does, and InputError for a model the format cannot hold.
+    `guide` is what guides the model, for the record. Raises UserError, as check_out does, and
+    InputError for a model the format cannot hold.
     """
     check_out(out, overwrite=overwrite)
     to_native = out.suffix == ".safetensors"
     temporary, old = (out.parent / f".{out.name}.{os.getpid()}.{end}" for end in ("tmp", "old"))
     try:
         if to_native:
-            _write_native(model, temporary)
+            _write_native(model, temporary, guide)
         else:
             temporary.mkdir()
             _write_diffusers(model, temporary)
@@ -77,16 +78,20 @@ def check_out(out: Path, *, overwrite: bool = False) -> None:
         raise InputError(f"{out} is a folder", "give another name")
 
 
-def _write_native(model: Model, path: Path) -> None:
+def _write_native(model: Model, path: Path, guide: Model | None) -> None:
     about = {
         "kind": model.kind,
         "weights": model.weights,
         "preset": model.preset.model_dump(mode="json"),
         "cmtool": __version__,
-        "made": {"from": Path(model.source).name, "format": model.format, "sha256": model.sha256},
+        "made": {**_origin(model), **({"guide": _origin(guide)} if guide else {})},
         **native.named_classes(model.class_names),
     }
     native.write_weights(path, dict(model.f.network.state_dict()), about)
+
+
+def _origin(model: Model) -> dict[str, str]:
+    return {"from": Path(model.source).name, "format": model.format, "sha256": model.sha256}
 
 
 def _write_diffusers(model: Model, folder: Path) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / "cmtool"
 FILES = sorted(ROOT.rglob("*.py"))
 
 ROOMS = [
-    "errors", "core", "system", "weights", "hub", "formats", "data", "presets", "models",
+    "errors", "core", "system", "weights", "hub", "formats", "data", "presets", "models", "guide",
     "sampling", "prepared", "editing", "convert", "export", "evaluation", "training", "publish",
     "page", "docs", "assets", "cli",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from cmtool.core.guidance import guided
 from cmtool.core.losses import WEIGHTINGS
 from cmtool.core.methods import METHODS, Before, Method, MethodRow
 from cmtool.core.networks import NETWORKS
+from cmtool.core.networks.guided import Guided
 from cmtool.core.networks.layers import MAX_BLOCKS
 from cmtool.core.networks.truncated import Truncated
 from cmtool.core.noise import CURRICULA, LEVELS, Curriculum, LevelPicker, NoiseRange
@@ -108,12 +109,16 @@ def build_network(model: ModelSection) -> nn.Module:
         raise UserError(what, "give it a value of the right type") from None
     try:
         made = kind.build(options, model.channels, model.num_classes)
-        if model.transition is None:
+        if model.transition is None and model.guidance is None:
             return made
+        other = kind.build(options, model.channels, model.num_classes)
+        if model.guidance is not None:
+            hears = model.guide_hears_class
+            return Guided(made, other, model.guidance, hears_class=hears)
         noise_label = build_noise_label(model)
         with torch.device("cpu"):  # a number, also where networks are but shapes
             label = float(noise_label(torch.tensor(model.transition, dtype=torch.float64)))
-        return Truncated(made, kind.build(options, model.channels, model.num_classes), label)
+        return Truncated(made, other, label)
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         what = f"network {choice.name!r} cannot be built: {error}"
         raise UserError(what, "change the options of model.network") from None
@@ -267,6 +272,9 @@ def check_method(preset: Preset, row: MethodRow, distance: Distance) -> None:
         what = f"loss.distance = {loss.distance.name!r} has no curvature, which {name} needs"
         hint = "use another, such as l2, or distill with loss.method = live_distillation"
         raise UserError(what, hint)
+    if preset.model.guidance is not None:
+        what = f"model.guidance = {preset.model.guidance:g}: two networks are guided, not trained"
+        raise UserError(what, "leave model.guidance out")
     if preset.train.checkpoint_activations and not row.recomputes:
         raise UserError(
             f"train.checkpoint_activations with loss.method = {name!r}: what is computed again"

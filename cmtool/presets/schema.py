@@ -103,6 +103,17 @@ class ModelSection(Section):
         allow_inf_nan=False,
         description="noise level below which a frozen network answers, that of TCM's first stage",
     )
+    guidance: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="weight with which a weaker network guides the other; cmtool checkpoint guide"
+        " makes such a model",
+    )
+    guide_hears_class: bool = Field(
+        True, description="whether that weaker network is told the class of an image"
+    )
 
 
 class NoiseSection(Section):

@@ -188,6 +188,7 @@ def random_teacher(preset: Preset, device: str) -> Model | None:
         "network": Choice(name=ours.network.name, **options),
         "scalings": Choice(name=SCALINGS_OF[kind]),
         "transition": None,
+        "guidance": None,
     }
     model = ours.model_copy(update=update)
     card = Card(kind=kind, model=model, noise=preset.noise, sample=SAMPLING[kind])

@@ -212,7 +212,13 @@ def with_teacher(resolved: Resolved, teacher: Model) -> Resolved:
     network = Choice(name=theirs.network.name, **options)
     is_new = teacher.kind == "teacher" and resolved.preset.kind != "flow map"
     scalings = ours.scalings if is_new else theirs.scalings
-    kept = {"network": network, "scalings": scalings, "transition": ours.transition}
+    kept = {
+        "network": network,
+        "scalings": scalings,
+        "transition": ours.transition,
+        "guidance": None,  # what it learns is guided already
+        "guide_hears_class": True,
+    }
     model = theirs.model_copy(update=kept)
     noise, sample = teacher.preset.noise, resolved.preset.sample
     known = {

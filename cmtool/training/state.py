@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from cmtool.core.ema import Ema, frozen_copy
 from cmtool.core.networks import NETWORKS
+from cmtool.core.networks.guided import main_weights
 from cmtool.core.networks.layers import rounded_copy
 from cmtool.core.networks.truncated import Truncated
 from cmtool.core.optimizers import OPTIMIZERS
@@ -132,12 +133,12 @@ def build_start(preset: Preset, teacher: Model | None, init: Model | None) -> nn
     with seeded(keyed_generator("init", preset.train.seed)):
         network = build_network(preset.model)
     if init is not None:
-        fitting = init.f.network.state_dict()
+        fitting = main_weights(init.f.network)
         for name in not_taken(preset, init):
             fitting.pop(name.partition(" ")[0], None)
         network.load_state_dict(fitting, strict=False)
     elif teacher is not None:
-        take_weights(network, teacher.f.network.state_dict())
+        take_weights(network, main_weights(teacher.f.network))
     return network
 
 
@@ -167,7 +168,7 @@ def not_taken(preset: Preset, init: Model) -> list[str]:
     """
     with shapes_only():
         wanted = build_network(preset.model).state_dict()
-    found = init.f.network.state_dict()
+    found = main_weights(init.f.network)
     left = []
     for name, tensor in wanted.items():
         shape = tuple(tensor.shape)
