@@ -16,9 +16,9 @@ def guided_model(main: Model, guide: Model, weight: float, *, hears_class: bool 
     """Return the teacher `main`, whose x0 is moved by `weight` away from that of `guide`.
 
     x0 = x0_guide + weight (x0_main - x0_guide). The guide is a teacher of the same architecture and
-    images, trained for less long. If not `hears_class`, it answers for images of no class. The
-    answer is in float32. Raises InputError for models that do not go together, UserError for a
-    guide that never learned images of no class.
+    images, trained for less long. If not `hears_class`, it answers for images of no class.
+    Raises InputError for models that do not go together, UserError for a guide that never learned
+    images of no class.
     """
     for model in (main, guide):
         if model.kind != "teacher":
@@ -33,7 +33,7 @@ def guided_model(main: Model, guide: Model, weight: float, *, hears_class: bool 
             hint = "give an earlier checkpoint of the teacher, or one trained with its preset"
             raise InputError(what, hint)
     if not hears_class:
-        check_guided(guide.preset, f"{guide.source} without a class")
+        check_guided(guide.preset, f"{guide.source} without a class", "leave --no-class out")
     update = {"guidance": weight, "guide_hears_class": hears_class}
     card = main.preset.model_copy(update={"model": main.preset.model.model_copy(update=update)})
     network = Guided(main.f.network, guide.f.network, weight, hears_class=hears_class)

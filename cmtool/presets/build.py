@@ -231,15 +231,18 @@ def followed(preset: Preset, teacher: Denoiser | None) -> Denoiser | None:
     return None if teacher is None else guided(teacher, preset.loss.guidance)
 
 
-def check_guided(card: Card, what: str) -> None:
-    """Raise UserError for guidance, `what` says which, of a model that does not know "no class"."""
+def check_guided(card: Card, what: str, without: str = "leave guidance out") -> None:
+    """Raise UserError for guidance, `what` says which, of a model that does not know "no class".
+
+    `without` is how to do without it.
+    """
     if card.kind != "teacher":
         hint = "leave it out, or cmtool distill with --set loss.guidance=2"
         raise UserError(f"{what}: a {card.kind} model is guided when it is made", hint)
     if not card.model.num_classes:
-        raise UserError(f"{what}: the model has no classes", "leave guidance out")
+        raise UserError(f"{what}: the model has no classes", without)
     if isinstance(card, Preset) and not card.data.label_dropout:
-        hint = "train a teacher with --set data.label_dropout=0.1, or leave guidance out"
+        hint = f"train a teacher with --set data.label_dropout=0.1, or {without}"
         raise UserError(f"{what}: the model never learned images of no class", hint)
 
 
